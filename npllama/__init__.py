@@ -1,0 +1,14 @@
+"""LLaMA-2 as explicit array math on NumPy and CuPy.
+
+>>> import npllama
+>>> llama = npllama.load()
+>>> llama.logits([1, 100, 101]).shape
+(3, 260)
+"""
+
+from npllama.errors import NpllamaError
+from npllama.generation import Completion
+from npllama.llama import Llama, load
+
+__all__ = ["Completion", "Llama", "NpllamaError", "load"]
+__version__ = "0.1.0"

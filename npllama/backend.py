@@ -1,0 +1,184 @@
+"""Which array module computes, and on which device.
+
+This is the one place that picks CuPy. Everything above works on `backend.xp`, the array
+module (`numpy` or `cupy`), and moves arrays in and out through the backend alone.
+"""
+
+import ctypes
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from npllama.errors import BackendError
+
+Array = Any
+"""An array of the backend in use: numpy.ndarray or cupy.ndarray."""
+
+BACKENDS = ("auto", "numpy", "cupy")
+
+
+class Backend:
+    """NumPy on the CPU, and the interface that every backend serves.
+
+    Attributes:
+        name: "numpy" or "cupy".
+        xp: the array module that all mathematics is written against.
+        steps_ahead: how many decode steps are queued before the first one's token is read.
+            0 where an operation is done when its call returns; 1 where work is queued on a
+            device, which then never waits for the text.
+    """
+
+    name = "numpy"
+    steps_ahead = 0
+
+    def __init__(self, xp: ModuleType = np) -> None:
+        self.xp = xp
+
+    def to_device(self, array: Array) -> Array:
+        """Host array -> device array. On the CPU the array itself, memory-mapped or not."""
+        return array
+
+    def to_host(self, array: Array) -> np.ndarray:
+        """Device array -> NumPy array; waits for the work that computes it."""
+        return np.asarray(array)
+
+    def synchronize(self) -> None:
+        """Return when all queued work is done."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that a new allocation may take without swapping, or None where unknown."""
+        return _free_host_bytes()
+
+    def peak_bytes(self) -> int | None:
+        """The most memory this process has held, or None where unknown."""
+        return _peak_host_bytes()
+
+    def memory_name(self) -> str:
+        """What free_bytes counts, in the words of an error message."""
+        return "memory"
+
+    def device_name(self) -> str:
+        """The device, for --stats."""
+        return f"CPU, {os.cpu_count()} cores"
+
+
+class CupyBackend(Backend):
+    """CuPy on the current CUDA device."""
+
+    name = "cupy"
+    steps_ahead = 1
+
+    def to_device(self, array: Array) -> Array:
+        return self.xp.asarray(array)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return self.xp.asnumpy(array)
+
+    def synchronize(self) -> None:
+        self.xp.cuda.get_current_stream().synchronize()
+
+    def free_bytes(self) -> int | None:
+        free, _total = self.xp.cuda.Device().mem_info
+        return free + self.xp.get_default_memory_pool().free_bytes()
+
+    def peak_bytes(self) -> int | None:
+        return self.xp.get_default_memory_pool().total_bytes()  # the pool gives nothing back
+
+    def memory_name(self) -> str:
+        return "GPU memory"
+
+    def device_name(self) -> str:
+        properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)
+        return properties["name"].decode()
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """The backend called `name`; "auto" is CuPy where a CUDA device and CuPy are, else NumPy.
+
+    Raises:
+        BackendError: an unknown name, or CuPy asked for where it cannot compute.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    if name == "numpy" or (name == "auto" and cuda_device_count() == 0):
+        return Backend()
+    try:
+        cupy = importlib.import_module("cupy")
+        cupy.zeros(1)  # CuPy imports without a GPU and fails at the first array
+    except Exception as error:  # ImportError, or one of many CUDA errors
+        if name == "auto":
+            return Backend()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackendError(
+            f"backend cupy cannot be used ({reason}): it needs an NVIDIA GPU and "
+            "pip install 'npllama[cuda12]' (or cuda13); --backend numpy runs on the CPU"
+        ) from None
+    return CupyBackend(cupy)
+
+
+def cuda_device_count() -> int:
+    """CUDA devices that the driver reports; 0 without a driver. Imports nothing."""
+    for library in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(library)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+    return 0
+
+
+def _free_host_bytes() -> int | None:
+    """The least of what the kernel calls available and what the control group leaves."""
+    limits = [_meminfo_available(), _cgroup_left()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _peak_host_bytes() -> int | None:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def _meminfo_available() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:  # no /proc (macOS): what is installed is the best upper bound there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _cgroup_left() -> int | None:
+    """Bytes left under a container's limit (cgroup v2, then v1); page cache counts as free."""
+    for folder, limit_file, usage_file in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (Path(folder) / limit_file).read_text().strip()
+            if limit == "max":
+                return None
+            used = int((Path(folder) / usage_file).read_text())
+            statistics = dict(
+                line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines()
+            )
+            reclaimable = int(statistics.get("file", statistics.get("total_cache", 0)))
+            return max(0, int(limit) - used + reclaimable)
+        except (OSError, ValueError):
+            continue
+    return None

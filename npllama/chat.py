@@ -1,0 +1,79 @@
+"""The dialogue format of Llama-2-chat, as token ids.
+
+    BOS [INST] {user} [/INST] {answer} EOS  BOS [INST] {user} [/INST]
+
+Each turn is encoded by itself, so that no text can reach into a control token; the system
+prompt stands inside the first user message. Source: Meta's llama repository, chat_completion;
+Touvron et al. 2023, section 3.3.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from npllama.config import read_json
+from npllama.errors import InputError, TokenizerError
+from npllama.tokenizer import Tokenizer
+
+_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The prompt of a dialogue that ends with a user's message.
+
+    Args:
+        messages: {"role": ..., "content": ...}; roles are an optional "system", then "user"
+            and "assistant" in turn, "user" last.
+
+    Returns:
+        Ids: each past turn BOS .. EOS, the last one BOS .. [/INST] without a trailing space.
+
+    Raises:
+        InputError: roles out of turn, or a message that holds one of the format's tags.
+    """
+    turns = [(message["role"], message["content"]) for message in messages]
+    for role, content in turns:
+        for tag in _TAGS:
+            if tag in content:
+                raise InputError(
+                    f"the {role} message holds {tag!r}, which Llama-2-chat uses as a tag: remove it"
+                )
+    system = None
+    if turns and turns[0][0] == "system":
+        system = turns.pop(0)[1]
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
+    if not turns or len(turns) % 2 == 0 or [role for role, _ in turns] != expected:
+        raise InputError(
+            "roles must be user, assistant, user, ... and end with user, "
+            f"after an optional system; found {', '.join(m['role'] for m in messages) or 'none'}"
+        )
+    texts = [content.strip() for _, content in turns]
+    if system is not None:
+        texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
+    ids: list[int] = []
+    for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
+        ids += [*tokenizer.encode(f"[INST] {user} [/INST] {answer} "), tokenizer.eos_id]
+    return ids + tokenizer.encode(f"[INST] {texts[-1]} [/INST]")
+
+
+def check_chat_template(directory: Path) -> None:
+    """Refuse a checkpoint that was trained on another dialogue format.
+
+    Raises:
+        TokenizerError: tokenizer_config.json (or chat_template.jinja) carries a template
+            without Llama-2's tags.
+    """
+    path = Path(directory) / "chat_template.jinja"
+    if path.exists():
+        template: object = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        path = Path(directory) / "tokenizer_config.json"
+        template = read_json(path).get("chat_template") if path.exists() else None
+    if template is None:
+        return
+    missing = [tag for tag in _TAGS if tag not in str(template)]
+    if missing:
+        raise TokenizerError(
+            f"{path} carries a chat template without {missing[0]}: this checkpoint was trained on "
+            "another dialogue format than Llama-2-chat's; run it without --chat, with a prompt in "
+            "its own format"
+        )

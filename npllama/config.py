@@ -1,0 +1,261 @@
+"""LlamaConfig: the numbers that make one LLaMA-2 differ from another."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npllama.errors import ConfigError
+
+# Fields of a Hugging Face config that change the mathematics, each with the only values this
+# code implements. Absent is fine. Anything not read here or below leaves LlamaForCausalLM's
+# result as it is (pretraining_tp, initializer_range, use_cache, torch_dtype, ...).
+_ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a LLaMA-2 (Touvron et al. 2023, table 1 and section 2.2).
+
+    Attributes:
+        dim: D, width of the residual stream.
+        n_layers: L.
+        n_heads: H, query heads; C = D / H is the width of each.
+        n_kv_heads: K, key-value heads; K = H is multi-head attention, K = 1 multi-query,
+            anything between grouped-query.
+        ffn_dim: F, width of the SwiGLU hidden layer.
+        vocab_size: V.
+        context_length: positions the model was trained for.
+        norm_eps: epsilon inside RMSNorm's square root.
+        rope_theta: base of the rotary frequencies.
+        tie_embeddings: the head uses the embedding matrix.
+        bos_id: id that begins every text.
+        eos_ids: ids that end a generation.
+
+    Raises:
+        ConfigError: numbers that do not fit together.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    context_length: int = 4096
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = False
+    bos_id: int = 1
+    eos_ids: tuple[int, ...] = field(default=(2,))
+
+    def __post_init__(self) -> None:
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "ffn_dim",
+            "vocab_size",
+            "context_length",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
+        if self.dim % self.n_heads:
+            raise ConfigError(
+                f"width {self.dim} is not a multiple of the {self.n_heads} query heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head width {self.head_dim} is odd: rotary embeddings turn pairs of components"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads "
+                "evenly: n_heads must be a multiple of n_kv_heads"
+            )
+        for name, ids in (("bos id", (self.bos_id,)), ("eos id", self.eos_ids)):
+            for id_ in ids:
+                if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0:
+                    raise ConfigError(f"{name} is {id_!r}: expected a token id of at least 0")
+
+    @property
+    def head_dim(self) -> int:
+        """C = D / H."""
+        return self.dim // self.n_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """Trained numbers in the model; a tied head counts once."""
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.n_kv_heads * self.head_dim
+        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.dim
+        return embeddings + self.n_layers * block + self.dim
+
+    @classmethod
+    def named(cls, size: str) -> "LlamaConfig":
+        """One of the family by name: "7B", "13B", "34B" or "70B".
+
+        >>> LlamaConfig.named("70B").n_parameters
+        68976648192
+        """
+        try:
+            return LLAMA_2[size.upper()]
+        except KeyError:
+            known = ", ".join(LLAMA_2)
+            raise ConfigError(f"no LLaMA-2 is called {size!r}: expected one of {known}") from None
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "LlamaConfig":
+        """Read config.json, and generation_config.json where there is one.
+
+        End-of-sequence ids come from generation_config.json, then from config.json, then 2.
+
+        Raises:
+            ConfigError: the file is missing, damaged, or asks for what is not implemented.
+        """
+        path = Path(directory) / "config.json"
+        hf = read_json(path)
+        generation_path = path.with_name("generation_config.json")
+        generation = read_json(generation_path) if generation_path.exists() else {}
+        try:
+            return cls.from_hf(hf, generation)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hf(
+        cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+    ) -> "LlamaConfig":
+        """From the fields of Hugging Face's config.json and generation_config.json."""
+        _refuse_other_mathematics(hf)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if name not in hf:
+                raise ConfigError(f"{name} is missing: expected a Hugging Face LLaMA config")
+        for name in ("intermediate_size", "vocab_size"):
+            if name not in hf:
+                raise ConfigError(f"{name} is missing: expected a Hugging Face LLaMA config")
+        n_kv_heads = hf.get("num_key_value_heads")
+        config = cls(
+            dim=hf["hidden_size"],
+            n_layers=hf["num_hidden_layers"],
+            n_heads=hf["num_attention_heads"],
+            n_kv_heads=hf["num_attention_heads"] if n_kv_heads is None else n_kv_heads,
+            ffn_dim=hf["intermediate_size"],
+            vocab_size=hf["vocab_size"],
+            context_length=hf.get("max_position_embeddings", 2048),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=_rope_theta(hf),
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            bos_id=_first_given(1, (generation or {}).get("bos_token_id"), hf.get("bos_token_id")),
+            eos_ids=_ids((generation or {}).get("eos_token_id"), hf.get("eos_token_id")),
+        )
+        head_dim = hf.get("head_dim")
+        if head_dim is not None and head_dim != config.head_dim:
+            raise ConfigError(
+                f"head_dim is {head_dim}: only hidden_size / num_attention_heads = "
+                f"{config.head_dim} is implemented"
+            )
+        return config
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The fields of a Hugging Face config.json that opens as LlamaForCausalLM."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "intermediate_size": self.ffn_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids),
+            "torch_dtype": dtype,
+        }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        ConfigError: no such file, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not valid JSON ({reason}): get the file again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}: expected a JSON object")
+    return value
+
+
+def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
+    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"]:
+        raise ConfigError(f"architectures is {architectures!r}: expected LlamaForCausalLM")
+    for name, implemented in _ONLY_IMPLEMENTED.items():
+        if name in hf and hf[name] not in implemented:
+            raise ConfigError(f"{name} is {hf[name]!r}: only {implemented[0]!r} is implemented")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise ConfigError(f"{name} is {rope!r}: expected an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+            raise ConfigError(
+                f"{name} asks for {kind!r} scaling of the rotary embeddings: "
+                "only plain rotary embeddings ('default') are implemented"
+            )
+
+
+def _rope_theta(hf: Mapping[str, Any]) -> float:
+    """`rope_parameters.rope_theta` (transformers 5), then `rope_theta` (older), then 10000."""
+    parameters = hf.get("rope_parameters") or {}
+    return _first_given(10000.0, parameters.get("rope_theta"), hf.get("rope_theta"))
+
+
+def _first_given(default: Any, *values: Any) -> Any:
+    return next((value for value in values if value is not None), default)
+
+
+def _ids(*values: Any) -> tuple[int, ...]:
+    given = _first_given(2, *values)
+    return tuple(given) if isinstance(given, list) else (given,)
+
+
+LLAMA_2 = {
+    "7B": LlamaConfig(4096, 32, 32, 32, 11008, 32000),
+    "13B": LlamaConfig(5120, 40, 40, 40, 13824, 32000),
+    "34B": LlamaConfig(8192, 48, 64, 8, 22016, 32000),
+    "70B": LlamaConfig(8192, 80, 64, 8, 28672, 32000),
+}

@@ -1,0 +1,33 @@
+"""The one family of errors that a user can do something about.
+
+Every message is one line: what was found, what was expected, what to do.
+The command line prints it on stderr and exits with code 2.
+"""
+
+
+class NpllamaError(Exception):
+    """Base of all errors that npllama raises on purpose."""
+
+
+class InputError(NpllamaError):
+    """An argument or a prompt that cannot be served."""
+
+
+class ConfigError(NpllamaError):
+    """A config.json that is damaged, or asks for mathematics that is not implemented."""
+
+
+class WeightsError(NpllamaError):
+    """A checkpoint whose tensors are missing, surplus, misshapen or truncated."""
+
+
+class TokenizerError(NpllamaError):
+    """A tokenizer that is missing, damaged, or does not belong to the model."""
+
+
+class BackendError(NpllamaError):
+    """An array backend that was asked for and cannot be had."""
+
+
+class OutOfMemoryError(NpllamaError):
+    """More bytes needed than the device has free; found out before any is taken."""

@@ -1,0 +1,334 @@
+"""python -m npllama.generate: continue a prompt from the command line.
+
+The text goes to stdout as it is made, everything else to stderr. Exit codes: 0, 2 for input
+that cannot be served (one line says why), 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from npllama.backend import BACKENDS
+from npllama.chat import check_chat_template, encode_chat
+from npllama.errors import InputError, NpllamaError
+from npllama.generation import Completion, Generation
+from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.sampling import Sampling
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"npllama: error: {message} (--help lists all options)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options, each with a help text for somebody who has never run a language model."""
+    p = _Parser(
+        prog="python -m npllama.generate",
+        description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
+        "it is made; everything else goes to standard error.",
+        epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
+    )
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="directory with config.json, safetensors and tokenizer.model "
+        "(default: a small model with random weights)",
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help='the text to continue; "" starts from nothing, "-" reads all of standard input',
+    )
+    source.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="a file with one prompt a line; all of them are continued together",
+    )
+
+    length = p.add_argument_group("how long")
+    length.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="stop after N tokens; a token is a word or a part of one (default: %(default)s)",
+    )
+    length.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop before this text appears; may be given several times",
+    )
+    length.add_argument(
+        "--ignore-eos", action="store_true", help="go on where the model would end the text"
+    )
+    length.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="room for N tokens of prompt and completion together; less needs less memory "
+        "(default: all that the model was trained for)",
+    )
+
+    choice = p.add_argument_group("how the next token is chosen")
+    choice.add_argument(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        metavar="T",
+        help="0 always takes the likeliest; about 1 is lively (default: %(default)s)",
+    )
+    choice.add_argument(
+        "--top-p",
+        type=float,
+        default=Sampling.top_p,
+        metavar="P",
+        help="choose among the fewest tokens whose probabilities reach P; 1 for all "
+        "(default: %(default)s)",
+    )
+    choice.add_argument(
+        "--top-k",
+        type=int,
+        default=Sampling.top_k,
+        metavar="K",
+        help="choose among the K likeliest tokens; 0 for all (default: %(default)s)",
+    )
+    choice.add_argument(
+        "--min-p",
+        type=float,
+        default=Sampling.min_p,
+        metavar="P",
+        help="leave out tokens less than P times as likely as the likeliest; 0 for none "
+        "(default: %(default)s)",
+    )
+    choice.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=Sampling.repetition_penalty,
+        metavar="X",
+        help="above 1, words already used become less likely (default: %(default)s)",
+    )
+    choice.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="the same seed gives the same text again (default: a random one; --stats shows it)",
+    )
+
+    chat = p.add_argument_group("chat, for models such as Llama-2-chat")
+    chat.add_argument(
+        "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
+    )
+    chat.add_argument("--system", metavar="TEXT", help="how the assistant should behave")
+
+    machine = p.add_argument_group("how it is computed")
+    machine.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="numpy on the CPU, cupy on an NVIDIA GPU, auto takes the GPU if there is one",
+    )
+    machine.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="number format of the weights in memory (default: as stored)",
+    )
+
+    output = p.add_argument_group("what is shown")
+    output.add_argument(
+        "--no-echo", action="store_true", help="print the completion without the prompt"
+    )
+    output.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="show each token's log-probability, on standard error or in --json",
+    )
+    output.add_argument(
+        "--stats", action="store_true", help="show speed, memory and seed on standard error"
+    )
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object a prompt instead of text"
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except NpllamaError as error:
+        print(f"npllama: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before there was any text
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the parsed arguments ask for; the exit code."""
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
+    )
+    if args.system is not None and not args.chat:
+        raise InputError("--system is for --chat: give both, or neither")
+    prompts = read_prompts(args)
+    if args.chat and args.model is not None and Path(args.model).is_dir():
+        check_chat_template(Path(args.model))
+    llama = load(args.model, args.backend, args.dtype, args.context)
+    generation = llama.generation(
+        [encode_prompt(llama, prompt, args) for prompt in prompts],
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        seed=args.seed,
+        stop=args.stop,
+        ignore_eos=args.ignore_eos,
+        fresh_text=args.chat,
+    )
+    interrupted = False
+    try:
+        if args.json:
+            for _ in generation:
+                pass
+        else:
+            heads = [""] * len(prompts)
+            if not args.no_echo:
+                heads = [prompt + ("\n" if args.chat else "") for prompt in prompts]
+            print_text(generation, heads)
+    except KeyboardInterrupt:
+        interrupted = True
+        if not args.json:
+            print(flush=True)
+    completions = generation.completions()
+    if args.json:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            print(as_json(prompt, completion, llama, args.logprobs))
+    elif args.logprobs:
+        for completion in completions:
+            print_log_probs(llama, completion)
+    if args.stats:
+        print_stats(llama, generation)
+    return INTERRUPTED if interrupted else 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt, of standard input, or of --prompt-file's lines."""
+    if args.prompt_file is None:
+        if args.prompt != "-":
+            return [args.prompt]
+        text = _decoded(sys.stdin.buffer.read(), "standard input")
+        return [text.removesuffix("\n").removesuffix("\r")]
+    try:
+        content = Path(args.prompt_file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{args.prompt_file} cannot be read: {error.strerror}") from None
+    lines = _decoded(content, args.prompt_file).splitlines()
+    if not lines:
+        raise InputError(f"{args.prompt_file} is empty: expected one prompt a line")
+    return lines
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again"
+        ) from None
+
+
+def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[int]:
+    """A prompt's ids: as text, or with --chat as a dialogue of one message."""
+    if not args.chat:
+        return llama.encode(prompt)
+    llama.encode("")  # says what is missing where there is no tokenizer
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return encode_chat(llama.tokenizer, messages)
+
+
+def print_text(generation: Generation, heads: Sequence[str]) -> None:
+    """Each row's head and completion in order: the first unfinished row as its text is made,
+    the others when their turn comes."""
+    waiting = list(heads)
+    turn = 0
+    _write(waiting[0])
+    for row, text in generation:
+        if row == turn:
+            _write(text)
+        else:
+            waiting[row] += text
+        while turn < len(waiting) - 1 and generation.rows[turn].finish_reason is not None:
+            turn += 1
+            _write("\n" + waiting[turn])
+    for head in waiting[turn + 1 :]:  # rows that had nothing to say
+        _write("\n" + head)
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
+    """One line of JSON about one completion."""
+    fields = {
+        "prompt": prompt,
+        **asdict(completion),
+        "backend": llama.backend.name,
+        "dtype": llama.dtype,
+    }
+    if not log_probs:
+        del fields["log_probs"]
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def print_log_probs(llama: Llama, completion: Completion) -> None:
+    """A table of id, log-probability and piece."""
+    print(f"{'id':>6} {'log p':>9}  piece", file=sys.stderr)
+    for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
+        piece = llama.tokenizer.piece(id_)
+        print(f"{id_:>6} {log_prob:>9.4f}  {piece!r}", file=sys.stderr)
+
+
+def print_stats(llama: Llama, generation: Generation) -> None:
+    """Speed, memory, and what is needed to have the same text again."""
+    t = generation.timings
+    gb_per_forward = llama.bytes_per_forward / 1e9  # GB/s: weights read, once for all rows
+    peak = llama.backend.peak_bytes()
+    memory = f"weights {llama.parameters.nbytes / 1e6:.1f} MB"
+    if peak is not None:
+        memory += f", peak {peak / 1e6:.1f} MB"
+    rows = {
+        "time to first token": f"{t.first_token_seconds * 1e3:.1f} ms",
+        "prefill": f"{t.prompt_tokens} tokens, {t.prefill_tokens_per_second:.1f} tokens/s, "
+        f"{t.prefill_forwards * gb_per_forward / max(t.prefill_seconds, 1e-9):.2f} GB/s",
+        "decode": f"{t.decode_tokens} tokens, {t.decode_tokens_per_second:.1f} tokens/s, "
+        f"{t.decode_steps * gb_per_forward / max(t.decode_seconds, 1e-9):.2f} GB/s",
+        "memory": memory,
+        "backend": f"{llama.backend.name} ({llama.backend.device_name()})",
+        "dtype": llama.dtype,
+        "finish": ", ".join(c.finish_reason for c in generation.completions()),
+        "seed": str(generation.seed),
+    }
+    for name, value in rows.items():
+        print(f"{name:<20} {value}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The loop that drives it all: prefill, decode, sample, and text as it becomes certain."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from npllama.backend import Array
+from npllama.model import PREFILL_CHUNK, Transformer
+from npllama.sampling import Sampling, uniforms
+from npllama.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass
+class Timings:
+    """Where the time of one generation went; shared by all rows of a batch.
+
+    Attributes:
+        prompt_tokens, new_tokens: over all rows.
+        first_token_seconds: from the start to the first row's first token.
+        prefill_seconds: the prompts, and the first token of each row.
+        decode_seconds: all further tokens, without the caller's own time between them.
+        prefill_forwards, decode_steps: forwards; each reads the weights once.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    prefill_forwards: int = 0
+    decode_steps: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Completion:
+    """What the model said.
+
+    Attributes:
+        text: the completion without the prompt; None where there is no tokenizer.
+        ids: its token ids, the end-of-sequence id included where there was one.
+        log_probs: of each id under the unmodified logits, in nats.
+        finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text), or "length"
+            (max_new_tokens, or the context is full).
+        timings: see Timings.
+        seed: reproduces the text.
+    """
+
+    text: str | None
+    ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    timings: Timings
+    seed: int
+
+
+class StopFilter:
+    """Lets text through until a stop text appears, holding back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str, final: bool = False) -> str:
+        """The text that is certain to come before any stop text."""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.found = True
+            certain, self._held = self._held[: min(found)], ""
+            return certain
+        keep = 0 if final else self._prefix_of_a_stop()
+        at = len(self._held) - keep
+        certain, self._held = self._held[:at], self._held[at:]
+        return certain
+
+    def _prefix_of_a_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop text."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+@dataclass
+class Row:
+    """One prompt and what has been said after it.
+
+    Args:
+        number: its place in the batch; with the seed, all that its random numbers depend on.
+        limit: new tokens at most: max_new_tokens, or what the context leaves.
+    """
+
+    number: int
+    prompt_ids: list[int]
+    limit: int
+    eos_ids: frozenset[int]
+    stop: StopFilter
+    tokenizer: Tokenizer | None
+    fresh_text: bool = False
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)
+        if self._decoder is not None and not self.fresh_text:
+            for id_ in self.prompt_ids:  # the completion continues the prompt's text
+                if id_ < self.tokenizer.vocab_size:
+                    self._decoder.push(id_)
+        if self.limit == 0:
+            self.finish_reason = "length"
+
+    def accept(self, id_: int, log_prob: float) -> str:
+        """Take the next token; the text that it makes certain."""
+        self.ids.append(id_)
+        self.log_probs.append(log_prob)
+        is_eos = id_ in self.eos_ids
+        text = ""
+        if self._decoder is not None and not is_eos:
+            text = self.stop.push(self._decoder.push(id_))
+        if is_eos:
+            self.finish_reason = "eos"
+        elif self.stop.found:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.limit:
+            self.finish_reason = "length"
+        if self._decoder is not None and self.finish_reason in ("eos", "length"):
+            text += self.stop.push(self._decoder.flush(), final=True)
+            if self.stop.found:
+                self.finish_reason = "stop"
+        self.text += text
+        return text
+
+
+class Generation:
+    """Runs a batch of rows to their ends; iterating yields (row number, text) as it is made.
+
+    Rows are prefilled one by one and decoded jointly, each at its own position; a row that has
+    ended leaves the batch. On a device with a queue, `backend.steps_ahead` steps are launched
+    before the oldest one's tokens are read, so it never waits for the text.
+
+    Args:
+        model: the transformer.
+        rows: prompts that fit the model's context.
+        sampling: how tokens are chosen.
+        seed: an integer.
+        n_tokens: only ids below it are chosen.
+    """
+
+    def __init__(
+        self, model: Transformer, rows: list[Row], sampling: Sampling, seed: int, n_tokens: int
+    ) -> None:
+        self.model = model
+        self.backend = model.backend
+        self.ops = model.ops
+        self.rows = rows
+        self.sampling = sampling
+        self.seed = seed
+        self.n_tokens = n_tokens
+        self.timings = Timings(prompt_tokens=sum(len(row.prompt_ids) for row in rows))
+
+    def completions(self) -> list[Completion]:
+        """Each row's completion; a row that was interrupted ends with reason "interrupted"."""
+        return [
+            Completion(
+                text=None if row.tokenizer is None else row.text,
+                ids=row.ids,
+                log_probs=row.log_probs,
+                finish_reason=row.finish_reason or "interrupted",
+                timings=self.timings,
+                seed=self.seed,
+            )
+            for row in self.rows
+        ]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        active = [row for row in self.rows if row.finish_reason is None]
+        if not active:
+            return
+        began = time.perf_counter()
+        longest = max(len(row.prompt_ids) + row.limit for row in active)
+        self._cache = self.model.new_cache(len(self.rows), longest)
+        step = self.ops.compile(self._step)
+        rows, tokens, log_probs, seen = self._prefill(active)
+        in_flight = deque([(rows, tokens, log_probs)])
+        launched = 1  # tokens of each active row that are computed or queued
+        is_first = True
+        while True:
+            began_step = began if is_first else time.perf_counter()
+            while len(in_flight) <= self.backend.steps_ahead:
+                going_on = [r for r in rows if r.finish_reason is None and launched < r.limit]
+                if not going_on:
+                    break
+                if len(going_on) < len(rows):
+                    kept = [i for i, row in enumerate(rows) if row in going_on]
+                    index = self.backend.to_device(np.array(kept))
+                    tokens = tokens[index]
+                    seen = None if seen is None else seen[index]
+                    rows = going_on
+                uniform = self._uniform(rows, launched)
+                tokens, log_probs = step(tokens, uniform, seen, tuple(r.number for r in rows))
+                in_flight.append((rows, tokens, log_probs))
+                launched += 1
+                self.timings.decode_steps += 1
+            if not in_flight:
+                return
+            done_rows, done_tokens, done_log_probs = in_flight.popleft()
+            ids = self.backend.to_host(done_tokens).tolist()
+            values = self.backend.to_host(done_log_probs).tolist()
+            n_new = sum(row.finish_reason is None for row in done_rows)
+            self._count(time.perf_counter() - began_step, n_new, is_first)
+            is_first = False
+            for row, id_, log_prob in zip(done_rows, ids, values, strict=True):
+                if row.finish_reason is None:
+                    yield row.number, row.accept(id_, log_prob)
+
+    def _prefill(self, rows: list[Row]) -> tuple[list[Row], Array, Array, Array | None]:
+        """Feed every prompt; the first new token of each row, (B,), and its log-probability."""
+        xp = self.backend.xp
+        logits = [self.model.prefill(row.prompt_ids, self._cache, row.number) for row in rows]
+        self.timings.prefill_forwards = sum(
+            math.ceil(len(row.prompt_ids) / PREFILL_CHUNK) for row in rows
+        )
+        seen = None
+        if self.sampling.repetition_penalty != 1:
+            host = np.zeros((len(rows), self.model.config.vocab_size), dtype=bool)
+            for i, row in enumerate(rows):
+                host[i, row.prompt_ids] = True
+            seen = self.backend.to_device(host)
+        tokens, log_probs = self.ops.next_token(
+            xp.concatenate(logits),  # B x (1, V) -> (B, V)
+            self._uniform(rows, 0),
+            self.sampling,
+            seen,
+            self.n_tokens,
+        )
+        return rows, tokens, log_probs, seen
+
+    def _step(
+        self, tokens: Array, uniform: Array, seen: Array | None, rows: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """One decode step, from tokens (B,) to the next tokens (B,) and their log-probabilities."""
+        logits = self.model.forward(tokens[:, None], self._cache, rows)  # (B, 1) -> (B, 1, V)
+        return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
+
+    def _uniform(self, rows: list[Row], step: int) -> Array:
+        return self.backend.to_device(uniforms(self.seed, [row.number for row in rows], step))
+
+    def _count(self, seconds: float, n_new: int, is_first: bool) -> None:
+        timings = self.timings
+        timings.new_tokens += n_new
+        if is_first:
+            timings.prefill_seconds = timings.first_token_seconds = seconds
+        else:
+            timings.decode_seconds += seconds
+            timings.decode_tokens += n_new

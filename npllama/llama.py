@@ -1,0 +1,325 @@
+"""The library's front door: `load` a model directory, then `Llama` reads and writes text."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from npllama import untrained
+from npllama.backend import get_backend
+from npllama.config import LlamaConfig
+from npllama.errors import InputError, TokenizerError
+from npllama.generation import Completion, Generation, Row, StopFilter
+from npllama.memory import check_memory
+from npllama.model import Transformer
+from npllama.ops import Ops, ops_for
+from npllama.parameters import Parameters
+from npllama.sampling import Sampling, checked_seed
+from npllama.tokenizer import Tokenizer
+from npllama.weights import STORAGE_DTYPES, Checkpoint
+
+Prompt = str | Sequence[int]
+MAX_NEW_TOKENS = 256
+DEFAULT_SAMPLING = Sampling()
+
+
+class Llama(Transformer):
+    """A transformer that reads and writes text; made by `load`.
+
+    Attributes:
+        config, parameters, ops, backend, context: see Transformer.
+        tokenizer: None where the directory has no tokenizer.model; ids work all the same.
+        dtype: storage dtype of the weights, by name.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        parameters: Parameters,
+        ops: Ops,
+        context: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(config, parameters, ops, context)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces and the model "
+                f"{config.vocab_size}: expected the tokenizer.model that came with the checkpoint"
+            )
+        self.tokenizer = tokenizer
+        self.dtype = parameters.layers[0].wq.values.dtype.name
+
+    def generate(
+        self,
+        prompt: Prompt = "",
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        min_p: float = Sampling.min_p,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Completion:
+        """Continue a prompt.
+
+        Args:
+            prompt: a text, or token ids taken as they are; "" is BOS alone.
+            max_new_tokens: the completion ends here, or where the context is full.
+            temperature: 0 for the likeliest token each time; higher is more surprising.
+            top_p, top_k, min_p, repetition_penalty: see npllama.sampling.Sampling.
+            seed: reproduces a text; None is a random one, found in the completion.
+            stop: texts that end the completion and are not part of it.
+            ignore_eos: go on after an end-of-sequence id.
+
+        Returns:
+            A Completion: text, ids, log-probabilities, finish reason, timings, seed.
+
+        Raises:
+            InputError: a prompt that does not fit the context, or an argument out of range.
+            TokenizerError: text asked of a model without a tokenizer.
+
+        >>> llama = load()
+        >>> completion = llama.generate("Once upon", max_new_tokens=5, seed=1, ignore_eos=True)
+        >>> len(completion.ids), completion.finish_reason
+        (5, 'length')
+        >>> completion.text == llama.generate(
+        ...     "Once upon", max_new_tokens=5, seed=1, ignore_eos=True
+        ... ).text
+        True
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        return self.generate_batch(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )[0]
+
+    def stream(
+        self,
+        prompt: Prompt = "",
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        min_p: float = Sampling.min_p,
+        repetition_penalty: float = Sampling.repetition_penalty,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """As `generate`, yielding the text in pieces as they become certain.
+
+        Joined, they are `generate(...).text`; no piece holds half a character.
+
+        >>> llama = load()
+        >>> pieces = list(llama.stream("Once", max_new_tokens=8, temperature=0))
+        >>> "".join(pieces) == llama.generate("Once", max_new_tokens=8, temperature=0).text
+        True
+        """
+        if self.tokenizer is None:
+            raise self._no_tokenizer()
+        generation = self.generation(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        return (text for _row, text in generation if text)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Continue several prompts at once, each as long as it is; see `generate`.
+
+        >>> from npllama.sampling import Sampling
+        >>> greedy = Sampling(temperature=0)
+        >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, sampling=greedy)
+        >>> [len(completion.ids) for completion in both]
+        [4, 4]
+        """
+        generation = self.generation(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        for _ in generation:
+            pass
+        return generation.completions()
+
+    def generation(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        fresh_text: bool = False,
+    ) -> Generation:
+        """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
+
+        Args:
+            fresh_text: the completion begins a text of its own, as a chat's answer does, and
+                does not continue the prompt's; it then has no leading space.
+
+        >>> generation = load().generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
+        >>> sorted({row for row, text in generation})
+        [0, 1]
+        >>> [len(completion.ids) for completion in generation.completions()]
+        [3, 3]
+        """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number")
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise InputError("a stop text is empty: expected at least one character")
+        if stops and self.tokenizer is None:
+            raise self._no_tokenizer()
+        if not prompts:
+            raise InputError("there are no prompts: expected at least one")
+        rows = []
+        for number, prompt in enumerate(prompts):
+            ids = self.encode(prompt)
+            self.to_tokens(ids)
+            rows.append(
+                Row(
+                    number=number,
+                    prompt_ids=ids,
+                    limit=min(max_new_tokens, self.context - len(ids)),
+                    eos_ids=frozenset(() if ignore_eos else self.config.eos_ids),
+                    stop=StopFilter(stops),
+                    tokenizer=self.tokenizer,
+                    fresh_text=fresh_text,
+                )
+            )
+        longest = max(len(row.prompt_ids) + row.limit for row in rows)
+        cache_dtype = self.ops.cache_dtype(self.parameters.embedding.values.dtype)
+        check_memory(self.config, self.ops, cache_dtype, len(rows), longest)
+        n_tokens = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return Generation(self, rows, sampling, checked_seed(seed), n_tokens)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, BOS first; ids are taken as they are.
+
+        >>> load().encode("a")
+        [1, 259, 100]
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise self._no_tokenizer()
+        return self.tokenizer.encode(prompt)
+
+    @property
+    def bytes_per_forward(self) -> int:
+        """Bytes of weights that one forward reads: all but an untied embedding, of which it
+        reads a row a token."""
+        parameters = self.parameters
+        untied = parameters.head.lm_head.values is not parameters.embedding.values
+        return parameters.nbytes - (parameters.embedding.nbytes if untied else 0)
+
+    @staticmethod
+    def _no_tokenizer() -> TokenizerError:
+        return TokenizerError(
+            "the model directory has no tokenizer.model: put the checkpoint's there to work with "
+            "text, or pass token ids"
+        )
+
+
+def load(
+    path: str | Path | None = None,
+    backend: str = "auto",
+    dtype: str | None = None,
+    context: int | None = None,
+) -> Llama:
+    """Load a model directory: config.json, safetensors, tokenizer.model.
+
+    Args:
+        path: the directory, as Hugging Face lays it out; None is a small model with random
+            weights, which has learnt nothing.
+        backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are.
+        dtype: storage dtype of the matrices, "float32", "bfloat16" or "float16"; None keeps
+            them as stored (on the CPU as views of the memory-mapped file).
+        context: positions to plan memory for, at most and by default the model's own.
+
+    Raises:
+        NpllamaError: one of its kinds, with one line that says what is wrong.
+
+    >>> llama = load()
+    >>> llama.config.n_layers, llama.dtype
+    (2, 'float32')
+    >>> llama.logits([1, 100]).shape
+    (2, 260)
+    >>> llama.trace([1, 100]).attention.shape
+    (2, 4, 2, 2)
+    """
+    if dtype == "int8":
+        raise InputError(
+            "dtype int8 is not available yet: expected float32, bfloat16 or float16 "
+            "(bfloat16 is the smallest that runs)"
+        )
+    if dtype is not None and dtype not in STORAGE_DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(STORAGE_DTYPES)}")
+    directory = None if path is None else _checked_directory(Path(path))
+    config = untrained.CONFIG if directory is None else LlamaConfig.from_directory(directory)
+    context = _checked_context(context, config)
+    ops = ops_for(get_backend(backend))
+    if directory is None:
+        print(
+            "npllama: no model was given: this small one has random weights and has learnt "
+            "nothing; give a model directory to run a real one",
+            file=sys.stderr,
+        )
+        storage = STORAGE_DTYPES[dtype or "float32"]
+        parameters = untrained.random_parameters(config, ops, seed=0, dtype=storage)
+        return Llama(config, parameters, ops, context, untrained.byte_tokenizer())
+    tokenizer = None
+    if (directory / "tokenizer.model").exists():
+        tokenizer = Tokenizer(directory / "tokenizer.model")
+    checkpoint = Checkpoint(directory, config, dtype)
+    cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
+    check_memory(config, ops, cache_dtype, 1, context, weights=checkpoint.nbytes)
+    return Llama(config, checkpoint.parameters(ops), ops, context, tokenizer)
+
+
+def _checked_directory(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: expected a model directory with a config.json")
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is a file: expected a model directory; tools/convert.py makes one"
+        )
+    return path
+
+
+def _checked_context(context: int | None, config: LlamaConfig) -> int:
+    if context is None:
+        return config.context_length
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise InputError(f"context is {context!r}: expected a whole number of at least 1")
+    if context > config.context_length:
+        raise InputError(
+            f"context is {context}: the model was trained for {config.context_length} positions"
+        )
+    return context

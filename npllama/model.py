@@ -1,0 +1,184 @@
+"""The transformer: embedding, L blocks, head. One forward for every backend and every phase."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from npllama.backend import Array
+from npllama.config import LlamaConfig
+from npllama.errors import InputError
+from npllama.kv_cache import KVCache
+from npllama.ops import Ops
+from npllama.parameters import Parameters
+
+PREFILL_CHUNK = 512
+"""Prompt tokens in one forward: memory grows with PREFILL_CHUNK * context, not context^2."""
+
+LAST = slice(-1, None)
+NONE = slice(0, 0)
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What every layer saw and did, for readers and for the equivalence tests.
+
+    Attributes:
+        hidden: (L+1, T, D) float32; hidden[0] is the embedding, hidden[i] what block i-1 left.
+        attention: (L, H, T, T) float32; attention[i, h, t] is how head h of layer i divides
+            token t's attention over the tokens, 0 for those after it.
+    """
+
+    hidden: np.ndarray
+    attention: np.ndarray
+
+
+class Transformer:
+    """LLaMA-2 as a function of its parameters.
+
+    Args:
+        config: the shape of the model.
+        parameters: the weights, on the backend's device.
+        ops: the mathematics.
+        context: positions that a cache has room for at most.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, parameters: Parameters, ops: Ops, context: int | None = None
+    ) -> None:
+        self.config = config
+        self.parameters = parameters
+        self.ops = ops
+        self.backend = ops.backend
+        self.context = context or config.context_length
+        self.rope_table = ops.rope_table(self.context, config.head_dim, config.rope_theta)
+
+    def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
+        """An empty cache of `batch` rows with room for `context` positions each."""
+        config = self.config
+        context = context or self.context
+        chunk = min(PREFILL_CHUNK, context)
+        return KVCache(
+            self.backend,
+            self.rope_table,
+            n_layers=config.n_layers,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            batch=batch,
+            context=context,
+            dtype=self.ops.cache_dtype(self.parameters.embedding.values.dtype),
+            scratch_size=self.ops.scratch_size(config.n_heads, config.n_kv_heads, chunk, context),
+        )
+
+    def forward(
+        self,
+        tokens: Array,
+        cache: KVCache,
+        rows: tuple[int, ...] | None = None,
+        wanted: slice = LAST,
+    ) -> Array:
+        """Logits of the next token, and the cache filled with the new tokens.
+
+        Args:
+            tokens: (B, T) integers on the device; row b continues row rows[b] of the cache.
+            rows: B rows of the cache, each at a position of its own; default all.
+            wanted: the positions among T whose logits are computed; the last by default.
+
+        Returns:
+            (B, n, V) float32 for n wanted positions.
+
+        Raises:
+            InputError: the cache has no room for T more positions.
+        """
+        ops, parameters = self.ops, self.parameters
+        positions = cache.positions(tokens.shape[1], rows)
+        x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
+        for layer, layer_cache in zip(parameters.layers, cache.layers, strict=True):
+            x = ops.attention_block(x, layer, layer_cache, positions)
+            x = ops.feed_forward(x, layer)
+        cache.advance(positions)
+        x = x[:, wanted]  # (B, T, D) -> (B, n, D)
+        if x.shape[1] == 0:
+            return self.backend.xp.zeros((*x.shape[:2], self.config.vocab_size), dtype="float32")
+        return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
+
+    def prefill(
+        self, ids: Sequence[int], cache: KVCache, row: int = 0, chunk: int = PREFILL_CHUNK
+    ) -> Array:
+        """Feed a prompt to one row in chunks; (1, V) logits of the token after it.
+
+        The head runs once, on the last position. Any `chunk` gives the same logits.
+        """
+        tokens = self.to_tokens(ids)
+        for begin in range(0, len(ids), chunk):
+            is_last = begin + chunk >= len(ids)
+            part = tokens[None, begin : begin + chunk]  # (T,) -> (1, chunk)
+            logits = self.forward(part, cache, (row,), wanted=LAST if is_last else NONE)
+        return logits[:, 0]  # (1, 1, V) -> (1, V)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits: row t scores what follows ids[0..t].
+
+        Returns:
+            (T, V) float32 NumPy array.
+
+        Raises:
+            InputError: no ids, ids outside the vocabulary, or more than the context holds.
+        """
+        tokens = self.to_tokens(ids)
+        cache = self.new_cache(context=len(ids))
+        out = np.empty((len(ids), self.config.vocab_size), dtype="float32")
+        for begin in range(0, len(ids), PREFILL_CHUNK):
+            part = tokens[None, begin : begin + PREFILL_CHUNK]
+            logits = self.forward(part, cache, wanted=ALL)  # (1, chunk, V)
+            out[begin : begin + PREFILL_CHUNK] = self.backend.to_host(logits[0])
+        return out
+
+    def trace(self, ids: Sequence[int]) -> Trace:
+        """Every layer's hidden state and attention weights for `ids`; see Trace.
+
+        Attention weights are recomputed from each block's input by the reference equations.
+        Memory: L * H * T^2 numbers.
+
+        Raises:
+            InputError: as for `logits`.
+        """
+        ops, to_host = self.ops, self.backend.to_host
+        tokens = self.to_tokens(ids)
+        cache = self.new_cache(context=len(ids))
+        positions = cache.positions(len(ids))
+        x = ops.embed(tokens[None], self.parameters.embedding)  # (T,) -> (1, T, D)
+        hidden, attention = [to_host(x[0]).copy()], []
+        for layer, layer_cache in zip(self.parameters.layers, cache.layers, strict=True):
+            q, k, _ = ops.queries_keys_values(x, layer, positions)
+            q, k = q[0].swapaxes(0, 1), k[0].swapaxes(0, 1)  # (1, T, H, C) -> (H, T, C)
+            attention.append(to_host(ops.attention_weights(q, k)))  # (H, T, T)
+            x = ops.attention_block(x, layer, layer_cache, positions)
+            x = ops.feed_forward(x, layer)
+            hidden.append(to_host(x[0]).copy())
+        return Trace(np.stack(hidden), np.stack(attention))
+
+    def to_tokens(self, ids: Sequence[int]) -> Array:
+        """Ids -> (T,) int32 on the device, checked here because arrays take -1 silently.
+
+        Raises:
+            InputError: no ids, ids outside the vocabulary, or more than the context holds.
+        """
+        n = len(ids)
+        if n == 0:
+            raise InputError("there are no token ids: expected at least one, such as BOS")
+        for i, id_ in enumerate(ids):
+            if isinstance(id_, bool) or not isinstance(id_, int | np.integer):
+                raise InputError(f"token id {id_!r} at position {i} is not an integer")
+            if not 0 <= id_ < self.config.vocab_size:
+                raise InputError(
+                    f"token id {id_} at position {i} is outside the vocabulary of "
+                    f"{self.config.vocab_size}"
+                )
+        if n > self.context:
+            raise InputError(
+                f"{n} tokens do not fit the context of {self.context}: "
+                "shorten the prompt or raise --context"
+            )
+        return self.backend.to_device(np.asarray(ids, dtype="int32"))

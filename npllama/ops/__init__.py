@@ -1,0 +1,17 @@
+"""The mathematics of LLaMA-2: read equations.py, then blocks.py, then sampling.py.
+
+`Ops` is the reference in plain `xp` calls; `NumpyOps` and `CupyOps` override what their
+backend does better, under the same signatures, and the tests hold them to the reference.
+"""
+
+from npllama.backend import Backend
+from npllama.ops.blocks import Ops
+from npllama.ops.cupy_ops import CupyOps
+from npllama.ops.numpy_ops import NumpyOps
+
+__all__ = ["CupyOps", "NumpyOps", "Ops", "ops_for"]
+
+
+def ops_for(backend: Backend) -> Ops:
+    """The mathematics for a backend, with its overrides."""
+    return {"numpy": NumpyOps, "cupy": CupyOps}.get(backend.name, Ops)(backend)

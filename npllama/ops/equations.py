@@ -1,0 +1,206 @@
+"""The paper, line by line: every equation of LLaMA-2 in plain array calls, once for any `xp`.
+
+Letters: B batch, T new tokens, S cached positions, N = S + T, D width, H query heads,
+K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers.
+
+dtypes: every function computes in the dtype of the activations it is given (float32 in
+the model, float64 in the tests), and widens a weight from its storage dtype to that.
+"""
+
+import math
+
+from npllama.backend import Array, Backend
+from npllama.parameters import Matrix
+
+
+class Equations:
+    """The lower level of ops. A backend overrides a method under the same signature."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.xp = backend.xp
+
+    # -- embedding and projections ---------------------------------------------------------
+
+    def embedding(self, tokens: Array, w: Matrix, dtype: str = "float32") -> Array:
+        """Row `tokens[b, t]` of the embedding matrix:  x[b, t] = W[tokens[b, t]].
+
+        Args:
+            tokens: (B, T) integers in [0, V); checked on the host, since NumPy takes -1.
+            w: (V, D) in any storage dtype; only the rows in use are widened.
+
+        Returns:
+            (B, T, D) in `dtype`.
+
+        Source: Vaswani et al. 2017, section 3.4 (without the factor sqrt(D)).
+        """
+        x = w.values[tokens].astype(dtype)  # (V, D), (B, T) -> (B, T, D)
+        if w.scale is not None:
+            x = x * w.scale[tokens][..., None].astype(dtype)  # (B, T, D) * (B, T, 1)
+        return x
+
+    def linear(self, x: Array, w: Matrix) -> Array:
+        """Projection without bias:  y = x W^T.
+
+        Args:
+            x: (..., D).
+            w: (N, D) in any storage dtype, widened whole to x's; a scale multiplies the
+                N outputs, since it is one factor a row of W.
+
+        Returns:
+            (..., N) in x's dtype.
+
+        Source: Vaswani et al. 2017, section 3.2.2 (the W of "projections").
+        """
+        y = x @ w.values.astype(x.dtype, copy=False).T  # (..., D) @ (D, N) -> (..., N)
+        return y if w.scale is None else y * w.scale.astype(x.dtype)
+
+    # -- normalization -----------------------------------------------------------------------
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """Root mean square normalization:  y = x / sqrt(mean(x^2) + eps) * weight.
+
+        Args:
+            x: (..., D).
+            weight: (D,).
+            eps: inside the square root, as Meta and Hugging Face have it.
+
+        Returns:
+            (..., D) in x's dtype.
+
+        Source: Zhang & Sennrich 2019, equation 4; LLaMA (Touvron et al. 2023a), section 2.2:
+        the input of each sub-layer is normalized, not its output.
+        """
+        mean_square = (x * x).mean(axis=-1, keepdims=True)  # (..., D) -> (..., 1)
+        return x / self.xp.sqrt(mean_square + eps) * weight.astype(x.dtype, copy=False)
+
+    # -- rotary position embeddings ----------------------------------------------------------
+
+    def rope_table(
+        self, n_positions: int, head_dim: int, theta: float, dtype: str = "float32"
+    ) -> tuple[Array, Array]:
+        """Cosine and sine of every rotation angle:  angle[p, i] = p * theta^(-2i / C).
+
+        The angles are float64 and only the result is rounded: at position 4000 an angle in
+        half precision would be off by more than a radian.
+
+        Returns:
+            cos, sin: (n_positions, C/2) in `dtype`.
+
+        Source: Su et al. 2021 (RoFormer), section 3.2.2, Theta = {theta_i}.
+        """
+        xp = self.xp
+        pair = xp.arange(head_dim // 2, dtype="float64")  # (C/2,)
+        frequency = theta ** (-2.0 * pair / head_dim)  # (C/2,) radians a position
+        position = xp.arange(n_positions, dtype="float64")  # (n_positions,)
+        angle = position[:, None] * frequency[None, :]  # (n_positions, C/2)
+        return xp.cos(angle).astype(dtype), xp.sin(angle).astype(dtype)
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Turn the pair (x_i, x_{i+C/2}) of each head by its position's angle_i:
+
+            y_i       = x_i cos_i - x_{i+C/2} sin_i
+            y_{i+C/2} = x_{i+C/2} cos_i + x_i sin_i
+
+        Pairs are (i, i + C/2), Hugging Face's row order; Meta's files pair (2i, 2i+1), and the
+        converter permutes their wq and wk once.
+
+        Args:
+            x: (B, T, heads, C), queries or keys.
+            cos, sin: (B, T, C/2), the table's rows at each token's position.
+
+        Returns:
+            (B, T, heads, C) in x's dtype. The norm of each head is kept, and q . k depends
+            on the distance of their positions alone.
+
+        Source: Su et al. 2021, equation 34.
+        """
+        half = x.shape[-1] // 2
+        first, second = x[..., :half], x[..., half:]  # (B, T, heads, C) -> 2 x (B, T, heads, C/2)
+        cos = cos[:, :, None, :].astype(x.dtype, copy=False)  # (B, T, C/2) -> (B, T, 1, C/2)
+        sin = sin[:, :, None, :].astype(x.dtype, copy=False)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return self.xp.concatenate(turned, axis=-1)  # 2 x (B, T, heads, C/2) -> (B, T, heads, C)
+
+    # -- attention ---------------------------------------------------------------------------
+
+    def softmax(self, x: Array) -> Array:
+        """p_i = exp(x_i - max x) / sum_j exp(x_j - max x) over the last axis.
+
+        The largest exponent is 0, so nothing overflows; -inf gives 0. At least one entry of
+        each row is finite.
+
+        Source: Vaswani et al. 2017, equation 1; the shift changes nothing but the rounding.
+        """
+        e = self.xp.exp(x - x.max(axis=-1, keepdims=True))
+        return e / e.sum(axis=-1, keepdims=True)
+
+    def attention_weights(self, q: Array, k: Array) -> Array:
+        """Causal attention of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
+
+        The T queries are the last T of the N = S + T positions: query t sees the keys 0 .. S+t.
+        G = H / K neighbouring query heads share a key head and are viewed beside it, so no key
+        is repeated. G = 1 is multi-head, K = 1 multi-query attention.
+
+        Args:
+            q: (H, T, C), rotated.
+            k: (K, N, C), rotated.
+
+        Returns:
+            (H, T, N) in q's dtype; each row sums to 1.
+
+        Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA), section 2.2.
+        """
+        xp = self.xp
+        n_heads, n_new, head_dim = q.shape
+        n_kv_heads, n_keys, _ = k.shape
+        k = k.astype(q.dtype, copy=False)
+        grouped = q.reshape(n_kv_heads, -1, head_dim)  # (H, T, C) -> (K, G*T, C)
+        scores = grouped @ k.swapaxes(-1, -2)  # (K, G*T, C) @ (K, C, N) -> (K, G*T, N)
+        scores = scores.reshape(n_heads, n_new, n_keys) / math.sqrt(head_dim)  # -> (H, T, N)
+        if n_new > 1:  # a single query is the last position and sees every key
+            query_position = xp.arange(n_keys - n_new, n_keys)[:, None]  # S + t: (T, 1)
+            sees = xp.arange(n_keys)[None, :] <= query_position  # (T, N)
+            scores = xp.where(sees, scores, -math.inf)
+        return self.softmax(scores)
+
+    def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
+        """What each head reads:  o = softmax(q k^T / sqrt(C) + mask) v.
+
+        Args:
+            q: (H, T, C), rotated.
+            k: (K, N, C), rotated; N = S + T, the new tokens' keys included.
+            v: (K, N, C).
+            scratch: (n,) room for scores, which an override may use and this ignores.
+
+        Returns:
+            (H, T, C) in q's dtype.
+
+        Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA), section 2.2.
+        """
+        n_kv_heads, n_keys, _ = v.shape
+        p = self.attention_weights(q, k)
+        grouped = p.reshape(n_kv_heads, -1, n_keys)  # (H, T, N) -> (K, G*T, N)
+        o = grouped @ v.astype(q.dtype, copy=False)  # (K, G*T, N) @ (K, N, C) -> (K, G*T, C)
+        return o.reshape(q.shape)  # (K, G*T, C) -> (H, T, C)
+
+    # -- feed-forward ------------------------------------------------------------------------
+
+    def silu(self, x: Array) -> Array:
+        """x * sigmoid(x), also called Swish with beta = 1.
+
+        sigmoid(x) = 1 / (1 + e^-x) for x >= 0 and e^x / (1 + e^x) below: no exponent is above
+        0, so nothing overflows.
+
+        Source: Elfwing et al. 2017, equation 5; Ramachandran et al. 2017.
+        """
+        xp = self.xp
+        e = xp.exp(-xp.abs(x))
+        return x * xp.where(x >= 0, 1.0, e) / (1.0 + e)
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """SiLU(gate) * up, elementwise: gate = x W_gate^T, up = x W_up^T, all (..., F).
+
+        Source: Shazeer 2020 (GLU variants), equation 6; w_gate is Meta's w1, w_up its w3.
+        """
+        return self.silu(gate) * up

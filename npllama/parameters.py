@@ -1,0 +1,96 @@
+"""The model's parameters as plain data: what the equations are given, and nothing that acts.
+
+Shapes: D width, H query heads, K key-value heads, C head width, F ffn width, V vocabulary.
+Every matrix maps its last axis to its first, (N_out, N_in), as Hugging Face stores it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+from npllama.backend import Array
+
+Part = TypeVar("Part", bound="_Mapped")
+
+
+class _Mapped:
+    """A frozen dataclass of arrays and of other parts."""
+
+    def map(self: Part, move: Callable[[Array], Array]) -> Part:
+        """The same part with `move` applied to each of its arrays, one after the other."""
+        changed = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, _Mapped):
+                changed[field.name] = value.map(move)
+            elif hasattr(value, "shape"):
+                changed[field.name] = move(value)
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Matrix(_Mapped):
+    """A weight in its storage dtype: W[n, d] = values[n, d] * scale[n].
+
+    Attributes:
+        values: (N, D) in float32, float16, bfloat16 or int8.
+        scale: (N,) float32, one factor an output row; None means 1.
+    """
+
+    values: Array
+    scale: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+@dataclass(frozen=True)
+class Layer(_Mapped):
+    """One transformer block. Under sharding H, K and F are the counts of this shard."""
+
+    attention_norm: Array  # (D,) float32
+    wq: Matrix  # (H*C, D)
+    wk: Matrix  # (K*C, D)
+    wv: Matrix  # (K*C, D)
+    wo: Matrix  # (D, H*C)
+    ffn_norm: Array  # (D,) float32
+    w_gate: Matrix  # (F, D)
+    w_up: Matrix  # (F, D)
+    w_down: Matrix  # (D, F)
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class Head(_Mapped):
+    """What turns the last hidden state into logits."""
+
+    norm: Array  # (D,) float32
+    lm_head: Matrix  # (V, D); the embedding itself where the checkpoint ties them
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All of a model: embedding (V, D), L layers, head."""
+
+    embedding: Matrix
+    layers: tuple[Layer, ...]
+    head: Head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in their storage dtype; a tied head counts once."""
+        arrays: dict[int, int] = {}
+
+        def count(array: Array) -> Array:
+            arrays[id(array)] = array.nbytes
+            return array
+
+        for part in (self.embedding, *self.layers, self.head):
+            part.map(count)
+        return sum(arrays.values())

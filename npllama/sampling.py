@@ -1,0 +1,78 @@
+"""What a user asks of sampling, checked; and the random numbers it gets.
+
+The mathematics is in ops/sampling.py.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from npllama.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Applied in the order: repetition penalty, temperature,
+    top-k, top-p, min-p, draw.
+
+    Attributes:
+        temperature: 0 takes the likeliest token (greedy); logits are divided by it otherwise.
+        top_k: only the k likeliest; 0 for all.
+        top_p: only the fewest whose probabilities reach p; 1 for all.
+        min_p: only those at least this times as likely as the likeliest; 0 for all.
+        repetition_penalty: above 1, tokens of the prompt and the text so far become less
+            likely; 1 for none.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or above")
+        is_count = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        _require("top_k", self.top_k, is_count and self.top_k >= 0, "a whole number, 0 for all")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _require("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0, 1 for none")
+
+
+def checked_seed(seed: int | None) -> int:
+    """The seed itself, or a random one for None.
+
+    Raises:
+        InputError: not an integer in [0, 2^64).
+    """
+    if seed is None:
+        return secrets.randbits(32)
+    is_integer = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    _require("seed", seed, is_integer and 0 <= seed < 2**64, "a whole number from 0 below 2^64")
+    return int(seed)
+
+
+def uniforms(seed: int, rows: Sequence[int], step: int) -> np.ndarray:
+    """One number in [0, 1) for each row's token number `step`: (B,) float64.
+
+    Counter-based (Salmon et al. 2011, Philox): a function of (seed, row, step) alone, so a
+    row's text does not depend on which other rows run, on the backend, or on what came before.
+    """
+    return np.array(
+        [
+            np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0, step])).random()
+            for row in rows
+        ]
+    )
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {value}: expected {expected}")

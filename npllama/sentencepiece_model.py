@@ -1,0 +1,74 @@
+"""Writing a sentencepiece model: the few lines of protobuf wire format that a BPE needs.
+
+sentencepiece reads a serialized ModelProto and can only be asked to write one by training, or
+through the protobuf package, which does not come with it. Field numbers are those of
+sentencepiece_model.proto.
+"""
+
+import struct
+from collections.abc import Iterable
+from enum import IntEnum
+
+_VARINT, _LENGTH_DELIMITED, _FIXED32 = 0, 2, 5
+
+
+class PieceType(IntEnum):
+    """ModelProto.SentencePiece.Type."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    BYTE = 6
+
+
+def bpe_model(pieces: Iterable[tuple[str, float, PieceType]]) -> bytes:
+    """A serialized ModelProto with Llama's settings: BPE, byte fallback, no normalization,
+    a dummy prefix, all white space kept.
+
+    Args:
+        pieces: (text, score, type) in order of their ids; a space is written U+2581. BPE merges
+            the neighbours whose union has the highest score first.
+    """
+    pieces = list(pieces)
+    model = b""
+    for text, score, kind in pieces:
+        piece = _bytes(1, text.encode()) + _float(2, score) + _integer(3, kind)
+        model += _bytes(1, piece)
+    trainer = _integer(3, 2) + _integer(4, len(pieces)) + _integer(35, 1)  # BPE, size, fallback
+    normalizer = _bytes(1, b"identity") + _integer(3, 1) + _integer(4, 0) + _integer(5, 1)
+    return model + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+def special_and_byte_pieces() -> list[tuple[str, float, PieceType]]:
+    """Ids 0 .. 258 of every Llama vocabulary: unknown, BOS, EOS, and byte b at id b + 3."""
+    special = [
+        ("<unk>", 0.0, PieceType.UNKNOWN),
+        ("<s>", 0.0, PieceType.CONTROL),
+        ("</s>", 0.0, PieceType.CONTROL),
+    ]
+    return special + [(f"<0x{byte:02X}>", 0.0, PieceType.BYTE) for byte in range(256)]
+
+
+def _tag(field: int, wire_type: int) -> bytes:
+    return _varint(field << 3 | wire_type)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _integer(field: int, value: int) -> bytes:
+    return _tag(field, _VARINT) + _varint(value)
+
+
+def _float(field: int, value: float) -> bytes:
+    return _tag(field, _FIXED32) + struct.pack("<f", value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _tag(field, _LENGTH_DELIMITED) + _varint(len(value)) + value

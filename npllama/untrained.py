@@ -1,0 +1,65 @@
+"""A model that has learnt nothing: seeded random weights, and a vocabulary of bytes."""
+
+import numpy as np
+
+from npllama.config import LlamaConfig
+from npllama.ops import Ops
+from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
+from npllama.tokenizer import Tokenizer
+
+BYTE_PIECES = [*special_and_byte_pieces(), ("\u2581", 0.0, PieceType.NORMAL)]
+CONFIG = LlamaConfig(
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=176,
+    vocab_size=len(BYTE_PIECES),
+    context_length=512,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer without merges: the three special ids, 256 bytes, and the space."""
+    return Tokenizer.from_bytes(bpe_model(BYTE_PIECES))
+
+
+def random_parameters(
+    config: LlamaConfig, ops: Ops, seed: int = 0, dtype: np.dtype | str = "float32"
+) -> Parameters:
+    """Weights as at the start of training: normal with variance 1 / (inputs), norms 1."""
+    generator = np.random.default_rng(seed)
+
+    def matrix(n_out: int, n_in: int) -> Matrix:
+        values = generator.standard_normal((n_out, n_in), dtype="float32")
+        values *= n_in**-0.5
+        return Matrix(values.astype(dtype, copy=False))
+
+    d, f, v = config.dim, config.ffn_dim, config.vocab_size
+    kv = config.n_kv_heads * config.head_dim
+
+    def ones() -> np.ndarray:
+        return np.ones(d, dtype="float32")
+
+    eps = config.norm_eps
+    embedding = ops.prepare(matrix(v, d))
+    layers = tuple(
+        ops.prepare(
+            Layer(
+                attention_norm=ones(),
+                wq=matrix(d, d),
+                wk=matrix(kv, d),
+                wv=matrix(kv, d),
+                wo=matrix(d, d),
+                ffn_norm=ones(),
+                w_gate=matrix(f, d),
+                w_up=matrix(f, d),
+                w_down=matrix(d, f),
+                norm_eps=eps,
+            )
+        )
+        for _ in range(config.n_layers)
+    )
+    lm_head = embedding if config.tie_embeddings else matrix(v, d)
+    return Parameters(embedding, layers, ops.prepare(Head(ones(), lm_head, eps)))

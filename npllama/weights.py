@@ -1,0 +1,213 @@
+"""A model directory's tensors -> Parameters: names, shapes, dtypes.
+
+Names and row order are Hugging Face's, so any HF LLaMA-2 directory loads as it is. Tensors are
+views of memory-mapped files, moved to the device (`ops.prepare`) one after the other.
+"""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from npllama.config import LlamaConfig, read_json
+from npllama.errors import WeightsError
+from npllama.ops import Ops
+from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.safetensors_file import SafetensorsFile, TensorInfo
+
+STORAGE_DTYPES = {
+    "float32": np.dtype("float32"),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype("float16"),
+}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+_ROTARY_TABLE = ".rotary_emb.inv_freq"  # in older files; computed here instead
+
+# field of Layer -> what follows "model.layers.{i}." in the file
+LAYER_NAMES = {
+    "attention_norm": "input_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "w_gate": "mlp.gate_proj.weight",
+    "w_up": "mlp.up_proj.weight",
+    "w_down": "mlp.down_proj.weight",
+}
+
+
+def layer_name(index: int, field: str) -> str:
+    """The tensor's name in the file: layer_name(0, "wq") is model.layers.0.self_attn.q_proj..."""
+    return f"model.layers.{index}.{LAYER_NAMES[field]}"
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint; a tied head has none of its own."""
+    d, f, v = config.dim, config.ffn_dim, config.vocab_size
+    kv = config.n_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d)}
+    for i in range(config.n_layers):
+        layer = {
+            "attention_norm": (d,),
+            "wq": (d, d),
+            "wk": (kv, d),
+            "wv": (kv, d),
+            "wo": (d, d),
+            "ffn_norm": (d,),
+            "w_gate": (f, d),
+            "w_up": (f, d),
+            "w_down": (d, f),
+        }
+        shapes |= {layer_name(i, field): shape for field, shape in layer.items()}
+    shapes[NORM] = (d,)
+    if not config.tie_embeddings:
+        shapes[LM_HEAD] = (v, d)
+    return shapes
+
+
+class Checkpoint:
+    """The tensors of a model directory, checked against its config before any is read.
+
+    Args:
+        directory: holds model.safetensors, or shards and model.safetensors.index.json.
+        config: what the tensors must add up to.
+        dtype: storage dtype of the matrices; None keeps each as stored. Norms are float32.
+
+    Raises:
+        WeightsError: tensors that are missing, surplus, misshapen or truncated, by name.
+    """
+
+    def __init__(self, directory: Path, config: LlamaConfig, dtype: str | None = None) -> None:
+        self.directory = Path(directory)
+        self.config = config
+        self.dtype = None if dtype is None else STORAGE_DTYPES[dtype]
+        self._file_of = _open_files(self.directory)
+        self._check()
+
+    @property
+    def storage_dtype(self) -> np.dtype:
+        """The dtype of the matrices once loaded, read off the first query projection."""
+        return self.dtype or self._info(layer_name(0, "wq")).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters once loaded."""
+        total = 0
+        for name, shape in tensor_shapes(self.config).items():
+            stored = self._info(name).dtype
+            dtype = np.dtype("float32") if len(shape) == 1 else self.dtype or stored
+            total += dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        return total
+
+    def parameters(self, ops: Ops) -> Parameters:
+        """Load: each tensor is converted where asked and handed to `ops.prepare` in turn."""
+        eps = self.config.norm_eps
+        embedding = ops.prepare(self._matrix(EMBEDDING))
+        layers = []
+        for i in range(self.config.n_layers):
+            parts = {
+                field: self._norm(layer_name(i, field))
+                if field.endswith("_norm")
+                else self._matrix(layer_name(i, field))
+                for field in LAYER_NAMES
+            }
+            layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
+        lm_head = embedding if self.config.tie_embeddings else self._matrix(LM_HEAD)
+        head = ops.prepare(Head(self._norm(NORM), lm_head, eps))
+        return Parameters(embedding, tuple(layers), head)
+
+    def _info(self, name: str) -> TensorInfo:
+        return self._file_of[name].tensors[name]
+
+    def _norm(self, name: str) -> np.ndarray:
+        return self._file_of[name][name].astype("float32")
+
+    def _matrix(self, name: str) -> Matrix:
+        values = self._file_of[name][name]
+        if self.dtype is None or values.dtype == self.dtype:
+            return Matrix(values)
+        with np.errstate(over="ignore"):
+            converted = values.astype(self.dtype)
+        if self.dtype == np.float16 and np.isinf(converted).any() and not np.isinf(values).any():
+            raise WeightsError(
+                f"{self._file_of[name].path}: tensor {name} has values beyond float16's range "
+                "of 65504: use --dtype bfloat16 or float32"
+            )
+        return Matrix(converted)
+
+    def _check(self) -> None:
+        shapes = tensor_shapes(self.config)
+        missing = [name for name in shapes if name not in self._file_of]
+        if missing:
+            hint = ""
+            if missing == [LM_HEAD]:
+                hint = ' (a tied head needs "tie_word_embeddings": true in config.json)'
+            raise WeightsError(
+                f"{self.directory}: {_listed(missing)} missing: expected the {len(shapes)} "
+                f"tensors that config.json describes{hint}"
+            )
+        surplus = [
+            name
+            for name in self._file_of
+            if name not in shapes and not name.endswith(_ROTARY_TABLE) and not self._is_tie(name)
+        ]
+        if surplus:
+            raise WeightsError(
+                f"{self.directory}: {_listed(surplus)} not part of the model that config.json "
+                f"describes: expected {len(shapes)} tensors"
+            )
+        for name, shape in shapes.items():
+            found = self._info(name).shape
+            if found != shape:
+                raise WeightsError(
+                    f"{self._file_of[name].path}: tensor {name} has shape {list(found)}: "
+                    f"config.json asks for {list(shape)}"
+                )
+
+    def _is_tie(self, name: str) -> bool:
+        """A tied head that was stored all the same, equal to the embedding."""
+        if name != LM_HEAD or EMBEDDING not in self._file_of:
+            return False
+        head, embedding = (self._file_of[n][n] for n in (LM_HEAD, EMBEDDING))
+        return np.array_equal(head, embedding)
+
+
+def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the open file that holds it."""
+    if (directory / SINGLE).exists():
+        file = SafetensorsFile(directory / SINGLE)
+        return dict.fromkeys(file.tensors, file)
+    index_path = directory / INDEX
+    if not index_path.exists():
+        raise WeightsError(
+            f"{directory} has neither {SINGLE} nor {INDEX}: expected a Hugging Face model "
+            "directory; tools/convert.py makes one from other formats"
+        )
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and shard == Path(shard).name for shard in weight_map.values()
+    ):
+        raise WeightsError(f"{index_path}: weight_map does not name a file for each tensor")
+    files = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (directory / shard).exists():
+            raise WeightsError(f"{directory / shard} is missing: {INDEX} names it")
+        files[shard] = SafetensorsFile(directory / shard)
+    file_of = {name: file for file in files.values() for name in file.tensors}
+    for name, shard in weight_map.items():
+        if name not in files[shard].tensors:
+            raise WeightsError(f"{directory / shard} lacks tensor {name}, which {INDEX} puts there")
+    stored = sum(len(file.tensors) for file in files.values())
+    if stored != len(file_of):
+        raise WeightsError(f"{directory}: a tensor stands in more than one shard")
+    return file_of
+
+
+def _listed(names: list[str]) -> str:
+    """ "tensor a is", "tensors a, b, c and 4 more are"."""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown} are"
