@@ -1,0 +1,58 @@
+"""Write tests/cupy_api.json: the names and keywords of CuPy's public interface.
+
+    python tools/make_cupy_api.py        (needs a cupy package; a GPU is not needed)
+
+Tests on a machine without CuPy check against it every `xp` name that npllama uses, and the
+strict test arrays have the methods listed here and no others.
+"""
+
+import inspect
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import cupy
+
+DEST = Path(__file__).parent.parent / "tests" / "cupy_api.json"
+
+
+def parameters(function: object) -> list[str]:
+    """Parameter names, from the signature or else from the docstring's first line."""
+    try:
+        return [name for name in inspect.signature(function).parameters if name != "self"]
+    except (TypeError, ValueError):  # compiled
+        first_line = (inspect.getdoc(function) or "").split("\n")[0]
+    inside = re.search(r"\((.*)\)", first_line)
+    parts = inside.group(1).split(",") if inside else []
+    names = [re.search(r"(\w+)\s*(=|$)", part.strip()) for part in parts]
+    return [name.group(1) for name in names if name and name.group(1) != "self"]
+
+
+def public(owner: object, prefix: str = "") -> dict[str, list[str] | None]:
+    """Dotted name -> parameters; None for what is not called."""
+    found = {}
+    for name in sorted(dir(owner)):
+        value = getattr(owner, name, None)
+        if name.startswith("_") or isinstance(value, types.ModuleType):
+            continue
+        found[prefix + name] = parameters(value) if callable(value) else None
+    return found
+
+
+def main() -> None:
+    """Write the list."""
+    api = {
+        "version": cupy.__version__,
+        "functions": public(cupy)
+        | public(cupy.cuda, "cuda.")
+        | public(cupy.cuda.runtime, "cuda.runtime."),
+        "ndarray": public(cupy.ndarray),
+    }
+    DEST.write_text(json.dumps(api, indent=0) + "\n")
+    print(f"wrote {DEST}: CuPy {api['version']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
