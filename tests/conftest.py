@@ -1,0 +1,112 @@
+"""What the tests share: the implementations of ops they run on, small models, and data."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from strict_array import StrictBackend
+
+from npllama.backend import Backend, CupyBackend, cuda_device_count
+from npllama.config import LlamaConfig
+from npllama.llama import Llama
+from npllama.ops import CupyOps, NumpyOps, Ops
+from npllama.tokenizer import Tokenizer
+from npllama.untrained import byte_tokenizer, random_parameters
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+FIXTURES = Path(__file__).parent / "fixtures"
+
+# Every way to compute the same mathematics: the reference and each backend's overrides.
+HOST_IMPLEMENTATIONS = ("numpy", "strict")
+CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
+
+
+def cupy_is_present():
+    return importlib.util.find_spec("cupy") is not None and cuda_device_count() > 0
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        choices=("all", "numpy", "cupy"),
+        default="all",
+        help="all that are present; numpy: without CuPy; cupy: CuPy alone, and fail without it",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "implementation" in metafunc.fixturenames:
+        backend = metafunc.config.getoption("backend")
+        names = () if backend == "cupy" else HOST_IMPLEMENTATIONS
+        if backend == "cupy" or (backend == "all" and cupy_is_present()):
+            names += CUPY_IMPLEMENTATIONS
+        metafunc.parametrize("implementation", names)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("backend") != "cupy":
+        return
+    if not cupy_is_present():
+        raise pytest.UsageError("--backend cupy: no CuPy or no CUDA device on this machine")
+    items[:] = [item for item in items if "implementation" in getattr(item, "fixturenames", ())]
+
+
+def make_ops(implementation) -> Ops:
+    if implementation == "numpy":
+        return NumpyOps(Backend())
+    if implementation == "strict":
+        return Ops(StrictBackend())
+    import cupy
+
+    return (CupyOps if implementation == "cupy" else Ops)(CupyBackend(cupy))
+
+
+@pytest.fixture
+def ops(implementation) -> Ops:
+    return make_ops(implementation)
+
+
+@pytest.fixture
+def to_device(ops):
+    return ops.backend.to_device
+
+
+@pytest.fixture
+def to_host(ops):
+    return ops.backend.to_host
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+TINY = LlamaConfig(
+    dim=48, n_layers=2, n_heads=6, n_kv_heads=3, ffn_dim=56, vocab_size=260, context_length=64
+)
+
+
+def make_llama(ops, config=TINY, seed=0, tokenizer=None, dtype="float32") -> Llama:
+    """A small model with random weights, and by default a tokenizer of bytes."""
+    parameters = random_parameters(config, ops, seed, dtype)
+    return Llama(config, parameters, ops, tokenizer=tokenizer or byte_tokenizer())
+
+
+@pytest.fixture
+def llama(ops) -> Llama:
+    return make_llama(ops)
+
+
+def data_file(name) -> Path:
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here: it lies beside the project on its developers' machines")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer() -> Tokenizer:
+    """The tokenizer of Llama 2."""
+    return Tokenizer(data_file("llama2-tokenizer/tokenizer.model"))

@@ -1,0 +1,244 @@
+"""The loop: what it says, when it stops, and that batches and queues change nothing."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import TINY, make_llama
+
+from npllama.config import LlamaConfig
+from npllama.errors import InputError, OutOfMemoryError, TokenizerError
+from npllama.llama import Llama
+from npllama.sampling import Sampling
+from npllama.untrained import random_parameters
+
+GREEDY = Sampling(temperature=0)
+LIVELY = Sampling(temperature=1.5, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.3)
+PROMPTS = [[1, 100, 7], [1], [1, 9, 9, 9, 30, 31, 8], [1, 42]]
+
+
+def run(llama, prompts, **options):
+    generation = llama.generation(prompts, **options)
+    pieces = list(generation)
+    completions = generation.completions()
+    for row, completion in enumerate(completions):
+        assert "".join(text for at, text in pieces if at == row) == (completion.text or "")
+    return completions
+
+
+def test_greedy_takes_the_likeliest_token_each_time(llama):
+    ids = [1, 100, 7]
+    completion = llama.generate(ids, max_new_tokens=6, temperature=0, ignore_eos=True)
+    for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
+        logits = llama.logits(ids)[-1].astype("float64")
+        assert id_ == logits.argmax()
+        shifted = logits - logits.max()
+        assert log_prob == pytest.approx(shifted[id_] - np.log(np.exp(shifted).sum()), abs=1e-5)
+        ids.append(id_)
+
+
+def test_log_probs_are_of_the_unmodified_logits(llama):
+    options = {"temperature": 3.0, "top_k": 5, "repetition_penalty": 2.0, "seed": 1}
+    completion = llama.generate([1, 5], max_new_tokens=4, ignore_eos=True, **options)
+    logits = llama.logits([1, 5, *completion.ids])[1:-1].astype("float64")
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = [row[id_] for row, id_ in zip(log_p, completion.ids, strict=True)]
+    assert completion.log_probs == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, LIVELY], ids=["greedy", "lively"])
+def test_a_batch_says_what_each_row_says_alone(llama, sampling):
+    together = run(llama, PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
+    for row, prompt in enumerate(PROMPTS):
+        # alone at the same place in the batch: the others are cut short at once
+        generation = llama.generation(PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
+        for other in generation.rows:
+            if other.number != row:
+                other.finish_reason = "length"
+        for _ in generation:
+            pass
+        alone = generation.completions()[row]
+        assert alone.ids == together[row].ids, prompt
+        assert alone.log_probs == pytest.approx(together[row].log_probs, abs=1e-4)
+
+
+def test_steps_that_run_ahead_change_nothing(llama, monkeypatch):
+    results = []
+    for steps_ahead in (0, 1, 3):
+        monkeypatch.setattr(type(llama.backend), "steps_ahead", steps_ahead)
+        completions = run(llama, PROMPTS, sampling=LIVELY, seed=5, max_new_tokens=20)
+        results.append([(c.ids, c.text, c.finish_reason) for c in completions])
+    assert results[0] == results[1] == results[2]
+
+
+def test_rows_leave_the_batch_when_they_end(llama, monkeypatch):
+    sizes = []
+    forward = llama.forward
+    monkeypatch.setattr(
+        llama, "forward", lambda t, *rest, **k: sizes.append(t.shape) or forward(t, *rest, **k)
+    )
+    monkeypatch.setattr(type(llama.backend), "steps_ahead", 0)
+    prompts = [[1] * (llama.context - room) for room in (2, 4, 3)]
+    completions = run(llama, prompts, sampling=GREEDY, ignore_eos=True, max_new_tokens=99)
+    assert [len(c.ids) for c in completions] == [2, 4, 3]
+    assert [shape[0] for shape in sizes] == [1, 1, 1, 3, 2, 1]
+
+
+def test_the_seed_reproduces_the_text_and_another_does_not(llama):
+    def say(seed):
+        return llama.generate([1, 5], max_new_tokens=20, temperature=1.0, top_p=1, seed=seed)
+
+    assert say(7).ids == say(7).ids
+    assert say(7).ids != say(8).ids
+    random = say(None)
+    assert say(random.seed).ids == random.ids
+
+
+def test_generation_ends_at_the_context_with_reason_length(llama):
+    prompt = [1] * (llama.context - 3)
+    completion = llama.generate(prompt, max_new_tokens=99, temperature=0, ignore_eos=True)
+    assert (len(completion.ids), completion.finish_reason) == (3, "length")
+    full = llama.generate([1] * llama.context, max_new_tokens=99)
+    assert (full.ids, full.text, full.finish_reason) == ([], "", "length")
+    with pytest.raises(InputError, match="65 tokens do not fit the context of 64"):
+        llama.generate([1] * (llama.context + 1))
+
+
+def test_max_new_tokens_zero_is_an_empty_completion(llama):
+    completion = llama.generate([1], max_new_tokens=0)
+    assert (completion.ids, completion.text, completion.finish_reason) == ([], "", "length")
+
+
+def test_eos_ends_a_row_and_is_its_last_id(ops):
+    eos = make_llama(ops).generate([1, 5], max_new_tokens=9, temperature=0, ignore_eos=True).ids[4]
+    config = LlamaConfig(**{**vars(TINY), "eos_ids": (259, eos)})
+    llama = make_llama(ops, config)
+    completion = llama.generate([1, 5], max_new_tokens=9, temperature=0)
+    assert completion.finish_reason == "eos"
+    assert completion.ids[-1] == eos
+    assert eos not in completion.ids[:-1]
+    assert completion.text == llama.tokenizer.decode(completion.ids[:-1])
+    on = llama.generate([1, 5], max_new_tokens=9, temperature=0, ignore_eos=True)
+    assert on.ids[: len(completion.ids)] == completion.ids
+    assert (len(on.ids), on.finish_reason) == (9, "length")
+
+
+def test_a_stop_text_ends_the_completion_and_is_not_part_of_it(llama):
+    options = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
+    text = llama.generate([1, 5], **options).text
+    assert len(text) > 8
+    stop = text[4:7]
+    for stops in (stop, [stop], ("never", stop)):
+        stopped = llama.generate([1, 5], stop=stops, **options)
+        assert stopped.text == text[: text.index(stop)]
+        assert stopped.finish_reason == "stop"
+        assert "".join(llama.stream([1, 5], stop=stops, **options)) == stopped.text
+
+
+def test_the_text_is_what_the_tokenizer_makes_of_prompt_and_completion(llama):
+    for prompt, seed in itertools.product(([1], [1, 100, 101], [1, 259, 100]), range(5)):
+        completion = llama.generate(
+            prompt, max_new_tokens=25, temperature=1.0, top_p=1, seed=seed, ignore_eos=True
+        )
+        whole = llama.tokenizer.decode(prompt + completion.ids)
+        assert whole == llama.tokenizer.decode(prompt) + completion.text
+
+
+def test_an_empty_prompt_is_bos_alone(llama):
+    options = {"max_new_tokens": 5, "temperature": 0}
+    assert llama.generate("", **options).ids == llama.generate([1], **options).ids
+    assert llama.generate(**options).ids == llama.generate([1], **options).ids
+
+
+def test_a_text_prompt_is_its_ids(llama):
+    options = {"max_new_tokens": 5, "temperature": 0}
+    assert llama.generate("ab", **options).ids == llama.generate([1, 259, 100, 101], **options).ids
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(ops):
+    config = LlamaConfig(**{**vars(TINY), "vocab_size": 300})
+    llama = make_llama(ops, config)
+    assert llama.logits([1, 5])[:, 260:].max() > llama.logits([1, 5])[:, :260].mean()
+    for temperature in (0, 5.0):
+        ids = llama.generate(
+            [1, 5], max_new_tokens=60, temperature=temperature, top_p=1, seed=0
+        ).ids
+        assert max(ids) < 260
+    without = Llama(config, llama.parameters, ops)  # no tokenizer: the vocabulary is the model's
+    ids = without.generate([1, 5], max_new_tokens=60, temperature=5.0, top_p=1, seed=0).ids
+    assert max(ids) >= 260
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(ops):
+    config = LlamaConfig(**{**vars(TINY), "vocab_size": 200})
+    with pytest.raises(TokenizerError, match="260 pieces and the model 200"):
+        make_llama(ops, config)
+
+
+def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(ops):
+    llama = Llama(TINY, random_parameters(TINY, ops), ops)
+    completion = llama.generate([1, 5], max_new_tokens=3, ignore_eos=True)
+    assert len(completion.ids) == 3
+    assert completion.text is None
+    calls = [
+        lambda: llama.generate("a"),
+        lambda: llama.stream([1]),
+        lambda: llama.generate([1], stop="x"),
+        lambda: llama.encode(""),
+    ]
+    for call in calls:
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.model"):
+            call()
+
+
+def test_stream_raises_before_it_is_iterated(llama):
+    with pytest.raises(InputError, match="temperature is -1"):
+        llama.stream([1], temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens is -1: expected 0 or more"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected a whole number"),
+        ({"stop": ""}, "a stop text is empty"),
+        ({"seed": -1}, "seed is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(llama, options, message):
+    with pytest.raises(InputError, match=message):
+        llama.generate([1], **options)
+
+
+def test_no_prompts_are_refused(llama):
+    with pytest.raises(InputError, match="no prompts"):
+        llama.generate_batch([])
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_refused(llama, monkeypatch):
+    monkeypatch.setattr(llama.backend, "free_bytes", lambda: 1_000_000)
+    with pytest.raises(OutOfMemoryError, match=r"GB of memory needed .* 0\.00 GB are free"):
+        llama.generate_batch([[1]] * 500, max_new_tokens=60)
+
+
+def test_timings_count_what_was_done(llama):
+    completion = llama.generate([1, 2, 3], max_new_tokens=5, ignore_eos=True, temperature=0)
+    t = completion.timings
+    assert (t.prompt_tokens, t.new_tokens, t.decode_tokens) == (3, 5, 4)
+    assert (t.prefill_forwards, t.decode_steps) == (1, 4)
+    assert 0 < t.first_token_seconds <= t.prefill_seconds
+    assert t.decode_tokens_per_second == pytest.approx(4 / t.decode_seconds)
+
+
+def test_the_compiled_step_is_what_runs(llama, monkeypatch):
+    calls = []
+
+    def compile_step(step):
+        return lambda *args: calls.append(1) or step(*args)
+
+    monkeypatch.setattr(llama.ops, "compile", compile_step)
+    llama.generate([1, 5], max_new_tokens=5, ignore_eos=True)
+    assert len(calls) == 4

@@ -1,0 +1,60 @@
+"""The cache: buffers allocated once, rows at positions of their own."""
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from npllama.errors import InputError
+
+
+def test_buffers_stay_where_they_are(llama, to_device):
+    cache = llama.new_cache(batch=2, context=8)
+    before = [(layer.k, layer.v) for layer in cache.layers]
+    for rows, t in (((0, 1), 3), ((1,), 2), ((0, 1), 1)):
+        llama.forward(to_device(np.ones((len(rows), t), dtype="int32")), cache, rows)
+    assert all(
+        layer.k is k and layer.v is v for layer, (k, v) in zip(cache.layers, before, strict=True)
+    )
+    assert cache.lengths == [4, 6]
+
+
+def test_positions_are_the_same_on_host_and_device(llama, to_device, to_host):
+    cache = llama.new_cache(batch=3, context=16)
+    llama.forward(to_device(np.ones((1, 5), dtype="int32")), cache, (1,))
+    llama.forward(to_device(np.ones((3, 2), dtype="int32")), cache)
+    llama.forward(to_device(np.ones((2, 1), dtype="int32")), cache, (2, 1))
+    assert cache.lengths == [2, 8, 3]
+    assert to_host(cache.device_lengths).tolist() == [2, 8, 3]
+    positions = cache.positions(2, (1, 0))
+    assert positions.starts == (8, 2)
+    assert to_host(positions.device_starts).tolist() == [8, 2]
+    cos, _ = (to_host(table) for table in llama.rope_table)
+    assert np.array_equal(to_host(positions.cos), cos[[[8, 9], [2, 3]]])
+
+
+def test_a_row_writes_its_own_places_and_no_others(llama, to_device, to_host):
+    cache = llama.new_cache(batch=2, context=6)
+    llama.forward(to_device(np.array([[5, 6]], dtype="int32")), cache, (1,))
+    for layer in cache.layers:
+        for buffer in (to_host(layer.k), to_host(layer.v)):
+            assert buffer.shape == (2, TINY.n_kv_heads, 6, TINY.head_dim)
+            assert not buffer[0].any()
+            assert buffer[1, :, :2].all()
+            assert not buffer[1, :, 2:].any()
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(llama, to_device):
+    cache = llama.new_cache(batch=2, context=4)
+    llama.forward(to_device(np.ones((1, 3), dtype="int32")), cache, (1,))
+    with pytest.raises(InputError, match="3 positions are filled and 2 more do not fit"):
+        llama.forward(to_device(np.ones((2, 2), dtype="int32")), cache)
+    assert cache.lengths == [0, 3]
+    llama.forward(to_device(np.ones((2, 1), dtype="int32")), cache)
+    assert cache.lengths == [1, 4]
+
+
+def test_nbytes_is_what_the_buffers_take(llama):
+    cache = llama.new_cache(batch=2, context=10)
+    c = TINY
+    promised = cache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, 2, 10, 4)
+    assert promised == sum(layer.k.nbytes + layer.v.nbytes for layer in cache.layers)

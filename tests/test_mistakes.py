@@ -1,0 +1,131 @@
+"""Known mistakes, seeded into the mathematics one by one: the suite must fail for each.
+
+Every case copies the package, changes one line, and runs the tests of the mathematics on the
+copy in a process of its own. A line that is no longer there fails the case too.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+EQUATIONS, BLOCKS = "ops/equations.py", "ops/blocks.py"
+NUMPY, SAMPLING, CACHE = "ops/numpy_ops.py", "ops/sampling.py", "kv_cache.py"
+
+# what is wrong: (file, the right line's part, the mistake)
+MISTAKES = {
+    "eps ignored": (EQUATIONS, "sqrt(mean_square + eps)", "sqrt(mean_square)"),
+    "eps outside the root": (EQUATIONS, "sqrt(mean_square + eps)", "sqrt(mean_square) + eps"),
+    "mean forgotten": (EQUATIONS, "(x * x).mean(", "(x * x).sum("),
+    "norm weight forgotten": (EQUATIONS, " * weight.astype(x.dtype, copy=False)", ""),
+    "mask off by one, future seen": (EQUATIONS, "<= query_position", "<= query_position + 1"),
+    "mask off by one, self hidden": (EQUATIONS, "<= query_position", "< query_position"),
+    "mask ignores the past": (EQUATIONS, "xp.arange(n_keys - n_new, n_keys)", "xp.arange(n_new)"),
+    "no mask": (EQUATIONS, "if n_new > 1:", "if False:"),
+    "H//K where K belongs": (EQUATIONS, "q.reshape(n_kv_heads, -1, head_dim)  # (H, T",
+                             "q.reshape(n_heads // n_kv_heads, -1, head_dim)  # (H, T"),
+    "groups interleaved": (
+        EQUATIONS, "grouped = q.reshape(n_kv_heads, -1, head_dim)",
+        "grouped = q.reshape(-1, n_kv_heads, n_new, head_dim).swapaxes(0, 1)"
+        ".reshape(n_kv_heads, -1, head_dim)",
+    ),
+    "rotation with the wrong sign": (
+        EQUATIONS, "first * cos - second * sin, second * cos + first * sin",
+        "first * cos + second * sin, second * cos - first * sin",
+    ),
+    "rotation of the wrong pairs": (EQUATIONS, "x[..., :half], x[..., half:]",
+                                    "x[..., 0::2], x[..., 1::2]"),
+    "rotation with the wrong base": (EQUATIONS, "theta ** (-2.0 * pair", "(theta + 1) ** (-2.0 * pair"),
+    "rotation exponent without the 2": (EQUATIONS, "(-2.0 * pair", "(-1.0 * pair"),
+    "angles in half precision": (EQUATIONS, "angle = position[:, None] * frequency[None, :]",
+                                 "angle = (position[:, None] * frequency[None, :]).astype('float16')"),
+    "no 1/sqrt(C)": (EQUATIONS, " / math.sqrt(head_dim)", ""),
+    "1/C for 1/sqrt(C)": (EQUATIONS, "/ math.sqrt(head_dim)", "/ head_dim"),
+    "softmax without its shift": (EQUATIONS, "x - x.max(axis=-1, keepdims=True))", "x)"),
+    "gate and up swapped": (EQUATIONS, "self.silu(gate) * up", "self.silu(up) * gate"),
+    "sigmoid for SiLU": (EQUATIONS, "return x * xp.where(x >= 0, 1.0, e)",
+                         "return xp.where(x >= 0, 1.0, e)"),
+    "norm after instead of before attention": (
+        BLOCKS, "return x + self.all_reduce(self.linear(o, layer.wo))",
+        "return self.rms_norm(x + self.all_reduce(self.linear(o, layer.wo)), "
+        "layer.attention_norm, layer.norm_eps)",
+    ),
+    "no norm before attention": (
+        BLOCKS, "h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)", "h = x"),
+    "norm after instead of before the feed-forward": (
+        BLOCKS, "h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)\n        y",
+        "h = x\n        y"),
+    "no final norm": (BLOCKS, "h = self.rms_norm(x, head.norm, head.norm_eps)", "h = x"),
+    "no residual around attention": (
+        BLOCKS, "return x + self.all_reduce(self.linear(o", "return self.all_reduce(self.linear(o"),
+    "no residual around the feed-forward": (
+        BLOCKS, "return x + self.all_reduce(self.linear(y", "return self.all_reduce(self.linear(y"),
+    "keys not rotated": (BLOCKS, "k = self.rope(k, positions.cos, positions.sin)", "pass"),
+    "values rotated": (BLOCKS, "return q, k, v",
+                       "return q, k, self.rope(v, positions.cos, positions.sin)"),
+    "k and v swapped": (BLOCKS, "return q, k, v", "return q, v, k"),
+    "position off by one after prefill": (
+        CACHE, "place = device_starts[:, None] +", "place = (device_starts > 0)[:, None] * 1 + device_starts[:, None] +"),
+    "every row at the first row's position": (
+        CACHE, "place = device_starts[:, None] +", "place = device_starts[:1, None] * (device_starts[:, None] * 0 + 1) +"),
+    "new keys written over the last old one": (
+        CACHE, "new = slice(start, start + positions.n_new)",
+        "start = max(start - 1, 0)\n            new = slice(start, start + positions.n_new)"),
+    "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
+    "NumPy override: mask off by one": (NUMPY, "k=1) if n_new > 1", "k=0) if n_new > 1"),
+    "NumPy override: no 1/sqrt(C)": (NUMPY, "grouped = grouped * np.float32(1 / math.sqrt(head_dim))", "grouped = grouped.copy()"),
+    "NumPy override: scale forgotten": (NUMPY, "y *= w.scale", "pass"),
+    "top-p drops the token that crosses p": (
+        SAMPLING, "before <= p, falling", "before + falling <= p, falling"),
+    "temperature multiplies": (SAMPLING, "/ sampling.temperature", "* sampling.temperature"),
+    "top-k keeps one too many": (SAMPLING, "n - k, axis=-1)[..., n - k, None]",
+                                 "n - k - 1, axis=-1)[..., n - k - 1, None]"),
+    "penalty rewards negative logits": (
+        SAMPLING, "logits / penalty, logits * penalty", "logits / penalty, logits / penalty"),
+    "draw takes a token without probability": (
+        SAMPLING, "(cumulative <= target)", "(cumulative < target)"),
+}  # fmt: skip
+
+# the tests of the mathematics, those that fail first in front
+SUITES = {
+    EQUATIONS: ("equations", "blocks"),
+    BLOCKS: ("blocks", "equations", "model"),
+    CACHE: ("kv_cache", "model", "blocks"),
+    NUMPY: ("blocks", "overrides"),
+    SAMPLING: ("sampling",),
+}
+
+
+def run_suite(tmp_path, names, change=None):
+    package = tmp_path / "npllama"
+    shutil.copytree(ROOT / "npllama", package, ignore=shutil.ignore_patterns("__pycache__"))
+    if change is not None:
+        file, right, wrong = change
+        source = (package / file).read_text()
+        assert source.count(right) == 1, f"{file} holds {right!r} {source.count(right)} times"
+        (package / file).write_text(source.replace(right, wrong))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--backend", "numpy"]
+    command += ["-p", "no:cacheprovider", "-c", str(ROOT / "setup.cfg"), "--rootdir", str(ROOT)]
+    return subprocess.run(
+        command + [str(ROOT / "tests" / f"test_{name}.py") for name in names],
+        cwd=tmp_path,  # `python -m` puts it first on the path: the copy is what is imported
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_suite_passes_on_an_unchanged_copy(tmp_path):
+    result = run_suite(tmp_path, sorted({name for names in SUITES.values() for name in names}))
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_suite_fails_for(mistake, tmp_path):
+    file = MISTAKES[mistake][0]
+    result = run_suite(tmp_path, SUITES[file], MISTAKES[mistake])
+    assert result.returncode == 1, f"nothing failed:\n{result.stdout[-2000:]}{result.stderr}"
+    assert " failed" in result.stdout, result.stdout[-2000:]

@@ -1,0 +1,175 @@
+"""The transformer: the cache, ragged rows and chunks change nothing but the time."""
+
+import numpy as np
+import pytest
+from conftest import TINY, make_llama, make_ops
+
+from npllama.config import LlamaConfig
+from npllama.errors import InputError
+from npllama.model import ALL, NONE
+
+CLOSE = 1e-5  # of the largest logit
+IDS = [1, 100, 7, 259, 3, 42, 42, 8, 200, 11, 12]
+
+
+def assert_same(got, want):
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() <= CLOSE * np.abs(want).max()
+
+
+def test_decoding_with_the_cache_equals_recomputing_from_scratch(llama, to_device, to_host):
+    cache = llama.new_cache()
+    for n in range(1, len(IDS) + 1):
+        token = to_device(np.array([[IDS[n - 1]]], dtype="int32"))
+        step = to_host(llama.forward(token, cache))[0, 0]
+        assert_same(step, llama.logits(IDS[:n])[-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 11, 100])
+def test_any_chunk_size_equals_any_other(llama, to_host, chunk):
+    cache = llama.new_cache()
+    got = to_host(llama.prefill(IDS, cache, chunk=chunk))
+    assert_same(got[0], llama.logits(IDS)[-1])
+    assert cache.lengths == [len(IDS)]
+
+
+def test_logits_span_several_chunks(ops, monkeypatch):
+    monkeypatch.setattr("npllama.model.PREFILL_CHUNK", 4)
+    in_chunks = make_llama(ops).logits(IDS)
+    monkeypatch.undo()
+    assert_same(in_chunks, make_llama(ops).logits(IDS))
+
+
+def test_rows_of_different_lengths_equal_each_row_alone(llama, to_device, to_host):
+    prompts = [IDS[:1], IDS[:7], IDS[2:6]]
+    cache = llama.new_cache(batch=3)
+    for row, prompt in enumerate(prompts):
+        assert_same(to_host(llama.prefill(prompt, cache, row))[0], llama.logits(prompt)[-1])
+    for token in (9, 30):
+        prompts = [[*prompt, token] for prompt in prompts]
+        together = to_host(llama.forward(to_device(np.full((3, 1), token)), cache))
+        for row, prompt in enumerate(prompts):
+            assert_same(together[row, 0], llama.logits(prompt)[-1])
+
+
+def test_some_rows_of_a_batch_may_go_on_without_the_others(llama, to_device, to_host):
+    cache = llama.new_cache(batch=3)
+    for row, prompt in enumerate((IDS[:3], IDS[:5], IDS[:2])):
+        llama.prefill(prompt, cache, row)
+    together = to_host(llama.forward(to_device(np.array([[9], [8]])), cache, (2, 0)))
+    assert_same(together[0, 0], llama.logits([*IDS[:2], 9])[-1])
+    assert_same(together[1, 0], llama.logits([*IDS[:3], 8])[-1])
+    assert cache.lengths == [4, 5, 3]
+
+
+def test_a_batch_may_take_several_tokens_at_different_positions(llama, to_device, to_host):
+    cache = llama.new_cache(batch=2)
+    llama.prefill(IDS[:4], cache, row=1)
+    logits = to_host(llama.forward(to_device(np.array([IDS[:3], IDS[4:7]])), cache, wanted=ALL))
+    assert_same(logits[0], llama.logits(IDS[:3]))
+    assert_same(logits[1], llama.logits(IDS[:7])[4:])
+
+
+def test_the_head_runs_on_the_wanted_positions_alone(llama, to_device, monkeypatch):
+    seen = []
+    head = llama.ops.head
+    monkeypatch.setattr(llama.ops, "head", lambda x, p: seen.append(x.shape[1]) or head(x, p))
+    tokens = to_device(np.array([IDS[:5]]))
+    shapes = [llama.forward(tokens, llama.new_cache()).shape]
+    shapes.append(llama.forward(tokens, llama.new_cache(), wanted=ALL).shape)
+    shapes.append(llama.forward(tokens, llama.new_cache(), wanted=NONE).shape)
+    assert seen == [1, 5]
+    assert shapes == [(1, n, TINY.vocab_size) for n in (1, 5, 0)]
+
+
+def test_prefill_memory_grows_with_the_context_not_its_square():
+    """The scores of one chunk at a time: peak memory at twice the context is about twice."""
+    import tracemalloc
+
+    from npllama.llama import Llama
+    from npllama.untrained import random_parameters
+
+    ops = make_ops("numpy")
+    config = LlamaConfig(32, 1, 4, 2, 32, 64, context_length=8192)
+    llama = Llama(config, random_parameters(config, ops), ops)
+
+    def peak(n):
+        cache = llama.new_cache(context=n)
+        tracemalloc.start()
+        llama.prefill([5] * n, cache, chunk=64)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(8192) < 3 * peak(2048) + 1_000_000
+    assert peak(8192) < 8192 * 8192  # bytes: far below the square of the context
+
+
+def test_logits_are_a_float32_numpy_array(llama):
+    logits = llama.logits([1])
+    assert type(logits) is np.ndarray
+    assert logits.dtype == np.float32
+    assert logits.shape == (1, TINY.vocab_size)
+
+
+def test_trace_shows_every_layer(llama):
+    trace = llama.trace(IDS)
+    n = len(IDS)
+    assert trace.hidden.shape == (TINY.n_layers + 1, n, TINY.dim)
+    assert trace.attention.shape == (TINY.n_layers, TINY.n_heads, n, n)
+    assert np.abs(trace.attention.sum(-1) - 1).max() < 1e-6
+    assert not np.triu(trace.attention, k=1).any()
+    embedding = llama.backend.to_host(llama.parameters.embedding.values)
+    assert np.array_equal(trace.hidden[0], embedding[IDS])
+    assert_same(trace.hidden[:, :4], llama.trace(IDS[:4]).hidden)
+
+
+def test_tied_embeddings_share_one_matrix(ops):
+    config = LlamaConfig(**{**vars(TINY), "tie_embeddings": True})
+    llama = make_llama(ops, config)
+    assert llama.parameters.nbytes == 4 * config.n_parameters
+    assert llama.bytes_per_forward == llama.parameters.nbytes
+    untied = make_llama(ops)
+    assert untied.bytes_per_forward == untied.parameters.nbytes - 4 * 260 * TINY.dim
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_compute_as_their_float32_values(implementation, dtype):
+    import ml_dtypes  # registers bfloat16
+
+    if implementation == "cupy":
+        pytest.skip("CupyOps multiplies in 16 bits; test_conformance and test_overrides bound it")
+    storage = {"bfloat16": ml_dtypes.bfloat16, "float16": "float16"}[dtype]
+    ops = make_ops(implementation)
+    narrow = make_llama(ops, dtype=storage)
+
+    def widen(array):
+        return ops.backend.to_device(ops.backend.to_host(array).astype("float32"))
+
+    parameters = narrow.parameters
+    from npllama.llama import Llama
+    from npllama.parameters import Parameters
+
+    wide = Parameters(
+        parameters.embedding.map(widen),
+        tuple(layer.map(widen) for layer in parameters.layers),
+        parameters.head.map(widen),
+    )
+    assert_same(narrow.logits(IDS), Llama(TINY, wide, ops).logits(IDS))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "no token ids"),
+        ([1, -1], "token id -1 at position 1 is outside the vocabulary of 260"),
+        ([260], "token id 260 at position 0"),
+        ([1.0], "1.0 at position 0 is not an integer"),
+        ([True], "not an integer"),
+        ([1] * 65, "65 tokens do not fit the context of 64"),
+    ],
+)
+def test_bad_ids_are_refused_on_the_host(llama, ids, message):
+    for call in (llama.logits, llama.trace, llama.generate):
+        with pytest.raises(InputError, match=message):
+            call(ids)

@@ -1,0 +1,153 @@
+"""No override without its twin: every method that a backend overrides, against the reference.
+
+The truth is the reference in float64 on NumPy. Every override found in NumpyOps or CupyOps
+must be registered in GRIDS with a grid of inputs, or collection fails; its result and the
+cache's contents must agree within the tolerance of (backend, dtype).
+"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import cupy_is_present, make_ops
+from strict_array import StrictBackend
+
+from npllama.backend import Backend
+from npllama.ops import CupyOps, NumpyOps, Ops
+from npllama.parameters import Matrix
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# Largest difference as a fraction of the largest value. NumPy computes in float32 whatever the
+# storage. CuPy rounds activations and results of a 16-bit product to that type.
+TOLERANCE = {
+    ("numpy", "float32"): 2e-6,
+    ("numpy", "float16"): 2e-6,
+    ("numpy", "bfloat16"): 2e-6,
+    ("numpy", "int8"): 2e-6,
+    ("cupy", "float32"): 2e-6,
+    ("cupy", "float16"): 2e-3,
+    ("cupy", "bfloat16"): 1.6e-2,
+    ("cupy", "int8"): 2e-6,
+}
+T = (1, 2, 8, 9, 33)
+S = (0, 1, 600)
+B = (1, 3)
+G = (1, 2, 8)
+
+
+def linear_grid():
+    """(function name, dtype, call): widths around the tile, odd output counts."""
+    for dtype, b, t, shape in itertools.product(
+        ("float32", "float16", "bfloat16", "int8"), B, T, ((5, 7), (600, 1000), (11, 70_000))
+    ):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((b, t, shape[1]), dtype="float32")
+        if dtype == "int8":
+            values = rng.integers(-127, 128, shape).astype("int8")
+            scale = rng.random(shape[0], dtype="float32")
+        else:
+            values = rng.standard_normal(shape, dtype="float32").astype(dtype)
+            scale = None
+
+        def call(ops, wide, move, x=x, values=values, scale=scale):
+            w = Matrix(move(wide(values)), None if scale is None else move(wide(scale)))
+            return ops.linear(move(wide(x)), w)
+
+        yield dtype, f"{dtype}-B{b}-T{t}-{shape[0]}x{shape[1]}", call
+
+
+def attention_grid():
+    """Every T, S and G, with room for all heads at once, for one, and for less than one."""
+    for t, s, g, room in itertools.product(T, S, G, ("all", "one", "none")):
+        rng = np.random.default_rng(0)
+        n_kv_heads, head_dim = 3, 6
+        q = rng.standard_normal((n_kv_heads * g, t, head_dim), dtype="float32")
+        k, v = rng.standard_normal((2, n_kv_heads, s + t, head_dim), dtype="float32")
+        size = {"all": n_kv_heads, "one": 1, "none": 0.5}[room] * g * t * (s + t)
+
+        def call(ops, wide, move, q=q, k=k, v=v, size=int(size)):
+            scratch = move(np.zeros(size, dtype="float32"))
+            return ops.attention(move(wide(q)), move(wide(k)), move(wide(v)), scratch)
+
+        yield "float32", f"T{t}-S{s}-G{g}-{room}", call
+
+
+GRIDS = {"linear": linear_grid, "attention": attention_grid}
+
+# Hooks that describe memory rather than compute; each has its own test where named.
+NOT_MATHEMATICS = {
+    "scratch_size",  # test_the_scratch_has_room_for_a_token_of_every_head
+    "cache_dtype",  # test_the_cache_keeps_the_dtype_that_design_says
+}
+
+
+def overrides(cls):
+    return {name for name in vars(cls) if not name.startswith("_")} - NOT_MATHEMATICS
+
+
+def cases():
+    found = [(cls, name) for cls in (NumpyOps, CupyOps) for name in sorted(overrides(cls))]
+    for cls, name in found:
+        assert hasattr(Ops, name), f"{cls.__name__}.{name} overrides nothing in Ops"
+        assert name in GRIDS, f"{cls.__name__}.{name} overrides Ops without a grid of inputs"
+    for cls, name in found:
+        for dtype, label, call in GRIDS[name]():
+            yield pytest.param(cls, dtype, call, id=f"{cls.__name__}-{name}-{label}")
+
+
+def implementations_of(cls):
+    """Where an override can run: CupyOps also on the strict arrays, which need no GPU."""
+    if cls is NumpyOps:
+        return [NumpyOps(Backend())]
+    return [CupyOps(StrictBackend())] + ([make_ops("cupy")] if cupy_is_present() else [])
+
+
+@pytest.mark.parametrize(("cls", "dtype", "call"), list(cases()))
+def test_an_override_computes_what_the_reference_does(cls, dtype, call):
+    reference = Ops(Backend())
+    truth = call(reference, lambda a: a.astype("float64"), lambda a: a)
+    tolerance = TOLERANCE["numpy" if cls is NumpyOps else "cupy", dtype]
+    for ops in implementations_of(cls):
+        got = ops.backend.to_host(call(ops, lambda a: a, ops.backend.to_device))
+        assert got.shape == truth.shape
+        assert got.dtype == np.float32
+        assert np.abs(got - truth).max() <= tolerance * np.abs(truth).max()
+
+
+def test_a_row_wider_than_a_tile_is_a_tile_of_its_own(monkeypatch, rng):
+    monkeypatch.setattr("npllama.ops.numpy_ops.TILE", 4)
+    x, w = rng.standard_normal((2, 7)), rng.standard_normal((5, 7)).astype("float16")
+    got = NumpyOps(Backend()).linear(x.astype("float32"), Matrix(w))
+    assert np.abs(got - x @ w.astype("float64").T).max() < 1e-5
+
+
+def test_an_override_without_a_grid_is_found(monkeypatch):
+    monkeypatch.setattr(NumpyOps, "swiglu", lambda self, gate, up: gate * up, raising=False)
+    with pytest.raises(AssertionError, match=r"swiglu.*without a grid"):
+        list(cases())
+
+
+def test_an_override_has_the_signature_of_its_twin():
+    import inspect
+
+    for cls in (NumpyOps, CupyOps):
+        for name in {name for name in vars(cls) if not name.startswith("_")}:
+            assert inspect.signature(getattr(cls, name)) == inspect.signature(getattr(Ops, name))
+
+
+def test_the_scratch_has_room_for_a_token_of_every_head():
+    numpy_ops = NumpyOps(Backend())
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=1, context=100) == 32 * 100
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=64, context=100) == 256 * 100
+    assert Ops(Backend()).scratch_size(32, 8, 64, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("storage", "on_cupy"),
+    [("float32", "float32"), ("float16", "float16"), ("int8", "float16"), (BFLOAT16, BFLOAT16)],
+)
+def test_the_cache_keeps_the_dtype_that_design_says(storage, on_cupy):
+    assert NumpyOps(Backend()).cache_dtype(np.dtype(storage)) == np.float32
+    assert CupyOps(StrictBackend()).cache_dtype(np.dtype(storage)) == np.dtype(on_cupy)
