@@ -5,6 +5,7 @@ that cannot be served (one line says why), 130 after Ctrl-C.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -28,6 +29,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"npllama: error: {message} (--help lists all options)\n")
 
 
+def _utf8(argument: str) -> str:
+    """An argument as UTF-8, whatever the locale made of its bytes."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+
+
 def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
     p = _Parser(
@@ -45,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt",
+        type=_utf8,
         metavar="TEXT",
         help='the text to continue; "" starts from nothing, "-" reads all of standard input',
     )
@@ -64,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     length.add_argument(
         "--stop",
+        type=_utf8,
         action="append",
         default=[],
         metavar="TEXT",
@@ -129,7 +140,9 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
     )
-    chat.add_argument("--system", metavar="TEXT", help="how the assistant should behave")
+    chat.add_argument(
+        "--system", type=_utf8, metavar="TEXT", help="how the assistant should behave"
+    )
 
     machine = p.add_argument_group("how it is computed")
     machine.add_argument(
@@ -164,6 +177,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # text is, whatever the locale
     args = parser().parse_args(argv)
     try:
         return run(args)

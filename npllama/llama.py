@@ -269,10 +269,6 @@ def load(
     >>> llama = load()
     >>> llama.config.n_layers, llama.dtype
     (2, 'float32')
-    >>> llama.logits([1, 100]).shape
-    (2, 260)
-    >>> llama.trace([1, 100]).attention.shape
-    (2, 4, 2, 2)
     """
     if dtype == "int8":
         raise InputError(

@@ -125,6 +125,11 @@ class Transformer:
 
         Raises:
             InputError: no ids, ids outside the vocabulary, or more than the context holds.
+
+        >>> import npllama
+        >>> logits = npllama.load().logits([1, 100, 101])
+        >>> logits.shape, logits.dtype.name
+        ((3, 260), 'float32')
         """
         tokens = self.to_tokens(ids)
         cache = self.new_cache(context=len(ids))
@@ -143,6 +148,11 @@ class Transformer:
 
         Raises:
             InputError: as for `logits`.
+
+        >>> import npllama
+        >>> trace = npllama.load().trace([1, 100, 101])
+        >>> trace.hidden.shape, trace.attention.shape  # (L+1, T, D), (L, H, T, T)
+        ((3, 3, 64), (2, 4, 3, 3))
         """
         ops, to_host = self.ops, self.backend.to_host
         tokens = self.to_tokens(ids)

@@ -59,10 +59,7 @@ def convert(
         beside = (source.with_name("tokenizer.model"), source.with_name("tokenizer.bin"))
         tokenizer = next((path for path in beside if path.exists()), None)
     model = None if tokenizer is None else read_tokenizer(tokenizer)
-    if model is None:
-        print("convert: no tokenizer found beside the source: --tokenizer FILE adds one; without "
-              "it the model takes token ids only", file=sys.stderr)  # fmt: skip
-    else:
+    if model is not None:
         n_pieces = Tokenizer.from_bytes(model).vocab_size
         if n_pieces > config.vocab_size:
             raise TokenizerError(
@@ -71,6 +68,12 @@ def convert(
             )
     _write_directory(dest, config, tensors, dtype, model)
     print(f"convert: wrote {dest}: {config.n_parameters:,} parameters in {dtype}", file=sys.stderr)
+    if model is None:
+        print(
+            "convert: no tokenizer was found beside the source: the model takes token ids only; "
+            "--tokenizer FILE adds one",
+            file=sys.stderr,
+        )
 
 
 def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:

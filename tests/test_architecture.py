@@ -1,0 +1,84 @@
+"""The house rules that a program can check: what imports what, and where CuPy is named."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "npllama"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# From the ground up; a module imports only from floors below its own.
+FLOORS = [
+    ["errors"],
+    ["backend", "config", "sentencepiece_model"],
+    ["parameters", "tokenizer", "sampling"],
+    ["ops.equations", "chat", "safetensors_file"],
+    ["ops.sampling"],
+    ["ops.blocks"],
+    ["ops.numpy_ops", "ops.cupy_ops"],
+    ["ops"],
+    ["kv_cache", "weights", "untrained"],
+    ["model"],
+    ["memory", "generation"],
+    ["llama"],
+    ["__init__", "generate"],
+]
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+
+
+def module_name(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(path):
+    """npllama modules that a file imports when it runs (not those for type checkers alone)."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("npllama"):
+            base = node.module.removeprefix("npllama").lstrip(".")
+            if base:
+                yield base
+            else:
+                yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_point_down(path):
+    floor = FLOOR[module_name(path)]
+    assert not [name for name in imports(path) if FLOOR[name] >= floor]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_framework_is_imported_and_cupy_is_picked_in_one_place(path):
+    source = path.read_text()
+    assert not re.search(r"^\s*(import|from)\s+(torch|transformers|jax|tensorflow)\b", source, re.M)
+    if path.name != "backend.py" and "ops" not in path.parts:
+        assert not re.search(r"import cupy|== *[\"']cupy|== *[\"']numpy", source)
+
+
+def test_importing_npllama_imports_neither_cupy_nor_a_framework():
+    code = (
+        "import sys, npllama, npllama.generate; "
+        "print([m for m in ('cupy', 'torch', 'transformers', 'jax') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_top_level_is_what_the_design_card_says():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0 or not tracked.stdout:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert top <= {
+        "npllama", "tools", "tests", "setup.cfg", "README.md",
+        "pyproject.toml", "LICENSE", ".ci", ".gitignore",
+    }  # fmt: skip

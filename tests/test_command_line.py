@@ -1,0 +1,341 @@
+"""python -m npllama.generate, as a user runs it: what is on stdout, on stderr, the exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import TINY
+from model_directory import write_model
+
+from npllama import load
+from npllama.config import LlamaConfig
+from npllama.generate import main, parser
+
+CONFIG = LlamaConfig(**{**vars(TINY), "context_length": 512})
+GREEDY = ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("model"), CONFIG))
+
+
+def run(*args, **options):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "npllama.generate", *args], capture_output=True, **options
+    )
+
+
+def completion(model, prompt, **options):
+    greedy = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    return load(model, backend="numpy").generate(prompt, **(greedy | options))
+
+
+def call(capsys, *args):
+    """The command in this process: exit code, stdout, stderr."""
+    code = main(args)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def error_line(capsys, *args):
+    """stderr of a call that must end with exit code 2, one line and an empty stdout."""
+    try:
+        code = main(args)
+    except SystemExit as error:  # argparse
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("npllama: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# -- text on stdout, everything else on stderr
+
+
+def test_stdout_is_the_prompt_and_the_completion_and_one_newline(model):
+    result = run("--model", model, "--prompt", "Once", *GREEDY)
+    assert result.returncode == 0
+    assert result.stdout.decode() == "Once" + completion(model, "Once").text + "\n"
+    assert result.stderr == b""
+
+
+def test_no_echo_leaves_the_prompt_out(model, capsys):
+    code, out, err = call(capsys, "--model", model, "--prompt", "Once", "--no-echo", *GREEDY)
+    assert (code, out, err) == (0, completion(model, "Once").text + "\n", "")
+
+
+def test_an_empty_prompt_is_bos_alone(model, capsys):
+    _, out, _ = call(capsys, "--model", model, "--prompt", "", *GREEDY)
+    assert out == completion(model, [1]).text + "\n"
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(model):
+    result = run("--model", model, "--prompt", "-", *GREEDY, input="two\nlines ü\n".encode())
+    want = "two\nlines ü" + completion(model, "two\nlines ü").text + "\n"
+    assert result.stdout.decode() == want
+
+
+def test_a_prompt_file_makes_a_batch(model, tmp_path, capsys):
+    prompts = ["Once", "", "A longer prompt than that"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n")
+    _, out, _ = call(capsys, "--model", model, "--prompt-file", str(file), *GREEDY)
+    assert out == "".join(p + completion(model, p).text + "\n" for p in prompts)
+    _, out, _ = call(capsys, "--model", model, "--prompt-file", str(file), "--no-echo", *GREEDY)
+    assert out == "".join(completion(model, p).text + "\n" for p in prompts)
+
+
+def test_text_streams_as_it_is_made(model):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npllama.generate", "--model", model, "--prompt", "Once"]
+        + ["--max-new-tokens", "500", "--temperature", "1", "--top-p", "1", "--ignore-eos"],
+        stdout=subprocess.PIPE,
+    )
+    first = os.read(process.stdout.fileno(), 100_000)
+    rest = process.stdout.read()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert 0 < len(first) < len(rest)
+
+
+def test_ctrl_c_keeps_what_was_said_ends_the_line_and_exits_130(tmp_path):
+    config = LlamaConfig(**{**vars(TINY), "context_length": 100_000})
+    model = str(write_model(tmp_path / "model", config))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npllama.generate", "--model", model, "--prompt", "Once"]
+        + ["--max-new-tokens", "90000", "--temperature", "1", "--ignore-eos", "--stats"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    said = b""
+    while len(said) < 200:
+        said += os.read(process.stdout.fileno(), 1000)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (said + rest).startswith(b"Once")
+    assert (said + rest).endswith(b"\n")
+    assert b"Traceback" not in err
+    assert b"interrupted" in err
+
+
+def test_a_reader_that_leaves_is_no_error(model):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npllama.generate", "--model", model, "--prompt", "Once"]
+        + ["--max-new-tokens", "400", "--temperature", "1", "--ignore-eos"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.read(process.stdout.fileno(), 10)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_output_is_utf8_whatever_the_locale(model):
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "", "PYTHONUTF8": "0"}
+    result = run("--model", model, "--prompt", "größe 🦙", *GREEDY, env=env)
+    assert result.returncode == 0
+    assert result.stdout.decode().startswith("größe 🦙")
+
+
+# -- options
+
+
+def test_every_option_reaches_the_generation(model, capsys):
+    options = {
+        "temperature": 1.2, "top_k": 40, "top_p": 0.8, "min_p": 0.01,
+        "repetition_penalty": 1.4, "seed": 11, "max_new_tokens": 20,
+    }  # fmt: skip
+    args = [a for name, v in options.items() for a in ("--" + name.replace("_", "-"), str(v))]
+    _, out, _ = call(capsys, "--model", model, "--prompt", "Once", "--ignore-eos", *args)
+    assert out == "Once" + completion(model, "Once", **options).text + "\n"
+    changed = {
+        "temperature": 2.0, "top_k": 2, "top_p": 0.2, "min_p": 0.5,
+        "repetition_penalty": 5.0, "seed": 12, "max_new_tokens": 10,
+    }  # fmt: skip
+    for name, value in changed.items():  # and each of them matters
+        assert completion(model, "Once", **(options | {name: value})).text != out[4:-1], name
+
+
+def test_stop_texts(model, capsys):
+    text = completion(model, "Once").text
+    args = ("--stop", "never said", "--stop", text[3:5])
+    _, out, _ = call(capsys, "--model", model, "--prompt", "Once", *GREEDY, *args)
+    assert out == "Once" + text[: text.index(text[3:5])] + "\n"
+
+
+def test_context_limits_prompt_and_completion(model, capsys):
+    args = ("--model", model, "--prompt", "abcd", "--json", "--ignore-eos", "--context", "10")
+    _, out, _ = call(capsys, *args)
+    result = json.loads(out)  # BOS, the space and 4 bytes leave 4
+    assert (len(result["ids"]), result["finish_reason"]) == (4, "length")
+
+
+def test_stats_show_speed_memory_and_the_seed(model, capsys):
+    _, out, err = call(capsys, "--model", model, "--prompt", "a", "--stats", "--seed", "77")
+    assert out.startswith("a")
+    rows = {line[:20].strip(): line[20:].strip() for line in err.splitlines()}
+    assert rows["seed"] == "77"
+    assert rows["dtype"] == "float32"
+    assert rows["backend"].startswith("numpy")
+    for name in ("prefill", "decode"):
+        assert "tokens/s" in rows[name]
+        assert "GB/s" in rows[name]
+    assert rows["time to first token"].endswith("ms")
+    assert rows["memory"].startswith("weights")
+
+
+def test_the_random_seed_that_stats_shows_reproduces_the_text(model, capsys):
+    args = ("--model", model, "--prompt", "a", "--temperature", "1", "--stats", "--json")
+    _, out, err = call(capsys, *args)
+    seed = err.split("seed")[-1].strip()
+    _, again, _ = call(capsys, *args, "--seed", seed)
+    assert json.loads(again)["ids"] == json.loads(out)["ids"]
+
+
+def test_json_is_one_object_a_prompt(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\nTwice\n")
+    args = ("--model", model, "--prompt-file", str(file), "--json", *GREEDY)
+    _, out, _ = call(capsys, *args)
+    for line, prompt in zip(out.splitlines(), ("Once", "Twice"), strict=True):
+        result, want = json.loads(line), completion(model, prompt)
+        assert (result["prompt"], result["text"], result["ids"]) == (prompt, want.text, want.ids)
+        assert result["finish_reason"] == "length"
+        assert "log_probs" not in result
+    _, out, _ = call(capsys, *args, "--logprobs")
+    assert json.loads(out.splitlines()[0])["log_probs"] == pytest.approx(
+        completion(model, "Once").log_probs, abs=1e-4
+    )
+
+
+def test_logprobs_are_shown_on_stderr(model, capsys):
+    _, out, err = call(capsys, "--model", model, "--prompt", "Once", "--logprobs", *GREEDY)
+    want = completion(model, "Once")
+    assert out == "Once" + want.text + "\n"
+    shown = [(int(line[:6]), float(line[6:16])) for line in err.splitlines()[1:]]
+    assert [id_ for id_, _ in shown] == want.ids
+    assert [p for _, p in shown] == pytest.approx(want.log_probs, abs=1e-3)
+
+
+def test_dtype_is_what_computes(model, capsys):
+    _, _, err = call(capsys, "--model", model, "--prompt", "a", "--dtype", "bfloat16", "--stats")
+    assert "bfloat16" in err
+
+
+def test_chat_wraps_the_prompt_as_ids(model, capsys):
+    from npllama.chat import encode_chat
+
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    llama = load(model, backend="numpy")
+    ids = encode_chat(llama.tokenizer, messages)
+    generation = llama.generation(
+        [ids], max_new_tokens=12, ignore_eos=True, seed=1, fresh_text=True
+    )
+    text = "".join(piece for _, piece in generation)
+    args = ("--model", model, "--chat", "--prompt", "Hi", "--system", "Be brief.")
+    _, out, _ = call(capsys, *args, "--max-new-tokens", "12", "--ignore-eos", "--seed", "1")
+    assert out == "Hi\n" + text + "\n"
+
+
+def test_without_a_model_it_says_that_it_has_learnt_nothing(capsys):
+    code, out, err = call(capsys, "--prompt", "Once", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.startswith("Once")
+    assert "has learnt nothing" in err
+
+
+def test_help_explains_every_option():
+    text = parser().format_help()
+    for action in parser()._actions:
+        assert action.help, action.dest
+    for word in ("temperature", "--prompt-file", "GPU", "seed"):
+        assert word in text
+
+
+def test_help_and_import_are_quick():
+    """Bars of 0.3 s on an idle machine; the bound here leaves room for a busy one."""
+    began = time.perf_counter()
+    assert run("--help").returncode == 0
+    assert time.perf_counter() - began < 3
+
+
+# -- wrong input: one line, exit code 2, nothing on stdout
+
+
+def test_errors_of_the_command_line_itself(capsys, model, tmp_path):
+    assert "required" in error_line(capsys)
+    assert "not allowed with" in error_line(capsys, "--prompt", "a", "--prompt-file", "b")
+    assert "invalid float" in error_line(capsys, "--prompt", "a", "--temperature", "warm")
+    assert "--system is for --chat" in error_line(capsys, "--prompt", "a", "--system", "b")
+    assert "/nowhere cannot be read" in error_line(capsys, "--prompt-file", "/nowhere")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert "is empty" in error_line(capsys, "--prompt-file", str(empty))
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("größe".encode("latin-1"))
+    assert "is not UTF-8 (byte 2)" in error_line(capsys, "--prompt-file", str(latin))
+
+
+def test_errors_of_the_arguments(capsys, model):
+    def line(*args):
+        return error_line(capsys, "--model", model, "--prompt", "abc", *args)
+
+    assert "temperature is -1.0: expected 0 or above" in line("--temperature", "-1")
+    assert "top_p is 2.0" in line("--top-p", "2")
+    assert "max_new_tokens is -5" in line("--max-new-tokens", "-5")
+    assert "seed is -5" in line("--seed", "-5")
+    assert "a stop text is empty" in line("--stop", "")
+    assert "trained for 512" in line("--context", "513")
+    assert "context is 0" in line("--context", "0")
+    assert "5 tokens do not fit the context of 4" in line("--context", "4")
+    assert "int8 is not available yet" in line("--dtype", "int8")
+
+
+def test_errors_of_the_model_directory(capsys, tmp_path, model):
+    def line(path):
+        return error_line(capsys, "--model", str(path), "--prompt", "abc")
+
+    assert "does not exist" in line(tmp_path / "nothing")
+    file = tmp_path / "model.bin"
+    file.touch()
+    assert "is a file: expected a model directory" in line(file)
+    assert "config.json does not exist" in line(tmp_path)
+    bare = write_model(tmp_path / "bare", CONFIG, tokenizer=False)
+    assert "no tokenizer.model" in line(bare)
+    damaged = write_model(tmp_path / "damaged", CONFIG)
+    with open(damaged / "model.safetensors", "r+b") as weights:
+        weights.truncate(5000)
+    assert "damaged or truncated" in line(damaged)
+
+
+def test_too_little_memory_is_one_line_with_both_numbers(capsys, model, monkeypatch):
+    monkeypatch.setattr("npllama.backend.Backend.free_bytes", lambda self: 50_000)
+    line = error_line(capsys, "--model", model, "--backend", "numpy", "--prompt", "a")
+    assert "GB of memory needed (weights" in line
+    assert "0.00 GB are free" in line
+
+
+def test_chat_refuses_a_checkpoint_with_another_template(capsys, tmp_path):
+    directory = write_model(tmp_path / "zephyr", CONFIG)
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "<|user|> {{ m }}"}')
+    line = error_line(capsys, "--model", str(directory), "--chat", "--prompt", "Hi")
+    assert "another dialogue format than Llama-2-chat" in line
+    code, _, _ = call(capsys, "--model", str(directory), "--prompt", "Hi", *GREEDY)
+    assert code == 0
+
+
+def test_cupy_where_there_is_none_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    line = error_line(capsys, "--backend", "cupy", "--prompt", "a")
+    assert "backend cupy cannot be used" in line

@@ -1,0 +1,513 @@
+"""From logits to a token: each filter against its formula, their order, and the draw."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from npllama.errors import InputError
+from npllama.sampling import Sampling, checked_seed, uniforms
+
+SHAPES = [(1, 1), (1, 2), (3, 7), (2, 101), (5, 13)]
+LARGEST_BELOW_1 = np.nextafter(1.0, 0.0)
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def sampling(**changes):
+    return Sampling(**(PLAIN | changes))
+
+
+# -- the formulas again, a row at a time, in float64
+
+
+def softmax(x):
+    e = [math.exp(v - max(x)) for v in x]
+    return np.array(e) / math.fsum(e)
+
+
+def keep(x, kept):
+    return np.array([v if k else -math.inf for v, k in zip(x, kept, strict=True)])
+
+
+def penalize(x, seen, penalty):
+    wanted = [(v / penalty if v > 0 else v * penalty) if s else v for v, s in zip(x, seen)]  # noqa: B905
+    return np.array(wanted)
+
+
+def top_k(x, k):
+    least = sorted(x, reverse=True)[:k][-1]
+    return keep(x, [v >= least for v in x])
+
+
+def top_p(x, p):
+    total, least = 0.0, math.inf
+    for least in sorted(softmax(x), reverse=True):
+        total += least
+        if total > p:  # this one crosses p, and is the last that stays
+            break
+    return keep(x, softmax(x) >= least)
+
+
+def min_p(x, p):
+    return keep(x, softmax(x) >= p * softmax(x).max())
+
+
+def rows(function, x, *args):
+    return np.stack([function(row, *args) for row in x])
+
+
+def assert_equal_filters(got, truth):
+    assert got.shape == truth.shape
+    assert np.array_equal(np.isneginf(got), np.isneginf(truth))
+    kept = ~np.isneginf(truth)
+    assert np.array_equal(got[kept], truth[kept])
+
+
+# -- each filter
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("k", [1, 2, 5, 1000])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_top_k_keeps_the_k_largest(ops, to_device, to_host, rng, shape, k, dtype):
+    x = rng.standard_normal(shape).astype(dtype)
+    y = to_host(ops.keep_top_k(to_device(x), k))
+    assert y.dtype == dtype
+    assert_equal_filters(y, rows(top_k, x, k))
+    assert (np.isfinite(y).sum(axis=-1) == min(k, shape[1])).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_top_p_keeps_the_fewest_that_reach_p(ops, to_device, to_host, rng, shape, p, dtype):
+    x = (rng.standard_normal(shape) * 2).astype(dtype)
+    y = to_host(ops.keep_top_p(to_device(x), p))
+    assert y.dtype == dtype
+    assert_equal_filters(y, rows(top_p, x, p))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [1e-9, 0.02, 0.3, 0.9])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_min_p_keeps_what_is_p_times_as_likely_as_the_likeliest(
+    ops, to_device, to_host, rng, shape, p, dtype
+):
+    x = (rng.standard_normal(shape) * 2).astype(dtype)
+    y = to_host(ops.keep_min_p(to_device(x), p))
+    assert y.dtype == dtype
+    assert_equal_filters(y, rows(min_p, x, p))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3, 5.0])
+def test_repetition_penalty_moves_seen_tokens_alone(ops, to_device, to_host, rng, shape, penalty):
+    x, seen = rng.standard_normal(shape), rng.random(shape) < 0.5
+    y = to_host(ops.penalize_repetition(to_device(x), to_device(seen), penalty))
+    truth = np.stack([penalize(*pair, penalty) for pair in zip(x, seen, strict=True)])
+    assert np.array_equal(y, truth)
+    if penalty > 1:
+        assert (y[seen] < x[seen]).all()  # less likely, whichever sign
+    assert np.array_equal(y[~seen], x[~seen])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_softmax_is_the_log_of_the_probabilities(ops, to_device, to_host, rng, shape):
+    x = rng.standard_normal(shape) * 3
+    assert np.allclose(to_host(ops.log_softmax(to_device(x))), np.log(rows(softmax, x)), atol=1e-12)
+
+
+def test_log_softmax_survives_large_and_excluded_logits(ops, to_device, to_host):
+    x = np.array([[1000.0, 999.0, -1000.0, -math.inf]])
+    log_z = math.log1p(math.exp(-1))
+    y = to_host(ops.log_softmax(to_device(x)))
+    assert np.allclose(y[0, :3], [-log_z, -1 - log_z, -2000 - log_z])
+    assert y[0, 3] == -math.inf
+
+
+def test_the_token_that_crosses_p_is_kept(ops, to_device, to_host):
+    x = np.log([[0.5, 0.3, 0.15, 0.05]])
+    for p, n_kept in [(0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4)]:
+        y = to_host(ops.keep_top_p(to_device(x), p))
+        assert np.isfinite(y[0]).tolist() == [i < n_kept for i in range(4)], p
+
+
+def test_equals_stay_together(ops, to_device, to_host):
+    x = to_device(np.array([[2.0, 1.0, 2.0, 0.0, 1.0, 1.0]]))
+    for y, kept in [
+        (ops.keep_top_k(x, 1), [0, 2]),
+        (ops.keep_top_k(x, 3), [0, 1, 2, 4, 5]),
+        (ops.keep_top_p(x, 0.1), [0, 2]),
+        (ops.keep_top_p(x, 0.8), [0, 1, 2, 4, 5]),  # softmax is 0.31 0.11 0.31 0.04 0.11 0.11
+        (ops.keep_min_p(x, 1.0), [0, 2]),
+    ]:
+        assert np.flatnonzero(np.isfinite(to_host(y)[0])).tolist() == kept
+
+
+def test_filters_accept_what_others_have_excluded(ops, to_device, to_host):
+    x = to_device(np.array([[-math.inf, 1.0, 3.0, -math.inf, 2.0]]))
+    for y in (ops.keep_top_k(x, 2), ops.keep_top_p(x, 0.8), ops.keep_min_p(x, 0.3)):
+        assert np.flatnonzero(np.isfinite(to_host(y)[0])).tolist() == [2, 4]
+    assert np.isfinite(to_host(ops.keep_top_k(x, 4))).sum() == 3  # -inf is not brought back
+
+
+# -- all of it together
+
+
+def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None):
+    move, back = ops.backend.to_device, ops.backend.to_host
+    seen = None if seen is None else move(seen)
+    ids, log_probs = ops.next_token(move(x), move(uniform), parameters, seen, n_tokens)
+    ids, log_probs = back(ids), back(log_probs)
+    assert ids.dtype == np.int64 and log_probs.dtype == np.float32
+    assert ids.shape == log_probs.shape == (len(x),)
+    return ids, log_probs
+
+
+def frequencies(ops, x, parameters, seen=None, n=4000, **kwargs):
+    """How often each token of one row of logits is drawn, by uniforms that leave no gap."""
+    many = np.repeat(x[None].astype("float32"), n, axis=0)
+    seen = None if seen is None else np.repeat(seen[None], n, axis=0)
+    uniform = (np.arange(n) + 0.5) / n
+    ids, _ = next_tokens(ops, many, uniform, parameters, seen, **kwargs)
+    return np.bincount(ids, minlength=len(x)) / n
+
+
+def probabilities(x, order, parameters, seen):
+    """The distribution that results where the filters are applied in this order."""
+    step = {
+        "repetition_penalty": lambda x: penalize(x, seen, parameters.repetition_penalty),
+        "temperature": lambda x: x / parameters.temperature,
+        "top_k": lambda x: top_k(x, parameters.top_k),
+        "top_p": lambda x: top_p(x, parameters.top_p),
+        "min_p": lambda x: min_p(x, parameters.min_p),
+    }
+    for name in order:
+        x = step[name](x)
+    return softmax(x)
+
+
+ORDER = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+
+
+@pytest.mark.parametrize(
+    "swapped, x, changes",
+    [
+        (
+            ("repetition_penalty", "top_k"),
+            [3.0, 2.9, 2.8, 1.0],
+            {"repetition_penalty": 2.0, "top_k": 2},
+        ),
+        (("temperature", "top_p"), [2.0, 1.5, 1.0, 0.0], {"temperature": 3.0, "top_p": 0.6}),
+        (("top_k", "top_p"), [1.0, 0.9, 0.8, 0.7], {"top_k": 3, "top_p": 0.5}),
+        (("top_p", "min_p"), [2.0, 1.5, 0.0, -0.2, -0.3, -0.4], {"top_p": 0.7, "min_p": 0.5}),
+        (("temperature", "min_p"), [2.0, 1.0, 0.0, -1.0], {"temperature": 2.0, "min_p": 0.3}),
+    ],
+)
+def test_filters_are_applied_in_the_published_order(ops, swapped, x, changes):
+    x, seen = np.array(x), np.arange(len(x)) == 0
+    parameters = sampling(**changes)
+    order = [name for name in ORDER if name in swapped]
+    truth = probabilities(x, order, parameters, seen)
+    other = probabilities(x, order[::-1], parameters, seen)
+    assert np.abs(truth - other).max() > 0.05  # or this would show nothing
+    assert np.abs(frequencies(ops, x, parameters, seen) - truth).max() < 1e-3
+
+
+def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
+    x, seen = np.array([2.0, 1.0, -1.0, -1.0]), np.array([True, False, True, False])
+    truth = softmax([1.0, 1.0, -2.0, -1.0])
+    drawn = frequencies(ops, x, sampling(repetition_penalty=2.0), seen)
+    assert np.abs(drawn - truth).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 5.0},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.7},
+        {
+            "temperature": 1.3,
+            "top_k": 5,
+            "top_p": 0.85,
+            "min_p": 0.15,
+            "repetition_penalty": 1.2,
+        },
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_probable(ops, rng, changes):
+    x, seen = rng.standard_normal(9) * 2, rng.random(9) < 0.5
+    parameters = sampling(**changes)
+    active = [name for name in ORDER if name in changes]
+    drawn = frequencies(ops, x, parameters, seen, n=4000)
+    # of evenly spread uniforms, an interval holds its length's share but for one at either end
+    assert np.abs(drawn - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
+
+
+def test_draw_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(
+    ops, to_device, to_host
+):
+    x = np.log([[0.25, 0.5, 0.25]] * 8)
+    uniform = np.array([0, 0.2499, 0.2501, 0.5, 0.7499, 0.7501, 0.9, LARGEST_BELOW_1])
+    ids = to_host(ops.draw(to_device(x), to_device(uniform)))
+    assert ids.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("n", [3, 1000, 32000])
+def test_the_ends_of_the_uniforms_never_draw_an_excluded_token(ops, to_device, to_host, rng, n):
+    x = (rng.standard_normal((6, n)) * 3).astype("float32")
+    x[:, 0] = x[:, -1] = x[1, : n // 2] = x[2, -(n // 2) :] = -math.inf
+    allowed = np.isfinite(x)
+    for u in (0.0, 5e-324, 0.5, 1 - 1e-12, LARGEST_BELOW_1):
+        ids = to_host(ops.draw(to_device(x), to_device(np.full(6, u))))
+        assert allowed[np.arange(6), ids].all(), u
+        if u == 0:
+            assert ids.tolist() == allowed.argmax(axis=-1).tolist()
+        if u == LARGEST_BELOW_1 and n == 3:
+            assert ids.tolist() == (n - 1 - allowed[:, ::-1].argmax(axis=-1)).tolist()
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}])
+@pytest.mark.parametrize("uniform", [0.0, 0.999999, LARGEST_BELOW_1])
+def test_what_a_filter_drops_is_never_drawn(ops, rng, changes, uniform):
+    x = rng.standard_normal((40, 53)).astype("float32")
+    name, value = next(iter(changes.items()))
+    allowed = np.isfinite(rows({"top_k": top_k, "top_p": top_p, "min_p": min_p}[name], x, value))
+    assert not allowed[:, [0, -1]].all()  # the ends are dropped in some rows
+    ids, _ = next_tokens(ops, x, np.full(40, uniform), sampling(**changes))
+    assert allowed[np.arange(40), ids].all()
+
+
+# -- greedy
+
+
+def test_temperature_0_is_the_argmax_and_reads_no_uniform(ops, rng):
+    x = rng.standard_normal((20, 31)).astype("float32")
+    greedy = sampling(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1)
+    for uniform in (np.zeros(20), np.full(20, LARGEST_BELOW_1), np.full(20, math.nan)):
+        ids, _ = next_tokens(ops, x, uniform, greedy)
+        assert ids.tolist() == x.argmax(axis=-1).tolist()
+
+
+def test_temperature_0_takes_the_first_of_equals(ops):
+    x = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]], dtype="float32")
+    ids, _ = next_tokens(ops, x, np.full(2, 0.9), sampling(temperature=0.0))
+    assert ids.tolist() == [1, 0]
+
+
+def test_temperature_0_heeds_the_repetition_penalty(ops):
+    x = np.array([[3.0, 2.0, -1.0], [-1.0, -1.5, -9.0]], dtype="float32")
+    seen = np.array([[True, False, False], [True, False, False]])
+    greedy = sampling(temperature=0.0, repetition_penalty=2.0)
+    ids, _ = next_tokens(ops, x, np.zeros(2), greedy, seen)
+    assert ids.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-45, 1e-50, 5e-324])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 4, "top_p": 0.9, "min_p": 0.1}])
+def test_tiny_temperatures_are_greedy_and_overflow_nowhere(ops, rng, temperature, changes):
+    x = (rng.standard_normal((20, 31)) * 30).astype("float32")
+    x[0] += 10000
+    for uniform in (0.0, 0.5, LARGEST_BELOW_1):
+        parameters = sampling(temperature=temperature, **changes)
+        ids, log_probs = next_tokens(ops, x, np.full(20, uniform), parameters)
+        assert ids.tolist() == x.argmax(axis=-1).tolist()
+        assert np.isfinite(log_probs).all()
+
+
+def test_a_huge_temperature_is_even(ops):
+    drawn = frequencies(ops, np.array([5.0, 1.0, -3.0, 0.0]), sampling(temperature=1e30))
+    assert np.abs(drawn - 0.25).max() < 1e-3
+
+
+@pytest.mark.parametrize("penalty", [1e-45, 1e-30, 1e30, 1e300])
+def test_extreme_penalties_overflow_nowhere(ops, penalty):
+    x = np.array([[3.0, 0.0, 2.0, -1.0]], dtype="float32")
+    seen = np.array([[True, True, False, True]])
+    least_of_seen = 2 if penalty > 1 else 0  # the unseen one, or the largest of the seen
+    for temperature in (0.0, 1.0):
+        parameters = sampling(temperature=temperature, repetition_penalty=penalty, top_k=1)
+        ids, log_probs = next_tokens(ops, x, np.array([0.5]), parameters, seen)
+        assert ids.tolist() == [least_of_seen] and np.isfinite(log_probs).all()
+
+
+# -- seen, n_tokens, log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_seen_is_updated_in_place(ops, to_device, to_host, rng, temperature, penalty):
+    x = rng.standard_normal((5, 11)).astype("float32")
+    before = rng.random((5, 11)) < 0.3
+    seen = to_device(before.copy())
+    parameters = sampling(temperature=temperature, repetition_penalty=penalty)
+    ids, _ = ops.next_token(to_device(x), to_device(rng.random(5)), parameters, seen)
+    after = before.copy()
+    after[np.arange(5), to_host(ids)] = True
+    assert np.array_equal(to_host(seen), after) and not np.array_equal(before, after)
+
+
+def test_a_penalized_greedy_row_repeats_itself_only_when_all_is_seen(ops, to_device, to_host):
+    x = to_device(np.array([[5.0, 4.0, 3.0, 2.9]], dtype="float32"))
+    seen = to_device(np.zeros((1, 4), dtype=bool))
+    greedy = sampling(temperature=0.0, repetition_penalty=2.0)
+    said = [
+        int(to_host(ops.next_token(x, to_device(np.zeros(1)), greedy, seen)[0])[0])
+        for _ in range(5)
+    ]
+    assert said == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 3},
+        {"top_k": 500},
+        {"top_p": 0.9},
+        {"min_p": 0.01},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+    ],
+)
+def test_ids_beyond_the_tokenizer_are_never_chosen(ops, rng, changes):
+    x = rng.standard_normal((30, 20)).astype("float32")
+    x[:, 17:] += 20
+    seen = rng.random((30, 20)) < 0.5
+    for uniform in (rng.random(30), np.full(30, LARGEST_BELOW_1)):
+        ids, _ = next_tokens(ops, x, uniform, sampling(**changes), seen.copy(), n_tokens=17)
+        assert ids.max() < 17
+        alone, _ = next_tokens(ops, x[:, :17], uniform, sampling(**changes), seen[:, :17].copy())
+        assert ids.tolist() == alone.tolist()
+    unlimited, _ = next_tokens(ops, x, np.full(30, 0.5), sampling(**changes), seen.copy())
+    assert unlimited.max() >= 17
+
+
+@pytest.mark.parametrize("n_tokens", [None, 7])
+def test_log_probabilities_are_of_the_logits_as_they_came(ops, rng, n_tokens):
+    x = (rng.standard_normal((6, 10)) * 2).astype("float32")
+    truth = np.log(rows(softmax, x.astype("float64")))
+    everything = {"temperature": 0.3, "top_k": 4, "top_p": 0.8, "min_p": 0.1}
+    for changes in (everything, {"temperature": 0.0}, {}):
+        parameters = sampling(repetition_penalty=1.8, **changes)
+        seen = rng.random((6, 10)) < 0.5
+        ids, log_probs = next_tokens(ops, x, rng.random(6), parameters, seen, n_tokens)
+        assert np.abs(log_probs - truth[np.arange(6), ids]).max() < 1e-5
+
+
+def test_the_logits_themselves_are_left_as_they_came(ops, to_device, to_host, rng):
+    x = rng.standard_normal((3, 9)).astype("float32")
+    logits, seen = to_device(x.copy()), to_device(np.ones((3, 9), dtype=bool))
+    parameters = Sampling(0.7, top_k=4, top_p=0.8, min_p=0.1, repetition_penalty=1.4)
+    ops.next_token(logits, to_device(rng.random(3)), parameters, seen, 8)
+    assert np.array_equal(to_host(logits), x)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(ops, rng):
+    x = (rng.standard_normal((7, 33)) * 2).astype("float32")
+    uniform, seen = rng.random(7), rng.random((7, 33)) < 0.4
+    parameters = Sampling(0.8, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
+    together, _ = next_tokens(ops, x, uniform, parameters, seen.copy())
+    for i in range(7):
+        one = slice(i, i + 1)
+        alone, _ = next_tokens(ops, x[one], uniform[one], parameters, seen[one].copy())
+        assert alone[0] == together[i]
+
+
+# -- random numbers
+
+
+def test_uniforms_are_a_function_of_seed_row_and_step_alone():
+    one_by_one = [uniforms(5, [row], 9)[0] for row in (0, 1, 7, 2)]
+    assert uniforms(5, [0, 1, 7, 2], 9).tolist() == one_by_one
+    np.random.seed(1)
+    assert uniforms(5, (7, 0), 9).tolist() == [one_by_one[2], one_by_one[0]]
+
+
+def test_uniforms_stay_what_they_were():
+    """A seed that somebody noted down must give the same text in the next version."""
+    assert uniforms(0, [0, 1], 0).tolist() == [0.01154675044886222, 0.8133540609793573]
+
+
+def test_uniforms_differ_in_each_of_seed_row_and_step():
+    seeds = [0, 1, 2, 3, 2**32, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
+    every = [uniforms(seed, range(8), step) for seed in seeds for step in (0, 1, 2, 3, 4096)]
+    assert len(set(np.concatenate(every).tolist())) == len(seeds) * 8 * 5
+
+
+def test_uniforms_are_below_1_and_even():
+    numbers = np.concatenate([uniforms(3, range(100), step) for step in range(100)])
+    assert numbers.dtype == np.float64
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
+    assert ((counts - 500) ** 2 / 500).sum() < 45  # chi-square, 19 degrees: one in a thousand
+    assert abs(np.corrcoef(numbers[:-100], numbers[100:])[0, 1]) < 0.04  # a row's next step
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.04  # the next row
+
+
+# -- what a user may ask
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        *itertools.product(["temperature"], [-0.1, math.inf, math.nan], ["0 or above"]),
+        *itertools.product(["top_k"], [-1, 2.0, 1.5, True], ["whole number"]),
+        *itertools.product(["top_p"], [0, -0.1, 1.1, math.nan], ["above 0 and at most 1"]),
+        *itertools.product(["min_p"], [-0.1, 1.1, math.nan], ["from 0 to 1"]),
+        *itertools.product(["repetition_penalty"], [0, -1, math.inf, math.nan], ["above 0"]),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, value, expected):
+    with pytest.raises(InputError) as error:
+        Sampling(**{name: value})
+    message = str(error.value)
+    assert message.startswith(f"{name} is {value}: expected ") and expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0},
+        {"temperature": 100.0},
+        {"top_k": 0},
+        {"top_k": 10**6},
+        {"top_p": 1},
+        {"top_p": 1e-300},
+        {"min_p": 0},
+        {"min_p": 1},
+        {"min_p": 1e-300},
+        {"repetition_penalty": 0.5},
+    ],
+)
+def test_numbers_at_the_ends_of_their_ranges_work(ops, rng, changes):
+    x = rng.standard_normal((3, 7)).astype("float32")
+    seen = np.zeros((3, 7), dtype=bool)
+    ids, _ = next_tokens(ops, x, rng.random(3), Sampling(**changes), seen)
+    assert (ids >= 0).all() and (ids < 7).all()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "5", True, math.nan])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(InputError) as error:
+        checked_seed(seed)
+    message = str(error.value)
+    assert message.startswith(f"seed is {seed}: expected a whole number") and "\n" not in message
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, np.int64(7), np.uint64(2**64 - 1)])
+def test_a_seed_is_itself(seed):
+    assert checked_seed(seed) == seed and type(checked_seed(seed)) is int
+
+
+def test_without_a_seed_there_is_a_random_one():
+    seeds = {checked_seed(None) for _ in range(20)}
+    assert len(seeds) > 15 and all(0 <= seed < 2**64 for seed in seeds)
