@@ -113,7 +113,8 @@ def get_backend(name: str = "auto") -> Backend:
     except Exception as error:  # ImportError, or one of many CUDA errors
         if name == "auto":
             return Backend()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line for line in str(error).splitlines() if any(map(str.isalnum, line))]
+        reason = lines[0].strip() if lines else type(error).__name__
         raise BackendError(
             f"backend cupy cannot be used ({reason}): it needs an NVIDIA GPU and "
             "pip install 'npllama[cuda12]' (or cuda13); --backend numpy runs on the CPU"

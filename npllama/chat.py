@@ -30,7 +30,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
     Raises:
         InputError: roles out of turn, or a message that holds one of the format's tags.
     """
-    turns = [(message["role"], message["content"]) for message in messages]
+    try:
+        turns = [(message["role"], message["content"]) for message in messages]
+    except (KeyError, TypeError):
+        raise InputError('a message is not {"role": ..., "content": ...}') from None
     for role, content in turns:
         for tag in _TAGS:
             if tag in content:
@@ -64,7 +67,10 @@ def check_chat_template(directory: Path) -> None:
     """
     path = Path(directory) / "chat_template.jinja"
     if path.exists():
-        template: object = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            template: object = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     else:
         path = Path(directory) / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.exists() else None

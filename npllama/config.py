@@ -1,7 +1,7 @@
 """LlamaConfig: the numbers that make one LLaMA-2 differ from another."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,7 @@ class LlamaConfig:
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
+            if not number or not 0 < value <= sys.float_info.max:
                 raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
         if self.dim % self.n_heads:
             raise ConfigError(
@@ -136,9 +136,13 @@ class LlamaConfig:
         generation_path = path.with_name("generation_config.json")
         generation = read_json(generation_path) if generation_path.exists() else {}
         try:
-            return cls.from_hf(hf, generation)
+            cls.from_hf(hf)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        try:
+            return cls.from_hf(hf, generation)
+        except ConfigError as error:
+            raise ConfigError(f"{generation_path}: {error}") from None
 
     @classmethod
     def from_hf(
@@ -170,7 +174,7 @@ class LlamaConfig:
         head_dim = hf.get("head_dim")
         if head_dim is not None and head_dim != config.head_dim:
             raise ConfigError(
-                f"head_dim is {head_dim}: only hidden_size / num_attention_heads = "
+                f"head_dim is {head_dim!r}: only hidden_size / num_attention_heads = "
                 f"{config.head_dim} is implemented"
             )
         return config
@@ -231,7 +235,10 @@ def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
         if not isinstance(rope, dict):
             raise ConfigError(f"{name} is {rope!r}: expected an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        part = rope.get("partial_rotary_factor", 1)
+        if part not in _ONLY_IMPLEMENTED["partial_rotary_factor"]:
+            raise ConfigError(f"{name}.partial_rotary_factor is {part!r}: only 1 is implemented")
+        if kind != "default":
             raise ConfigError(
                 f"{name} asks for {kind!r} scaling of the rotary embeddings: "
                 "only plain rotary embeddings ('default') are implemented"
@@ -240,8 +247,8 @@ def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
     """`rope_parameters.rope_theta` (transformers 5), then `rope_theta` (older), then 10000."""
-    parameters = hf.get("rope_parameters") or {}
-    return _first_given(10000.0, parameters.get("rope_theta"), hf.get("rope_theta"))
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    return _first_given(10000.0, rope.get("rope_theta"), hf.get("rope_theta"))
 
 
 def _first_given(default: Any, *values: Any) -> Any:

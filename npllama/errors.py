@@ -8,6 +8,11 @@ The command line prints it on stderr and exits with code 2.
 class NpllamaError(Exception):
     """Base of all errors that npllama raises on purpose."""
 
+    def __init__(self, message: str) -> None:  # names from files may hold line breaks
+        super().__init__(
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        )
+
 
 class InputError(NpllamaError):
     """An argument or a prompt that cannot be served."""

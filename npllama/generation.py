@@ -67,7 +67,11 @@ class Completion:
 
 
 class StopFilter:
-    """Lets text through until a stop text appears, holding back what may become one."""
+    """Lets text through until a stop text appears, holding back what may become one.
+
+    Of several stop texts the one that is complete first counts (the longer of two that end
+    together): that alone does not depend on how the text was cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -77,10 +81,12 @@ class StopFilter:
     def push(self, text: str, final: bool = False) -> str:
         """The text that is certain to come before any stop text."""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        places = ((self._held.find(stop), len(stop)) for stop in self._stops)
+        found = [(at + length, at) for at, length in places if at >= 0]
         if found:
+            _end, begin = min(found)
             self.found = True
-            certain, self._held = self._held[: min(found)], ""
+            certain, self._held = self._held[:begin], ""
             return certain
         keep = 0 if final else self._prefix_of_a_stop()
         at = len(self._held) - keep

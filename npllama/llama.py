@@ -1,5 +1,6 @@
 """The library's front door: `load` a model directory, then `Llama` reads and writes text."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -300,7 +301,7 @@ def load(
 
 
 def _checked_directory(path: Path) -> Path:
-    if not path.exists():
+    if not os.path.exists(path):  # False, not an error, for a name that is too long
         raise InputError(f"{path} does not exist: expected a model directory with a config.json")
     if not path.is_dir():
         raise InputError(

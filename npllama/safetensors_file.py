@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors (section "Format").
 """
 
 import json
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,12 @@ class SafetensorsFile:
         if length > _MAX_HEADER or data_begin > size:
             raise self._damaged(f"its header claims {length} bytes and the file has {size}")
         self.tensors = self._parse(self._map[_LENGTH_BYTES:data_begin], data_begin)
+        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].end):
+            if info.end > size:
+                raise self._damaged(
+                    f"tensor {name} of shape {list(info.shape)} ends at byte {info.end} and the "
+                    f"file at {size}"
+                )
         data_end = max((info.end for info in self.tensors.values()), default=data_begin)
         if data_end != size:
             raise self._damaged(f"its tensors end at byte {data_end} and the file at {size}")
@@ -88,8 +95,12 @@ class SafetensorsFile:
             dtype_name = entry["dtype"]  # type: ignore[index]
             shape = tuple(entry["shape"])  # type: ignore[index]
             begin, end = entry["data_offsets"]  # type: ignore[index]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            if not isinstance(entry["shape"], list) or not isinstance(dtype_name, str):
                 raise TypeError
+            if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+                raise TypeError
+            if len(shape) > 64 or 4 * math.prod(max(n, 1) for n in shape) >= 2**63:
+                raise TypeError  # NumPy cannot, even where one of them is 0
         except (TypeError, KeyError, ValueError):
             raise self._damaged(f"the header's entry for tensor {name} is malformed") from None
         if dtype_name not in DTYPES:

@@ -3,8 +3,8 @@
 The mathematics is in ops/sampling.py.
 """
 
-import math
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,13 +37,17 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or above")
-        is_count = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-        _require("top_k", self.top_k, is_count and self.top_k >= 0, "a whole number, 0 for all")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _require(
+            "top_k",
+            self.top_k,
+            _is_integer(self.top_k) and self.top_k >= 0,
+            "a whole number, 0 for all",
+        )
+        _require_between("temperature", self.temperature, 0, sys.float_info.max, "0 or above")
+        _require_between("top_p", self.top_p, sys.float_info.min, 1, "above 0 and at most 1")
+        _require_between("min_p", self.min_p, 0, 1, "from 0 to 1")
         penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0, 1 for none")
+        _require_between("repetition_penalty", penalty, 1e-3, 1e3, "0.001 to 1000, 1 for none")
 
 
 def checked_seed(seed: int | None) -> int:
@@ -54,8 +58,9 @@ def checked_seed(seed: int | None) -> int:
     """
     if seed is None:
         return secrets.randbits(32)
-    is_integer = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    _require("seed", seed, is_integer and 0 <= seed < 2**64, "a whole number from 0 below 2^64")
+    _require(
+        "seed", seed, _is_integer(seed) and 0 <= seed < 2**64, "a whole number from 0 below 2^64"
+    )
     return int(seed)
 
 
@@ -65,12 +70,18 @@ def uniforms(seed: int, rows: Sequence[int], step: int) -> np.ndarray:
     Counter-based (Salmon et al. 2011, Philox): a function of (seed, row, step) alone, so a
     row's text does not depend on which other rows run, on the backend, or on what came before.
     """
-    return np.array(
-        [
-            np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0, step])).random()
-            for row in rows
-        ]
-    )
+    keys = [np.array([seed, row], dtype="uint64") for row in rows]
+    streams = [np.random.Philox(key=key, counter=[0, 0, 0, step]) for key in keys]
+    return np.array([np.random.Generator(stream).random() for stream in streams])
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _require_between(name: str, value: object, least: float, most: float, expected: str) -> None:
+    is_number = isinstance(value, float | np.floating) or _is_integer(value)
+    _require(name, value, is_number and least <= value <= most, expected)
 
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -141,12 +141,12 @@ class StreamDecoder:
         text = ""
         while self._bytes:
             length = _utf8_length(self._bytes[0])
-            if len(self._bytes) < length and not final:
-                break
             try:
                 text += self._bytes[:length].decode("utf-8")
                 self._bytes = self._bytes[length:]
-            except UnicodeDecodeError:
+            except UnicodeDecodeError as error:
+                if not final and error.reason == "unexpected end of data":
+                    break  # the next ids may complete it
                 text += _REPLACEMENT  # one a byte, as sentencepiece does
                 self._bytes = self._bytes[1:]
         return text

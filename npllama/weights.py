@@ -4,6 +4,7 @@ Names and row order are Hugging Face's, so any HF LLaMA-2 directory loads as it 
 views of memory-mapped files, moved to the device (`ops.prepare`) one after the other.
 """
 
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -138,6 +139,11 @@ class Checkpoint:
         return Matrix(converted)
 
     def _check(self) -> None:
+        if self.config.n_layers > len(self._file_of):  # before a name is made for each
+            raise WeightsError(
+                f"{self.directory}: config.json describes {self.config.n_layers} layers and the "
+                f"files hold {len(self._file_of)} tensors: layers are missing, get the files again"
+            )
         shapes = tensor_shapes(self.config)
         missing = [name for name in shapes if name not in self._file_of]
         if missing:
@@ -192,16 +198,20 @@ def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
         raise WeightsError(f"{index_path}: weight_map does not name a file for each tensor")
     files = {}
     for shard in sorted(set(weight_map.values())):
-        if not (directory / shard).exists():
+        if not os.path.exists(directory / shard):
             raise WeightsError(f"{directory / shard} is missing: {INDEX} names it")
         files[shard] = SafetensorsFile(directory / shard)
     file_of = {name: file for file in files.values() for name in file.tensors}
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
             raise WeightsError(f"{directory / shard} lacks tensor {name}, which {INDEX} puts there")
-    stored = sum(len(file.tensors) for file in files.values())
-    if stored != len(file_of):
-        raise WeightsError(f"{directory}: a tensor stands in more than one shard")
+    for shard, file in files.items():
+        twice = next((name for name in file.tensors if file_of[name] is not file), None)
+        if twice is not None:
+            raise WeightsError(
+                f"{directory}: tensor {twice} stands in more than one shard: "
+                f"{shard} and {file_of[twice].path.name}"
+            )
     return file_of
 
 

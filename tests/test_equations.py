@@ -1,5 +1,6 @@
 """The lower level of ops in float64, against formulas written again and as plainly as can be."""
 
+import cmath
 import math
 from pathlib import Path
 
@@ -88,10 +89,9 @@ def rope_one(x, position, theta):
     """One head at one position, pair by pair, as complex numbers."""
     c = len(x)
     turned = [
-        complex(x[i], x[i + c // 2])
-        * complex(math.cos(position * theta ** (-2 * i / c)), math.sin(position * theta ** (-2 * i / c)))
+        complex(x[i], x[i + c // 2]) * cmath.exp(1j * position * theta ** (-2 * i / c))
         for i in range(c // 2)
-    ]  # fmt: skip
+    ]
     return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 

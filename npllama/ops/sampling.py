@@ -123,8 +123,10 @@ class SamplingEquations(Equations):
         if sampling.temperature == 0:
             ids = x.argmax(axis=-1)
         else:
-            # divide what is below the maximum: a tiny temperature then meets no overflow to inf
-            x = (x - x.max(axis=-1, keepdims=True)) / sampling.temperature
+            # what is divided is at most 0, and by no less than float32 has room for: a tiny
+            # temperature then is greedy, and neither inf nor 0 / 0
+            temperature = max(sampling.temperature, 1e-30)
+            x = (x - x.max(axis=-1, keepdims=True)) / temperature
             if sampling.top_k > 0:
                 x = self.keep_top_k(x, sampling.top_k)
             if sampling.top_p < 1:

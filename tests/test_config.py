@@ -1,0 +1,485 @@
+"""LlamaConfig: what is read, what is ignored, and what is refused."""
+
+import json
+
+import pytest
+from conftest import TINY
+
+from npllama.config import LLAMA_2, LlamaConfig
+from npllama.errors import ConfigError
+
+# What a published Llama-2-7b-hf holds, its fields that leave the result alone included.
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def hf(**changes):
+    """A Llama-2-7B config with other fields; None removes one."""
+    fields = LLAMA_2_7B | changes
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def refused(fields, generation=None):
+    """The one line with which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        LlamaConfig.from_hf(fields, generation)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def refused_directory(directory):
+    with pytest.raises(ConfigError) as caught:
+        LlamaConfig.from_directory(directory)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def write_json(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+# -- the family
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("7B", 6_738_415_616),
+        ("13B", 13_015_864_320),
+        ("34B", 33_743_970_304),
+        ("70B", 68_976_648_192),
+    ],
+)
+def test_each_size_has_its_published_number_of_parameters(size, parameters):
+    config = LlamaConfig.named(size)
+    assert config.n_parameters == parameters
+    assert LlamaConfig.named(size.lower()) == config
+    assert (config.norm_eps, config.rope_theta, config.context_length) == (1e-5, 10000.0, 4096)
+    assert (config.head_dim, config.vocab_size) == (128, 32000)
+
+
+def test_the_four_sizes_are_all_there_is():
+    assert list(LLAMA_2) == ["7B", "13B", "34B", "70B"]
+
+
+@pytest.mark.parametrize("size", ["8B", "", "7", "llama"])
+def test_an_unknown_size_is_refused_with_the_known_ones(size):
+    with pytest.raises(ConfigError, match="7B, 13B, 34B, 70B") as caught:
+        LlamaConfig.named(size)
+    assert repr(size) in str(caught.value)
+
+
+def test_a_tied_head_counts_once():
+    tied = LlamaConfig(**{**vars(TINY), "tie_embeddings": True})
+    assert TINY.n_parameters - tied.n_parameters == TINY.vocab_size * TINY.dim
+
+
+# -- reading
+
+
+def test_a_published_config_is_the_size_of_that_name():
+    assert LlamaConfig.from_hf(LLAMA_2_7B) == LLAMA_2["7B"]
+
+
+def test_every_field_is_read_from_its_own_name():
+    fields = hf(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=100,
+        vocab_size=77,
+        max_position_embeddings=55,
+        rms_norm_eps=1e-6,
+        rope_theta=5e5,
+        tie_word_embeddings=True,
+        bos_token_id=4,
+        eos_token_id=5,
+    )
+    assert LlamaConfig.from_hf(fields) == LlamaConfig(
+        dim=48,
+        n_layers=3,
+        n_heads=6,
+        n_kv_heads=2,
+        ffn_dim=100,
+        vocab_size=77,
+        context_length=55,
+        norm_eps=1e-6,
+        rope_theta=5e5,
+        tie_embeddings=True,
+        bos_id=4,
+        eos_ids=(5,),
+    )
+
+
+def test_absent_fields_have_the_defaults_of_transformers():
+    fields = hf(
+        architectures=None,
+        model_type=None,
+        hidden_act=None,
+        max_position_embeddings=None,
+        num_key_value_heads=None,
+        rms_norm_eps=None,
+        tie_word_embeddings=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config = LlamaConfig.from_hf(fields)
+    assert (config.context_length, config.norm_eps, config.rope_theta) == (2048, 1e-6, 10000.0)
+    assert (config.n_kv_heads, config.tie_embeddings) == (32, False)
+    assert (config.bos_id, config.eos_ids) == (1, (2,))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "default"}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e6}},
+        {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0}},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 10000.0},
+        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6},
+        {"rope_parameters": {}, "rope_theta": 1e6},
+    ],
+)
+def test_both_spellings_of_the_rotary_base_are_read(rope):
+    assert LlamaConfig.from_hf(hf(**rope)).rope_theta == 1e6
+
+
+def test_a_null_rotary_field_is_as_good_as_absent():
+    fields = LLAMA_2_7B | {"rope_scaling": None, "rope_parameters": None, "rope_theta": None}
+    assert LlamaConfig.from_hf(fields).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"pretraining_tp": 2},
+        {"initializer_range": 0.5},
+        {"use_cache": False},
+        {"torch_dtype": "bfloat16"},
+        {"dtype": "bfloat16"},
+        {"attention_dropout": 0.1},
+        {"pad_token_id": 0},
+        {"_name_or_path": "meta-llama/Llama-2-7b-hf"},
+        {"transformers_version": "5.0.0"},
+        {"attention_bias": False},
+        {"mlp_bias": False},
+        {"head_dim": 128},
+        {"hidden_act": "swish"},  # another name of silu
+        {"some_field_of_the_future": {"a": [1]}},
+    ],
+)
+def test_fields_that_do_not_change_the_result_are_ignored(field):
+    assert LlamaConfig.from_hf(hf(**field)) == LLAMA_2["7B"]
+
+
+def test_null_fields_that_mean_nothing_are_ignored():
+    null = dict.fromkeys(
+        ("head_dim", "sliding_window", "quantization_config", "num_key_value_heads")
+    )
+    assert LlamaConfig.from_hf(LLAMA_2_7B | null) == LLAMA_2["7B"]
+
+
+# -- refusing other mathematics
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("architectures", ["MistralForCausalLM"], "LlamaForCausalLM"),
+        ("architectures", ["LlamaForSequenceClassification"], "LlamaForCausalLM"),
+        ("architectures", ["LlamaForCausalLM", "LlamaModel"], "LlamaForCausalLM"),
+        ("model_type", "mistral", "'llama'"),
+        ("model_type", "qwen2", "'llama'"),
+        ("hidden_act", "gelu", "'silu'"),
+        ("hidden_act", "relu", "'silu'"),
+        ("hidden_act", ["silu"], "'silu'"),
+        ("attention_bias", True, "False"),
+        ("mlp_bias", True, "False"),
+        ("partial_rotary_factor", 0.5, "1"),
+        ("sliding_window", 4096, "None"),
+        ("quantization_config", {"quant_method": "gptq"}, "None"),
+        ("is_encoder_decoder", True, "False"),
+        ("head_dim", 64, "128"),
+        ("head_dim", 256, "128"),
+        ("head_dim", "128", "128"),
+    ],
+)
+def test_a_field_that_changes_the_mathematics_is_refused(name, value, wanted):
+    message = refused(hf(**{name: value}))
+    assert name in message and str(value) in message
+    assert wanted in message.replace(str(value), "", 1)
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("spelling", ["rope_type", "type"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope", "llama3", "none", 7])
+def test_every_scaling_of_the_rotary_embeddings_is_refused(field, spelling, kind):
+    message = refused(hf(**{field: {spelling: kind, "factor": 2.0, "rope_theta": 10000.0}}))
+    assert field in message and repr(kind) in message and "default" in message
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", ["linear", [], 2.0, True])
+def test_a_rotary_field_that_is_no_object_is_refused(field, value):
+    message = refused(hf(**{field: value}))
+    assert field in message and repr(value) in message
+
+
+def test_partial_rotation_inside_rope_parameters_is_refused_by_its_name():
+    message = refused(hf(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}))
+    assert "partial_rotary_factor" in message and "0.5" in message
+
+
+# -- ids
+
+
+@pytest.mark.parametrize(
+    ("config_ids", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 5], None, (2, 5)),
+        (2, {"eos_token_id": 7}, (7,)),
+        (2, {"eos_token_id": [7, 8]}, (7, 8)),
+        ([3], {"eos_token_id": None}, (3,)),
+        (3, {"temperature": 0.6}, (3,)),
+        (None, {"eos_token_id": 0}, (0,)),
+        (None, {}, (2,)),
+    ],
+)
+def test_ids_that_end_a_text_come_from_the_generation_config_first(
+    config_ids, generation, expected
+):
+    assert LlamaConfig.from_hf(hf(eos_token_id=config_ids), generation).eos_ids == expected
+
+
+def test_the_id_that_begins_a_text_comes_from_the_generation_config_first():
+    assert LlamaConfig.from_hf(hf(bos_token_id=5), {"bos_token_id": 0}).bos_id == 0
+    assert LlamaConfig.from_hf(hf(bos_token_id=5), {}).bos_id == 5
+
+
+@pytest.mark.parametrize("value", [-1, "2", 2.0, True, [2, "3"], [2, -3], [[2]], {}])
+@pytest.mark.parametrize("where", ["config", "generation"])
+def test_a_damaged_end_of_text_id_is_refused(where, value):
+    generation = {"eos_token_id": value} if where == "generation" else None
+    message = refused(hf(eos_token_id=value) if where == "config" else hf(), generation)
+    assert "eos id" in message and "token id" in message
+
+
+@pytest.mark.parametrize("value", [-1, "1", 1.5, True, [1]])
+def test_a_damaged_begin_of_text_id_is_refused(value):
+    message = refused(hf(bos_token_id=value))
+    assert "bos id" in message and repr(value) in message
+
+
+# -- numbers that do not fit
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    ],
+)
+def test_a_missing_field_is_named(name):
+    message = refused(hf(**{name: None}))
+    assert name in message and "missing" in message
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, 32.0, "32", True, [32], float("nan")])
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("hidden_size", "dim"),
+        ("num_hidden_layers", "n_layers"),
+        ("num_attention_heads", "n_heads"),
+        ("num_key_value_heads", "n_kv_heads"),
+        ("intermediate_size", "ffn_dim"),
+        ("vocab_size", "vocab_size"),
+        ("max_position_embeddings", "context_length"),
+    ],
+)
+def test_a_count_is_a_whole_number_above_zero(name, ours, value):
+    message = refused(hf(**{name: value}))
+    assert ours in message and repr(value) in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        -1e-5,
+        float("nan"),
+        float("inf"),
+        "1e-5",
+        True,
+        [1e-5],
+        pytest.param(10**400, id="an integer beyond every float"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "ours"), [("rms_norm_eps", "norm_eps"), ("rope_theta", "rope_theta")]
+)
+def test_eps_and_theta_are_finite_and_above_zero(name, ours, value):
+    message = refused(hf(**{name: value}))
+    assert ours in message and repr(value)[:20] in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({"hidden_size": 4100}, ("4100", "32")),
+        ({"hidden_size": 32 * 63, "head_dim": 63}, ("63",)),
+        ({"num_key_value_heads": 5}, ("32", "5")),
+        ({"num_key_value_heads": 64}, ("32", "64")),
+    ],
+)
+def test_counts_that_do_not_fit_together_are_named(changes, numbers):
+    message = refused(hf(**changes))
+    assert all(number in message for number in numbers)
+
+
+NASTY = [None, True, -1, 0, 1.5, 10**400, float("nan"), "", "a\nb", [], [[]], [{}], {}, {"a": [1]}]
+
+
+@pytest.mark.parametrize("name", [*LLAMA_2_7B, "rope_theta", "rope_parameters", "head_dim"])
+@pytest.mark.parametrize("value", NASTY, ids=range(len(NASTY)))
+def test_no_value_of_any_field_raises_anything_but_a_config_error(name, value):
+    for fields, generation in ((LLAMA_2_7B | {name: value}, None), (LLAMA_2_7B, {name: value})):
+        try:
+            config = LlamaConfig.from_hf(fields, generation)
+        except ConfigError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert config.n_parameters > 0
+
+
+# -- files
+
+
+def test_a_directory_is_read_with_its_generation_config(tmp_path):
+    write_json(tmp_path / "config.json", LLAMA_2_7B)
+    assert LlamaConfig.from_directory(tmp_path) == LLAMA_2["7B"]
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 9]})
+    assert LlamaConfig.from_directory(tmp_path).eos_ids == (2, 9)
+    assert LlamaConfig.from_directory(str(tmp_path)).eos_ids == (2, 9)
+
+
+DAMAGED = {
+    "": "JSON",
+    "{": "JSON",
+    '{"hidden_size": 4096,}': "JSON",
+    "<html>\n<body>Not Found</body>\n</html>": "JSON",
+    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": "JSON",
+    "[" * 100_000: "JSON",
+    "[1]": "list",
+    "null": "NoneType",
+    '"llama"': "str",
+}
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_file_is_refused_by_its_path(tmp_path, name, text):
+    write_json(tmp_path / "config.json", LLAMA_2_7B)
+    write_json(tmp_path / name, text)
+    message = refused_directory(tmp_path)
+    assert str(tmp_path / name) in message and DAMAGED[text] in message
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\x80\x02\xff\xfe")
+    message = refused_directory(tmp_path)
+    assert str(tmp_path / "config.json") in message and "JSON" in message
+
+
+def test_an_integer_too_long_to_read_is_refused(tmp_path):
+    write_json(tmp_path / "config.json", '{"hidden_size": ' + "9" * 5000 + "}")
+    assert "config.json" in refused_directory(tmp_path)
+
+
+def test_a_directory_without_a_config_is_refused_by_its_path(tmp_path):
+    message = refused_directory(tmp_path)
+    assert str(tmp_path / "config.json") in message and "does not exist" in message
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    assert "cannot be read" in refused_directory(tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot be read" in refused_directory(tmp_path / "file")
+
+
+def test_a_refusal_names_the_file_that_asked_for_it(tmp_path):
+    write_json(tmp_path / "config.json", hf(mlp_bias=True))
+    message = refused_directory(tmp_path)
+    assert message.startswith(str(tmp_path / "config.json")) and "mlp_bias" in message
+    write_json(tmp_path / "config.json", hf())
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": "x"})
+    assert "generation_config.json" in refused_directory(tmp_path)
+
+
+# -- writing
+
+
+@pytest.mark.parametrize("eos_ids", [(2,), (2, 7), ()])
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_what_is_written_reads_back_the_same(tmp_path, eos_ids, tie_embeddings):
+    config = LlamaConfig(
+        dim=48,
+        n_layers=3,
+        n_heads=6,
+        n_kv_heads=2,
+        ffn_dim=100,
+        vocab_size=77,
+        context_length=55,
+        norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_embeddings=tie_embeddings,
+        bos_id=4,
+        eos_ids=eos_ids,
+    )
+    write_json(tmp_path / "config.json", config.to_hf("bfloat16"))
+    assert LlamaConfig.from_directory(tmp_path) == config
+
+
+def test_what_is_written_says_what_a_published_config_says():
+    written = LLAMA_2["7B"].to_hf("float16")
+    of_no_effect = ("initializer_range", "pretraining_tp", "transformers_version", "use_cache")
+    for name, value in hf().items():
+        assert name in of_no_effect or written[name] == value
+    assert written["rope_theta"] == 10000.0
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        TINY.dim = 64

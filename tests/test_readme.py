@@ -1,0 +1,59 @@
+"""What the README says exists does, and its two commands are where scripts look for them."""
+
+import re
+
+from conftest import ROOT
+
+import npllama
+from npllama.generate import parser
+from npllama.ops import Ops
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALL_TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+
+
+def test_every_row_of_the_equation_table_names_a_function_and_tests_that_exist():
+    rows = [row.split("|")[1:-1] for row in README.splitlines() if row.count("|") == 5]
+    rows = [row for row in rows if "`Ops." in row[2] or "`Llama." in row[2]]
+    assert len(rows) > 15
+    for _equation, source, function, tests in rows:
+        assert source.strip()
+        owner, name = re.fullmatch(r"`(Ops|Llama)\.(\w+)`", function.strip()).groups()
+        assert hasattr(Ops if owner == "Ops" else npllama.Llama, name)
+        names = re.findall(r"`(test_\w+)`", tests)
+        assert names
+        assert all(f"def {test}(" in ALL_TESTS for test in names), tests
+
+
+def test_the_equation_table_has_every_equation():
+    from npllama.ops.equations import Equations
+
+    assert all(f"`Ops.{name}`" in README for name in vars(Equations) if not name.startswith("_"))
+
+
+def test_the_architecture_names_every_file():
+    files = {path.name for path in (ROOT / "npllama").rglob("*.py")} - {"__init__.py"}
+    files |= {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert not [name for name in files if name not in README]
+
+
+def test_every_option_of_the_command_line_is_named():
+    options = {option for action in parser()._actions for option in action.option_strings}
+    assert not [o for o in options - {"-h", "--help", "--model"} if f"`{o}" not in README]
+
+
+def test_exactly_two_commands_set_up_and_run():
+    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
+    assert len(commands) == 2
+    assert "npllama.generate" in commands[0]
+    assert "pytest" in commands[1]
+
+
+def test_the_tolerances_are_those_of_the_tests():
+    from test_overrides import TOLERANCE
+
+    for backend, name in (("numpy", "NumPy"), ("cupy", "CuPy")):
+        row = re.search(rf"^\s*\| {name} \|(.*)\|$", README, re.M).group(1)
+        told = [float(cell) for cell in row.split("|")]
+        dtypes = ("float32", "float16", "bfloat16", "int8")
+        assert told == [TOLERANCE[backend, dtype] for dtype in dtypes]

@@ -1,0 +1,358 @@
+"""The reader of .safetensors files, held to the safetensors library."""
+
+import json
+import mmap
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from npllama.errors import WeightsError
+from npllama.safetensors_file import SafetensorsFile
+
+FLOAT_DTYPES = ["float32", "float16", ml_dtypes.bfloat16]
+SHAPES = [(), (1,), (0,), (3, 0), (7,), (3, 5), (2, 3, 4)]
+
+
+def raw_file(path, header, data=b"", length=None):
+    """A file with this header, JSON or bytes as they are, that claims `length` bytes of it."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(header) if length is None else length
+    path.write_bytes(struct.pack("<Q", length) + header + data)
+    return path
+
+
+def entry(begin, end, shape=None, dtype="F32"):
+    shape = [(end - begin) // 4] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def refused(path):
+    """The one line with which a file is refused, after its path."""
+    with pytest.raises(WeightsError) as caught:
+        SafetensorsFile(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    return message.removeprefix(str(path))
+
+
+def refused_by_the_library(path):
+    """That the library refuses it too: the file is wrong, not only unusual."""
+    with pytest.raises((safetensors.SafetensorError, ValueError)):
+        safetensors.numpy.load_file(path)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def written(path, rng):
+    """A file of three tensors and its bytes."""
+    tensors = {"a": rng.random((2, 3)), "b.weight": rng.random(5), "c": rng.random(())}
+    tensors = {name: np.asarray(array, dtype="float32") for name, array in tensors.items()}
+    safetensors.numpy.save_file(tensors, path)
+    return path.read_bytes()
+
+
+# -- agreement
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_it_reads_what_the_library_wrote(path, rng, dtype):
+    tensors = {
+        f"tensor.{i}": np.asarray(rng.standard_normal(shape)).astype(dtype)
+        for i, shape in enumerate(SHAPES)
+    }
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    file, library = SafetensorsFile(path), safetensors.numpy.load_file(path)
+    assert set(file.tensors) == set(tensors) == set(library)
+    for name, array in tensors.items():
+        got = file[name]
+        assert got.dtype == array.dtype == library[name].dtype == file.tensors[name].dtype
+        assert got.shape == array.shape == library[name].shape == file.tensors[name].shape
+        assert got.tobytes() == array.tobytes() == library[name].tobytes()
+
+
+def test_one_file_may_mix_dtypes(path, rng):
+    tensors = {np.dtype(dtype).name: rng.random((3, 5)).astype(dtype) for dtype in FLOAT_DTYPES}
+    safetensors.numpy.save_file(tensors, path)
+    file = SafetensorsFile(path)
+    for name, array in tensors.items():
+        assert file[name].dtype == array.dtype and np.array_equal(file[name], array)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_every_bit_pattern_survives(path, dtype):
+    words = np.arange(2**16, dtype="uint16")
+    bits = np.concatenate([words, words]).view(dtype)  # as float32 too, with NaNs and infinities
+    safetensors.numpy.save_file({"w": bits}, path)
+    assert SafetensorsFile(path)["w"].tobytes() == bits.tobytes()
+
+
+def test_names_may_be_any_text(path):
+    names = ["", "a b", "ünï", "羊驼", "🦙", 'quote"', "dot.dot"]
+    tensors = {name: np.full(2, i, dtype="float32") for i, name in enumerate(names)}
+    safetensors.numpy.save_file(tensors, path)
+    file = SafetensorsFile(path)
+    assert [file[name][0] for name in names] == list(range(len(names)))
+
+
+def test_a_file_without_tensors_is_a_file(path):
+    safetensors.numpy.save_file({}, path)
+    assert SafetensorsFile(path).tensors == {}
+
+
+def test_the_order_in_the_header_is_not_the_order_of_the_data(path):
+    header = {"second": entry(4, 12), "first": entry(0, 4), "empty": entry(4, 4)}
+    raw_file(path, header, np.arange(3, dtype="float32").tobytes())
+    file = SafetensorsFile(path)
+    assert file["first"].tolist() == [0] and file["second"].tolist() == [1, 2]
+    assert file["empty"].shape == (0,)
+    assert safetensors.numpy.load_file(path)["second"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_data_may_begin_at_any_byte(path, padding):
+    header = json.dumps({"w": entry(0, 12)}).encode() + b" " * padding
+    raw_file(path, header, np.array([1.5, -2, 3], dtype="float32").tobytes())
+    w = SafetensorsFile(path)["w"]
+    assert w.tolist() == [1.5, -2, 3] and (w @ w).item() == 15.25
+
+
+# -- the memory map
+
+
+def test_a_tensor_is_a_view_of_the_file_and_not_a_copy(path, written):
+    file = SafetensorsFile(path)
+    whole = np.frombuffer(file._map, dtype="uint8")
+    for name, info in file.tensors.items():
+        assert np.shares_memory(file[name], whole[info.begin : info.end])
+        assert file[name].tobytes() == written[info.begin : info.end]
+    assert isinstance(file._map, mmap.mmap)
+
+
+def test_a_tensor_is_read_only(path, written):
+    with pytest.raises(ValueError, match="read-only"):
+        SafetensorsFile(path)["a"][0] = 1
+    assert path.read_bytes() == written
+
+
+def test_a_tensor_outlives_its_file(path, written):
+    a = SafetensorsFile(path)["a"]
+    path.unlink()
+    assert a.tobytes() in written
+
+
+def test_opening_a_large_file_reads_none_of_it(path):
+    size = 2**33  # more than a copy could take in the time, or perhaps hold
+    header = json.dumps({"w": entry(0, size)}).encode()
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        out.truncate(8 + len(header) + size)  # sparse: takes no room on the disk
+    w = SafetensorsFile(path)["w"]
+    assert w.shape == (2**31,) and w[-1] == 0
+
+
+# -- truncated and lengthened
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(path, written):
+    for size in range(len(written)):
+        path.write_bytes(written[:size])
+        message = refused(path)
+        assert "truncated" in message and str(size) in message
+    path.write_bytes(written)
+    assert len(SafetensorsFile(path).tensors) == 3
+
+
+@pytest.mark.parametrize("surplus", [b"\0", b" " * 8, b"\0" * 4096])
+def test_bytes_after_the_last_tensor_are_refused(path, written, surplus):
+    path.write_bytes(written + surplus)
+    message = refused(path)
+    assert str(len(written)) in message and str(len(written) + len(surplus)) in message
+    refused_by_the_library(path)
+
+
+@pytest.mark.parametrize("length", [10**8 + 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_huge_header_length_is_refused_before_it_is_read(path, length):
+    raw_file(path, b"{}", length=length)
+    assert f"claims {length} bytes and the file has 10" in refused(path)
+
+
+def test_a_header_beyond_the_librarys_limit_is_refused_even_if_it_is_there(path):
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", 10**8 + 1))
+        out.truncate(8 + 10**8 + 1)
+    assert str(10**8 + 1) in refused(path)
+    refused_by_the_library(path)
+
+
+@pytest.mark.parametrize("change", [-9, -2, -1, 1, 2, 9])
+def test_a_header_length_that_is_off_is_refused(path, written, change):
+    length = struct.unpack("<Q", written[:8])[0]
+    path.write_bytes(struct.pack("<Q", length + change) + written[8:])
+    refused(path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    assert "No such file" in refused(tmp_path / "model.safetensors")
+    assert "directory" in refused(tmp_path)
+
+
+# -- lying headers
+
+NOT_A_HEADER = {
+    "empty": b"",
+    "not JSON": b"{",
+    "a list": b"[]",
+    "a number": b"1",
+    "null": b"null",
+    "a string": b'"a"',
+    "not UTF-8": b'{"\xff": 1}',
+    "deeply nested": b"[" * 100_000,
+    "an integer of 5000 digits": b'{"w": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("header", NOT_A_HEADER.values(), ids=NOT_A_HEADER)
+def test_a_header_that_is_no_json_object_is_refused(path, header):
+    raw_file(path, header)
+    assert "header" in refused(path)
+    refused_by_the_library(path)
+
+
+MALFORMED = {
+    "no object": [1, 2],
+    "null": None,
+    "a string": "dtype",
+    "no dtype": {"shape": [1], "data_offsets": [0, 4]},
+    "no shape": {"dtype": "F32", "data_offsets": [0, 4]},
+    "no offsets": {"dtype": "F32", "shape": [1]},
+    "shape is a number": entry(0, 4, 1),
+    "shape is null": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]},
+    "shape is a string": entry(0, 4, "1"),
+    "shape of strings": entry(0, 4, ["1"]),
+    "shape of fractions": entry(0, 4, [1.0]),
+    "shape of truths": entry(0, 4, [True]),
+    "nested shape": entry(0, 4, [[1]]),
+    "negative shape": entry(0, 4, [-1]),
+    "twice negative shape": entry(0, 4, [-1, -1]),
+    "shape is an object": entry(0, 4, {}),
+    "one offset": {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+    "three offsets": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 4]},
+    "offsets are a number": {"dtype": "F32", "shape": [1], "data_offsets": 4},
+    "offsets are null": {"dtype": "F32", "shape": [1], "data_offsets": None},
+    "offsets of fractions": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]},
+    "offsets of strings": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]},
+    "negative offset": entry(-4, 0, [1]),
+}
+
+
+@pytest.mark.parametrize("value", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_entry_is_refused_by_its_name(path, value):
+    raw_file(path, {"my.tensor": value}, bytes(4))
+    message = refused(path)
+    assert "my.tensor" in message and "malformed" in message
+    refused_by_the_library(path)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "I8", "I32", "I64", "U8", "BOOL", "F8_E4M3"])
+def test_a_dtype_of_no_use_here_is_refused_with_those_of_use(path, dtype):
+    raw_file(path, {"my.tensor": entry(0, 8, [1], dtype)}, bytes(8))
+    message = refused(path)
+    assert "my.tensor" in message and f"as {dtype}" in message and "F32, F16, BF16" in message
+
+
+@pytest.mark.parametrize("dtype", ["f32", "float32", "", "X", None, 32, [], ["F32"], {}, "F\n32"])
+def test_a_dtype_that_there_is_not_is_refused(path, dtype):
+    raw_file(path, {"my.tensor": entry(0, 4, [1], dtype)}, bytes(4))
+    assert "my.tensor" in refused(path)
+    refused_by_the_library(path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        entry(0, 8, [3]),
+        entry(0, 8, [1]),
+        entry(0, 8, []),
+        entry(0, 8, [0]),
+        entry(0, 8, [2, 2]),
+        entry(0, 8, [2], "BF16"),
+        entry(8, 0, [2]),
+    ],
+)
+def test_a_shape_that_does_not_fill_its_bytes_is_refused_with_both_numbers(path, value):
+    raw_file(path, {"my.tensor": value}, bytes(8))
+    message = refused(path)
+    begin, end = value["data_offsets"]
+    assert "my.tensor" in message and str(value["shape"]) in message
+    assert f"has {end - begin}" in message
+    refused_by_the_library(path)
+
+
+IMPOSSIBLE = {
+    "2^64 x 0": [2**64, 0],
+    "2^63 x 0": [2**63, 0],
+    "2^62 x 2^62 x 0": [2**62, 2**62, 0],
+    "no bytes if counted in 64 bits": [2**32, 2**32],
+    "1000 digits, of one number": [10**999],
+    "8000 digits, of two": [10**4000, 10**4000],
+    "5000 digits, of many": [2**62] * 300,
+    "more axes than NumPy has": [1] * 100 + [0],
+}
+
+
+@pytest.mark.parametrize("shape", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_shape_that_no_array_can_have_is_refused(path, shape):
+    raw_file(path, {"my.tensor": entry(0, 0, shape)})
+    assert "my.tensor" in refused(path)
+    refused_by_the_library(path)
+
+
+LAYOUTS = {
+    "a gap before the first": ({"a": entry(4, 8), "b": entry(8, 12)}, 12),
+    "a gap between": ({"a": entry(0, 4), "b": entry(8, 12)}, 12),
+    "a gap after the last": ({"a": entry(0, 4), "b": entry(4, 8)}, 12),
+    "one over another": ({"a": entry(0, 8), "b": entry(4, 12)}, 12),
+    "one inside another": ({"a": entry(0, 12), "b": entry(4, 8)}, 12),
+    "two at one place": ({"a": entry(0, 12), "b": entry(0, 12)}, 12),
+    "an empty one inside another": ({"a": entry(0, 12), "b": entry(4, 4)}, 12),
+    "past the end": ({"a": entry(0, 4), "b": entry(4, 16)}, 12),
+    "far past the end": ({"a": entry(0, 2**40)}, 12),
+    "an empty one past the end": ({"a": entry(0, 12), "b": entry(16, 16)}, 12),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_tensors_that_overlap_or_leave_gaps_are_refused(path, layout):
+    header, size = layout
+    raw_file(path, header, bytes(size))
+    message = refused(path)
+    assert "damaged" in message and "tensor" in message
+    refused_by_the_library(path)
+
+
+def test_a_line_break_in_a_name_does_not_break_the_message(path):
+    raw_file(path, {"my\ntensor": entry(0, 8, [1])}, bytes(8))
+    assert "tensor" in refused(path)
+
+
+def test_no_flipped_byte_of_the_header_raises_anything_else(path, written, rng):
+    length = struct.unpack("<Q", written[:8])[0]
+    for _ in range(2000):
+        damaged = bytearray(written)
+        for position in rng.integers(0, 8 + length, rng.integers(1, 4)):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            file = SafetensorsFile(path)
+        except WeightsError as error:
+            assert len(str(error).splitlines()) == 1
+        else:  # a name may have changed, or a byte become itself
+            assert all(file[name].nbytes <= 24 for name in file.tensors)

@@ -1,0 +1,380 @@
+"""Text to ids and back, against sentencepiece itself; and decoding as ids arrive."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from npllama.errors import InputError, TokenizerError
+from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
+from npllama.tokenizer import StreamDecoder, Tokenizer
+from npllama.untrained import byte_tokenizer
+
+TEXTS = [
+    "",
+    "This",
+    " This",
+    "   three before, two after  ",
+    "a  b\tc\nd\r\n\n",
+    "🦙",
+    "🦙🦙 and 👩‍👩‍👧‍👦, flags 🇩🇪",
+    "漢字かな交じり文、한국어",
+    "naïve café, Ελληνικά, עברית, नमस्ते",
+    "\ufffd literal \ufffd\ufffd",
+    "\x00 nul and \x7f",
+    "\u2581 the mark itself \u2581\u2581",
+    "<s> </s> <unk> <0x0A>",
+]
+
+
+@pytest.fixture(params=["llama", "bytes"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return byte_tokenizer()
+    return request.getfixturevalue("llama_tokenizer")
+
+
+def byte_ids(data):
+    return [b + 3 for b in data]
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# -- ids
+
+
+@pytest.mark.parametrize(
+    "text, ids",
+    [
+        ("", [1]),
+        ("This", [1, 910]),
+        ("🦙", [1, 29871, 243, 162, 169, 156]),
+        ("\n", [1, 29871, 13]),
+        (" ", [1, 259]),
+        ("<s>", [1, 529, 29879, 29958]),
+        ("</s>", [1, 1533, 29879, 29958]),
+        ("<unk>", [1, 529, 2960, 29958]),
+        ("<0x0A>", [1, 529, 29900, 29916, 29900, 29909, 29958]),
+    ],
+)
+def test_texts_have_the_ids_that_llama_was_trained_on(llama_tokenizer, text, ids):
+    assert llama_tokenizer.encode(text) == ids
+    assert llama_tokenizer.encode(text, bos=False) == ids[1:]
+    assert llama_tokenizer.decode(ids) == text
+
+
+def test_special_ids_are_llamas(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert [tokenizer.piece(i) for i in (0, 1, 2, 13)] == ["<unk>", "<s>", "</s>", "<0x0A>"]
+    assert [tokenizer.piece(b + 3) for b in range(256)] == [f"<0x{b:02X}>" for b in range(256)]
+
+
+def test_vocabulary_sizes(llama_tokenizer):
+    assert llama_tokenizer.vocab_size == 32000
+    assert byte_tokenizer().vocab_size == 260
+
+
+def test_pieces_are_the_vocabularys(llama_tokenizer):
+    assert llama_tokenizer.piece(910) == llama_tokenizer.piece(np.int32(910)) == "\u2581This"
+    assert llama_tokenizer.piece(29871) == "\u2581"
+
+
+def test_bytes_encode_to_themselves_after_the_dummy_prefix():
+    text = "a 漢🦙"
+    space, expected = 259, []
+    for character in " " + text:
+        expected += [space] if character == " " else byte_ids(character.encode())
+    assert byte_tokenizer().encode(text, bos=False) == expected
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_and_no_text_makes_a_special_token(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids[0] == 1 and not {0, 1, 2} & set(ids[1:])
+    # the space mark is sentencepiece's own way to write a space: it is the one thing lost
+    assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+
+
+# -- decoding as ids arrive
+
+
+def streamed(tokenizer, ids):
+    decoder = StreamDecoder(tokenizer)
+    return [decoder.push(id_) for id_ in ids] + [decoder.flush()]
+
+
+def assert_streams_as_sentencepiece_decodes(tokenizer, ids):
+    pieces = streamed(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.processor.decode(list(ids)), ids
+    for piece in pieces:
+        piece.encode()  # raises at half a surrogate pair
+
+
+def random_id_sequences(tokenizer, n, seed, longest=24):
+    """Sequences of all kinds that break decoders: n of each."""
+    rng = np.random.default_rng(seed)
+    spaces = [i for i in range(tokenizer.vocab_size) if set(tokenizer.piece(i)) == {"\u2581"}]
+    spaces += byte_ids(b" ")
+    control = [0, 1, 2]
+    # bytes that begin, continue and break UTF-8, its forbidden ranges' edges included
+    edges = [0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF]
+    edges += [0xE0, 0xE1, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5, 0xFF]
+    literal_fffd = byte_ids("\ufffd".encode())
+
+    def some(pool):
+        return rng.choice(pool, rng.integers(0, longest)).tolist()
+
+    def whole():
+        return rng.integers(0, tokenizer.vocab_size, rng.integers(0, longest)).tolist()
+
+    def mixed(*pools):
+        return [int(rng.choice(pools[k])) for k in rng.integers(0, len(pools), longest)]
+
+    for _ in range(n):
+        yield whole()
+        yield some(byte_ids(range(256)))
+        yield some(byte_ids(edges))
+        yield mixed(byte_ids(edges), byte_ids(edges), literal_fffd, whole() or [2])
+        yield mixed(control, spaces, whole() or [2])
+        yield mixed(control, byte_ids(edges))
+        yield [*some(spaces), *whole()]
+        yield [1, *some(spaces), *whole()]
+        yield [1, *some(control), *some(spaces), *some(byte_ids(edges))]
+
+
+def test_streaming_equals_sentencepiece_on_random_ids(tokenizer):
+    for ids in random_id_sequences(tokenizer, 150, seed=1):
+        assert_streams_as_sentencepiece_decodes(tokenizer, ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_streaming_equals_sentencepiece_on_very_many_random_ids(tokenizer, seed):
+    for ids in random_id_sequences(tokenizer, 1500, seed, longest=40):
+        assert_streams_as_sentencepiece_decodes(tokenizer, ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("bos", [True, False])
+def test_streaming_equals_sentencepiece_on_text(tokenizer, text, bos):
+    assert_streams_as_sentencepiece_decodes(tokenizer, tokenizer.encode(text, bos))
+    assert_streams_as_sentencepiece_decodes(tokenizer, byte_ids(text.encode()))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xf0\x9f\xa6",  # ends inside a character
+        b"\xf0\x9f\xa6A\x99",  # is interrupted
+        b"\x80\xbf\x80",  # begins nowhere
+        b"\xc0\xaf \xe0\x80\xaf \xf0\x80\x80\xaf",  # overlong
+        b"\xed\xa0\x80\xed\xbf\xbf",  # surrogates
+        b"\xf4\x8f\xbf\xbf \xf4\x90\x80\x80 \xf5\x80\x80\x80",  # the last character, and beyond
+        b"\xef\xbf\xbd\xef\xbf\xef\xbf\xbd",  # a literal U+FFFD, and part of one
+        b"\xff\xfe\x00\x00",
+        b"\xe2\xf0\x9f\xa6\x99",  # a character begins where another was expected to go on
+    ],
+)
+def test_streaming_equals_sentencepiece_on_invalid_bytes(tokenizer, data):
+    ids = byte_ids(data)
+    for wrapped in (ids, [1, *ids], [*ids, 2], ids + tokenizer.encode("on", bos=False)):
+        assert_streams_as_sentencepiece_decodes(tokenizer, wrapped)
+
+
+def test_streaming_equals_sentencepiece_on_every_pair_of_bytes(llama_tokenizer):
+    for first in range(0x70, 0x100):
+        for second in range(0x70, 0x100):
+            assert_streams_as_sentencepiece_decodes(llama_tokenizer, byte_ids([first, second]))
+
+
+def test_every_id_streams_alone_and_after_another(tokenizer):
+    for id_ in range(0, tokenizer.vocab_size, 1 if tokenizer.vocab_size < 1000 else 7):
+        for ids in ([id_], [1, id_], [id_, id_]):
+            assert_streams_as_sentencepiece_decodes(tokenizer, ids)
+
+
+def test_what_was_emitted_is_final_and_a_flush_completes_it_at_any_moment(tokenizer):
+    for ids in random_id_sequences(tokenizer, 12, seed=3, longest=16):
+        decoder, said = StreamDecoder(tokenizer), ""
+        for n, id_ in enumerate(ids, start=1):
+            said += decoder.push(id_)
+            text = tokenizer.processor.decode(ids[:n])
+            assert said + copy.copy(decoder).flush() == text
+            # all that is held back is the beginning of one character: at most three bytes
+            assert text.startswith(said) and text[len(said) :] in (
+                "",
+                "\ufffd",
+                "\ufffd" * 2,
+                "\ufffd" * 3,
+            )
+
+
+def test_a_character_appears_with_its_last_byte(llama_tokenizer):
+    assert streamed(llama_tokenizer, [29871, 243, 162, 169, 156]) == ["", "", "", "", "🦙", ""]
+    assert streamed(llama_tokenizer, byte_ids(b"\xc3\xa9\xe6\xbc\xa2")) == [
+        "",
+        "é",
+        "",
+        "",
+        "漢",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xe2A", b"\xe0\x80", b"\xed\xa0", b"\xf0\x9f\xa6A", b"\xf4\x90"]
+)
+def test_bytes_that_cannot_become_a_character_are_not_held(tokenizer, data):
+    decoder = StreamDecoder(tokenizer)
+    said = "".join(decoder.push(id_) for id_ in byte_ids(data))
+    assert said == tokenizer.processor.decode(byte_ids(data))
+
+
+def test_text_appears_with_its_id(llama_tokenizer):
+    assert streamed(llama_tokenizer, [1, 910, 338, 263, 1243]) == [
+        *("", "This", " is", " a", " test", "")
+    ]
+
+
+def test_only_the_first_piece_of_the_text_loses_its_space(llama_tokenizer):
+    this = 910
+    assert streamed(llama_tokenizer, [this, this])[:2] == ["This", " This"]
+    assert streamed(llama_tokenizer, [1, this, 2, 1, this])[1::3] == ["This", " This"]
+    assert "".join(streamed(llama_tokenizer, [1, 259, this])) == "  This"
+
+
+def test_unfinished_bytes_are_said_at_the_flush_and_once(llama_tokenizer):
+    decoder = StreamDecoder(llama_tokenizer)
+    assert [decoder.push(id_) for id_ in byte_ids(b"\xf0\x9f")] == ["", ""]
+    assert [decoder.flush(), decoder.flush()] == ["\ufffd\ufffd", ""]
+
+
+def counting_ids(tokenizer):
+    """Replace the tokenizer's processor by one that counts the ids it is asked about."""
+    processor, asked = tokenizer.processor, []
+
+    def counted(method):
+        def call(ids):
+            asked.extend(ids if isinstance(ids, list) else [ids])
+            return method(ids)
+
+        return call
+
+    names = ("decode", "id_to_piece", "is_byte", "is_control", "is_unknown")
+    methods = {name: counted(getattr(processor, name)) for name in names}
+    tokenizer.processor = SimpleNamespace(**methods)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "broken", "control"])
+def test_a_token_costs_the_same_however_long_the_text(kind):
+    tokenizer = byte_tokenizer()
+    rng = np.random.default_rng(4)
+    pool = {
+        "text": tokenizer.encode("漢 🦙 a  b"),
+        "bytes": byte_ids(range(256)),
+        "broken": byte_ids([0xE0, 0xF0, 0x80, 0xF4]),
+        "control": [0, 1, 2],
+    }[kind]
+    asked = counting_ids(tokenizer)
+    decoder = StreamDecoder(tokenizer)
+    for id_ in rng.choice(pool, 3000).tolist():
+        asked.clear()
+        decoder.push(id_)
+        assert 1 <= len(asked) <= 6
+        state = [v for v in vars(decoder).values() if isinstance(v, bytes | str | list)]
+        assert state and sum(len(v) for v in state) <= 3  # no memory of the text but a character
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("bad", [-1, np.int64(-1), np.int32(-1), 260, np.int64(260), 2**31, 2**70])
+def test_ids_that_the_tokenizer_does_not_have_are_refused(bad):
+    tokenizer = byte_tokenizer()
+    for call in (
+        lambda: tokenizer.decode([1, bad]),
+        lambda: tokenizer.piece(bad),
+        lambda: StreamDecoder(tokenizer).push(bad),
+    ):
+        with pytest.raises(InputError) as error:
+            call()
+        assert f"token id {bad} " in one_line(error) and "260" in one_line(error)
+
+
+def test_numpys_integers_are_ids(tokenizer):
+    ids = tokenizer.encode("a 🦙")
+    for dtype in ("int32", "int64", "uint16"):
+        array = np.array(ids, dtype=dtype)
+        assert tokenizer.decode(array) == "".join(streamed(tokenizer, array)) == "a 🦙"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\ud83e"])
+def test_text_with_a_lone_surrogate_is_refused(tokenizer, text):
+    with pytest.raises(InputError) as error:
+        tokenizer.encode(text)
+    assert "UTF-8" in one_line(error)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer(path)
+    assert f"{path} does not exist" in one_line(error)
+
+
+def test_a_directory_is_not_a_tokenizer(tmp_path):
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer(tmp_path)
+    assert f"{tmp_path} cannot be read" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"not a model",
+        b"\x00" * 100,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n",
+        b'{"version": "1.0", "added_tokens": []}',
+    ],
+)
+def test_a_file_that_is_no_model_is_named(tmp_path, contents):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(contents)
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer(path)
+    assert f"{path} is not a sentencepiece model" in one_line(error)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_model_is_named(tmp_path, llama_tokenizer, keep):
+    model = llama_tokenizer.processor.serialized_model_proto()
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model[: int(len(model) * keep)])
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer(path)
+    assert str(path) in one_line(error)
+
+
+def test_a_model_without_bos_is_not_llamas(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    pieces = [p for p in special_and_byte_pieces() if p[2] != PieceType.CONTROL]
+    path.write_bytes(bpe_model(pieces))
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer(path)
+    assert str(path) in one_line(error) and "BOS" in one_line(error)
+
+
+def test_a_model_read_from_bytes_is_the_model_read_from_a_file(tmp_path, tokenizer):
+    model = tokenizer.processor.serialized_model_proto()
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model)
+    text = "a 🦙 b"
+    assert Tokenizer(path).encode(text) == Tokenizer.from_bytes(model).encode(text)
+    assert Tokenizer(path).encode(text) == tokenizer.encode(text)
