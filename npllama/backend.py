@@ -47,9 +47,6 @@ class Backend:
         """Device array -> NumPy array; waits for the work that computes it."""
         return np.asarray(array)
 
-    def synchronize(self) -> None:
-        """Return when all queued work is done."""
-
     def free_bytes(self) -> int | None:
         """Bytes that a new allocation may take without swapping, or None where unknown."""
         return _free_host_bytes()
@@ -78,9 +75,6 @@ class CupyBackend(Backend):
 
     def to_host(self, array: Array) -> np.ndarray:
         return self.xp.asnumpy(array)
-
-    def synchronize(self) -> None:
-        self.xp.cuda.get_current_stream().synchronize()
 
     def free_bytes(self) -> int | None:
         free, _total = self.xp.cuda.Device().mem_info

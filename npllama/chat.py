@@ -17,7 +17,7 @@ from npllama.tokenizer import Tokenizer
 _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """The prompt of a dialogue that ends with a user's message.
 
     Args:
@@ -29,11 +29,16 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
 
     Raises:
         InputError: roles out of turn, or a message that holds one of the format's tags.
+        TokenizerError: a model without a tokenizer has None.
     """
     try:
         turns = [(message["role"], message["content"]) for message in messages]
     except (KeyError, TypeError):
-        raise InputError('a message is not {"role": ..., "content": ...}') from None
+        turns = [(None, None)]
+    if not all(isinstance(text, str) for turn in turns for text in turn):
+        raise InputError('messages are not a list of {"role": "user", "content": "..."}')
+    if tokenizer is None:
+        raise TokenizerError("the model directory has no tokenizer.model: a dialogue needs one")
     for role, content in turns:
         for tag in _TAGS:
             if tag in content:

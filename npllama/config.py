@@ -19,7 +19,7 @@ _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
-    "quantization_config": (None,),
+    "quantization_config": (None, {"quant_method": "npllama-int8"}),
     "is_encoder_decoder": (False, None),
 }
 
@@ -78,6 +78,8 @@ class LlamaConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value <= sys.float_info.max:
                 raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings is {self.tie_embeddings!r}: expected a bool")
         if self.dim % self.n_heads:
             raise ConfigError(
                 f"width {self.dim} is not a multiple of the {self.n_heads} query heads"
@@ -167,7 +169,7 @@ class LlamaConfig:
             context_length=hf.get("max_position_embeddings", 2048),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(hf),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            tie_embeddings=hf.get("tie_word_embeddings") or False,
             bos_id=_first_given(1, (generation or {}).get("bos_token_id"), hf.get("bos_token_id")),
             eos_ids=_ids((generation or {}).get("eos_token_id"), hf.get("eos_token_id")),
         )
@@ -208,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: no such file, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
     except OSError as error:
@@ -238,7 +240,9 @@ def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
         part = rope.get("partial_rotary_factor", 1)
         if part not in _ONLY_IMPLEMENTED["partial_rotary_factor"]:
             raise ConfigError(f"{name}.partial_rotary_factor is {part!r}: only 1 is implemented")
-        if kind != "default":
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if kind != "default" or not rope.keys() <= known:
+            kind = sorted(rope.keys() - known)[0] if kind == "default" else kind
             raise ConfigError(
                 f"{name} asks for {kind!r} scaling of the rotary embeddings: "
                 "only plain rotary embeddings ('default') are implemented"

@@ -34,5 +34,9 @@ class BackendError(NpllamaError):
     """An array backend that was asked for and cannot be had."""
 
 
+class NumericalError(NpllamaError):
+    """The model computed something that is not a number."""
+
+
 class OutOfMemoryError(NpllamaError):
     """More bytes needed than the device has free; found out before any is taken."""

@@ -26,6 +26,8 @@ INTERRUPTED = 130
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += "; a text that begins with a dash is given as --prompt=TEXT"
         self.exit(2, f"npllama: error: {message} (--help lists all options)\n")
 
 
@@ -61,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="a file with one prompt a line; all of them are continued together",
+        help="a file with one prompt a line, continued together; an empty line starts from nothing",
     )
 
     length = p.add_argument_group("how long")
@@ -181,15 +183,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8")  # text is, whatever the locale
     args = parser().parse_args(argv)
     try:
+        if sys.stdout is None:
+            raise InputError("standard output is closed: there is nowhere to write the text")
         return run(args)
     except NpllamaError as error:
         print(f"npllama: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:  # also CuPy's
+        print("npllama: error: out of memory: use a shorter --context", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # before there was any text
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
+    except OSError as error:
+        _drop_stdout()
+        print(
+            f"npllama: error: standard output cannot be written: {error.strerror or error}",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _drop_stdout() -> None:
+    """What is still buffered goes nowhere, or Python would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -197,10 +216,12 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
     )
+    if args.model == "":
+        raise InputError("--model is empty: expected a model directory")
     if args.system is not None and not args.chat:
         raise InputError("--system is for --chat: give both, or neither")
     prompts = read_prompts(args)
-    if args.chat and args.model is not None and Path(args.model).is_dir():
+    if args.chat and args.model is not None and os.path.isdir(args.model):
         check_chat_template(Path(args.model))
     llama = load(args.model, args.backend, args.dtype, args.context)
     generation = llama.generation(
@@ -224,12 +245,10 @@ def run(args: argparse.Namespace) -> int:
             print_text(generation, heads)
     except KeyboardInterrupt:
         interrupted = True
-        if not args.json:
-            print(flush=True)
     completions = generation.completions()
     if args.json:
         for prompt, completion in zip(prompts, completions, strict=True):
-            print(as_json(prompt, completion, llama, args.logprobs))
+            print(as_json(prompt, completion, llama, args.logprobs), flush=True)
     elif args.logprobs:
         for completion in completions:
             print_log_probs(llama, completion)
@@ -243,21 +262,25 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is None:
         if args.prompt != "-":
             return [args.prompt]
-        text = _decoded(sys.stdin.buffer.read(), "standard input")
-        return [text.removesuffix("\n").removesuffix("\r")]
+        if sys.stdin is None:
+            raise InputError("standard input is closed: give the prompt with --prompt TEXT")
+        return [_decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
     try:
         content = Path(args.prompt_file).read_bytes()
     except OSError as error:
-        raise InputError(f"{args.prompt_file} cannot be read: {error.strerror}") from None
-    lines = _decoded(content, args.prompt_file).splitlines()
-    if not lines:
+        raise InputError(
+            f"--prompt-file {args.prompt_file!r} cannot be read: {error.strerror}"
+        ) from None
+    text = _decoded(content, args.prompt_file)
+    if not text:
         raise InputError(f"{args.prompt_file} is empty: expected one prompt a line")
-    return lines
+    return text.removesuffix("\n").split("\n")
 
 
 def _decoded(content: bytes, name: str) -> str:
+    """UTF-8, with or without a byte order mark, its line ends made "\\n"."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again"
@@ -270,6 +293,8 @@ def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[i
         return llama.encode(prompt)
     llama.encode("")  # says what is missing where there is no tokenizer
     messages = [{"role": "user", "content": prompt}]
+    if args.model == "":
+        raise InputError("--model is empty: expected a model directory")
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return encode_chat(llama.tokenizer, messages)
@@ -281,22 +306,29 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     waiting = list(heads)
     turn = 0
     _write(waiting[0])
-    for row, text in generation:
-        if row == turn:
-            _write(text)
-        else:
-            waiting[row] += text
-        while turn < len(waiting) - 1 and generation.rows[turn].finish_reason is not None:
-            turn += 1
-            _write("\n" + waiting[turn])
-    for head in waiting[turn + 1 :]:  # rows that had nothing to say
-        _write("\n" + head)
-    _write("\n")
+    try:
+        for row, text in generation:
+            if row == turn:
+                _write(text)
+            else:
+                waiting[row] += text
+            while turn < len(waiting) - 1 and generation.rows[turn].finish_reason is not None:
+                turn += 1
+                _write("\n" + waiting[turn])
+    finally:  # all that was said, also after Ctrl-C
+        _write(generation.rows[turn].interrupt())
+        for row in generation.rows[turn + 1 :]:
+            _write("\n" + waiting[row.number] + row.interrupt())
+        _write("\n")
+
+
+# Control characters but for tab and newline. A terminal obeys them; a file keeps them.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 
 def _write(text: str) -> None:
     if text:
-        sys.stdout.write(text)
+        sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
 
@@ -310,7 +342,7 @@ def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) 
     }
     if not log_probs:
         del fields["log_probs"]
-    return json.dumps(fields, ensure_ascii=False)
+    return json.dumps(fields, allow_nan=False)
 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from npllama.backend import Array
+from npllama.errors import InputError, NumericalError
+from npllama.kv_cache import KVCache, Positions
 from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.sampling import Sampling, uniforms
 from npllama.tokenizer import StreamDecoder, Tokenizer
@@ -52,8 +54,9 @@ class Completion:
         text: the completion without the prompt; None where there is no tokenizer.
         ids: its token ids, the end-of-sequence id included where there was one.
         log_probs: of each id under the unmodified logits, in nats.
-        finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text), or "length"
-            (max_new_tokens, or the context is full).
+        finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text; ids and log_probs
+            then hold its tokens, text does not), "length" (max_new_tokens, or the context is
+            full), or "interrupted" (the caller stopped iterating, or Ctrl-C).
         timings: see Timings.
         seed: reproduces the text.
     """
@@ -102,7 +105,7 @@ class StopFilter:
         return 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One prompt and what has been said after it.
 
@@ -131,6 +134,15 @@ class Row:
                     self._decoder.push(id_)
         if self.limit == 0:
             self.finish_reason = "length"
+
+    def interrupt(self) -> str:
+        """End here; the text that was held back in case it became something else."""
+        held = ""
+        if self.finish_reason is None and self._decoder is not None:
+            held = self.stop.push(self._decoder.flush(), final=True)
+        self.finish_reason = self.finish_reason or "interrupted"
+        self.text += held
+        return held
 
     def accept(self, id_: int, log_prob: float) -> str:
         """Take the next token; the text that it makes certain."""
@@ -179,16 +191,19 @@ class Generation:
         self.sampling = sampling
         self.seed = seed
         self.n_tokens = n_tokens
+        self._began = False
         self.timings = Timings(prompt_tokens=sum(len(row.prompt_ids) for row in rows))
 
     def completions(self) -> list[Completion]:
-        """Each row's completion; a row that was interrupted ends with reason "interrupted"."""
+        """Each row's completion; a row that has not ended is interrupted."""
+        for row in self.rows:
+            row.interrupt()
         return [
             Completion(
                 text=None if row.tokenizer is None else row.text,
                 ids=row.ids,
                 log_probs=row.log_probs,
-                finish_reason=row.finish_reason or "interrupted",
+                finish_reason=row.finish_reason or "",
                 timings=self.timings,
                 seed=self.seed,
             )
@@ -196,14 +211,21 @@ class Generation:
         ]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        if self._began:
+            raise InputError("this generation has run: make another to run it again")
+        self._began = True
+        return self._run()
+
+    def _run(self) -> Iterator[tuple[int, str]]:
         active = [row for row in self.rows if row.finish_reason is None]
         if not active:
             return
         began = time.perf_counter()
         longest = max(len(row.prompt_ids) + row.limit for row in active)
-        self._cache = self.model.new_cache(len(self.rows), longest)
+        cache = self.model.new_cache(len(self.rows), longest)
         step = self.ops.compile(self._step)
-        rows, tokens, log_probs, seen = self._prefill(active)
+        tokens, log_probs, seen = self._prefill(active, cache)
+        rows = active
         in_flight = deque([(rows, tokens, log_probs)])
         launched = 1  # tokens of each active row that are computed or queued
         is_first = True
@@ -220,7 +242,9 @@ class Generation:
                     seen = None if seen is None else seen[index]
                     rows = going_on
                 uniform = self._uniform(rows, launched)
-                tokens, log_probs = step(tokens, uniform, seen, tuple(r.number for r in rows))
+                positions = cache.positions(1, tuple(row.number for row in rows))
+                tokens, log_probs = step(tokens, uniform, seen, cache, positions)
+                cache.advance(positions)
                 in_flight.append((rows, tokens, log_probs))
                 launched += 1
                 self.timings.decode_steps += 1
@@ -234,12 +258,18 @@ class Generation:
             is_first = False
             for row, id_, log_prob in zip(done_rows, ids, values, strict=True):
                 if row.finish_reason is None:
+                    if not math.isfinite(log_prob):
+                        raise NumericalError(
+                            f"the model computed a log-probability of {log_prob} for token "
+                            f"{len(row.ids) + 1}: the weights are damaged, or their dtype is too "
+                            "narrow; try --dtype float32"
+                        )
                     yield row.number, row.accept(id_, log_prob)
 
-    def _prefill(self, rows: list[Row]) -> tuple[list[Row], Array, Array, Array | None]:
+    def _prefill(self, rows: list[Row], cache: KVCache) -> tuple[Array, Array, Array | None]:
         """Feed every prompt; the first new token of each row, (B,), and its log-probability."""
         xp = self.backend.xp
-        logits = [self.model.prefill(row.prompt_ids, self._cache, row.number) for row in rows]
+        logits = [self.model.prefill(row.prompt_ids, cache, row.number) for row in rows]
         self.timings.prefill_forwards = sum(
             math.ceil(len(row.prompt_ids) / PREFILL_CHUNK) for row in rows
         )
@@ -256,13 +286,18 @@ class Generation:
             seen,
             self.n_tokens,
         )
-        return rows, tokens, log_probs, seen
+        return tokens, log_probs, seen
 
     def _step(
-        self, tokens: Array, uniform: Array, seen: Array | None, rows: tuple[int, ...]
+        self,
+        tokens: Array,
+        uniform: Array,
+        seen: Array | None,
+        cache: KVCache,
+        positions: Positions,
     ) -> tuple[Array, Array]:
         """One decode step, from tokens (B,) to the next tokens (B,) and their log-probabilities."""
-        logits = self.model.forward(tokens[:, None], self._cache, rows)  # (B, 1) -> (B, 1, V)
+        logits = self.model.compute(tokens[:, None], cache, positions)  # (B, 1) -> (B, 1, V)
         return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
 
     def _uniform(self, rows: list[Row], step: int) -> Array:

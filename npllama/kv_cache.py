@@ -87,6 +87,7 @@ class KVCache:
         self.lengths = [0] * batch
         self.device_lengths = xp.zeros(batch, dtype="int32")
         self._new = xp.arange(context, dtype="int32")
+        self._all = xp.arange(batch, dtype="int32")
 
     @staticmethod
     def nbytes(
@@ -109,9 +110,8 @@ class KVCache:
                 f"{max(starts)} positions are filled and {n_new} more do not fit: "
                 f"the cache has room for {self.context}"
             )
-        device_starts = self.device_lengths
-        if rows != all_rows:
-            device_starts = device_starts[self._index(rows)]  # (batch,) -> (B,)
+        index = self._all if rows == all_rows else self._index(rows)
+        device_starts = self.device_lengths[index]  # (batch,) -> (B,), a copy
         place = device_starts[:, None] + self._new[:n_new]  # (B, 1) + (T,) -> (B, T)
         cos, sin = (table[place] for table in self.rope_table)  # (context, C/2) -> (B, T, C/2)
         return Positions(rows, starts, device_starts, n_new, cos, sin)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from npllama import untrained
@@ -11,10 +11,10 @@ from npllama.config import LlamaConfig
 from npllama.errors import InputError, TokenizerError
 from npllama.generation import Completion, Generation, Row, StopFilter
 from npllama.memory import check_memory
-from npllama.model import Transformer
+from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
-from npllama.sampling import Sampling, checked_seed
+from npllama.sampling import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
 from npllama.weights import STORAGE_DTYPES, Checkpoint
 
@@ -62,6 +62,7 @@ class Llama(Transformer):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        fresh_text: bool = False,
     ) -> Completion:
         """Continue a prompt.
 
@@ -73,6 +74,8 @@ class Llama(Transformer):
             seed: reproduces a text; None is a random one, found in the completion.
             stop: texts that end the completion and are not part of it.
             ignore_eos: go on after an end-of-sequence id.
+            fresh_text: the completion begins a text of its own, as the answer to
+                npllama.chat.encode_chat does, and has no leading space.
 
         Returns:
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
@@ -98,6 +101,7 @@ class Llama(Transformer):
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            fresh_text=fresh_text,
         )[0]
 
     def stream(
@@ -113,6 +117,7 @@ class Llama(Transformer):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        fresh_text: bool = False,
     ) -> Iterator[str]:
         """As `generate`, yielding the text in pieces as they become certain.
 
@@ -132,6 +137,7 @@ class Llama(Transformer):
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            fresh_text=fresh_text,
         )
         return (text for _row, text in generation if text)
 
@@ -144,6 +150,7 @@ class Llama(Transformer):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        fresh_text: bool = False,
     ) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; see `generate`.
 
@@ -160,6 +167,7 @@ class Llama(Transformer):
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            fresh_text=fresh_text,
         )
         for _ in generation:
             pass
@@ -178,27 +186,21 @@ class Llama(Transformer):
     ) -> Generation:
         """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
 
-        Args:
-            fresh_text: the completion begins a text of its own, as a chat's answer does, and
-                does not continue the prompt's; it then has no leading space.
-
         >>> generation = load().generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
         >>> sorted({row for row, text in generation})
         [0, 1]
         >>> [len(completion.ids) for completion in generation.completions()]
         [3, 3]
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        if not is_integer(max_new_tokens) or max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number")
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens}: expected 0 or more")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stops:
-            raise InputError("a stop text is empty: expected at least one character")
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
+        stops = _checked_stops(stop)
         if stops and self.tokenizer is None:
             raise self._no_tokenizer()
-        if not prompts:
-            raise InputError("there are no prompts: expected at least one")
+        if isinstance(prompts, str | bytes) or not prompts:
+            raise InputError("prompts is not a list of at least one prompt")
         rows = []
         for number, prompt in enumerate(prompts):
             ids = self.encode(prompt)
@@ -215,8 +217,7 @@ class Llama(Transformer):
                 )
             )
         longest = max(len(row.prompt_ids) + row.limit for row in rows)
-        cache_dtype = self.ops.cache_dtype(self.parameters.embedding.values.dtype)
-        check_memory(self.config, self.ops, cache_dtype, len(rows), longest)
+        self.check_memory(len(rows), longest)
         n_tokens = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
         return Generation(self, rows, sampling, checked_seed(seed), n_tokens)
 
@@ -227,6 +228,8 @@ class Llama(Transformer):
         [1, 259, 100]
         """
         if not isinstance(prompt, str):
+            if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+                raise InputError(f"the prompt is {prompt!r}: expected a text or token ids")
             return list(prompt)
         if self.tokenizer is None:
             raise self._no_tokenizer()
@@ -260,8 +263,9 @@ def load(
         path: the directory, as Hugging Face lays it out; None is a small model with random
             weights, which has learnt nothing.
         backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are.
-        dtype: storage dtype of the matrices, "float32", "bfloat16" or "float16"; None keeps
-            them as stored (on the CPU as views of the memory-mapped file).
+        dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
+            (see npllama.quantization); None keeps them as stored (on the CPU as views of the
+            memory-mapped file).
         context: positions to plan memory for, at most and by default the model's own.
 
     Raises:
@@ -270,14 +274,18 @@ def load(
     >>> llama = load()
     >>> llama.config.n_layers, llama.dtype
     (2, 'float32')
+
+    A checkpoint from a directory is used the same way (this one is not run here):
+
+    >>> llama = load("llama-2-7b", dtype="bfloat16")    # doctest: +SKIP
+    >>> print(llama.generate("The sea").text)           # doctest: +SKIP
+    >>> for piece in llama.stream("The sea"): ...       # doctest: +SKIP
+    >>> logits = llama.logits(llama.encode("The sea"))  # doctest: +SKIP
     """
-    if dtype == "int8":
-        raise InputError(
-            "dtype int8 is not available yet: expected float32, bfloat16 or float16 "
-            "(bfloat16 is the smallest that runs)"
-        )
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(STORAGE_DTYPES)}")
+    if not isinstance(path, str | os.PathLike | None):
+        raise InputError(f"path is {path!r}: expected a model directory")
     directory = None if path is None else _checked_directory(Path(path))
     config = untrained.CONFIG if directory is None else LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
@@ -296,7 +304,8 @@ def load(
         tokenizer = Tokenizer(directory / "tokenizer.model")
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
-    check_memory(config, ops, cache_dtype, 1, context, weights=checkpoint.nbytes)
+    chunk = min(PREFILL_CHUNK, context)
+    check_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
     return Llama(config, checkpoint.parameters(ops), ops, context, tokenizer)
 
 
@@ -310,10 +319,20 @@ def _checked_directory(path: Path) -> Path:
     return path
 
 
+def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    for text in stops:
+        if not isinstance(text, str):
+            raise InputError(f"a stop text is {text!r}: expected a text")
+        if not text:
+            raise InputError("a stop text is empty: expected at least one character")
+    return stops
+
+
 def _checked_context(context: int | None, config: LlamaConfig) -> int:
     if context is None:
         return config.context_length
-    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+    if not is_integer(context) or context < 1:
         raise InputError(f"context is {context!r}: expected a whole number of at least 1")
     if context > config.context_length:
         raise InputError(

@@ -1,18 +1,34 @@
 """How many bytes a model needs, found out before any is taken."""
 
+import mmap
+
 import numpy as np
 
+from npllama.backend import Array
 from npllama.config import LlamaConfig
 from npllama.errors import OutOfMemoryError
 from npllama.kv_cache import KVCache
-from npllama.model import PREFILL_CHUNK
 from npllama.ops import Ops
+from npllama.parameters import Parameters
 
 
 def check_memory(
-    config: LlamaConfig, ops: Ops, cache_dtype: np.dtype, batch: int, context: int, weights: int = 0
+    config: LlamaConfig,
+    ops: Ops,
+    cache_dtype: np.dtype,
+    batch: int,
+    context: int,
+    chunk: int,
+    weights: int = 0,
+    more: int = 0,
 ) -> None:
-    """Compare the bytes that weights, cache and scratch need with those that are free.
+    """Compare the bytes that weights, cache and workspace need with those that are free.
+
+    Args:
+        batch, context: rows of the cache, and positions of each.
+        chunk: prompt tokens in one forward.
+        weights: bytes of weights still to be loaded, or to be kept in memory.
+        more: bytes of a result.
 
     Raises:
         OutOfMemoryError: too few; the message has both numbers.
@@ -20,13 +36,11 @@ def check_memory(
     cache = KVCache.nbytes(
         config.n_layers, config.n_kv_heads, config.head_dim, batch, context, cache_dtype.itemsize
     )
-    chunk = min(PREFILL_CHUNK, context)
-    scratch = 4 * ops.scratch_size(config.n_heads, config.n_kv_heads, chunk, context)
-    scratch += _activation_bytes(config, max(batch, chunk))
-    needed = weights + cache + scratch
+    workspace = more + workspace_nbytes(config, ops, batch, context, chunk)
+    needed = weights + cache + workspace
     free = ops.backend.free_bytes()
     if free is not None and needed > free:
-        parts = f"cache {_gb(cache)} for {batch} x {context} positions, workspace {_gb(scratch)}"
+        parts = f"cache {_gb(cache)} for {batch} x {context} positions, workspace {_gb(workspace)}"
         if weights:
             parts = f"weights {_gb(weights)}, {parts}"
         raise OutOfMemoryError(
@@ -35,12 +49,34 @@ def check_memory(
         )
 
 
-def _activation_bytes(config: LlamaConfig, n_tokens: int) -> int:
-    """float32 temporaries of the widest block, for `n_tokens` at a time: residual, norm,
-    q k v and their rotated copies; gate, up, their product and its factors."""
-    attention = 8 * config.dim
-    feed_forward = 2 * config.dim + 6 * config.ffn_dim
-    return 4 * (n_tokens * max(attention, feed_forward) + 2 * config.vocab_size)
+def workspace_nbytes(config: LlamaConfig, ops: Ops, batch: int, context: int, chunk: int) -> int:
+    """Bytes of all that is neither weights nor cache, at the widest moment of a step."""
+    n_tokens = max(batch, chunk)
+    # residual, norm, q k v and the rotated copies; or gate, up, and what SwiGLU makes of them
+    block = 4 * n_tokens * max(8 * config.dim, 2 * config.dim + 6 * config.ffn_dim)
+    attention = ops.attention_nbytes(
+        config.n_heads, config.n_kv_heads, config.head_dim, chunk, context
+    )
+    # logits, what the filters make of them, their sums in float64, and the tokens seen
+    sampling = 48 * batch * config.vocab_size
+    return block + attention + sampling
+
+
+def mapped_nbytes(parameters: Parameters) -> int:
+    """Bytes of the weights that are views of memory-mapped files."""
+    total = 0
+
+    def count(array: Array) -> Array:
+        nonlocal total
+        base = array
+        while isinstance(base, np.ndarray | memoryview):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        total += array.nbytes if isinstance(base, mmap.mmap) else 0
+        return array
+
+    for part in (parameters.embedding, *parameters.layers, parameters.head):
+        part.map(count)
+    return total
 
 
 def _gb(n_bytes: int) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 from npllama.backend import Array
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
-from npllama.kv_cache import KVCache
+from npllama.kv_cache import KVCache, Positions
+from npllama.memory import check_memory, mapped_nbytes
 from npllama.ops import Ops
 from npllama.parameters import Parameters
 
@@ -71,6 +72,23 @@ class Transformer:
             scratch_size=self.ops.scratch_size(config.n_heads, config.n_kv_heads, chunk, context),
         )
 
+    def check_memory(self, batch: int, context: int, more: int = 0) -> None:
+        """Raise OutOfMemoryError where `batch` rows of `context` positions, and `more` bytes,
+        do not fit beside the weights."""
+        cache_dtype = self.ops.cache_dtype(self.parameters.embedding.values.dtype)
+        chunk = min(PREFILL_CHUNK, context)
+        check_memory(
+            self.config,
+            self.ops,
+            cache_dtype,
+            batch,
+            context,
+            chunk,
+            # mapped weights count as free memory, and would be pushed out of it
+            weights=mapped_nbytes(self.parameters),
+            more=more,
+        )
+
     def forward(
         self,
         tokens: Array,
@@ -91,13 +109,21 @@ class Transformer:
         Raises:
             InputError: the cache has no room for T more positions.
         """
-        ops, parameters = self.ops, self.parameters
         positions = cache.positions(tokens.shape[1], rows)
+        logits = self.compute(tokens, cache, positions, wanted)
+        cache.advance(positions)
+        return logits
+
+    def compute(
+        self, tokens: Array, cache: KVCache, positions: Positions, wanted: slice = LAST
+    ) -> Array:
+        """`forward` between finding the positions and counting them: device work alone, which
+        a captured step may replay."""
+        ops, parameters = self.ops, self.parameters
         x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
         for layer, layer_cache in zip(parameters.layers, cache.layers, strict=True):
             x = ops.attention_block(x, layer, layer_cache, positions)
             x = ops.feed_forward(x, layer)
-        cache.advance(positions)
         x = x[:, wanted]  # (B, T, D) -> (B, n, D)
         if x.shape[1] == 0:
             return self.backend.xp.zeros((*x.shape[:2], self.config.vocab_size), dtype="float32")
@@ -132,6 +158,8 @@ class Transformer:
         ((3, 260), 'float32')
         """
         tokens = self.to_tokens(ids)
+        n_rows = len(ids) + min(len(ids), PREFILL_CHUNK)  # the result, and one chunk's
+        self.check_memory(1, len(ids), more=4 * n_rows * self.config.vocab_size)
         cache = self.new_cache(context=len(ids))
         out = np.empty((len(ids), self.config.vocab_size), dtype="float32")
         for begin in range(0, len(ids), PREFILL_CHUNK):
@@ -156,14 +184,15 @@ class Transformer:
         """
         ops, to_host = self.ops, self.backend.to_host
         tokens = self.to_tokens(ids)
+        c, n = self.config, len(ids)
+        maps = (c.n_layers * 2 + 4) * c.n_heads * n * n  # kept, stacked, and in the making
+        self.check_memory(1, n, more=4 * (maps + 2 * (c.n_layers + 1) * n * c.dim))
         cache = self.new_cache(context=len(ids))
         positions = cache.positions(len(ids))
         x = ops.embed(tokens[None], self.parameters.embedding)  # (T,) -> (1, T, D)
         hidden, attention = [to_host(x[0]).copy()], []
         for layer, layer_cache in zip(self.parameters.layers, cache.layers, strict=True):
-            q, k, _ = ops.queries_keys_values(x, layer, positions)
-            q, k = q[0].swapaxes(0, 1), k[0].swapaxes(0, 1)  # (1, T, H, C) -> (H, T, C)
-            attention.append(to_host(ops.attention_weights(q, k)))  # (H, T, T)
+            attention.append(to_host(ops.attention_map(x, layer, positions)))  # (H, T, T)
             x = ops.attention_block(x, layer, layer_cache, positions)
             x = ops.feed_forward(x, layer)
             hidden.append(to_host(x[0]).copy())
@@ -175,6 +204,8 @@ class Transformer:
         Raises:
             InputError: no ids, ids outside the vocabulary, or more than the context holds.
         """
+        if isinstance(ids, str | bytes):
+            raise InputError("a text was given: expected token ids; llama.encode(text) makes them")
         n = len(ids)
         if n == 0:
             raise InputError("there are no token ids: expected at least one, such as BOS")
@@ -189,6 +220,6 @@ class Transformer:
         if n > self.context:
             raise InputError(
                 f"{n} tokens do not fit the context of {self.context}: "
-                "shorten the prompt or raise --context"
+                "shorten the prompt, or plan for a longer context where the model has one"
             )
         return self.backend.to_device(np.asarray(ids, dtype="int32"))

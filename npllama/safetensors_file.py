@@ -20,6 +20,7 @@ DTYPES = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype("int8"),
 }
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the library's own limit

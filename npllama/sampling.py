@@ -40,7 +40,7 @@ class Sampling:
         _require(
             "top_k",
             self.top_k,
-            _is_integer(self.top_k) and self.top_k >= 0,
+            is_integer(self.top_k) and self.top_k >= 0,
             "a whole number, 0 for all",
         )
         _require_between("temperature", self.temperature, 0, sys.float_info.max, "0 or above")
@@ -59,7 +59,7 @@ def checked_seed(seed: int | None) -> int:
     if seed is None:
         return secrets.randbits(32)
     _require(
-        "seed", seed, _is_integer(seed) and 0 <= seed < 2**64, "a whole number from 0 below 2^64"
+        "seed", seed, is_integer(seed) and 0 <= seed < 2**64, "a whole number from 0 below 2^64"
     )
     return int(seed)
 
@@ -75,12 +75,13 @@ def uniforms(seed: int, rows: Sequence[int], step: int) -> np.ndarray:
     return np.array([np.random.Generator(stream).random() for stream in streams])
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of Python's or NumPy's, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _require_between(name: str, value: object, least: float, most: float, expected: str) -> None:
-    is_number = isinstance(value, float | np.floating) or _is_integer(value)
+    is_number = isinstance(value, float | np.floating) or is_integer(value)
     _require(name, value, is_number and least <= value <= most, expected)
 
 

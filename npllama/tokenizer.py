@@ -54,6 +54,13 @@ class Tokenizer:
                 f"{name} is not a sentencepiece model: expected the tokenizer.model that "
                 "came with the checkpoint"
             ) from None
+        space = processor.piece_to_id(_SPACE)
+        decoded = [processor.decode([space] * n) for n in (1, 2)]
+        if processor.id_to_piece(space) == _SPACE and decoded != ["", " "]:
+            raise TokenizerError(
+                f"{name} treats spaces otherwise than Llama's tokenizers (a dummy prefix, and all "
+                "white space kept): expected the tokenizer.model of a LLaMA-2"
+            )
         self.processor = processor
         self.vocab_size: int = processor.vocab_size()
         self.bos_id: int = processor.bos_id()

@@ -5,6 +5,7 @@ import numpy as np
 from npllama.config import LlamaConfig
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.quantization import quantize
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.tokenizer import Tokenizer
 
@@ -34,6 +35,8 @@ def random_parameters(
     def matrix(n_out: int, n_in: int) -> Matrix:
         values = generator.standard_normal((n_out, n_in), dtype="float32")
         values *= n_in**-0.5
+        if np.dtype(dtype) == np.int8:
+            return Matrix(*quantize(values))
         return Matrix(values.astype(dtype, copy=False))
 
     d, f, v = config.dim, config.ffn_dim, config.vocab_size

@@ -14,16 +14,19 @@ from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.quantization import dequantize, quantize
 from npllama.safetensors_file import SafetensorsFile, TensorInfo
 
 STORAGE_DTYPES = {
     "float32": np.dtype("float32"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("float16"),
+    "int8": np.dtype("int8"),
 }
+INT8_CONFIG = {"quant_method": "npllama-int8"}
+"""What config.json says of int8 weights, so that other programs refuse rather than misread them."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-_ROTARY_TABLE = ".rotary_emb.inv_freq"  # in older files; computed here instead
 
 # field of Layer -> what follows "model.layers.{i}." in the file
 LAYER_NAMES = {
@@ -42,6 +45,11 @@ LAYER_NAMES = {
 def layer_name(index: int, field: str) -> str:
     """The tensor's name in the file: layer_name(0, "wq") is model.layers.0.self_attn.q_proj..."""
     return f"model.layers.{index}.{LAYER_NAMES[field]}"
+
+
+def scale_name(name: str) -> str:
+    """The tensor beside an int8 matrix `name` that holds its rows' scales, (N,) float32."""
+    return f"{name}.scale"
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -97,8 +105,11 @@ class Checkpoint:
         """Bytes of all parameters once loaded."""
         total = 0
         for name, shape in tensor_shapes(self.config).items():
-            stored = self._info(name).dtype
-            dtype = np.dtype("float32") if len(shape) == 1 else self.dtype or stored
+            dtype = self.dtype or self._info(name).dtype
+            if len(shape) == 1:
+                dtype = np.dtype("float32")
+            elif dtype == np.int8:
+                total += 4 * shape[0]  # the scales
             total += dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         return total
 
@@ -127,11 +138,18 @@ class Checkpoint:
 
     def _matrix(self, name: str) -> Matrix:
         values = self._file_of[name][name]
+        scale = None
+        if values.dtype == np.int8:
+            scale = self._file_of[scale_name(name)][scale_name(name)]
         if self.dtype is None or values.dtype == self.dtype:
-            return Matrix(values)
+            return Matrix(values, scale)
+        if scale is not None:
+            values = dequantize(values, scale)
+        if self.dtype == np.int8:
+            return Matrix(*quantize(values))
         with np.errstate(over="ignore"):
             converted = values.astype(self.dtype)
-        if self.dtype == np.float16 and np.isinf(converted).any() and not np.isinf(values).any():
+        if self.dtype == np.float16 and (np.isinf(converted) & ~np.isinf(values)).any():
             raise WeightsError(
                 f"{self._file_of[name].path}: tensor {name} has values beyond float16's range "
                 "of 65504: use --dtype bfloat16 or float32"
@@ -145,6 +163,9 @@ class Checkpoint:
                 f"files hold {len(self._file_of)} tensors: layers are missing, get the files again"
             )
         shapes = tensor_shapes(self.config)
+        for name, shape in list(shapes.items()):
+            if len(shape) == 2 and name in self._file_of and self._info(name).dtype == np.int8:
+                shapes[scale_name(name)] = shape[:1]
         missing = [name for name in shapes if name not in self._file_of]
         if missing:
             hint = ""
@@ -157,7 +178,7 @@ class Checkpoint:
         surplus = [
             name
             for name in self._file_of
-            if name not in shapes and not name.endswith(_ROTARY_TABLE) and not self._is_tie(name)
+            if name not in shapes and not is_rotary_table(name) and not self._is_tie(name)
         ]
         if surplus:
             raise WeightsError(
@@ -171,6 +192,10 @@ class Checkpoint:
                     f"{self._file_of[name].path}: tensor {name} has shape {list(found)}: "
                     f"config.json asks for {list(shape)}"
                 )
+            if len(shape) == 1 and self._info(name).dtype == np.int8:
+                raise WeightsError(
+                    f"{self._file_of[name].path}: tensor {name} is int8: expected a float dtype"
+                )
 
     def _is_tie(self, name: str) -> bool:
         """A tied head that was stored all the same, equal to the embedding."""
@@ -180,31 +205,55 @@ class Checkpoint:
         return np.array_equal(head, embedding)
 
 
-def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the open file that holds it."""
-    if (directory / SINGLE).exists():
-        file = SafetensorsFile(directory / SINGLE)
-        return dict.fromkeys(file.tensors, file)
-    index_path = directory / INDEX
-    if not index_path.exists():
-        raise WeightsError(
-            f"{directory} has neither {SINGLE} nor {INDEX}: expected a Hugging Face model "
-            "directory; tools/convert.py makes one from other formats"
-        )
-    weight_map = read_json(index_path).get("weight_map")
+def read_index(path: Path) -> dict[str, str]:
+    """An index's weight_map: tensor name -> name of a file beside the index.
+
+    Raises:
+        ConfigError, WeightsError: it is damaged, or names a file elsewhere.
+    """
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and shard == Path(shard).name for shard in weight_map.values()
     ):
-        raise WeightsError(f"{index_path}: weight_map does not name a file for each tensor")
-    files = {}
-    for shard in sorted(set(weight_map.values())):
-        if not os.path.exists(directory / shard):
-            raise WeightsError(f"{directory / shard} is missing: {INDEX} names it")
-        files[shard] = SafetensorsFile(directory / shard)
+        raise WeightsError(f"{path}: weight_map does not name a file for each tensor")
+    return weight_map
+
+
+def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> list[Path]:
+    """The files that hold a model: `single`, or all that `index` names.
+
+    Raises:
+        ConfigError, WeightsError: there is neither, or a file is missing.
+    """
+    if (directory / single).exists():
+        return [directory / single]
+    if not (directory / index).exists():
+        raise WeightsError(
+            f"{directory} has neither {single} nor {index}: expected a Hugging Face model "
+            "directory; tools/convert.py makes one from other formats"
+        )
+    paths = [directory / shard for shard in sorted(set(read_index(directory / index).values()))]
+    for path in paths:
+        if not os.path.exists(path):  # False, not an error, for a name that is too long
+            raise WeightsError(f"{path} is missing: {index} names it")
+    return paths
+
+
+def is_rotary_table(name: str) -> bool:
+    """Whether a tensor is one of the tables in older files, which are computed here instead."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the open file that holds it."""
+    files = {path.name: SafetensorsFile(path) for path in shard_files(directory)}
     file_of = {name: file for file in files.values() for name in file.tensors}
-    for name, shard in weight_map.items():
-        if name not in files[shard].tensors:
-            raise WeightsError(f"{directory / shard} lacks tensor {name}, which {INDEX} puts there")
+    if SINGLE not in files:
+        for name, shard in read_index(directory / INDEX).items():
+            if name not in files[shard].tensors:
+                raise WeightsError(
+                    f"{directory / shard} lacks tensor {name}, which {INDEX} puts there"
+                )
     for shard, file in files.items():
         twice = next((name for name in file.tensors if file_of[name] is not file), None)
         if twice is not None:

@@ -1,11 +1,11 @@
 """What the tests share: the implementations of ops they run on, small models, and data."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from strict_array import StrictBackend
 
 from npllama.backend import Backend, CupyBackend, cuda_device_count
 from npllama.config import LlamaConfig
@@ -13,13 +13,16 @@ from npllama.llama import Llama
 from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import byte_tokenizer, random_parameters
+from strict_array import StrictBackend
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its rooms
 
 # Every way to compute the same mathematics: the reference and each backend's overrides.
-HOST_IMPLEMENTATIONS = ("numpy", "strict")
+# "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried.
+HOST_IMPLEMENTATIONS = ("numpy", "strict", "strict-cupy")
 CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 
 
@@ -56,8 +59,8 @@ def pytest_collection_modifyitems(config, items):
 def make_ops(implementation) -> Ops:
     if implementation == "numpy":
         return NumpyOps(Backend())
-    if implementation == "strict":
-        return Ops(StrictBackend())
+    if implementation.startswith("strict"):
+        return (CupyOps if implementation == "strict-cupy" else Ops)(StrictBackend())
     import cupy
 
     return (CupyOps if implementation == "cupy" else Ops)(CupyBackend(cupy))

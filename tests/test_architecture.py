@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 PACKAGE = ROOT / "npllama"
@@ -15,15 +16,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["errors"],
     ["backend", "config", "sentencepiece_model"],
-    ["parameters", "tokenizer", "sampling"],
+    ["parameters", "tokenizer", "sampling", "quantization"],
     ["ops.equations", "chat", "safetensors_file"],
     ["ops.sampling"],
     ["ops.blocks"],
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],
     ["kv_cache", "weights", "untrained"],
+    ["memory"],
     ["model"],
-    ["memory", "generation"],
+    ["generation"],
     ["llama"],
     ["__init__", "generate"],
 ]

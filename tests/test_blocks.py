@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from conftest import TINY, make_llama
-from test_equations import EXACT, assert_close, attention_one_by_one, rope_one
 
+from conftest import TINY, make_llama
 from npllama.kv_cache import KVCache
 from npllama.parameters import Head, Layer, Matrix
+from test_equations import EXACT, assert_close, attention_one_by_one, rope_one
 
 
 def random_layer(rng, move, dim=18, n_heads=6, n_kv_heads=3, ffn_dim=11, dtype="float64"):

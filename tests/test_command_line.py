@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
+
 from conftest import TINY
 from model_directory import write_model
-
 from npllama import load
 from npllama.config import LlamaConfig
 from npllama.generate import main, parser
@@ -93,6 +93,46 @@ def test_a_prompt_file_makes_a_batch(model, tmp_path, capsys):
     assert out == "".join(completion(model, p).text + "\n" for p in prompts)
 
 
+def test_lines_end_at_line_ends_alone(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffOnce\x0cupon\u2028a\r\n\r\nlast".encode())
+    _, out, _ = call(capsys, "--model", model, "--prompt-file", str(file), "--json", *GREEDY)
+    prompts = [json.loads(line)["prompt"] for line in out.splitlines()]
+    assert prompts == ["Once\x0cupon\u2028a", "", "last"]
+
+
+def test_a_terminal_is_not_sent_control_characters(model):
+    """A pipe gets every byte; a terminal would obey an escape sequence."""
+    import pty
+
+    def say(stdout):
+        command = [sys.executable, "-m", "npllama.generate", "--model", model, "--prompt", ""]
+        command += ["--temperature", "3", "--top-p", "1", "--max-new-tokens", "300", "--seed", "1"]
+        return subprocess.run([*command, "--ignore-eos"], stdout=stdout, check=True).stdout
+
+    controls = {*range(9), 11, 12, *range(14, 32), 127}
+    assert set(say(subprocess.PIPE)) & controls
+    parent, child = pty.openpty()
+    say(child)
+    shown = os.read(parent, 100_000)
+    os.close(parent)
+    os.close(child)
+    assert len(shown) > 300
+    assert not set(shown) & controls
+
+
+def test_an_output_that_cannot_be_written_is_one_line(model):
+    for more in ([], ["--json"]):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "npllama.generate", "--model", model, *more]
+            result = subprocess.run(
+                [*command, "--prompt", "a"], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert "standard output cannot be written: No space left" in result.stderr
+
+
 def test_text_streams_as_it_is_made(model):
     process = subprocess.Popen(
         [sys.executable, "-m", "npllama.generate", "--model", model, "--prompt", "Once"]
@@ -125,6 +165,30 @@ def test_ctrl_c_keeps_what_was_said_ends_the_line_and_exits_130(tmp_path):
     assert (said + rest).endswith(b"\n")
     assert b"Traceback" not in err
     assert b"interrupted" in err
+
+
+def test_ctrl_c_keeps_what_all_rows_have_said(model, tmp_path, capsys, monkeypatch):
+    from npllama.generation import Generation
+
+    def interrupted(self):
+        for i, piece in enumerate(run_(self)):
+            if i == 20:
+                raise KeyboardInterrupt
+            yield piece
+
+    run_ = Generation._run
+    monkeypatch.setattr(Generation, "_run", interrupted)
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\nTwice\nThrice\n")
+    args = ("--model", model, "--prompt-file", str(file), "--temperature", "0", "--ignore-eos")
+    code, out, _ = call(capsys, *args)
+    monkeypatch.undo()
+    assert code == 130
+    lines = out.removesuffix("\n").split("\n")
+    for line, prompt in zip(lines, ("Once", "Twice", "Thrice"), strict=True):
+        said = line.removeprefix(prompt)
+        assert said
+        assert completion(model, prompt, max_new_tokens=20).text.startswith(said.rstrip("\ufffd"))
 
 
 def test_a_reader_that_leaves_is_no_error(model):
@@ -228,9 +292,10 @@ def test_logprobs_are_shown_on_stderr(model, capsys):
     assert [p for _, p in shown] == pytest.approx(want.log_probs, abs=1e-3)
 
 
-def test_dtype_is_what_computes(model, capsys):
-    _, _, err = call(capsys, "--model", model, "--prompt", "a", "--dtype", "bfloat16", "--stats")
-    assert "bfloat16" in err
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_dtype_is_what_computes(model, capsys, dtype):
+    _, _, err = call(capsys, "--model", model, "--prompt", "a", "--dtype", dtype, "--stats")
+    assert dtype in err
 
 
 def test_chat_wraps_the_prompt_as_ids(model, capsys):
@@ -278,7 +343,9 @@ def test_errors_of_the_command_line_itself(capsys, model, tmp_path):
     assert "not allowed with" in error_line(capsys, "--prompt", "a", "--prompt-file", "b")
     assert "invalid float" in error_line(capsys, "--prompt", "a", "--temperature", "warm")
     assert "--system is for --chat" in error_line(capsys, "--prompt", "a", "--system", "b")
-    assert "/nowhere cannot be read" in error_line(capsys, "--prompt-file", "/nowhere")
+    assert "--prompt-file '/nowhere' cannot be read" in error_line(
+        capsys, "--prompt-file", "/nowhere"
+    )
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert "is empty" in error_line(capsys, "--prompt-file", str(empty))
@@ -293,13 +360,12 @@ def test_errors_of_the_arguments(capsys, model):
 
     assert "temperature is -1.0: expected 0 or above" in line("--temperature", "-1")
     assert "top_p is 2.0" in line("--top-p", "2")
-    assert "max_new_tokens is -5" in line("--max-new-tokens", "-5")
+    assert "max_new_tokens is -5: expected a whole number" in line("--max-new-tokens", "-5")
     assert "seed is -5" in line("--seed", "-5")
     assert "a stop text is empty" in line("--stop", "")
     assert "trained for 512" in line("--context", "513")
     assert "context is 0" in line("--context", "0")
     assert "5 tokens do not fit the context of 4" in line("--context", "4")
-    assert "int8 is not available yet" in line("--dtype", "int8")
 
 
 def test_errors_of_the_model_directory(capsys, tmp_path, model):

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import TINY
 
+from conftest import TINY
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.errors import ConfigError
 
@@ -483,3 +483,22 @@ def test_what_is_written_says_what_a_published_config_says():
 def test_a_config_cannot_be_changed():
     with pytest.raises(AttributeError):
         TINY.dim = 64
+
+
+def test_a_tie_that_is_no_bool_is_refused():
+    with pytest.raises(ConfigError, match="tie_word_embeddings is 'false': expected a bool"):
+        LlamaConfig.from_hf(LLAMA_2_7B | {"tie_word_embeddings": "false"})
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"factor": 2.0}, "factor"),
+        ({"full_attention": {"rope_type": "linear"}}, "full_attention"),
+        ({"rope_type": "default", "low_freq_factor": 1.0}, "low_freq_factor"),
+    ],
+)
+def test_a_rope_that_says_more_than_theta_is_refused(field, rope, named):
+    with pytest.raises(ConfigError, match=named):
+        LlamaConfig.from_hf(LLAMA_2_7B | {field: rope})

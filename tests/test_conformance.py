@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import FIXTURES, make_ops
 
+from conftest import FIXTURES, make_ops
 from npllama.config import LlamaConfig
 from npllama.llama import Llama
 from npllama.sampling import Sampling

@@ -1,18 +1,30 @@
-"""tools/convert.py: llama2.c checkpoints of version 0, and its tokenizers."""
+"""tools/convert.py: every format, every dtype, whole or not at all."""
 
+import json
+import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import DATA, ROOT, TINY, data_file
-from model_directory import random_tensors
 
+from conftest import DATA, FIXTURES, ROOT, TINY, data_file, make_llama
+from convert import main as convert_main
+from converting.tokenizers import read_tokenizer
+from model_directory import random_tensors, write_model
 from npllama import load
 from npllama.config import LlamaConfig
+from npllama.errors import NpllamaError
 from npllama.llama import Llama
+from npllama.safetensors_file import SafetensorsFile
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import BYTE_PIECES
 from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name
@@ -133,14 +145,8 @@ def test_stories260k_tells_its_story_on_every_backend(tmp_path, ops):
     assert llama.generate("", max_new_tokens=200, temperature=0).text == STORY
 
 
-def test_a_tokenizer_bin_encodes_and_decodes_as_sentencepiece(tmp_path):
-    tok512 = data_file("stories260K/tok512.bin")
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from convert import read_tokenizer
-    finally:
-        sys.path.pop(0)
-    tokenizer = Tokenizer.from_bytes(read_tokenizer(tok512))
+def test_a_tokenizer_bin_encodes_and_decodes_as_sentencepiece():
+    tokenizer = Tokenizer.from_bytes(read_tokenizer(data_file("stories260K/tok512.bin"), 512))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
     for text in ("Once upon a time", " two  spaces ", "größe\n\t🦙", ""):
         ids = tokenizer.encode(text)
@@ -180,17 +186,21 @@ def test_wrong_sources_are_one_line_and_leave_nothing(tmp_path):
         (tmp_path / "changed.bin").write_bytes(changed)
         return error_line(tmp_path / "changed.bin", dest)
 
-    assert "cannot be read" in error_line(tmp_path / "nothing.bin", dest)
+    assert "does not exist" in error_line(tmp_path / "nothing.bin", dest)
     assert f"has {len(content) - 4} bytes and its header describes" in line(content[:-4])
     assert "truncated or damaged" in line(content + b"more")
-    assert "its header makes no model" in line(b"")
-    assert "its header makes no model" in line(b"\xff" * 100)
-    assert "its header makes no model" in line(b"\0" * 100)
-    assert "version 2: only version 0" in line(struct.pack("<Ii", 0x616B3432, 2) + bytes(300))
+    assert "no checkpoint of a known format" in line(b"")
+    assert "no checkpoint of a known format" in line(b"\xff" * 100)
+    assert "no checkpoint of a known format" in line(b"\0" * 100)
     infinite = bytearray(content)
-    infinite[28:32] = struct.pack("<f", np.inf)
-    assert "has values that float32 cannot hold" in line(bytes(infinite))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed.bin", "model.bin"]
+    infinite[28:36] = struct.pack("<ff", np.inf, np.nan)
+    assert "embed_tokens.weight holds 2 infinities or NaNs" in line(bytes(infinite))
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoint" in error_line(tmp_path / "empty", dest)
+    assert "DEST is missing" in error_line(source)
+    assert "--max-shard-size is 'big'" in error_line(source, dest, "--max-shard-size", "big")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"changed.bin", "model.bin", "empty"}
 
 
 def test_wrong_tokenizers_are_one_line_and_leave_nothing(tmp_path):
@@ -217,5 +227,422 @@ def test_a_dest_with_content_is_refused_and_kept(tmp_path):
     dest.mkdir()
     assert convert(source, dest).returncode == 0  # empty: fine
     before = {path.name: path.read_bytes() for path in dest.iterdir()}
-    assert "exists: choose a new directory" in error_line(source, dest)
+    assert "has content: choose another, or replace it with --overwrite" in error_line(source, dest)
     assert before == {path.name: path.read_bytes() for path in dest.iterdir()}
+
+
+# -- llama2.c versions 1 and 2
+
+
+def write_llama2c_new(path, config, tensors, group=0):
+    """A version 1 checkpoint, or with a group size one of version 2 (int8)."""
+    header = struct.pack("<Ii", 0x616B3432, 2 if group else 1)
+    header += struct.pack(
+        "<7i", config.dim, config.ffn_dim, config.n_layers, config.n_heads,
+        config.n_kv_heads, config.vocab_size, config.context_length,
+    )  # fmt: skip
+    header += struct.pack("<B", config.tie_embeddings) + (
+        struct.pack("<i", group) if group else b""
+    )
+    layers = range(config.n_layers)
+    norms = [tensors[layer_name(i, f)] for f in ("attention_norm", "ffn_norm") for i in layers]
+    matrices = [tensors[EMBEDDING]]
+    for field in ("wq", "wk", "wv", "wo", "w_gate", "w_down", "w_up"):
+        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(field)
+        for i in layers:
+            w = tensors[layer_name(i, field)]
+            matrices.append(w if heads is None else to_meta_row_order(w, heads))
+    if not config.tie_embeddings:
+        matrices.append(tensors[LM_HEAD])
+    body = b"".join(w.astype("<f4").tobytes() for w in [*norms, tensors[NORM]])
+    for w in matrices:
+        if group:
+            flat = w.reshape(-1, group)
+            scale = np.abs(flat).max(axis=1) / 127
+            body += np.rint(flat / scale[:, None]).astype("int8").tobytes()
+            body += scale.astype("<f4").tobytes()
+        else:
+            body += w.astype("<f4").tobytes()
+    path.write_bytes(header.ljust(256, b"\0") + body)
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_version_1_has_the_same_tensors(tmp_path, tied):
+    config = LlamaConfig(**{**vars(TINY), "tie_embeddings": tied})
+    tensors = random_tensors(config)
+    source = write_llama2c_new(tmp_path / "model.bin", config, tensors)
+    assert convert(source, tmp_path / "out").returncode == 0
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert stored.keys() == tensors.keys()
+    assert all(np.array_equal(stored[name], tensors[name]) for name in tensors)
+
+
+def test_version_2_has_groups_that_may_straddle_rows(tmp_path):
+    tensors = random_tensors(TINY)
+    for group in (32, 16):  # rows of 48 and 56 numbers
+        source = write_llama2c_new(tmp_path / f"{group}.bin", TINY, tensors, group)
+        assert convert(source, tmp_path / f"out-{group}").returncode == 0
+        stored = safetensors.numpy.load_file(tmp_path / f"out-{group}" / "model.safetensors")
+        for name, tensor in tensors.items():
+            assert stored[name].dtype == np.float32
+            assert np.abs(stored[name] - tensor).max() <= np.abs(tensor).max() / 127
+            assert tensor.ndim > 1 or np.array_equal(stored[name], tensor)
+    seven = write_llama2c_new(tmp_path / "7.bin", TINY, tensors, 16)
+    content = bytearray(seven.read_bytes())
+    content[37:41] = struct.pack("<i", 7)
+    seven.write_bytes(content)
+    assert "group size 7 does not divide [260, 48]" in error_line(seven, tmp_path / "out")
+
+
+# -- what torch wrote: Meta, pytorch_model.bin, training checkpoints
+
+TORCH_CASES = sorted(path.name for path in (FIXTURES / "torch").iterdir())
+
+
+def torch_case(name):
+    directory = FIXTURES / "torch" / name
+    source = directory / "ckpt.pt" if name == "llama2c-training" else directory
+    return source, safetensors.numpy.load_file(directory / "expected.safetensors")
+
+
+def test_every_torch_case_is_there():
+    assert set(TORCH_CASES) == {
+        "meta-mp1", "meta-mp2", "meta-mp8", "meta-legacy", "bin", "bin-sharded", "llama2c-training"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TORCH_CASES)
+def test_every_tensor_is_what_transformers_converts_it_to(tmp_path, case):
+    source, expected = torch_case(case)
+    result = convert(source, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    file = SafetensorsFile(tmp_path / "out" / "model.safetensors")
+    truth = {name[3:]: values for name, values in expected.items() if name.startswith("hf.")}
+    if case == "llama2c-training":
+        truth.pop("lm_head.weight")  # tied
+    assert file.tensors.keys() == truth.keys()
+    for name, values in truth.items():
+        assert np.array_equal(file[name].astype("float32"), values), name
+    dtypes = {info.dtype.name for info in file.tensors.values()}
+    assert dtypes == {{"meta-mp": "bfloat16", "llama2c": "float32"}.get(case[:7], "float16")}
+
+
+@pytest.mark.parametrize("case", TORCH_CASES)
+def test_a_converted_model_computes_what_transformers_computes(tmp_path, case):
+    source, expected = torch_case(case)
+    convert(source, tmp_path / "out", "--dtype", "float32")
+    llama = load(tmp_path / "out", backend="numpy")
+    logits = llama.logits(expected["ids"])
+    assert np.abs(logits - expected["logits"]).max() <= 1e-5 * np.abs(expected["logits"]).max()
+    greedy = llama.generate(
+        expected["ids"].tolist(), max_new_tokens=len(expected["greedy"]), temperature=0,
+        ignore_eos=True,
+    )  # fmt: skip
+    assert greedy.ids == expected["greedy"].tolist()
+
+
+def test_meta_configs_are_read_as_facts_say(tmp_path):
+    convert(torch_case("meta-mp2")[0], tmp_path / "mp2")
+    config = LlamaConfig.from_directory(tmp_path / "mp2")
+    assert (config.vocab_size, config.ffn_dim) == (48, 48)  # -1 and absent in params.json
+    assert (config.rope_theta, config.context_length) == (1e6, 16384)
+    convert(torch_case("meta-mp1")[0], tmp_path / "mp1")
+    config = LlamaConfig.from_directory(tmp_path / "mp1")
+    assert (config.rope_theta, config.context_length) == (10000.0, 4096)
+
+
+def copy_of(case, tmp_path):
+    return Path(shutil.copytree(FIXTURES / "torch" / case, tmp_path / case))
+
+
+def test_damaged_meta_sources_name_file_and_tensor(tmp_path):
+    dest = tmp_path / "out"
+    source = copy_of("meta-mp2", tmp_path)
+    (source / "consolidated.00.pth").unlink()
+    assert "holds the shards 01: expected consolidated.00.pth" in error_line(source, dest)
+    shutil.copy(FIXTURES / "torch" / "meta-mp1" / "consolidated.00.pth", source)
+    assert "shards of different models" in error_line(source, dest)
+    shutil.rmtree(source)
+    source = copy_of("meta-mp2", tmp_path)
+    shard = source / "consolidated.01.pth"
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    assert "consolidated.01.pth is damaged" in error_line(source, dest)
+    shutil.rmtree(source)
+    source = copy_of("meta-mp8", tmp_path)
+    shutil.copy(source / "consolidated.00.pth", source / "consolidated.08.pth")
+    assert "holds 9 shards" in error_line(source, dest)
+    shutil.rmtree(source)
+    source = copy_of("meta-mp1", tmp_path)
+    params = json.loads((source / "params.json").read_text())
+    for change, message in (
+        ({"n_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
+        ({"n_layers": 1}, "weight is not part of the model"),
+        ({"n_kv_heads": 3}, "wk.weight has shape [12, 36]: the config asks for [18, 36]"),
+        ({"dim": 32.5}, "dim is 32.5"),
+        ({"n_heads": "6"}, "n_heads is '6': expected a number"),
+        ({"use_scaled_rope": True}, "use_scaled_rope is set"),
+        ({"n_layers": 10**9}, "layers are missing"),
+    ):
+        (source / "params.json").write_text(json.dumps(params | change))
+        assert message in error_line(source, dest)
+    assert not dest.exists()
+
+
+# -- dtypes, and what they lose
+
+
+def test_a_conversion_says_what_it_changed(tmp_path):
+    tensors = random_tensors(TINY)
+    w = tensors[EMBEDDING]
+    w[:] = 1.0
+    w[0, :3] = 1.0 + 2.0**-12, 1e-6, 3e-8  # rounded; a subnormal; nothing (in float16)
+    for name in tensors:
+        if name != EMBEDDING:
+            tensors[name][:] = 0.5
+    source = write_llama2c(tmp_path / "model.bin", TINY, tensors)
+    result = convert(source, tmp_path / "half", "--dtype", "float16")
+    assert "3 of 55,152 numbers changed (0.01 %), 2 of them too small" in result.stderr
+    assert "changed" not in convert(source, tmp_path / "same").stderr
+    w[1, 1] = 70000.0
+    source = write_llama2c(tmp_path / "model.bin", TINY, tensors)
+    line = error_line(source, tmp_path / "over", "--dtype", "float16")
+    assert "embed_tokens.weight holds 1 or more numbers beyond float16's range" in line
+    assert convert(source, tmp_path / "over", "--dtype", "bfloat16").returncode == 0
+
+
+def test_int8_is_one_scale_a_row_and_runs(tmp_path):
+    directory = write_model(tmp_path / "hf", TINY)
+    result = convert(directory, tmp_path / "int8", "--dtype", "int8")
+    assert result.returncode == 0, result.stderr
+    file = SafetensorsFile(tmp_path / "int8" / "model.safetensors")
+    for name, values in random_tensors(TINY).items():
+        if values.ndim == 1:
+            assert np.array_equal(file[name], values)
+            continue
+        q, scale = file[name], file[name + ".scale"]
+        assert (q.dtype, scale.dtype, scale.shape) == ("int8", "float32", values.shape[:1])
+        assert np.array_equal(np.abs(q).max(axis=1), np.full(len(q), 127))
+        assert (np.abs(q * scale[:, None] - values) <= scale[:, None] * 0.5001).all()
+    exact, narrow = (load(tmp_path / d, backend="numpy") for d in ("hf", "int8"))
+    assert narrow.dtype == "int8"
+    assert narrow.parameters.nbytes < 0.3 * exact.parameters.nbytes
+    logits, truth = narrow.logits([1, 5, 9]), exact.logits([1, 5, 9])
+    assert 0 < np.abs(logits - truth).max() < 0.05 * np.abs(truth).max()
+    at_load = load(tmp_path / "hf", backend="numpy", dtype="int8")
+    assert np.array_equal(at_load.logits([1, 5, 9]), logits)
+    back = load(tmp_path / "int8", backend="numpy", dtype="float32")
+    assert np.abs(back.logits([1, 5, 9]) - logits).max() < 1e-5 * np.abs(truth).max()
+    assert convert(tmp_path / "int8", tmp_path / "again", "--dtype", "float32").returncode == 0
+    again = load(tmp_path / "again", backend="numpy")
+    assert np.array_equal(again.logits([1, 5, 9]), back.logits([1, 5, 9]))
+
+
+def test_int8_runs_through_every_implementation(ops):
+    exact = make_llama(ops).logits([1, 5, 9, 200])
+    narrow = make_llama(ops, dtype="int8")
+    assert narrow.dtype == "int8"
+    assert 0 < np.abs(narrow.logits([1, 5, 9, 200]) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_other_programs_refuse_int8_rather_than_misread_it(tmp_path):
+    convert(write_model(tmp_path / "hf", TINY), tmp_path / "int8", "--dtype", "int8")
+    fields = json.loads((tmp_path / "int8" / "config.json").read_text())
+    assert fields["quantization_config"] == {"quant_method": "npllama-int8"}
+    convert(tmp_path / "int8", tmp_path / "back", "--dtype", "float16")
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert "quantization_config" not in fields
+    assert fields["torch_dtype"] == "float16"
+
+
+# -- the files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_q_k_v_are_neighbours_and_gate_and_up_in_every_file(tmp_path, dtype):
+    source = write_model(tmp_path / "hf", TINY, shards=2)
+    result = convert(source, tmp_path / "out", "--dtype", dtype, "--max-shard-size", "50KB")
+    assert result.returncode == 0, result.stderr
+    paths = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(paths) > (1 if dtype == "int8" else 2)
+    place = {}
+    for path in paths:
+        assert path.stat().st_size < 80_000  # one group may pass the size, not two
+        for name, info in SafetensorsFile(path).tensors.items():
+            place[name] = (path, info.begin, info.end)
+            assert info.begin % info.dtype.itemsize == 0
+    for i in range(TINY.n_layers):
+        for group in (("wq", "wk", "wv"), ("w_gate", "w_up")):
+            names = [layer_name(i, field) for field in group]
+            for first, second in pairwise(names):
+                assert place[first][0] == place[second][0]
+                assert place[first][2] == place[second][1]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: path.name for name, (path, _, _) in place.items()}
+    whole, parts = load(tmp_path / "hf", "numpy", dtype), load(tmp_path / "out", "numpy")
+    truth = whole.logits([1, 5, 9])  # norms were float32 there, and are bfloat16 in the file
+    tolerance = 0.02 if dtype == "bfloat16" else 0
+    assert np.abs(parts.logits([1, 5, 9]) - truth).max() <= tolerance * np.abs(truth).max()
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path):
+    tensors = random_tensors(TINY)
+    convert(write_model(tmp_path / "hf", TINY), tmp_path / "out")
+    read = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(np.array_equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_files_of_the_source_are_kept(tmp_path):
+    source = write_model(tmp_path / "hf", TINY, pretraining_tp=1, attention_dropout=0.0)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7], "top_p": 0.5}')
+    (source / "tokenizer_config.json").write_text('{"chat_template": "[INST]"}')
+    convert(source, tmp_path / "out", "--dtype", "bfloat16")
+    read = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert json.loads(read["generation_config.json"]) == {"eos_token_id": [2, 7], "top_p": 0.5}
+    assert read["tokenizer_config.json"] == b'{"chat_template": "[INST]"}'
+    assert read["tokenizer.model"] == (source / "tokenizer.model").read_bytes()
+    before = json.loads((source / "config.json").read_text())
+    assert json.loads(read["config.json"]) == before | {"torch_dtype": "bfloat16"}
+
+
+def test_inspect_and_dry_run_say_what_is_and_write_nothing(tmp_path):
+    source, _ = torch_case("meta-mp2")
+    inspected = convert(source, "--inspect")
+    parameters = f"{36 * (2 * 48 + 1) + 2 * (2 * 36 * 36 + 2 * 12 * 36 + 3 * 48 * 36 + 2 * 36):,}"
+    assert inspected.returncode == 0, inspected.stderr
+    for told in ("Meta, 2 shards", "D 36, L 2, H 6, K 2, C 6, F 48, V 48", "bfloat16", parameters,
+                 "model.layers.1.mlp.down_proj.weight", "[36, 48]"):  # fmt: skip
+        assert told in inspected.stdout, told
+    dry = convert(source, tmp_path / "out", "--dry-run", "--dtype", "int8")
+    assert dry.stdout.startswith(inspected.stdout)
+    size = int(re.search(r"model\.safetensors +([\d,]+) bytes", dry.stdout)[1].replace(",", ""))
+    assert list(tmp_path.iterdir()) == []
+    convert(source, tmp_path / "out", "--dtype", "int8")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == size
+
+
+# -- whole or not at all
+
+
+def test_overwrite_replaces_and_nothing_else_does(tmp_path):
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    dest = tmp_path / "out"
+    dest.mkdir()
+    (dest / "mine.txt").write_text("kept")
+    assert "has content" in error_line(source, dest)
+    broken = tmp_path / "broken.bin"
+    broken.write_bytes(source.read_bytes()[:-8] + struct.pack("<ff", np.nan, 0))
+    assert "NaN" in error_line(broken, dest, "--overwrite")
+    assert [path.name for path in dest.iterdir()] == ["mine.txt"]
+    assert convert(source, dest, "--overwrite").returncode == 0
+    assert not (dest / "mine.txt").exists()
+    load(dest, backend="numpy")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.bin", "broken.bin", "out"}
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file" in error_line(source, file, "--overwrite")
+    assert "cannot be written" in error_line(source, file / "below")
+
+
+def test_too_little_disk_space_is_said_before_the_first_byte(tmp_path, monkeypatch, capsys):
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    usage = SimpleNamespace(free=100_000)
+    monkeypatch.setattr("converting.writer.shutil.disk_usage", lambda _path: usage)
+    assert convert_main([str(source), str(tmp_path / "out")]) == 2
+    assert "needs 0.02 GB and" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+def loadable(directory):
+    try:
+        load(directory, backend="numpy")
+    except NpllamaError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path, old):
+    """SIGKILL at random times, and at each step of putting the new directory in place."""
+    config = LlamaConfig(**{**vars(TINY), "vocab_size": 20_000})
+    source = write_llama2c(tmp_path / "model.bin", config, random_tensors(config))
+    dest = tmp_path / "folder" / "out"
+    began = time.perf_counter()
+    assert convert(source, dest, "--overwrite").returncode == 0
+    whole = time.perf_counter() - began
+    written = (dest / "model.safetensors").read_bytes()
+    aside = dest.with_name(".out.replaced")
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        if not old:
+            shutil.rmtree(dest, ignore_errors=True)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(dest)]
+            + ["--overwrite"],
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(whole * rng.uniform(0.3, 1.1))
+        process.kill()
+        process.wait()
+        # an old model is there, or aside for an instant; a new one is whole or not there
+        assert loadable(dest) or not dest.exists()
+        assert not old or dest.exists() or loadable(aside)
+        for path in dest.parent.iterdir():  # half-written work beside it is no model
+            if loadable(path):
+                assert (path / "model.safetensors").read_bytes() == written
+        assert convert(source, dest, "--overwrite").returncode == 0
+        assert [path.name for path in dest.parent.iterdir()] == ["out"]
+        assert loadable(dest)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_between_the_renames_is_put_right(tmp_path, monkeypatch, step, capsys):
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    dest = tmp_path / "folder" / "out"
+    assert convert_main([str(source), str(dest)]) == 0
+    (dest / "old").touch()
+    rename, calls = os.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def killed_after(*args):
+        if len(calls) >= step:
+            raise Killed
+        calls.append(rename(*args))
+        if len(calls) == step:
+            raise Killed
+
+    monkeypatch.setattr("converting.writer.os.rename", killed_after)
+    monkeypatch.setattr("converting.writer.shutil.rmtree", lambda *args, **kwargs: None)
+    with pytest.raises(Killed):
+        convert_main([str(source), str(dest), "--overwrite"])
+    monkeypatch.undo()
+    left = {path.name for path in dest.parent.iterdir()}
+    assert left == ({".out.partial", ".out.replaced"} if step == 1 else {"out", ".out.replaced"})
+    assert convert_main([str(source), str(dest)]) == 2  # the old one is back, or the new one there
+    assert "has content" in capsys.readouterr().err
+    assert (dest / "old").exists() == (step == 1)
+    assert convert_main([str(source), str(dest), "--overwrite"]) == 0
+    assert [path.name for path in dest.parent.iterdir()] == ["out"]
+    assert loadable(dest)
+    assert not (dest / "old").exists()
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(tmp_path):
+    import fcntl
+    import pty
+    import termios
+
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    assert "%" not in convert(source, tmp_path / "quiet").stderr
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source)]
+    subprocess.run([*command, str(tmp_path / "shown")], stderr=child, check=True)
+    shown = os.read(parent, 100_000).decode()
+    os.close(parent)
+    os.close(child)
+    assert "100%" in shown
+    assert "B/s" in shown

@@ -3,6 +3,7 @@
 import ast
 
 import pytest
+
 from conftest import ROOT
 from strict_array import API, StrictArray, StrictBackend
 

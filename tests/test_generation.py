@@ -1,16 +1,17 @@
 """The loop: what it says, when it stops, and that batches and queues change nothing."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import TINY, make_llama
 
+from conftest import TINY, make_llama
 from npllama.config import LlamaConfig
-from npllama.errors import InputError, OutOfMemoryError, TokenizerError
+from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
 from npllama.llama import Llama
 from npllama.sampling import Sampling
-from npllama.untrained import random_parameters
+from npllama.untrained import BYTE_PIECES, random_parameters
 
 GREEDY = Sampling(temperature=0)
 LIVELY = Sampling(temperature=1.5, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.3)
@@ -73,9 +74,9 @@ def test_steps_that_run_ahead_change_nothing(llama, monkeypatch):
 
 def test_rows_leave_the_batch_when_they_end(llama, monkeypatch):
     sizes = []
-    forward = llama.forward
+    compute = llama.compute
     monkeypatch.setattr(
-        llama, "forward", lambda t, *rest, **k: sizes.append(t.shape) or forward(t, *rest, **k)
+        llama, "compute", lambda t, *rest: sizes.append(t.shape) or compute(t, *rest)
     )
     monkeypatch.setattr(type(llama.backend), "steps_ahead", 0)
     prompts = [[1] * (llama.context - room) for room in (2, 4, 3)]
@@ -199,9 +200,12 @@ def test_stream_raises_before_it_is_iterated(llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens is -1: expected 0 or more"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1: expected a whole number"),
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected a whole number"),
         ({"stop": ""}, "a stop text is empty"),
+        ({"stop": ["a", ""]}, "a stop text is empty"),
+        ({"stop": None}, "a stop text is None"),
+        ({"stop": [5]}, "a stop text is 5"),
         ({"seed": -1}, "seed is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -1}, "top_k is -1"),
@@ -213,9 +217,51 @@ def test_arguments_out_of_range_are_refused(llama, options, message):
         llama.generate([1], **options)
 
 
-def test_no_prompts_are_refused(llama):
-    with pytest.raises(InputError, match="no prompts"):
-        llama.generate_batch([])
+def test_prompts_of_another_kind_are_refused(llama):
+    for prompts in ([], "abc", b"abc"):
+        with pytest.raises(InputError, match="not a list of at least one prompt"):
+            llama.generate_batch(prompts)
+    for prompt in (None, 5, b"abc"):
+        with pytest.raises(InputError, match="expected a text or token ids"):
+            llama.generate(prompt)
+    with pytest.raises(InputError, match=r"llama\.encode\(text\) makes them"):
+        llama.logits("abc")
+    with pytest.raises(InputError, match="sampling is None"):
+        llama.generate_batch(["abc"], sampling=None)
+
+
+def test_numpy_integers_are_integers(llama):
+    options = {"max_new_tokens": np.int64(3), "top_k": np.int32(5), "seed": np.int64(1)}
+    assert len(llama.generate(np.array([1, 5]), ignore_eos=True, **options).ids) == 3
+
+
+def test_fresh_text_has_no_leading_space(ops):
+    llama = make_llama(ops)
+    space = BYTE_PIECES.index(("\u2581", 0.0, 1))
+    logits = llama.ops.head
+
+    def head(x, p):  # a model that says a space and then "a" for ever
+        out = ops.backend.to_host(logits(x, p)) * 0
+        out[..., space if llama.spoken == 0 else 100] = 9
+        llama.spoken += 1
+        return ops.backend.to_device(out)
+
+    llama.ops.head = head
+    for fresh, text in ((False, " aa"), (True, "aa")):
+        llama.spoken = 0
+        options = {"max_new_tokens": 3, "temperature": 0, "fresh_text": fresh}
+        assert llama.generate("b", **options).text == text
+        llama.spoken = 0
+        assert "".join(llama.stream("b", **options)) == text
+
+
+def test_a_model_that_computes_nan_is_an_error(ops):
+    llama = make_llama(ops)
+    norm = np.full(TINY.dim, np.nan, dtype="float32")
+    head = replace(llama.parameters.head, norm=ops.backend.to_device(norm))
+    broken = Llama(TINY, replace(llama.parameters, head=head), ops)
+    with pytest.raises(NumericalError, match="computed a log-probability of nan for token 1"):
+        broken.generate([1, 5])
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_refused(llama, monkeypatch):
@@ -231,6 +277,27 @@ def test_timings_count_what_was_done(llama):
     assert (t.prefill_forwards, t.decode_steps) == (1, 4)
     assert 0 < t.first_token_seconds <= t.prefill_seconds
     assert t.decode_tokens_per_second == pytest.approx(4 / t.decode_seconds)
+
+
+def test_a_generation_runs_once(llama):
+    generation = llama.generation([[1, 5]], max_new_tokens=5, ignore_eos=True)
+    next(iter(generation))
+    with pytest.raises(InputError, match="has run"):
+        iter(generation)
+    assert generation.completions()[0].finish_reason == "interrupted"
+
+
+def test_what_was_held_back_is_said_when_a_row_is_interrupted(llama):
+    options = {"max_new_tokens": 9, "sampling": GREEDY, "ignore_eos": True}
+    whole = run(llama, [[1, 5]], **options)[0].text
+    generation = llama.generation([[1, 5]], stop=whole[:6] + "?", **options)
+    pieces = iter(generation)
+    while len(generation.rows[0].ids) < 5:
+        next(pieces)
+    assert generation.rows[0].text == ""  # all of it may yet become the stop text
+    text = generation.completions()[0].text
+    assert text
+    assert whole.startswith(text)
 
 
 def test_the_compiled_step_is_what_runs(llama, monkeypatch):

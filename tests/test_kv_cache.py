@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import TINY
 
+from conftest import TINY
 from npllama.errors import InputError
 
 
@@ -28,6 +28,9 @@ def test_positions_are_the_same_on_host_and_device(llama, to_device, to_host):
     positions = cache.positions(2, (1, 0))
     assert positions.starts == (8, 2)
     assert to_host(positions.device_starts).tolist() == [8, 2]
+    everything = cache.positions(1)
+    cache.advance(everything)  # what was found before stays what it was
+    assert to_host(everything.device_starts).tolist() == list(everything.starts) == [2, 8, 3]
     cos, _ = (to_host(table) for table in llama.rope_table)
     assert np.array_equal(to_host(positions.cos), cos[[[8, 9], [2, 3]]])
 

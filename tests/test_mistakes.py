@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 EQUATIONS, BLOCKS = "ops/equations.py", "ops/blocks.py"
@@ -133,8 +134,8 @@ MISTAKES = {
     ),
     "draw takes a token without probability": (
         SAMPLING,
-        "(cumulative <= target)",
-        "(cumulative < target)",
+        "(cumulative > target) & (probability > 0)",
+        "(cumulative >= target)",
     ),
 }
 

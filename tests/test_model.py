@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import TINY, make_llama, make_ops
 
+from conftest import TINY, make_llama, make_ops
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
 from npllama.model import ALL, NONE
@@ -13,8 +13,14 @@ IDS = [1, 100, 7, 259, 3, 42, 42, 8, 200, 11, 12]
 
 
 def assert_same(got, want):
+    """Within CLOSE of the largest, and the greedy choice the same where two do not nearly tie."""
     assert got.shape == want.shape
     assert np.abs(got - want).max() <= CLOSE * np.abs(want).max()
+    second, first = np.sort(want, axis=-1)[..., -2:].reshape(-1, 2).T
+    clear = first - second > 2 * CLOSE * np.abs(want).max()
+    chosen, wanted = (a.argmax(-1).reshape(-1) for a in (got, want))
+    assert clear.any()
+    assert np.array_equal(chosen[clear], wanted[clear])
 
 
 def test_decoding_with_the_cache_equals_recomputing_from_scratch(llama, to_device, to_host):
@@ -137,7 +143,7 @@ def test_tied_embeddings_share_one_matrix(ops):
 def test_narrow_weights_compute_as_their_float32_values(implementation, dtype):
     import ml_dtypes  # registers bfloat16
 
-    if implementation == "cupy":
+    if "cupy" in implementation and implementation != "cupy-reference":
         pytest.skip("CupyOps multiplies in 16 bits; test_conformance and test_overrides bound it")
     storage = {"bfloat16": ml_dtypes.bfloat16, "float16": "float16"}[dtype]
     ops = make_ops(implementation)

@@ -2,9 +2,8 @@
 
 import re
 
-from conftest import ROOT
-
 import npllama
+from conftest import ROOT
 from npllama.generate import parser
 from npllama.ops import Ops
 

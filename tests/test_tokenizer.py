@@ -378,3 +378,12 @@ def test_a_model_read_from_bytes_is_the_model_read_from_a_file(tmp_path, tokeniz
     text = "a 🦙 b"
     assert Tokenizer(path).encode(text) == Tokenizer.from_bytes(model).encode(text)
     assert Tokenizer(path).encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("flag", [b"\x18\x00", b"\x20\x01"], ids=["no prefix", "spaces removed"])
+def test_a_tokenizer_that_treats_spaces_otherwise_is_refused(flag):
+    from npllama.untrained import BYTE_PIECES
+
+    model = bpe_model(BYTE_PIECES) + b"\x1a" + bytes([len(flag)]) + flag  # merged into the spec
+    with pytest.raises(TokenizerError, match="treats spaces otherwise than Llama's"):
+        Tokenizer.from_bytes(model)

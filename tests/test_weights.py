@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+
 from conftest import FIXTURES, TINY, make_ops
 from model_directory import random_tensors, write_model
-
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.errors import NpllamaError, WeightsError
 from npllama.weights import (

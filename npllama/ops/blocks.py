@@ -73,7 +73,16 @@ class Ops(SamplingEquations):
         h = self.rms_norm(x, head.norm, head.norm_eps)
         return self.all_gather(self.linear(h, head.lm_head))
 
-    # -- shared by attention_block and by the trace ------------------------------------------
+    def attention_map(self, x: Array, layer: Layer, positions: "Positions") -> Array:
+        """How attention_block divides each head's attention, for readers: (H, T, T).
+
+        Computed from x (1, T, D) alone, as for a row without a past. Keys are not rounded to
+        the cache's dtype here.
+        """
+        q, k, _ = self.queries_keys_values(x, layer, positions)
+        return self.attention_weights(q[0].swapaxes(0, 1), k[0].swapaxes(0, 1))
+
+    # -- shared by attention_block and attention_map ------------------------------------------
 
     def queries_keys_values(
         self, x: Array, layer: Layer, positions: "Positions"
@@ -105,6 +114,13 @@ class Ops(SamplingEquations):
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """float32 numbers of scratch to allocate with the cache; the reference needs none."""
         return 0
+
+    def attention_nbytes(
+        self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
+    ) -> int:
+        """Bytes that `attention` holds for one row's chunk: here four arrays of all scores,
+        (H, T, N), and the row's keys and values widened, (K, N, C) each."""
+        return 4 * (4 * n_heads * chunk * context + 2 * n_kv_heads * context * head_dim)
 
     def compile(self, step: Step) -> Step:
         """A decode step, made fast to repeat; here the step itself."""

@@ -11,16 +11,17 @@ class CupyOps(Ops):
     """Overrides for CUDA; each computes what the method of the same name in Ops does."""
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T in W's 16-bit dtype with float32 accumulation, returned as x's dtype.
+        """y = x W^T, for 16-bit W in that dtype with float32 accumulation; returned as x's dtype.
 
-        CuPy multiplies two 2-D operands of one 16-bit dtype in cuBLAS as they lie, W^T without
-        a copy; mixed dtypes, and 3-D operands, would copy W at full width on every call.
-        int8 is widened, since its product would accumulate in int8 and overflow.
+        CuPy multiplies two 2-D operands of one dtype in cuBLAS as they lie, W^T without a copy;
+        mixed dtypes, and 3-D operands, would copy W at full width on every call. int8 is
+        widened, since its product would accumulate in int8 and overflow.
         """
-        if w.values.dtype.itemsize != 2:
-            return super().linear(x, w)
-        flat = x.reshape(-1, x.shape[-1]).astype(w.values.dtype)  # (..., D) -> (M, D)
-        y = (flat @ w.values.T).astype(x.dtype)  # (M, D) @ (D, N) -> (M, N)
+        is_16_bit = w.values.dtype.itemsize == 2
+        dtype = w.values.dtype if is_16_bit else x.dtype
+        flat = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)  # (..., D) -> (M, D)
+        y = flat @ w.values.astype(dtype, copy=False).T  # (M, D) @ (D, N) -> (M, N)
+        y = y.astype(x.dtype, copy=False)
         y = y.reshape(*x.shape[:-1], w.shape[0])  # (M, N) -> (..., N)
         return y if w.scale is None else y * w.scale.astype(x.dtype)
 

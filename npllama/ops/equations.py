@@ -125,7 +125,7 @@ class Equations:
     # -- attention ---------------------------------------------------------------------------
 
     def softmax(self, x: Array) -> Array:
-        """p_i = exp(x_i - max x) / sum_j exp(x_j - max x) over the last axis.
+        """p_i = exp(x_i - max x) / sum_j exp(x_j - max x) over the last axis; shape (...), as x.
 
         The largest exponent is 0, so nothing overflows; -inf gives 0. At least one entry of
         each row is finite.
@@ -187,7 +187,7 @@ class Equations:
     # -- feed-forward ------------------------------------------------------------------------
 
     def silu(self, x: Array) -> Array:
-        """x * sigmoid(x), also called Swish with beta = 1.
+        """x * sigmoid(x), elementwise, shape (...); also called Swish with beta = 1.
 
         sigmoid(x) = 1 / (1 + e^-x) for x >= 0 and e^x / (1 + e^x) below: no exponent is above
         0, so nothing overflows.

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from npllama.backend import Array, Backend
+from npllama.backend import Array
 from npllama.ops.blocks import Ops
 from npllama.parameters import Matrix
 
@@ -16,29 +16,27 @@ TILE = 256 * 1024
 class NumpyOps(Ops):
     """Overrides for the CPU; each computes what the method of the same name in Ops does."""
 
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend)
-        self._tile = np.empty(0, dtype="float32")
-
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T; a narrow W is widened tile by tile, and the tile is used from the cache.
 
         NumPy has no BLAS for 16-bit or 8-bit types, and widening W whole would write and read
         it once more at full width.
         """
-        if x.dtype != np.float32 or w.values.dtype == np.float32:
+        if x.dtype != np.float32:
             return super().linear(x, w)
         n_out, width = w.shape
-        rows = max(1, TILE // width)
-        if self._tile.size < rows * width:
-            self._tile = np.empty(rows * width, dtype="float32")
         flat = x.reshape(-1, width)  # (..., D) -> (M, D)
-        y = np.empty((flat.shape[0], n_out), dtype="float32")
-        for begin in range(0, n_out, rows):
-            narrow = w.values[begin : begin + rows]  # (rows, D)
-            tile = self._tile[: narrow.size].reshape(narrow.shape)
-            np.copyto(tile, narrow, casting="unsafe")
-            np.matmul(flat, tile.T, out=y[:, begin : begin + rows])
+        if w.values.dtype == np.float32:
+            y = _product(flat, w.values)
+        else:
+            y = np.empty((flat.shape[0], n_out), dtype="float32")
+            rows = max(1, TILE // width)
+            tiles = np.empty((min(rows, n_out), width), dtype="float32")
+            for begin in range(0, n_out, rows):
+                narrow = w.values[begin : begin + rows]  # (rows, D)
+                tile = tiles[: narrow.shape[0]]
+                np.copyto(tile, narrow, casting="unsafe")
+                y[:, begin : begin + rows] = _product(flat, tile)
         if w.scale is not None:
             y *= w.scale
         return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
@@ -46,6 +44,13 @@ class NumpyOps(Ops):
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """Scores of one key head's queries over a chunk, or of all heads for one token."""
         return max(n_heads, n_heads // n_kv_heads * chunk) * context
+
+    def attention_nbytes(
+        self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
+    ) -> int:
+        """The scratch, and queries and outputs of one chunk."""
+        scores = self.scratch_size(n_heads, n_kv_heads, chunk, context)
+        return 4 * (scores + 3 * n_heads * chunk * head_dim)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`, as many heads at a time as
@@ -77,3 +82,16 @@ class NumpyOps(Ops):
             np.matmul(scores, v[some], out=o[some])  # (n, G*T, N) @ (n, N, C) -> (n, G*T, C)
             o[some] /= total
         return o.reshape(q.shape)  # (K, G*T, C) -> (H, T, C)
+
+
+def _product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """x (M, D) W^T (D, N), in the order of operands that BLAS is fastest at.
+
+    Measured at 4096 x 4096 on two cores: OpenBLAS takes 2.5 times as long for x W^T with two
+    rows as for two products of one row, and W x^T beats x W^T by a third from 3 rows to about 16.
+    """
+    if x.shape[0] == 2:
+        return np.stack([w @ row for row in x])
+    if 3 <= x.shape[0] <= 16:
+        return (w @ x.T).T  # (N, D) @ (D, M) -> (N, M) -> (M, N)
+    return x @ w.T

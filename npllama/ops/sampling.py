@@ -31,7 +31,10 @@ class SamplingEquations(Equations):
     """Logits are (B, V) float32 throughout; a token that cannot be drawn has -inf."""
 
     def log_softmax(self, logits: Array) -> Array:
-        """log p_i = x_i - max x - log sum_j exp(x_j - max x) over the last axis."""
+        """log p_i = x_i - max x - log sum_j exp(x_j - max x) over the last axis; (B, V).
+
+        Source: the logarithm of Vaswani et al. 2017, equation 1, as `softmax` shifts it.
+        """
         x = logits - logits.max(axis=-1, keepdims=True)
         return x - self.xp.log(self.xp.exp(x).sum(axis=-1, keepdims=True))
 
@@ -48,7 +51,7 @@ class SamplingEquations(Equations):
         return xp.where(seen, penalized, logits)
 
     def keep_top_k(self, logits: Array, k: int) -> Array:
-        """The k largest logits (and equals of the k-th), the rest -inf.
+        """The k largest logits (and equals of the k-th), the rest -inf; (B, V) -> (B, V).
 
         Source: Fan et al. 2018, section 5.4.
         """
@@ -60,7 +63,8 @@ class SamplingEquations(Equations):
     def keep_top_p(self, logits: Array, p: float) -> Array:
         """The fewest most likely tokens whose probabilities reach p, the rest -inf.
 
-        The token that crosses p is kept: one is dropped where those before it exceed p.
+        (B, V) -> (B, V). The token that crosses p is kept: one is dropped where those before it
+        exceed p.
 
         Source: Holtzman et al. 2019 (nucleus sampling), equation 2.
         """
@@ -74,7 +78,9 @@ class SamplingEquations(Equations):
     def keep_min_p(self, logits: Array, p: float) -> Array:
         """The tokens at least p times as likely as the likeliest, the rest -inf.
 
-        p_i >= p * max_j p_j  is  x_i >= max x + log p.  Source: Nguyen et al. 2024, section 3.
+        (B, V) -> (B, V).  p_i >= p * max_j p_j  is  x_i >= max x + log p.
+
+        Source: Nguyen et al. 2024, section 3.
         """
         least = logits.max(axis=-1, keepdims=True) + math.log(p)  # (B, 1)
         return self.xp.where(logits < least, -math.inf, logits)
@@ -88,10 +94,14 @@ class SamplingEquations(Equations):
 
         Returns:
             (B,) int64 ids.
+
+        Source: Devroye 1986 (Non-Uniform Random Variate Generation), section II.2.
         """
-        cumulative = self.xp.cumsum(self.softmax(logits), axis=-1, dtype="float64")  # (B, V)
+        probability = self.softmax(logits)
+        cumulative = self.xp.cumsum(probability, axis=-1, dtype="float64")  # (B, V)
         target = uniform[:, None] * cumulative[:, -1:]  # (B, 1)
-        return (cumulative <= target).sum(axis=-1)  # (B, V) -> (B,)
+        exceeds = (cumulative > target) & (probability > 0)
+        return exceeds.argmax(axis=-1)  # (B, V) -> (B,)
 
     def next_token(
         self,
@@ -123,9 +133,9 @@ class SamplingEquations(Equations):
         if sampling.temperature == 0:
             ids = x.argmax(axis=-1)
         else:
-            # what is divided is at most 0, and by no less than float32 has room for: a tiny
-            # temperature then is greedy, and neither inf nor 0 / 0
-            temperature = max(sampling.temperature, 1e-30)
+            # what is divided is at most 0, and by no less or more than float32 has room for: a
+            # tiny temperature then is greedy, a huge one even, and neither inf nor 0 / 0
+            temperature = min(max(sampling.temperature, 1e-30), 1e30)
             x = (x - x.max(axis=-1, keepdims=True)) / temperature
             if sampling.top_k > 0:
                 x = self.keep_top_k(x, sampling.top_k)

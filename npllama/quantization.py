@@ -1,0 +1,41 @@
+"""Weight-only int8: symmetric, one scale an output row.
+
+    scale[n] = max_d |W[n, d]| / 127        values[n, d] = round(W[n, d] / scale[n])
+
+Why this scheme: the scale of a row is a factor of that row's output, so y = (x values^T) * scale
+needs no widened W and one multiplication an output, on any backend; rows of a trained matrix
+differ in size far more than the numbers within one; symmetric values need no offset; and the
+error of each weight is at most scale / 2. Embedding rows are scaled alike. Norms stay float32:
+they are few, and multiply everything.
+
+Source: Dettmers et al. 2022 (LLM.int8), section 2.1, "row-wise" quantization, of weights alone.
+"""
+
+import numpy as np
+
+LARGEST = 127
+
+
+def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """W (N, D) in any float dtype -> values (N, D) int8 and scale (N,) float32.
+
+    A row of zeros has scale 0 and stays zeros.
+    """
+    values = np.empty(w.shape, dtype="int8")
+    scale = np.empty(w.shape[0], dtype="float32")
+    rows = max(1, 2**20 // max(1, w.shape[1]))  # the float32 copy of a few rows stays in cache
+    for begin in range(0, w.shape[0], rows):
+        some = slice(begin, begin + rows)
+        part = w[some].astype("float32")  # (rows, D)
+        largest = np.abs(part).max(axis=1)  # (rows, D) -> (rows,)
+        scale[some] = largest / LARGEST
+        factor = np.divide(LARGEST, largest, out=np.zeros_like(largest), where=largest > 0)
+        part *= np.minimum(factor, np.finfo("float32").max)[:, None]  # of a subnormal row
+        np.rint(part, out=part)
+        values[some] = np.clip(part, -LARGEST, LARGEST)
+    return values, scale
+
+
+def dequantize(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """values (N, D) int8 and scale (N,) float32 -> W (N, D) float32."""
+    return values.astype("float32") * scale[:, None]

@@ -1,0 +1,90 @@
+"""The bytes that are foretold, against those that are taken."""
+
+import tracemalloc
+
+import pytest
+
+from conftest import make_ops
+from model_directory import write_model
+from npllama import load
+from npllama.config import LlamaConfig
+from npllama.errors import OutOfMemoryError
+from npllama.kv_cache import KVCache
+from npllama.llama import Llama
+from npllama.memory import mapped_nbytes, workspace_nbytes
+from npllama.model import PREFILL_CHUNK
+from npllama.sampling import Sampling
+from npllama.untrained import random_parameters
+
+LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+
+# what dominates: (config, prompt tokens, batch)
+CASES = {
+    "many logits": (LlamaConfig(32, 1, 4, 2, 32, 20_000, 64), 8, 32),
+    "long attention": (LlamaConfig(32, 1, 8, 4, 32, 64, 4096), 3000, 1),
+    "wide feed-forward": (LlamaConfig(256, 1, 4, 4, 4096, 64, 600), 512, 1),
+}
+
+
+def foretold(ops, config, batch, context):
+    cache = KVCache.nbytes(
+        config.n_layers, config.n_kv_heads, config.head_dim, batch, context, itemsize=4
+    )
+    return cache + workspace_nbytes(config, ops, batch, context, min(PREFILL_CHUNK, context))
+
+
+@pytest.mark.parametrize("where", ["numpy", "strict"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_generation_takes_no_more_than_foretold_and_not_far_less(case, where):
+    config, n_prompt, batch = CASES[case]
+    ops = make_ops(where)
+    llama = Llama(config, random_parameters(config, ops), ops)
+    generation = llama.generation([[5] * n_prompt] * batch, max_new_tokens=3, sampling=LIVELY)
+    tracemalloc.start()
+    for _ in generation:
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    promised = foretold(ops, config, batch, n_prompt + 3)
+    assert peak <= 1.05 * promised + 1_000_000
+    assert peak >= 0.3 * promised
+
+
+def test_a_long_result_is_foretold_too(monkeypatch):
+    config, _, _ = CASES["many logits"]
+    ops = make_ops("numpy")
+    llama = Llama(config, random_parameters(config, ops), ops)
+    monkeypatch.setattr(ops.backend, "free_bytes", lambda: 10_000_000)
+    for call in (llama.logits, llama.trace):
+        call([1, 2])
+    with pytest.raises(OutOfMemoryError, match=r"0\.01 GB are free"):
+        llama.logits([1] * 64)  # 64 x 20,000 logits
+    config = LlamaConfig(32, 4, 8, 4, 32, 64, 4096)
+    llama = Llama(config, random_parameters(config, ops), ops)
+    with pytest.raises(OutOfMemoryError):
+        llama.trace([1] * 1000)
+
+
+def test_mapped_weights_are_kept_in_memory_and_copies_are_there_already(tmp_path, monkeypatch):
+    config = LlamaConfig(64, 2, 4, 2, 96, 260, 64)
+    write_model(tmp_path, config)
+    mapped, copied = load(tmp_path, "numpy"), load(tmp_path, "numpy", dtype="bfloat16")
+    norms = 4 * (2 * config.n_layers + 1) * config.dim  # copied always
+    assert mapped_nbytes(mapped.parameters) == mapped.parameters.nbytes - norms
+    assert mapped_nbytes(copied.parameters) == 0
+    needed = mapped.parameters.nbytes
+    monkeypatch.setattr(mapped.backend, "free_bytes", lambda: needed)
+    with pytest.raises(OutOfMemoryError, match="weights"):
+        mapped.generate([1], max_new_tokens=5)
+    monkeypatch.setattr(copied.backend, "free_bytes", lambda: needed)
+    copied.generate([1], max_new_tokens=5)
+
+
+def test_loading_foretells_weights_cache_and_workspace(tmp_path, monkeypatch):
+    config = LlamaConfig(64, 2, 4, 2, 96, 260, 512)
+    write_model(tmp_path, config)
+    free = load(tmp_path, "numpy").parameters.nbytes + 2 * 2 * 2 * 512 * 16 * 4 + 2_000_000
+    monkeypatch.setattr("npllama.backend.Backend.free_bytes", lambda self: free)
+    load(tmp_path, "numpy", context=64)
+    with pytest.raises(OutOfMemoryError, match=r"cache 0\.00 GB for 1 x 512 positions"):
+        load(tmp_path, "numpy")
