@@ -1,41 +1,66 @@
-"""Turn a checkpoint into a model directory that npllama and Hugging Face transformers open.
+"""Turn any LLaMA-2 checkpoint into a model directory, without PyTorch.
 
-    python tools/convert.py SOURCE DEST [--dtype float32|bfloat16|float16] [--tokenizer FILE]
+    python tools/convert.py SOURCE DEST [--dtype float32|float16|bfloat16|int8] [--tokenizer FILE]
 
-SOURCE is a llama2.c checkpoint of version 0 (stories15M.bin, ...); DEST becomes a directory
-with config.json, generation_config.json, model.safetensors and, where there is a tokenizer,
+SOURCE is recognized by itself: a directory of Meta's (params.json, consolidated.*.pth) or of
+Hugging Face's (safetensors or pytorch_model*.bin), or a file of llama2.c's (.bin of version 0, 1
+or 2, .pt of its training). DEST becomes a directory that npllama and Hugging Face transformers
+open: config.json, generation_config.json, safetensors and, where there is a tokenizer,
 tokenizer.model and tokenizer_config.json.
 """
 
 import argparse
-import json
+import contextlib
 import shutil
-import struct
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import safetensors.numpy
+from tqdm import tqdm
 
-from npllama.config import LlamaConfig
-from npllama.errors import InputError, NpllamaError, TokenizerError, WeightsError
-from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
-from npllama.tokenizer import Tokenizer
-from npllama.weights import EMBEDDING, LM_HEAD, NORM, STORAGE_DTYPES, layer_name
+from converting.huggingface import is_hugging_face, read_hugging_face
+from converting.llama2c import is_llama2c_bin, read_llama2c_bin, read_llama2c_training
+from converting.meta import is_meta, read_meta
+from converting.numbers import FLOATS, Loss, as_dtype, check_finite
+from converting.source import Source
+from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
+from converting.tokenizers import read_tokenizer
+from converting.torch_file import is_torch_file
+from converting.writer import (
+    Entry,
+    check_dest,
+    new_directory,
+    plan,
+    write_json,
+    write_shards,
+)
+from npllama.errors import InputError, NpllamaError, WeightsError
+from npllama.quantization import quantize
+from npllama.weights import INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
 
-_LLAMA2C_MAGIC = 0x616B3432  # "ak42": versions 1 and above begin with it, version 0 does not
-_LLAMA2C_HEADER = struct.Struct("<7i")
-_MAX_SIZE = 2**24  # no dimension of a real model is larger; a header that says so is not one
+MAX_SHARD_SIZE = "4GB"
+_FLOAT32 = np.dtype("float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     args = _parser().parse_args(argv)
     try:
-        convert(args.source, args.dest, args.dtype, args.tokenizer)
+        source = read_source(args.source)
+        if args.inspect or args.dry_run:
+            print(description(source))
+        if args.inspect:
+            return 0
+        if args.dest is None:
+            raise InputError("DEST is missing: name the model directory to make")
+        max_shard_size = _bytes(args.max_shard_size)
+        if args.dry_run:
+            check_dest(args.dest, args.overwrite)
+            print(dry_run(source, args.dest, args.dtype, max_shard_size))
+            return 0
+        convert(source, args.dest, args.dtype, args.tokenizer, max_shard_size, args.overwrite)
     except NpllamaError as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 2
@@ -44,30 +69,103 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def convert(
-    source: Path, dest: Path, dtype: str = "float32", tokenizer: Path | None = None
-) -> None:
-    """Read `source` and write the model directory `dest`, whole or not at all.
+def read_source(path: Path) -> Source:
+    """Recognize a checkpoint, read its headers, and check its tensors against its config.
 
     Raises:
-        NpllamaError: a source that is damaged or of another format, or a `dest` with content.
+        NpllamaError: no checkpoint, one of another kind, or a damaged one.
     """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise InputError(f"{dest} exists: choose a new directory, or remove it first")
-    config, tensors = read_llama2c(source)
-    if tokenizer is None:
-        beside = (source.with_name("tokenizer.model"), source.with_name("tokenizer.bin"))
-        tokenizer = next((path for path in beside if path.exists()), None)
-    model = None if tokenizer is None else read_tokenizer(tokenizer)
-    if model is not None:
-        n_pieces = Tokenizer.from_bytes(model).vocab_size
-        if n_pieces > config.vocab_size:
-            raise TokenizerError(
-                f"{tokenizer} has {n_pieces} pieces and the model {config.vocab_size}: "
-                "expected the tokenizer that the model was trained with"
+    try:
+        source = _recognized(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    if source.config.n_layers > len(source.tensors):  # before a name is made for each
+        raise WeightsError(
+            f"{path}: the config describes {source.config.n_layers} layers and there are "
+            f"{len(source.tensors)} tensors: layers are missing"
+        )
+    shapes = tensor_shapes(source.config)
+    for name, shape in shapes.items():
+        if name not in source.tensors:
+            raise WeightsError(f"{path}: tensor {name} is missing")
+        tensor = source.tensors[name]
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"{tensor.where} has shape {list(tensor.shape)}: the config asks for {list(shape)}"
             )
-    _write_directory(dest, config, tensors, dtype, model)
-    print(f"convert: wrote {dest}: {config.n_parameters:,} parameters in {dtype}", file=sys.stderr)
+        if tensor.dtype not in FLOATS:
+            raise WeightsError(f"{tensor.where} is stored as {tensor.dtype}: expected floats")
+    for name in source.tensors:
+        if name not in shapes:
+            raise WeightsError(f"{path}: tensor {name} is not part of the model")
+    return source
+
+
+def _recognized(path: Path) -> Source:
+    if not path.exists():
+        raise InputError(f"{path} does not exist: expected a checkpoint")
+    if is_hugging_face(path):
+        return read_hugging_face(path)
+    if is_meta(path):
+        return read_meta(path)
+    if path.is_dir():
+        raise InputError(
+            f"{path} holds no checkpoint: expected Meta's params.json and consolidated.*.pth, or "
+            "Hugging Face's config.json and safetensors or pytorch_model.bin"
+        )
+    if is_torch_file(path):
+        return read_llama2c_training(path)
+    if is_llama2c_bin(path):
+        return read_llama2c_bin(path)
+    raise InputError(
+        f"{path} is no checkpoint of a known format: expected a llama2.c .bin or .pt file, or the "
+        "directory of Meta's or Hugging Face's files"
+    )
+
+
+def convert(
+    source: Source,
+    dest: Path,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    max_shard_size: int = 4 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write `source` as the model directory `dest`, one tensor at a time, whole or not at all.
+
+    Args:
+        dtype: of the matrices; None keeps each tensor's own.
+        tokenizer: tokenizer.model or tokenizer.bin; None takes the one beside the source.
+
+    Raises:
+        NpllamaError: broken weights, a `dest` in the way, too little disk space.
+    """
+    config = source.config
+    tokenizer = tokenizer or source.tokenizer
+    model = None if tokenizer is None else read_tokenizer(tokenizer, config.vocab_size)
+    shards = plan(entries(source, dtype), max_shard_size)
+    total = sum(shard.nbytes for shard in shards)
+    loss = Loss()
+    with new_directory(dest, total + 2**24, overwrite) as partial:
+        # None: a bar on a terminal, quiet otherwise
+        numbers = sum(shard.nbytes - len(shard.header) for shard in shards)
+        with tqdm(total=numbers, unit="B", unit_scale=True, disable=None) as bar:
+            write_shards(partial, shards, converted(source, dtype, loss), bar.update)
+        for path in source.copied:
+            shutil.copyfile(path, partial / path.name)
+        if model is not None:
+            (partial / "tokenizer.model").write_bytes(model)
+            if not (partial / "tokenizer_config.json").exists():
+                write_json(partial / "tokenizer_config.json", TOKENIZER_CONFIG)
+        generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
+        write_json(partial / "generation_config.json", source.generation_config or generation)
+        write_json(partial / "config.json", hf_config(source, dtype))  # last: now it can load
+    print(
+        f"convert: wrote {dest}: {config.n_parameters:,} parameters, {total / 1e6:,.1f} MB",
+        file=sys.stderr,
+    )
+    if loss.changed:
+        print(f"convert: {loss}", file=sys.stderr)
     if model is None:
         print(
             "convert: no tokenizer was found beside the source: the model takes token ids only; "
@@ -76,180 +174,94 @@ def convert(
         )
 
 
-def read_llama2c(path: Path) -> tuple[LlamaConfig, dict[str, np.ndarray]]:
-    """A llama2.c version 0 checkpoint: its config, and its tensors under Hugging Face's names.
-
-    Layout, little-endian: 7 int32 (dim, hidden, layers, heads, kv_heads, vocab, seq_len; a
-    negative vocab means an untied classifier), then float32: embedding; for all layers in turn
-    each of attention norm, wq, wk, wv, wo, ffn norm, w1, w2, w3; final norm; cosine and sine
-    tables; classifier if untied.
-    """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = file.read(_LLAMA2C_HEADER.size)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if len(header) == 28 and int.from_bytes(header[:4], "little") == _LLAMA2C_MAGIC:
-        version = int.from_bytes(header[4:8], "little")
-        raise InputError(
-            f"{path} is a llama2.c checkpoint of version {version}: only version 0 can be "
-            "converted (export.py --version 0 writes it)"
-        )
-    fields = _LLAMA2C_HEADER.unpack(header) if len(header) == 28 else (0,) * 7
-    d, f, n_layers, n_heads, n_kv_heads, vocab, context = fields
-    v = abs(vocab)
-    plausible = all(0 < n < _MAX_SIZE for n in (d, f, n_layers, n_heads, n_kv_heads, v, context))
-    if not plausible or d % n_heads or n_heads % n_kv_heads:
-        raise InputError(f"{path} is not a llama2.c checkpoint: its header makes no model")
-    config = LlamaConfig(
-        d, n_layers, n_heads, n_kv_heads, f, v, context, tie_embeddings=vocab > 0
-    )  # fmt: skip
-    c, kv = config.head_dim, n_kv_heads * config.head_dim
-    stacked = {  # in the file each is one array over all layers
-        "attention_norm": (d,),
-        "wq": (d, d),
-        "wk": (kv, d),
-        "wv": (kv, d),
-        "wo": (d, d),
-        "ffn_norm": (d,),
-        "w_gate": (f, d),
-        "w_down": (d, f),
-        "w_up": (f, d),
-    }
-    rotary_tables = context * c
-    expected = 28 + 4 * (config.n_parameters + rotary_tables)
-    if size != expected:
-        raise WeightsError(
-            f"{path} has {size} bytes and its header describes {expected}: "
-            "it is truncated or damaged, get the file again"
-        )
-    numbers = np.memmap(path, dtype="<f4", mode="r", offset=28)
-    position = 0
-
-    def take(*shape: int) -> np.ndarray:
-        nonlocal position
-        count = int(np.prod(shape))
-        position += count
-        return numbers[position - count : position].reshape(shape)
-
-    tensors = {EMBEDDING: take(v, d)}
-    for field, shape in stacked.items():
-        layers = take(n_layers, *shape)
-        for i in range(n_layers):
-            tensors[layer_name(i, field)] = layers[i]
-    tensors[NORM] = take(d)
-    take(rotary_tables)
-    if not config.tie_embeddings:
-        tensors[LM_HEAD] = take(v, d)
-    for i in range(n_layers):
-        for field, heads in (("wq", n_heads), ("wk", n_kv_heads)):
-            name = layer_name(i, field)
-            tensors[name] = to_hf_row_order(tensors[name], heads)
-    return config, tensors
+def entries(source: Source, dtype: str | None) -> Iterator[Entry]:
+    """What is written, in the order of the file."""
+    for name, shape in tensor_shapes(source.config).items():
+        target = _target_dtype(source, name, dtype)
+        yield Entry(name, target, shape)
+        if target == np.int8:
+            yield Entry(scale_name(name), _FLOAT32, shape[:1])
 
 
-def to_hf_row_order(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of wq or wk from Meta's order, where rotation pairs (2i, 2i+1), to Hugging Face's,
-    where it pairs (i, i + C/2).
+def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor of `entries`, read, checked and converted when its turn comes."""
+    for name in tensor_shapes(source.config):
+        tensor = source.tensors[name]
+        values = np.ascontiguousarray(tensor.read())
+        check_finite(values, tensor.where)
+        target = _target_dtype(source, name, dtype)
+        if target == np.int8:
+            values, scale = quantize(values)
+            yield scale_name(name), scale
+            yield name, values
+        else:
+            yield name, as_dtype(values, target, tensor.where, loss)
 
-    Args:
-        w: (heads*C, D).
-        heads: H for wq, K for wk.
-    """
-    rows, width = w.shape
-    pairs = w.reshape(heads, rows // heads // 2, 2, width)  # (heads*C, D) -> (heads, C/2, 2, D)
-    return pairs.swapaxes(1, 2).reshape(rows, width)  # -> (heads, 2, C/2, D) -> (heads*C, D)
+
+def _target_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
+    """As stored unless given (float64 becomes float32); norms beside int8 are float32."""
+    tensor = source.tensors[name]
+    if dtype is None:
+        return _FLOAT32 if tensor.dtype == np.float64 else tensor.dtype
+    if dtype == "int8" and len(tensor.shape) == 1:
+        return _FLOAT32
+    return STORAGE_DTYPES[dtype]
 
 
-def read_tokenizer(path: Path) -> bytes:
-    """A tokenizer.model as it is, or a llama2.c tokenizer.bin rewritten as one."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-    if path.suffix != ".bin":
-        Tokenizer(path)  # raises where it is none
-        return content
-    pieces = [
-        (text.decode("utf-8", errors="replace").replace(" ", "\u2581"), score, PieceType.NORMAL)
-        for text, score in _tokenizer_bin_pieces(content, path)
+def hf_config(source: Source, dtype: str | None) -> dict[str, object]:
+    """config.json: the source's own where it has one, with the dtype that was written."""
+    first = next(entries(source, dtype)).dtype
+    name = "float32" if first == np.int8 else first.name
+    fields = source.hf_config | {"torch_dtype": name} if source.hf_config else None
+    fields = dict(fields or source.config.to_hf(name))
+    fields.pop("dtype", None)  # transformers 5's spelling, which would contradict the other
+    fields.pop("quantization_config", None)
+    if first == np.int8:
+        fields["quantization_config"] = INT8_CONFIG
+    return fields
+
+
+def description(source: Source) -> str:
+    """What --inspect prints: format, config, dtype, parameters, bytes, tensor list."""
+    config = source.config
+    dtypes = sorted({tensor.dtype.name for tensor in source.tensors.values()})
+    lines = [
+        f"format      {source.format}",
+        f"config      D {config.dim}, L {config.n_layers}, H {config.n_heads}, "
+        f"K {config.n_kv_heads}, C {config.head_dim}, F {config.ffn_dim}, V {config.vocab_size}",
+        f"            context {config.context_length}, norm eps {config.norm_eps:g}, "
+        f"rope theta {config.rope_theta:g}, {'tied' if config.tie_embeddings else 'untied'} head",
+        f"dtype       {', '.join(dtypes)}",
+        f"parameters  {config.n_parameters:,}",
+        f"bytes       {source.nbytes:,}",
+        f"tokenizer   {source.tokenizer or 'none found'}",
+        "tensors",
     ]
-    special = special_and_byte_pieces()
-    if len(pieces) < len(special):
-        raise TokenizerError(
-            f"{path} has {len(pieces)} pieces: expected at least the {len(special)} special "
-            "tokens and bytes of a llama2.c tokenizer"
-        )
-    return bpe_model(special + pieces[len(special) :])
+    for name, tensor in source.tensors.items():
+        lines.append(f"  {name:<55} {tensor.dtype.name:<9} {list(tensor.shape)}")
+    return "\n".join(lines)
 
 
-def _tokenizer_bin_pieces(content: bytes, path: Path) -> Iterator[tuple[bytes, float]]:
-    """int32 longest length, then for each piece float32 score, int32 length, bytes."""
-    position = 4
-    while position < len(content):
-        try:
-            score, length = struct.unpack_from("<fi", content, position)
-        except struct.error:
-            length = -1
-        text = content[position + 8 : position + 8 + max(length, 0)]
-        if length < 0 or len(text) != length:
-            raise TokenizerError(f"{path} is truncated or not a llama2.c tokenizer.bin")
-        yield text, score
-        position += 8 + length
+def dry_run(source: Source, dest: Path, dtype: str | None, max_shard_size: int) -> str:
+    """What --dry-run adds: the files that would be written."""
+    shards = plan(entries(source, dtype), max_shard_size)
+    lines = [f"would write {dest}"]
+    lines += [f"  {shard.file:<40} {shard.nbytes:>16,} bytes" for shard in shards]
+    others = ["config.json", "generation_config.json"]
+    if source.tokenizer is not None:
+        others += ["tokenizer.model", "tokenizer_config.json"]
+    lines += [f"  {name}" for name in others]
+    return "\n".join(lines)
 
 
-def _write_directory(
-    dest: Path,
-    config: LlamaConfig,
-    tensors: dict[str, np.ndarray],
-    dtype: str,
-    tokenizer_model: bytes | None,
-) -> None:
-    """Write everything beside `dest`, then rename: it appears whole or not at all."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{dest.name}.partial-", dir=dest.parent))
-    try:
-        _write_json(partial / "config.json", config.to_hf(dtype))
-        _write_json(
-            partial / "generation_config.json",
-            {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)},
-        )
-        storage = {
-            name: np.ascontiguousarray(values, STORAGE_DTYPES[dtype])
-            for name, values in tensors.items()
-        }
-        for name, values in storage.items():
-            if not np.isfinite(values.astype("float32")).all():
-                raise WeightsError(f"tensor {name} has values that {dtype} cannot hold")
-        safetensors.numpy.save_file(storage, partial / "model.safetensors", {"format": "pt"})
-        if tokenizer_model is not None:
-            (partial / "tokenizer.model").write_bytes(tokenizer_model)
-            _write_json(
-                partial / "tokenizer_config.json",
-                {
-                    "tokenizer_class": "LlamaTokenizer",
-                    "add_bos_token": True,
-                    "add_eos_token": False,
-                    "bos_token": "<s>",
-                    "eos_token": "</s>",
-                    "unk_token": "<unk>",
-                    "legacy": False,
-                },
-            )
-        partial.chmod(0o755)  # mkdtemp makes folders for their owner alone, save_file files
-        (partial / "model.safetensors").chmod(0o644)
-        if dest.exists():
-            dest.rmdir()  # empty
-        partial.rename(dest)
-    except OSError as error:
-        raise InputError(f"{dest} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _bytes(size: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+    number = size.upper().rstrip("KMGB")
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        n = int(float(number) * units[size.upper().removeprefix(number)])
+        if n > 0:
+            return n
+    raise InputError(f"--max-shard-size is {size!r}: expected a size such as 4GB or 500MB")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -258,14 +270,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="python tools/convert.py", description=__doc__.split("\n")[0])
-    p.add_argument("source", type=Path, help="a llama2.c checkpoint of version 0")
-    p.add_argument("dest", type=Path, help="the model directory to make; must not exist")
+    p = _Parser(
+        prog="python tools/convert.py",
+        description="Turn a LLaMA-2 checkpoint of Meta's, Hugging Face's or llama2.c's into a "
+        "directory that npllama and Hugging Face transformers open. PyTorch is not needed.",
+    )
+    p.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint: directory or file")
+    p.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="the model directory to make")
     p.add_argument(
         "--dtype",
         choices=tuple(STORAGE_DTYPES),
-        default="float32",
-        help="number format of the weights (default: %(default)s, as in the source)",
+        help="number format of the weights; int8 is a quarter of float32 (default: as stored)",
     )
     p.add_argument(
         "--tokenizer",
@@ -273,6 +288,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="tokenizer.model, or llama2.c's tokenizer.bin (default: the one beside SOURCE)",
     )
+    p.add_argument(
+        "--max-shard-size",
+        default=MAX_SHARD_SIZE,
+        metavar="SIZE",
+        help="begin a new file beyond this size (default: %(default)s)",
+    )
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace DEST once the new one is complete"
+    )
+    p.add_argument("--inspect", action="store_true", help="only say what SOURCE is")
+    p.add_argument("--dry-run", action="store_true", help="also say what would be written")
     return p
 
 

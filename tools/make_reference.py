@@ -1,16 +1,26 @@
-"""Write tests/fixtures/hf: small random checkpoints, and what Hugging Face computes on them.
+"""Write tests/fixtures: small random checkpoints, and what Hugging Face computes on them.
 
     pip install -e '.[reference]'
-    python tools/make_reference.py
+    python tools/make_reference.py hf
+    python tools/make_reference.py torch --meta-converter convert_llama_weights_to_hf.py
 
-Each checkpoint is what save_pretrained writes. Beside it, expected.safetensors holds the
-result of transformers on the stored weights widened to float64: logits, every layer's hidden
-state, and the greedy continuation. The tests need the files alone, not torch.
+fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
+the result of transformers on the stored weights widened to float64: logits, every layer's hidden
+state, and the greedy continuation. fixtures/torch has what torch.save writes: Meta's layout with
+1, 2 and 8 shards, an older (legacy) file, pytorch_model.bin, llama2.c's training checkpoint.
+Their expected.safetensors also has every tensor as transformers' own script converts it; that
+script came with transformers up to 4.46 (models/llama/convert_llama_weights_to_hf.py).
+The tests need the files alone, not torch.
 """
 
+import argparse
+import importlib.util
+import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import safetensors.numpy
@@ -18,7 +28,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-DEST = Path(__file__).parent.parent / "tests" / "fixtures" / "hf"
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 PROMPT_TOKENS = 24
 NEW_TOKENS = 16
 BASE = {
@@ -49,7 +59,7 @@ CASES = {
 
 
 def make_model(
-    seed: int, changes: dict, dtype: torch.dtype, embedding_rms: float
+    seed: int, changes: dict, dtype: torch.dtype, embedding_rms: float, scale: float = 1.5
 ) -> LlamaForCausalLM:
     """Weights large enough that attention is far from uniform; norms away from 1."""
     fields = BASE | changes
@@ -65,7 +75,7 @@ def make_model(
             elif "embed_tokens" in name:
                 tensor.copy_(embedding_rms * noise)
             else:
-                tensor.copy_(1.5 * noise / tensor.shape[1] ** 0.5)
+                tensor.copy_(scale * noise / tensor.shape[1] ** 0.5)
     return model.to(dtype)
 
 
@@ -96,21 +106,192 @@ def compute(model: LlamaForCausalLM, ids: list[int]) -> dict[str, np.ndarray]:
     }
 
 
-def main() -> None:
-    """Write every case."""
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}", file=sys.stderr)
-    shutil.rmtree(DEST, ignore_errors=True)
+def make_hf() -> None:
+    """fixtures/hf: every case of CASES."""
+    dest = FIXTURES / "hf"
+    shutil.rmtree(dest, ignore_errors=True)
     for seed, (name, (changes, dtype, rms, shard)) in enumerate(CASES.items()):
         model = make_model(seed, changes, dtype, rms)
-        directory = DEST / name
+        directory = dest / name
         model.save_pretrained(directory, max_shard_size=shard)
         # as a newcomer's copy would be read: from the files, not from the object in memory
         model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
-        ids = np.random.default_rng(seed).integers(3, BASE["vocab_size"], PROMPT_TOKENS)
-        expected = compute(model, [1, *ids.tolist()])
+        expected = compute(model, prompt(seed, BASE["vocab_size"]))
         safetensors.numpy.save_file(expected, directory / "expected.safetensors")
-    size = sum(path.stat().st_size for path in DEST.rglob("*") if path.is_file())
-    print(f"wrote {len(CASES)} cases under {DEST}, {size / 1e6:.2f} MB", file=sys.stderr)
+
+
+def prompt(seed: int, vocab_size: int) -> list[int]:
+    """BOS and random ids."""
+    ids = np.random.default_rng(seed).integers(3, vocab_size, PROMPT_TOKENS)
+    return [1, *ids.tolist()]
+
+
+# -- what torch.save writes
+
+# heads are chosen so that n_kv_heads differs from n_heads and from n_heads / n_kv_heads
+SMALL = {"dim": 36, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5}
+SMALL |= {"multiple_of": 4, "ffn_dim_multiplier": 0.5, "vocab_size": -1}
+EIGHT = SMALL | {"dim": 32, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 8}
+VOCAB = 48
+
+# name -> (params.json, shards, dtype, zip layout)
+META_CASES = {
+    "meta-mp1": (SMALL, 1, torch.bfloat16, True),
+    "meta-mp2": (SMALL | {"rope_theta": 1e6}, 2, torch.bfloat16, True),
+    "meta-mp8": (EIGHT, 8, torch.bfloat16, True),
+    "meta-legacy": (SMALL, 1, torch.float16, False),
+}
+COLUMN_SPLIT = ("wo.weight", "w2.weight", "tok_embeddings.weight")
+
+
+def meta_state(params: dict, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random weights under Meta's names, exact in bfloat16 (transformers' script rounds to it)."""
+    d, h, k = params["dim"], params["n_heads"], params["n_kv_heads"]
+    multiple = params["multiple_of"]
+    f = int(params["ffn_dim_multiplier"] * int(8 * d / 3))
+    f = multiple * ((f + multiple - 1) // multiple)
+    kv = d // h * k
+    shapes = {"tok_embeddings.weight": (VOCAB, d)}
+    for i in range(params["n_layers"]):
+        shapes |= {
+            f"layers.{i}.attention.wq.weight": (d, d),
+            f"layers.{i}.attention.wk.weight": (kv, d),
+            f"layers.{i}.attention.wv.weight": (kv, d),
+            f"layers.{i}.attention.wo.weight": (d, d),
+            f"layers.{i}.feed_forward.w1.weight": (f, d),
+            f"layers.{i}.feed_forward.w2.weight": (d, f),
+            f"layers.{i}.feed_forward.w3.weight": (f, d),
+            f"layers.{i}.attention_norm.weight": (d,),
+            f"layers.{i}.ffn_norm.weight": (d,),
+        }
+    shapes |= {"norm.weight": (d,), "output.weight": (VOCAB, d)}
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        is_norm, is_embedding = len(shape) == 1, "tok_embeddings" in name
+        values = 1 + 0.2 * noise if is_norm else noise / (1 if is_embedding else d**0.5)
+        state[name] = values.bfloat16().to(dtype)
+    return state
+
+
+def split(state: dict[str, torch.Tensor], n: int) -> list[dict[str, torch.Tensor]]:
+    """Model-parallel shards; norms are whole in each."""
+    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(n)]
+    for name, tensor in state.items():
+        axis = 1 if name.endswith(COLUMN_SPLIT) else 0
+        parts = tensor.chunk(n, dim=axis) if tensor.ndim == 2 else [tensor] * n
+        for shard, part in zip(shards, parts, strict=True):
+            shard[name] = part.clone()
+    return shards
+
+
+def converted(directory: Path, n: int, script: ModuleType, theta: float) -> LlamaForCausalLM:
+    """The checkpoint as transformers' own script converts it."""
+    with tempfile.TemporaryDirectory() as out:
+        script.write_model(out, str(directory), num_shards=n, llama_version="2", vocab_size=VOCAB)
+        model = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert _theta(model.config) == theta
+    return model
+
+
+def _theta(config: LlamaConfig) -> float:
+    return getattr(config, "rope_parameters", None) and config.rope_parameters["rope_theta"]
+
+
+def save_expected(directory: Path, model: LlamaForCausalLM, seed: int) -> None:
+    """expected.safetensors: the numbers, and every tensor under "hf."."""
+    tensors = {f"hf.{name}": t.float().numpy() for name, t in model.state_dict().items()}
+    expected = compute(model, prompt(seed, VOCAB)) | tensors
+    safetensors.numpy.save_file(
+        {name: np.ascontiguousarray(t) for name, t in expected.items()},
+        directory / "expected.safetensors",
+    )
+
+
+def make_torch(script: ModuleType) -> None:
+    """fixtures/torch: every layout that torch.save has been used for."""
+    dest = FIXTURES / "torch"
+    shutil.rmtree(dest, ignore_errors=True)
+    for seed, (name, (params, n, dtype, is_zip)) in enumerate(META_CASES.items()):
+        directory = dest / name
+        directory.mkdir(parents=True)
+        (directory / "params.json").write_text(json.dumps(params))
+        frequencies = {"rope.freqs": torch.ones(params["dim"] // params["n_heads"] // 2)}
+        for i, shard in enumerate(split(meta_state(params, seed, dtype), n)):
+            torch.save(
+                shard | frequencies,
+                directory / f"consolidated.{i:02}.pth",
+                _use_new_zipfile_serialization=is_zip,
+            )
+        model = converted(directory, n, script, params.get("rope_theta", 10000.0))
+        save_expected(directory, model, seed)
+
+    # Hugging Face's .bin, single and sharded
+    changes = {"vocab_size": VOCAB, "intermediate_size": 40}
+    for seed, name in ((10, "bin"), (11, "bin-sharded")):
+        model = make_model(seed, changes, torch.float16, 1.0, scale=1.0)
+        directory = dest / name
+        directory.mkdir()
+        model.config.save_pretrained(directory)
+        state = model.state_dict()
+        if name == "bin":
+            torch.save(state, directory / "pytorch_model.bin")
+        else:
+            weight_map = {}
+            for i, part in enumerate((list(state)[::2], list(state)[1::2]), start=1):
+                file = f"pytorch_model-{i:05}-of-00002.bin"
+                torch.save({key: state[key] for key in part}, directory / file)
+                weight_map |= dict.fromkeys(part, file)
+            index = {"metadata": {}, "weight_map": weight_map}
+            (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        save_expected(directory, model, seed)
+
+    # llama2.c's training checkpoint: compiled (_orig_mod.), tied, with an optimizer beside it
+    directory = dest / "llama2c-training"
+    directory.mkdir()
+    state = meta_state(SMALL, 20, torch.float32)
+    state["output.weight"] = state["tok_embeddings.weight"]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, Path(folder) / "consolidated.00.pth")
+        (Path(folder) / "params.json").write_text(json.dumps(SMALL))
+        model = converted(Path(folder), 1, script, 10000.0)
+    args = {key: SMALL[key] for key in ("dim", "n_layers", "n_heads", "n_kv_heads")}
+    args |= {"vocab_size": VOCAB, "multiple_of": 4, "max_seq_len": 64, "dropout": 0.0}
+    parameters = [torch.nn.Parameter(state["norm.weight"].clone())]
+    optimizer = torch.optim.AdamW(parameters)
+    parameters[0].sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "model": {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": args,
+        "iter_num": 100,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"out_dir": "out", "learning_rate": 5e-4},
+    }
+    torch.save(checkpoint, directory / "ckpt.pt")
+    save_expected(directory, model, 20)
+
+
+def main() -> None:
+    """Write what the command line names."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("what", choices=("hf", "torch"))
+    p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
+    args = p.parse_args()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}", file=sys.stderr)
+    if args.what == "hf":
+        make_hf()
+    else:
+        if args.meta_converter is None:
+            p.error("torch needs --meta-converter convert_llama_weights_to_hf.py")
+        spec = importlib.util.spec_from_file_location("meta_converter", args.meta_converter)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        make_torch(script)
+    size = sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file())
+    print(f"{FIXTURES} holds {size / 1e6:.2f} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":

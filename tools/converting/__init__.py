@@ -1,0 +1,1 @@
+"""The rooms of tools/convert.py: sources of several formats, and the one thing they become."""

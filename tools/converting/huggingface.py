@@ -1,0 +1,90 @@
+"""Hugging Face directories: safetensors or pytorch_model*.bin, single or sharded."""
+
+from pathlib import Path
+
+from converting.meta import checked_tensors
+from converting.source import Source, Tensor, file_tensor, scaled_int8
+from converting.torch_file import read_torch_file
+from npllama.config import LlamaConfig, read_json
+from npllama.errors import WeightsError
+from npllama.safetensors_file import SafetensorsFile
+from npllama.weights import (
+    INDEX,
+    SINGLE,
+    is_rotary_table,
+    scale_name,
+    shard_files,
+    tensor_shapes,
+)
+
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+_COPIED += ("added_tokens.json", "chat_template.jinja")
+
+
+def is_hugging_face(directory: Path) -> bool:
+    """Whether the directory holds a config.json and weights of either kind."""
+    names = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
+    return directory.is_dir() and any((directory / name).exists() for name in names)
+
+
+def read_hugging_face(directory: Path) -> Source:
+    """Read the config and the headers of all files.
+
+    Raises:
+        ConfigError, WeightsError: naming file and tensor.
+    """
+    config = LlamaConfig.from_directory(directory)
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        kind, paths = "safetensors", shard_files(directory, SINGLE, INDEX)
+        read_file = _safetensors
+    else:
+        kind, paths = "pytorch_model.bin", shard_files(directory, BIN_SINGLE, BIN_INDEX)
+        read_file = _torch
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in read_file(path).items():
+            if name in tensors:
+                raise WeightsError(f"{tensor.where} stands in another shard too")
+            if not is_rotary_table(name):
+                tensors[name] = tensor
+    tensors = _with_scales(tensors)
+    expected = tensor_shapes(config)
+    head = set(tensors) - set(expected)
+    if config.tie_embeddings and head == {"lm_head.weight"}:
+        del tensors["lm_head.weight"]  # the embedding, stored a second time
+    tokenizer, generation = directory / "tokenizer.model", directory / "generation_config.json"
+    return Source(
+        format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer if tokenizer.exists() else None,
+        hf_config=read_json(directory / "config.json"),
+        generation_config=read_json(generation) if generation.exists() else {},
+        copied=tuple(directory / name for name in _COPIED if (directory / name).exists()),
+    )
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    return {
+        name: file_tensor(path, name, info.dtype, info.shape, info.begin)
+        for name, info in SafetensorsFile(path).tensors.items()
+    }
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    return checked_tensors(read_torch_file(path), path)
+
+
+def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """int8 matrices joined with the scales beside them."""
+    joined = {}
+    scales = {scale_name(name) for name in tensors}
+    for name, tensor in tensors.items():
+        if name in scales:
+            continue
+        scale = tensors.get(scale_name(name))
+        if scale is not None and scale.shape != tensor.shape[:1]:
+            raise WeightsError(f"{scale.where} has shape {list(scale.shape)}: expected one a row")
+        joined[name] = tensor if scale is None else scaled_int8(tensor, scale)
+    return joined

@@ -1,0 +1,145 @@
+"""What every format is read as: a config, and tensors that are not read yet.
+
+A reader looks at headers alone. It gives each tensor's dtype and shape and a function that reads
+it, so that a conversion holds one tensor at a time and an inspection none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from npllama.config import LlamaConfig
+from npllama.errors import WeightsError
+from npllama.quantization import dequantize
+from npllama.weights import layer_name
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a source, not read yet.
+
+    Attributes:
+        where: file and name, for messages.
+        read: the values in `dtype` and `shape`; each call reads the file again.
+    """
+
+    where: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass
+class Source:
+    """A checkpoint of any format.
+
+    Attributes:
+        format: its name, for --inspect.
+        config: the model's shape.
+        tensors: Hugging Face name -> Tensor.
+        tokenizer: tokenizer.model or tokenizer.bin beside the weights, if any.
+        hf_config, generation_config: the source's own files, kept where it has them.
+        copied: further files that DEST gets as they are.
+    """
+
+    format: str
+    config: LlamaConfig
+    tensors: dict[str, Tensor]
+    tokenizer: Path | None = None
+    hf_config: dict = field(default_factory=dict)
+    generation_config: dict = field(default_factory=dict)
+    copied: tuple[Path, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def file_tensor(
+    path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int
+) -> Tensor:
+    """A tensor that lies in a file as it is, row after row.
+
+    It is read rather than mapped: the pages of a map would count as this program's memory.
+    """
+
+    def read() -> np.ndarray:
+        count = int(np.prod(shape, dtype=np.int64))
+        values = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+        if values.size != count:
+            raise WeightsError(f"{path}: tensor {name} is truncated: get the file again")
+        return values.reshape(shape)
+
+    return Tensor(f"{path}: tensor {name}", np.dtype(dtype), shape, read)
+
+
+def concatenated(parts: list[Tensor], axis: int) -> Tensor:
+    """The shards of one matrix side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+
+    def read() -> np.ndarray:
+        whole = np.empty(shape, dtype=parts[0].dtype)
+        begin = 0
+        for part in parts:  # one shard's slice at a time
+            end = begin + part.shape[axis]
+            whole[(slice(None),) * axis + (slice(begin, end),)] = part.read()
+            begin = end
+        return whole
+
+    return Tensor(parts[0].where, parts[0].dtype, tuple(shape), read)
+
+
+def in_hf_row_order(w: Tensor, heads: int) -> Tensor:
+    """Rows of wq or wk from Meta's order, where rotation pairs (2i, 2i+1), to Hugging Face's,
+    where it pairs (i, i + C/2).
+
+    Args:
+        w: (heads*C, D).
+        heads: H for wq, K for wk.
+    """
+    rows, width = w.shape
+
+    def read() -> np.ndarray:
+        pairs = w.read().reshape(heads, rows // heads // 2, 2, width)
+        return pairs.swapaxes(1, 2).reshape(rows, width)  # (heads, 2, C/2, D) -> (heads*C, D)
+
+    return Tensor(w.where, w.dtype, w.shape, read)
+
+
+def from_meta_row_order(tensors: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+    """All tensors by their Hugging Face names, with every wq and wk in its row order."""
+    turned = dict(tensors)
+    for i in range(min(config.n_layers, len(tensors))):  # whatever the config claims
+        for field_, heads in (("wq", config.n_heads), ("wk", config.n_kv_heads)):
+            name = layer_name(i, field_)
+            if name in turned:
+                turned[name] = in_hf_row_order(turned[name], heads)
+    return turned
+
+
+def grouped_int8(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """int8 values with one scale for each `group` of the flattened tensor, as float32."""
+
+    def read() -> np.ndarray:
+        flat = values.read().reshape(-1, group)  # groups may straddle rows
+        return dequantize(flat, scales.read()).reshape(values.shape)
+
+    return Tensor(values.where, np.dtype("float32"), values.shape, read)
+
+
+def scaled_int8(values: Tensor, scale: Tensor) -> Tensor:
+    """int8 values with one scale a row, as float32."""
+
+    def read() -> np.ndarray:
+        return dequantize(values.read(), scale.read())
+
+    return Tensor(values.where, np.dtype("float32"), values.shape, read)

@@ -1,0 +1,73 @@
+"""Tokenizers: a tokenizer.model as it is, and llama2.c's tokenizer.bin rewritten as one."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from npllama.errors import TokenizerError
+from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
+from npllama.tokenizer import Tokenizer
+
+CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "legacy": False,
+}
+"""tokenizer_config.json, with which transformers encodes as sentencepiece does."""
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> bytes:
+    """The contents of a tokenizer.model for a model of `vocab_size`.
+
+    Raises:
+        TokenizerError: neither format, or more pieces than the model has embeddings.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".bin":
+        content = from_tokenizer_bin(content, path)
+    else:
+        Tokenizer(path)  # raises where it is none
+    n_pieces = Tokenizer.from_bytes(content).vocab_size
+    if n_pieces > vocab_size:
+        raise TokenizerError(
+            f"{path} has {n_pieces} pieces and the model {vocab_size}: "
+            "expected the tokenizer that the model was trained with"
+        )
+    return content
+
+
+def from_tokenizer_bin(content: bytes, path: Path) -> bytes:
+    """llama2.c's pieces as a sentencepiece model; a plain space becomes sentencepiece's mark."""
+    pieces = [
+        (text.decode("utf-8", errors="replace").replace(" ", "\u2581"), score, PieceType.NORMAL)
+        for text, score in _pieces(content, path)
+    ]
+    special = special_and_byte_pieces()
+    if len(pieces) < len(special):
+        raise TokenizerError(
+            f"{path} has {len(pieces)} pieces: expected at least the {len(special)} special "
+            "tokens and bytes of a llama2.c tokenizer"
+        )
+    return bpe_model(special + pieces[len(special) :])
+
+
+def _pieces(content: bytes, path: Path) -> Iterator[tuple[bytes, float]]:
+    """int32 longest length, then for each piece float32 score, int32 length, bytes."""
+    position = 4
+    while position < len(content):
+        try:
+            score, length = struct.unpack_from("<fi", content, position)
+        except struct.error:
+            length = -1
+        text = content[position + 8 : position + 8 + max(length, 0)]
+        if length < 0 or len(text) != length:
+            raise TokenizerError(f"{path} is truncated or not a llama2.c tokenizer.bin")
+        yield text, score
+        position += 8 + length

@@ -1,0 +1,326 @@
+"""Reading what torch.save wrote, without torch and without trusting it.
+
+A .pth or .bin file is a pickle whose tensors are views of raw storages: in a zip archive (the
+layout since PyTorch 1.6) data.pkl with the storages under data/N, in the older one several
+pickles with the storages behind them. A pickle is a program that may call anything, so this one
+runs with an allow list of the few globals that tensors need, all of them replaced by functions
+of our own that only note what was asked for; any other is refused by name, untouched.
+"""
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from converting.source import Tensor
+from npllama.errors import WeightsError
+
+_STORAGES = {
+    "FloatStorage": np.dtype("float32"),
+    "HalfStorage": np.dtype("float16"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "DoubleStorage": np.dtype("float64"),
+    "LongStorage": np.dtype("int64"),
+    "IntStorage": np.dtype("int32"),
+    "ShortStorage": np.dtype("int16"),
+    "CharStorage": np.dtype("int8"),
+    "ByteStorage": np.dtype("uint8"),
+    "BoolStorage": np.dtype("bool"),
+}
+_MAX_PICKLE = 64 * 2**20  # the largest models' are well under 1 MB; an optimizer's a few
+_MAX_AXES = 8
+_REFUSED_OPCODES = {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    """Stands for torch.FloatStorage and its like."""
+
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A storage that a tensor refers to: its key in the file, dtype, and length."""
+
+    key: str
+    dtype: np.dtype
+    n: int
+
+
+class _View:
+    """A tensor as the pickle describes it: a strided view of a storage."""
+
+    __slots__ = ("offset", "shape", "storage", "stride")
+
+    def __init__(self, storage: _Storage, offset: int, shape: tuple, stride: tuple) -> None:
+        self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+
+
+def read_torch_file(path: Path) -> Any:
+    """The object that torch.save wrote, each tensor a Tensor that is not read yet.
+
+    Raises:
+        WeightsError: a damaged file, one that would call other globals, or a tensor that
+            reaches outside its storage.
+    """
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                root, storages = _read_zip(path, file)
+            else:
+                file.seek(0)
+                root, storages = _read_legacy(path, file)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
+    size = path.stat().st_size
+    return _with_tensors(root, path, storages, size, "")
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether the file begins as torch.save's do: a zip archive, or a pickle of the magic."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and b"\x8a\x0a\x6c\xfc" in start)
+
+
+# -- the two layouts: the pickle, and where each storage's bytes begin
+
+
+def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]:
+    try:
+        archive = zipfile.ZipFile(file)
+        infos = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        _damaged(path, f"its zip directory cannot be read: {error}")
+    names = [info.filename for info in infos]
+    if len(set(names)) != len(names):
+        _damaged(path, "its zip directory names a file twice")
+    pickles = [info for info in infos if info.filename.split("/")[-1] == "data.pkl"]
+    if len(pickles) != 1:
+        _damaged(path, f"its zip archive holds {len(pickles)} data.pkl: expected one")
+    prefix = pickles[0].filename.removesuffix("data.pkl")
+    if pickles[0].file_size > _MAX_PICKLE:
+        _damaged(path, f"its data.pkl claims {pickles[0].file_size} bytes")
+    begin, n = _stored_range(path, file, pickles[0])
+    file.seek(begin)
+    stream = io.BytesIO(file.read(n))
+    storages = {}
+    for info in infos:
+        if info.filename.startswith(f"{prefix}data/"):
+            key = info.filename.removeprefix(f"{prefix}data/")
+            storages[key] = _stored_range(path, file, info)
+    if any(info.filename == f"{prefix}byteorder" for info in infos):
+        info = archive.getinfo(f"{prefix}byteorder")
+        begin, n = _stored_range(path, file, info)
+        file.seek(begin)
+        if file.read(min(n, 16)) != b"little":
+            _damaged(path, "its storages are not little-endian")
+    return _unpickle(path, stream, storages), storages
+
+
+def _stored_range(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """(first byte, length) of an entry that is stored as it is."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        _damaged(path, f"its entry {info.filename} is compressed: torch.save stores entries as is")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        _damaged(path, f"its entry {info.filename} does not begin where the directory says")
+    name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    return info.header_offset + 30 + name_length + extra_length, info.file_size
+
+
+def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]:
+    size = file.seek(0, 2)
+    file.seek(0)
+    declared: dict[str, tuple[int, int]] = {}
+    if _unpickle(path, file, {}) != _LEGACY_MAGIC:
+        _damaged(path, "it is neither a zip archive nor an older file of torch.save")
+    if _unpickle(path, file, {}) != _LEGACY_PROTOCOL:
+        _damaged(path, "its protocol is not 1001")
+    system = _unpickle(path, file, {})
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        _damaged(path, "its storages are not little-endian")
+    root = _unpickle(path, file, declared, legacy=True)
+    keys = _unpickle(path, file, {})
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        _damaged(path, "its list of storages is not a list of names")
+    storages = {}
+    for key in keys:
+        if key not in declared:
+            _damaged(path, f"its storage {key!r} belongs to no tensor")
+        n, itemsize = declared[key]
+        if int.from_bytes(file.read(8), "little") != n:
+            _damaged(path, f"its storage {key} has another length than its tensors say")
+        begin = file.tell()
+        if begin + n * itemsize > size:
+            _damaged(path, f"its storage {key} ends beyond the file")
+        storages[key] = (begin, n * itemsize)
+        file.seek(begin + n * itemsize)
+    return root, storages
+
+
+# -- the pickle
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, path: Path, note: Callable[[_Storage], None]) -> None:
+        super().__init__(stream, encoding="utf-8")
+        self._path = path
+        self._note = note
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _StorageType(_STORAGES[name])
+        allowed = _ALLOWED.get((module, name))
+        if allowed is None:
+            raise WeightsError(
+                f"{self._path} would call {module}.{name}, which tensors do not need: "
+                "it was not run; get the file from a source that you trust"
+            )
+        return allowed
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _location, n = pid[:5]
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise pickle.UnpicklingError("a reference to something that is not a storage")
+        if not isinstance(key, str) or type(n) is not int or n < 0:
+            raise pickle.UnpicklingError("a malformed reference to a storage")
+        if len(pid) > 5 and pid[5] is not None:
+            raise pickle.UnpicklingError("a view of a storage, which torch no longer writes")
+        storage = _Storage(key, storage_type.dtype, n)
+        self._note(storage)
+        return storage
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_unused: Any) -> _View:
+    """torch._utils._rebuild_tensor(_v2): requires_grad, hooks and metadata are of no use here."""
+    integers = (offset, *shape, *stride)
+    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in integers):
+        raise pickle.UnpicklingError("a malformed tensor")
+    if len(shape) != len(stride) or len(shape) > _MAX_AXES:
+        raise pickle.UnpicklingError(f"a tensor of {len(shape)} axes and {len(stride)} strides")
+    return _View(storage, offset, tuple(shape), tuple(stride))
+
+
+def _rebuild_parameter(data: Any, *_unused: Any) -> Any:
+    """torch._utils._rebuild_parameter: the tensor is all there is to a parameter."""
+    return data
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+}
+
+
+def _unpickle(
+    path: Path, stream: Any, storages: dict[str, tuple[int, int]], legacy: bool = False
+) -> Any:
+    """One pickle of the stream, which is left behind its end.
+
+    In a legacy file the storages come later; `storages` then receives (length, item size).
+    """
+
+    def note(storage: _Storage) -> None:
+        extent = (storage.n, storage.dtype.itemsize)
+        if legacy and storages.setdefault(storage.key, extent) != extent:
+            raise pickle.UnpicklingError(f"storage {storage.key} has two lengths")
+        if not legacy and storage.key not in storages:
+            raise pickle.UnpicklingError(f"storage {storage.key} is not in the file")
+
+    begin = stream.tell()
+    try:
+        content = io.BytesIO(stream.read(_MAX_PICKLE))
+        _check_opcodes(content)
+        stream.seek(begin + content.tell())
+        content.seek(0)
+        return _Unpickler(content, path, note).load()
+    except WeightsError:
+        raise
+    except (Exception, MemoryError) as error:  # a damaged pickle can raise nearly anything
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        _damaged(path, f"its pickle cannot be read: {reason}")
+
+
+def _check_opcodes(content: io.BytesIO) -> None:
+    """Read the pickle without running it: its lengths hold, and its memo cannot be made huge."""
+    memo = 0
+    for opcode, argument, _position in pickletools.genops(content):
+        if opcode.name in _REFUSED_OPCODES:
+            raise pickle.UnpicklingError(f"opcode {opcode.name}, which torch does not write")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo += 1
+            if argument > 16 * memo + 256:
+                raise pickle.UnpicklingError(f"memo entry {argument}, far beyond those before it")
+
+
+# -- views -> tensors
+
+
+def _with_tensors(
+    value: Any, path: Path, storages: dict[str, tuple[int, int]], size: int, name: str
+) -> Any:
+    """The object with every view replaced by its Tensor; other values as they are.
+
+    Only dicts and lists are looked into, to the depth that checkpoints have.
+    """
+    if isinstance(value, _View):
+        return _tensor(value, path, storages, size, name)
+    if isinstance(value, dict) and name.count("/") < 4:
+        return {
+            key: _with_tensors(item, path, storages, size, f"{name}/{key}")
+            for key, item in value.items()
+        }
+    return value
+
+
+def _tensor(
+    view: _View, path: Path, storages: dict[str, tuple[int, int]], size: int, name: str
+) -> Tensor:
+    name = name.strip("/")
+    begin, n_bytes = storages[view.storage.key]
+    dtype = view.storage.dtype
+    last = view.offset + sum(
+        (n - 1) * step for n, step in zip(view.shape, view.stride, strict=True)
+    )
+    is_empty = 0 in view.shape
+    if not is_empty and (last + 1) * dtype.itemsize > n_bytes:
+        _damaged(path, f"tensor {name} of shape {list(view.shape)} reaches outside its storage")
+    if begin + n_bytes > size:
+        _damaged(path, f"tensor {name} of shape {list(view.shape)} ends beyond the file")
+    count = 1
+    for n in view.shape:
+        count *= n
+    if count * dtype.itemsize > n_bytes:  # strides of 0 would make much of little
+        _damaged(path, f"tensor {name} of shape {list(view.shape)} is larger than its storage")
+
+    def read() -> np.ndarray:
+        if is_empty:
+            return np.empty(view.shape, dtype)
+        n = last + 1 - view.offset
+        offset = begin + view.offset * dtype.itemsize
+        flat = np.fromfile(path, dtype=dtype, count=n, offset=offset)
+        if flat.size != n:
+            _damaged(path, f"tensor {name} is truncated")
+        strides = [step * dtype.itemsize for step in view.stride]
+        return np.lib.stride_tricks.as_strided(flat, view.shape, strides, writeable=False)
+
+    return Tensor(f"{path}: tensor {name}", dtype, view.shape, read)
+
+
+def _damaged(path: Path, what: str) -> NoReturn:
+    raise WeightsError(f"{path} is damaged ({what}): get the file again")

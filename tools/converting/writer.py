@@ -1,0 +1,198 @@
+"""Writing a Hugging Face directory: safetensors a tensor at a time, whole or not at all.
+
+The safetensors library sorts tensors by name and wants them all at once. Here they are written
+one by one, and within a layer q, k, v are neighbours in the file, and gate and up, so that the
+CPU can view each group as one matrix.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from npllama.errors import InputError
+from npllama.safetensors_file import DTYPES
+from npllama.weights import INDEX, LAYER_NAMES, SINGLE
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NEIGHBOURS = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # never parted by the end of a shard
+_FOLLOWS = {LAYER_NAMES[name] for group in _NEIGHBOURS for name in group[1:]}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: name, dtype, shape."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its name, its header, and where in it each tensor begins."""
+
+    file: str
+    header: bytes
+    offsets: dict[str, int]
+    nbytes: int
+
+
+def plan(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
+    """Divide tensors into files of at most `max_shard_size` bytes, but at least one group each."""
+    groups: list[list[Entry]] = []
+    for entry in entries:
+        suffix = entry.name.split(".", 3)[-1].removesuffix(".scale")
+        if groups and (suffix in _FOLLOWS or entry.name.endswith(".scale")):
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    files: list[list[Entry]] = [[]]
+    filled = 0
+    for group in groups:
+        n = sum(entry.nbytes for entry in group)
+        if filled and filled + n > max_shard_size:
+            files.append([])
+            filled = 0
+        files[-1] += group
+        filled += n
+    if len(files) == 1:
+        return [_shard(SINGLE, files[0])]
+    return [
+        _shard(f"model-{i:05}-of-{len(files):05}.safetensors", file)
+        for i, file in enumerate(files, start=1)
+    ]
+
+
+def _shard(file: str, entries: list[Entry]) -> Shard:
+    # wider dtypes first: every tensor then begins at a multiple of its item size
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    begins, position = {}, 0
+    for entry in entries:
+        end = position + entry.nbytes
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [position, end],
+        }
+        begins[entry.name] = position
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    start = 8 + len(text)
+    offsets = {name: start + begin for name, begin in begins.items()}
+    return Shard(file, struct.pack("<Q", len(text)) + text, offsets, start + position)
+
+
+def write_shards(
+    directory: Path,
+    shards: list[Shard],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    written: Callable[[int], object],
+) -> None:
+    """Write each (name, values) at its place, in whatever order they come.
+
+    Args:
+        written: told the bytes of each tensor once it is in its file.
+    """
+    shard_of = {name: shard for shard in shards for name in shard.offsets}
+    files = {}
+    try:
+        for shard in shards:
+            files[shard.file] = open(directory / shard.file, "wb")  # noqa: SIM115
+            files[shard.file].write(shard.header)
+        for name, values in tensors:
+            shard = shard_of[name]
+            file = files[shard.file]
+            file.seek(shard.offsets[name])
+            np.ascontiguousarray(values).tofile(file)
+            written(values.nbytes)
+    finally:
+        for file in files.values():
+            file.close()
+    if len(shards) > 1:
+        total = sum(shard.nbytes - len(shard.header) for shard in shards)
+        weight_map = {name: shard.file for name, shard in shard_of.items()}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: object) -> None:
+    """A JSON file that a person can read."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# -- the directory: whole or not at all
+
+
+@contextmanager
+def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `dest` to write to; it becomes `dest` when the block ends without error.
+
+    With `overwrite` the old `dest` moves aside until the new one stands. A program killed at any
+    moment leaves `dest` as it was, as it will be, or beside itself as `.NAME.replaced`, which the
+    next run puts back; half-written work is in `.NAME.partial`, which the next run removes.
+
+    Raises:
+        InputError: `dest` has content and is not to be overwritten, or too little disk space.
+    """
+    partial = dest.with_name(f".{dest.name}.partial")
+    replaced = dest.with_name(f".{dest.name}.replaced")
+    check_dest(dest, overwrite)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        free = shutil.disk_usage(dest.parent).free
+        if n_bytes > free:
+            raise InputError(
+                f"{dest} needs {n_bytes / 1e9:.2f} GB and {dest.parent} has {free / 1e9:.2f} GB "
+                "free: choose another disk or a narrower --dtype"
+            )
+        partial.mkdir()
+        try:
+            yield partial
+            if dest.exists():
+                os.rename(dest, replaced)
+            os.rename(partial, dest)
+            if replaced.exists():
+                shutil.rmtree(replaced)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if replaced.exists() and not dest.exists():
+                os.rename(replaced, dest)
+    except OSError as error:
+        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
+
+
+def check_dest(dest: Path, overwrite: bool) -> None:
+    """Put back what a killed run left aside, then refuse a `dest` that is in the way.
+
+    Raises:
+        InputError: `dest` is a file, or has content and is not to be overwritten.
+    """
+    replaced = dest.with_name(f".{dest.name}.replaced")
+    try:
+        if replaced.exists():
+            if dest.exists():
+                shutil.rmtree(replaced)  # the new one stood already
+            else:
+                os.rename(replaced, dest)
+        if not dest.exists():
+            return
+        if not dest.is_dir():
+            raise InputError(f"{dest} is a file: choose the name of a directory")
+        if any(dest.iterdir()) and not overwrite:
+            raise InputError(f"{dest} has content: choose another, or replace it with --overwrite")
+    except OSError as error:
+        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,117 @@
+"""Write a checkpoint of random weights in Meta's layout, of any size, to measure conversions.
+
+    python tools/make_synthetic_meta.py 7B DEST      (13.5 GB; also 13B, 34B, 70B, 1.1B)
+
+One shard, bfloat16, in the zip layout of torch.save, without torch: a pickle of tensors that
+refer to stored entries. The numbers are one block of random weights over and over, so that
+writing is quick and no value is zero.
+"""
+
+import argparse
+import json
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from converting.meta import LAYER_FIELDS, TOP_NAMES
+from npllama.config import LlamaConfig
+from npllama.weights import layer_name, tensor_shapes
+
+TINY_LLAMA = LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048)
+_BLOCK = 2**22
+
+
+class _Global:
+    """Pickled as the global `module.name`, which torch has and this program has not."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+
+class _StorageReference:
+    """Pickled as a persistent id, as torch refers to a storage."""
+
+    def __init__(self, key: str, n: int) -> None:
+        self.key, self.n = key, n
+
+
+class _Tensor:
+    """Pickled as a call of torch._utils._rebuild_tensor_v2."""
+
+    def __init__(self, key: str, shape: tuple[int, ...]) -> None:
+        self.key, self.shape = key, shape
+
+
+class _Pickler(pickle._Pickler):  # the Python one, whose opcodes can be written by hand
+    def persistent_id(self, value: object) -> object:
+        if isinstance(value, _StorageReference):
+            storage_type = _Global("torch", "BFloat16Storage")
+            return ("storage", storage_type, value.key, "cpu", value.n)
+        return None
+
+    def save(self, value: object, save_persistent_id: bool = True) -> None:
+        if isinstance(value, _Global):
+            self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+        elif isinstance(value, _Tensor):
+            n = int(np.prod(value.shape))
+            stride = tuple(int(np.prod(value.shape[i + 1 :])) for i in range(len(value.shape)))
+            self.save(_Global("torch._utils", "_rebuild_tensor_v2"))
+            self.save((_StorageReference(value.key, n), 0, value.shape, stride, False, {}))
+            self.write(pickle.REDUCE)
+        else:
+            super().save(value, save_persistent_id)
+
+
+def meta_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Meta's name of every tensor, and its shape."""
+    names = {hf: meta for meta, hf in TOP_NAMES.items()}
+    for i in range(config.n_layers):
+        names |= {layer_name(i, f): f"layers.{i}.{meta}" for meta, f in LAYER_FIELDS.items()}
+    return {names[hf]: shape for hf, shape in tensor_shapes(config).items()}
+
+
+def write_meta(dest: Path, config: LlamaConfig) -> None:
+    """params.json and consolidated.00.pth under `dest`."""
+    dest.mkdir(parents=True, exist_ok=True)
+    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
+    params |= {"n_kv_heads": config.n_kv_heads, "norm_eps": config.norm_eps, "vocab_size": -1}
+    (dest / "params.json").write_text(json.dumps(params))
+    shapes = meta_shapes(config)
+    tensors = {name: _Tensor(str(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+    block = np.random.default_rng(0).standard_normal(_BLOCK, dtype="float32") * 0.02
+    content = block.astype(ml_dtypes.bfloat16).tobytes()
+    path = dest / "consolidated.00.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("consolidated.00/data.pkl", "w") as file:
+            _Pickler(file, protocol=2).dump(tensors)
+        total = 2 * config.n_parameters
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+            for tensor in tensors.values():
+                left = 2 * int(np.prod(tensor.shape))
+                entry = zipfile.ZipInfo(f"consolidated.00/data/{tensor.key}")
+                entry.file_size = left
+                with archive.open(entry, "w", force_zip64=True) as file:
+                    while left:
+                        file.write(content[:left])
+                        left -= min(left, len(content))
+                bar.update(2 * int(np.prod(tensor.shape)))
+
+
+def main() -> None:
+    """Write what the command line names."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("size", help="7B, 13B, 34B, 70B, or 1.1B (TinyLlama's shape)")
+    p.add_argument("dest", type=Path)
+    args = p.parse_args()
+    config = TINY_LLAMA if args.size.upper() == "1.1B" else LlamaConfig.named(args.size)
+    write_meta(args.dest, config)
+    print(f"wrote {args.dest}: {config.n_parameters:,} parameters in bfloat16", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
