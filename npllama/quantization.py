@@ -27,12 +27,12 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for begin in range(0, w.shape[0], rows):
         some = slice(begin, begin + rows)
         part = w[some].astype("float32")  # (rows, D)
-        largest = np.abs(part).max(axis=1)  # (rows, D) -> (rows,)
-        scale[some] = largest / LARGEST
-        factor = np.divide(LARGEST, largest, out=np.zeros_like(largest), where=largest > 0)
-        part *= np.minimum(factor, np.finfo("float32").max)[:, None]  # of a subnormal row
+        step = np.abs(part).max(axis=1) / LARGEST  # (rows, D) -> (rows,)
+        part[step == 0] = 0  # also where the step is too small for float32
+        part /= np.where(step == 0, 1, step)[:, None]
         np.rint(part, out=part)
-        values[some] = np.clip(part, -LARGEST, LARGEST)
+        values[some] = np.clip(part, -LARGEST, LARGEST)  # a subnormal step is not exact
+        scale[some] = step
     return values, scale
 
 

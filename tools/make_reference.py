@@ -3,6 +3,7 @@
     pip install -e '.[reference]'
     python tools/make_reference.py hf
     python tools/make_reference.py torch --meta-converter convert_llama_weights_to_hf.py
+    python tools/make_reference.py check
 
 fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
 the result of transformers on the stored weights widened to float64: logits, every layer's hidden
@@ -10,7 +11,8 @@ state, and the greedy continuation. fixtures/torch has what torch.save writes: M
 1, 2 and 8 shards, an older (legacy) file, pytorch_model.bin, llama2.c's training checkpoint.
 Their expected.safetensors also has every tensor as transformers' own script converts it; that
 script came with transformers up to 4.46 (models/llama/convert_llama_weights_to_hf.py).
-The tests need the files alone, not torch.
+The tests need the files alone, not torch. `check` converts every fixture with tools/convert.py
+and opens the result in transformers.
 """
 
 import argparse
@@ -27,6 +29,8 @@ import safetensors.numpy
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import convert
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 PROMPT_TOKENS = 24
@@ -245,6 +249,8 @@ def make_torch(script: ModuleType) -> None:
                 weight_map |= dict.fromkeys(part, file)
             index = {"metadata": {}, "weight_map": weight_map}
             (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        # from the files: .to(float16) has rounded this model's rotary frequencies too
+        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float16)
         save_expected(directory, model, seed)
 
     # llama2.c's training checkpoint: compiled (_orig_mod.), tied, with an optimizer beside it
@@ -274,14 +280,36 @@ def make_torch(script: ModuleType) -> None:
     save_expected(directory, model, 20)
 
 
+def check() -> None:
+    """What convert.py writes opens in transformers, and computes what was expected.
+
+    Raises:
+        AssertionError: a case that does not.
+    """
+    for directory in sorted([*(FIXTURES / "hf").iterdir(), *(FIXTURES / "torch").iterdir()]):
+        source = directory / "ckpt.pt" if directory.name == "llama2c-training" else directory
+        expected = safetensors.numpy.load_file(directory / "expected.safetensors")
+        with tempfile.TemporaryDirectory() as folder:
+            dest = Path(folder) / "model"
+            assert convert.main([str(source), str(dest), "--max-shard-size", "50KB"]) == 0
+            model = transformers.AutoModelForCausalLM.from_pretrained(dest, dtype="auto")
+        found = compute(model, expected["ids"].tolist())
+        error = np.abs(found["logits"] - expected["logits"]).max()
+        assert error <= 1e-6 * np.abs(expected["logits"]).max(), (directory.name, error)
+        assert np.array_equal(found["greedy"], expected["greedy"]), directory.name
+        print(f"{directory.name}: transformers opens it, logits within {error:.1e}")
+
+
 def main() -> None:
     """Write what the command line names."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("hf", "torch"))
+    p.add_argument("what", choices=("hf", "torch", "check"))
     p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
     args = p.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", file=sys.stderr)
-    if args.what == "hf":
+    if args.what == "check":
+        check()
+    elif args.what == "hf":
         make_hf()
     else:
         if args.meta_converter is None:

@@ -89,6 +89,8 @@ def write_meta(dest: Path, config: LlamaConfig) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("consolidated.00/data.pkl", "w") as file:
             _Pickler(file, protocol=2).dump(tensors)
+        archive.writestr("consolidated.00/byteorder", "little")
+        archive.writestr("consolidated.00/version", "3\n")
         total = 2 * config.n_parameters
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
             for tensor in tensors.values():

@@ -1,0 +1,78 @@
+"""int8 weights: the scheme, and what it costs in logits and in perplexity."""
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from conftest import DATA, FIXTURES, data_file
+from convert import main as convert_main
+from npllama import load
+from npllama.quantization import dequantize, quantize
+
+CASES = sorted(path.name for path in (FIXTURES / "hf").iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_each_number_is_off_by_half_a_step_at_most(rng, dtype):
+    w = (rng.standard_normal((7, 300)) * 10.0 ** rng.integers(-3, 3, (7, 1))).astype(dtype)
+    values, scale = quantize(w)
+    assert (values.dtype, scale.dtype, scale.shape) == ("int8", "float32", (7,))
+    wide = w.astype("float64")
+    assert np.allclose(scale, np.abs(wide).max(axis=1) / 127, rtol=1e-6)
+    assert (np.abs(dequantize(values, scale) - wide) <= scale[:, None] * 0.5001).all()
+
+
+def test_rows_are_scaled_alone_and_signs_are_symmetric(rng):
+    w = rng.standard_normal((3, 10)).astype("float32")
+    values, scale = quantize(w)
+    negative, same = quantize(-w)
+    assert np.array_equal(values, -negative)
+    assert np.array_equal(scale, same)
+    w[1] *= 1000
+    louder, _ = quantize(w)
+    assert np.array_equal(values, louder)
+
+
+def test_zeros_and_the_smallest_numbers_stay_finite():
+    w = np.zeros((3, 4), dtype="float32")
+    w[1, 0] = 1e-45  # the smallest subnormal
+    w[2, 0] = 3e38
+    values, scale = quantize(w)
+    assert not values[0].any()
+    assert scale[0] == 0
+    assert np.isfinite(dequantize(values, scale)).all()
+    assert dequantize(values, scale)[2, 0] == pytest.approx(3e38)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_the_fixtures_move_little(case):
+    directory = FIXTURES / "hf" / case
+    expected = safetensors.numpy.load_file(directory / "expected.safetensors")
+    got = load(directory, "numpy", dtype="int8").logits(expected["ids"])
+    error = np.abs(got - expected["logits"]).max() / np.abs(expected["logits"]).max()
+    assert 0.001 < error < 0.08  # README says: 0.04 to 0.07
+
+
+def nats_per_token(llama, stories):
+    nats, n_tokens = 0.0, 0
+    for story in stories:
+        ids = llama.encode(story)[: llama.context]
+        logits = llama.logits(ids[:-1]).astype("float64")
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats -= log_p[np.arange(len(ids) - 1), ids[1:]].sum()
+        n_tokens += len(ids) - 1
+    return nats / n_tokens
+
+
+def test_perplexity_of_stories260k_is_that_of_float32(tmp_path):
+    source, tokenizer = data_file("stories260K/stories260K.bin"), "stories260K/tok512.bin"
+    text = data_file("stories/valid.txt").read_text(encoding="utf-8")
+    stories = [story.strip() for story in text.split("<|endoftext|>")[:40]]
+    for dtype in ("float32", "int8"):
+        args = [str(source), str(tmp_path / dtype), "--tokenizer", str(DATA / tokenizer)]
+        assert convert_main([*args, "--dtype", dtype]) == 0
+    exact, narrow = (
+        nats_per_token(load(tmp_path / dtype, "numpy"), stories) for dtype in ("float32", "int8")
+    )
+    assert exact != narrow
+    assert narrow == pytest.approx(exact, rel=2e-3)
