@@ -23,6 +23,8 @@ _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
 }
 
+_MAX_DEPTH = 64  # of nested lists and objects in a JSON file
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -73,6 +75,8 @@ class LlamaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
+            if value >= 2**31:
+                raise ConfigError(f"{name} is {value}: expected a number below 2**31")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -220,6 +224,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid JSON ({reason}): get the file again") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a {type(value).__name__}: expected a JSON object")
+    inner, depth = [value], 0
+    while inner:  # what json just reads, Python may not print, nor json write
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"{path} is nested more than {_MAX_DEPTH} deep: get the file again")
+        parts = (v.values() if isinstance(v, dict) else v for v in inner)
+        inner = [v for part in parts for v in part if isinstance(v, dict | list)]
+        depth += 1
     return value
 
 

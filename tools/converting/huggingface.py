@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from converting.meta import checked_tensors
 from converting.source import Source, Tensor, file_tensor, scaled_int8
 from converting.torch_file import read_torch_file
@@ -84,6 +86,11 @@ def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in scales:
             continue
         scale = tensors.get(scale_name(name))
+        if scale is not None and (tensor.dtype != np.int8 or len(tensor.shape) != 2):
+            raise WeightsError(
+                f"{scale.where} is surplus: {name} is {tensor.dtype} of shape "
+                f"{list(tensor.shape)}, and int8 matrices alone have scales"
+            )
         if scale is not None and scale.shape != tensor.shape[:1]:
             raise WeightsError(f"{scale.where} has shape {list(scale.shape)}: expected one a row")
         joined[name] = tensor if scale is None else scaled_int8(tensor, scale)

@@ -84,7 +84,13 @@ def by_hf_name(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             continue
         hf_name = TOP_NAMES.get(name)
         parts = name.split(".", 2)
-        if hf_name is None and len(parts) == 3 and parts[0] == "layers" and parts[1].isdecimal():
+        if (
+            hf_name is None
+            and len(parts) == 3
+            and parts[0] == "layers"
+            and parts[1].isdecimal()
+            and len(parts[1]) < 9
+        ):
             layer_field = LAYER_FIELDS.get(parts[2])
             if layer_field is not None and str(int(parts[1])) == parts[1]:
                 hf_name = layer_name(int(parts[1]), layer_field)
@@ -99,7 +105,9 @@ def number(params: dict, name: str, path: Path, default: Any = None) -> Any:
     value = params.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{path}: {name} is {value!r}: expected a number")
+        # a list of a pickle may be too deep to print, or without end
+        shown = repr(value) if isinstance(value, str | None) else f"a {type(value).__name__}"
+        raise ConfigError(f"{path}: {name} is {shown}: expected a number")
     return value
 
 

@@ -121,7 +121,7 @@ def from_meta_row_order(tensors: dict[str, Tensor], config: LlamaConfig) -> dict
     for i in range(min(config.n_layers, len(tensors))):  # whatever the config claims
         for field_, heads in (("wq", config.n_heads), ("wk", config.n_kv_heads)):
             name = layer_name(i, field_)
-            if name in turned:
+            if name in turned and len(turned[name].shape) == 2:  # else its shape is refused
                 turned[name] = in_hf_row_order(turned[name], heads)
     return turned
 

@@ -8,10 +8,10 @@ of our own that only note what was asked for; any other is refused by name, unto
 """
 
 import io
+import math
 import pickle
 import pickletools
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +36,53 @@ _STORAGES = {
     "BoolStorage": np.dtype("bool"),
 }
 _MAX_PICKLE = 64 * 2**20  # the largest models' are well under 1 MB; an optimizer's a few
+_MAX_OPCODES = 2**19  # 70B's shards have some 25,000; an optimizer's state a few times as many
+_MAX_TEXT = 2**16
+_MAX_LEAVES = 256  # of a tuple, counted as often as it holds them
+_MAX_NAME = 200
 _MAX_AXES = 8
 _REFUSED_OPCODES = {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
 
+class _Unchangeable:
+    """What a pickle gets of ours; its BUILD would set attributes, even of frozen dataclasses."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _state: Any) -> NoReturn:
+        raise pickle.UnpicklingError("a change to something that torch does not change")
+
+
+class _Dict(dict):
+    """Stands for OrderedDict, without attributes: those that torch sets (_metadata) are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _state: Any) -> None:
+        pass
+
+
 @dataclass(frozen=True)
-class _StorageType:
+class _Function(_Unchangeable):
+    """Stands for a function of torch's."""
+
+    run: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+@dataclass(frozen=True)
+class _StorageType(_Unchangeable):
     """Stands for torch.FloatStorage and its like."""
 
     dtype: np.dtype
 
 
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Unchangeable):
     """A storage that a tensor refers to: its key in the file, dtype, and length."""
 
     key: str
@@ -58,7 +90,7 @@ class _Storage:
     n: int
 
 
-class _View:
+class _View(_Unchangeable):
     """A tensor as the pickle describes it: a strided view of a storage."""
 
     __slots__ = ("offset", "shape", "storage", "stride")
@@ -84,7 +116,7 @@ def read_torch_file(path: Path) -> Any:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
     size = path.stat().st_size
-    return _with_tensors(root, path, storages, size, "")
+    return _with_tensors(root, path, storages, size, "", {})
 
 
 def is_torch_file(path: Path) -> bool:
@@ -133,8 +165,10 @@ def _stored_range(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) ->
     """(first byte, length) of an entry that is stored as it is."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         _damaged(path, f"its entry {info.filename} is compressed: torch.save stores entries as is")
-    file.seek(info.header_offset)
-    header = file.read(30)
+    header = b""
+    if 0 <= info.header_offset < file.seek(0, 2):
+        file.seek(info.header_offset)
+        header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         _damaged(path, f"its entry {info.filename} does not begin where the directory says")
     name_length, extra_length = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
@@ -220,10 +254,10 @@ def _rebuild_parameter(data: Any, *_unused: Any) -> Any:
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("collections", "OrderedDict"): _Dict,
+    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
 }
 
 
@@ -257,47 +291,94 @@ def _unpickle(
 
 
 def _check_opcodes(content: io.BytesIO) -> None:
-    """Read the pickle without running it: its lengths hold, and its memo cannot be made huge."""
-    memo = 0
-    for opcode, argument, _position in pickletools.genops(content):
-        if opcode.name in _REFUSED_OPCODES:
-            raise pickle.UnpicklingError(f"opcode {opcode.name}, which torch does not write")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo += 1
-            if argument > 16 * memo + 256:
-                raise pickle.UnpicklingError(f"memo entry {argument}, far beyond those before it")
+    """Read the pickle without running it, and refuse what would take memory or time without end:
+    lengths that do not hold, a huge memo, huge numbers or texts, and tuples of many leaves, which
+    are hashed leaf by leaf (and without a limit to C's recursion) where they are keys.
+    """
+    stack: list[int] = []  # leaves of each value; a mark is 0
+    leaves: dict[int, int] = {}  # of each memo entry
+    puts = 0
+    for count, (opcode, argument, _position) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        if name in _REFUSED_OPCODES:
+            raise pickle.UnpicklingError(f"opcode {name}, which torch does not write")
+        if count > _MAX_OPCODES:
+            raise pickle.UnpicklingError(f"more than {_MAX_OPCODES} opcodes")
+        if isinstance(argument, int) and abs(argument) >= 2**128:
+            raise pickle.UnpicklingError("an integer of more than 128 bits")
+        if isinstance(argument, str | bytes | bytearray) and len(argument) > _MAX_TEXT:
+            raise pickle.UnpicklingError(f"a text of {len(argument)} characters")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            puts += 1
+            key = len(leaves) if name == "MEMOIZE" else argument
+            if key > 16 * puts + 256:
+                raise pickle.UnpicklingError(f"memo entry {key}, far beyond those before it")
+            leaves[key] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(leaves.get(argument, 1))
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(0)
+        elif name == "POP":
+            stack.pop()
+        else:
+            before = opcode.stack_before
+            taken = []
+            if pickletools.markobject in before:
+                while item := stack.pop():
+                    taken.append(item)
+                before = before[: before.index(pickletools.markobject)]
+            taken += [stack.pop() for _ in before]
+            total = 1 + sum(taken) if name.startswith("TUPLE") else 1
+            if total > _MAX_LEAVES:
+                raise pickle.UnpicklingError(f"a tuple of {total} values")
+            stack += [total] * len(opcode.stack_after)
 
 
 # -- views -> tensors
 
 
 def _with_tensors(
-    value: Any, path: Path, storages: dict[str, tuple[int, int]], size: int, name: str
+    value: Any,
+    path: Path,
+    storages: dict[str, tuple[int, int]],
+    size: int,
+    name: str,
+    seen: dict[int, Any],
 ) -> Any:
     """The object with every view replaced by its Tensor; other values as they are.
 
-    Only dicts and lists are looked into, to the depth that checkpoints have.
+    Only dicts are looked into, to the depth that checkpoints have, and each of them once: in a
+    pickle one can stand in many places, itself among them.
     """
     if isinstance(value, _View):
         return _tensor(value, path, storages, size, name)
-    if isinstance(value, dict) and name.count("/") < 4:
-        return {
-            key: _with_tensors(item, path, storages, size, f"{name}/{key}")
-            for key, item in value.items()
-        }
-    return value
+    if not isinstance(value, dict) or name.count("/") >= 4:
+        return value
+    if id(value) not in seen:
+        seen[id(value)] = out = {}
+        for key, item in value.items():
+            shown = str(key)[:_MAX_NAME] if isinstance(key, str | int) else type(key).__name__
+            out[key] = _with_tensors(item, path, storages, size, f"{name}/{shown}", seen)
+    return seen[id(value)]
 
 
 def _tensor(
     view: _View, path: Path, storages: dict[str, tuple[int, int]], size: int, name: str
 ) -> Tensor:
     name = name.strip("/")
+    if view.storage.key not in storages:
+        key = view.storage.key
+        _damaged(path, f"tensor {name} lies in storage {key}, which is not in the file")
     begin, n_bytes = storages[view.storage.key]
     dtype = view.storage.dtype
     last = view.offset + sum(
         (n - 1) * step for n, step in zip(view.shape, view.stride, strict=True)
     )
     is_empty = 0 in view.shape
+    if is_empty and math.prod(max(n, 1) for n in view.shape) >= 2**59:  # which NumPy cannot
+        _damaged(path, f"tensor {name} of shape {list(view.shape)} is larger than its storage")
     if not is_empty and (last + 1) * dtype.itemsize > n_bytes:
         _damaged(path, f"tensor {name} of shape {list(view.shape)} reaches outside its storage")
     if begin + n_bytes > size:
