@@ -138,6 +138,12 @@ def _free_host_bytes() -> int | None:
 
 def _peak_host_bytes() -> int | None:
     try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
         import resource  # not on Windows
     except ImportError:
         return None
