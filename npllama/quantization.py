@@ -37,5 +37,8 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """values (N, D) int8 and scale (N,) float32 -> W (N, D) float32."""
-    return values.astype("float32") * scale[:, None]
+    """values (N, D) int8 and scale (N,) float32 -> W (N, D) float32; a damaged scale gives inf."""
+    w = values.astype("float32")
+    with np.errstate(over="ignore", invalid="ignore"):
+        w *= scale[:, None]
+    return w

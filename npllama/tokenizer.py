@@ -49,7 +49,8 @@ class Tokenizer:
             if not model:
                 raise RuntimeError  # which sentencepiece takes for "nothing to load"
             processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+            processor.id_to_piece(list(range(processor.vocab_size())))  # each is UTF-8
+        except (RuntimeError, UnicodeDecodeError):
             raise TokenizerError(
                 f"{name} is not a sentencepiece model: expected the tokenizer.model that "
                 "came with the checkpoint"
@@ -78,7 +79,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise InputError("the text is not valid UTF-8: pass it in UTF-8") from None
-        ids = self.processor.encode(text)
+        try:
+            ids = self.processor.encode(text)
+        except UnicodeDecodeError:
+            raise self._damaged() from None
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -89,12 +93,18 @@ class Tokenizer:
         """
         for id_ in ids:
             self._check(id_)
-        return self.processor.decode([int(id_) for id_ in ids])
+        try:
+            return self.processor.decode([int(id_) for id_ in ids])
+        except UnicodeDecodeError:
+            raise self._damaged() from None
 
     def piece(self, id_: int) -> str:
         """The vocabulary's entry for one id, as it is written there."""
         self._check(id_)
         return self.processor.id_to_piece(int(id_))
+
+    def _damaged(self) -> TokenizerError:
+        return TokenizerError("the tokenizer.model is damaged: get the file again")
 
     def _check(self, id_: int) -> None:
         if not 0 <= id_ < self.vocab_size:

@@ -525,6 +525,18 @@ def test_inspect_and_dry_run_say_what_is_and_write_nothing(tmp_path):
 # -- whole or not at all
 
 
+def test_a_tied_head_that_is_stored_all_the_same_must_be_the_embedding(tmp_path):
+    config = LlamaConfig(**{**vars(TINY), "tie_embeddings": True})
+    tensors = random_tensors(config)
+    same = write_model(tmp_path / "same", config, tensors=tensors | {LM_HEAD: tensors[EMBEDDING]})
+    assert convert(same, tmp_path / "out").returncode == 0
+    assert LM_HEAD not in SafetensorsFile(tmp_path / "out" / "model.safetensors").tensors
+    other = write_model(
+        tmp_path / "other", config, tensors=tensors | {LM_HEAD: tensors[EMBEDDING] + 1}
+    )
+    assert "differs from the embedding" in error_line(other, tmp_path / "no")
+
+
 def test_overwrite_replaces_and_nothing_else_does(tmp_path):
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     dest = tmp_path / "out"
@@ -543,6 +555,37 @@ def test_overwrite_replaces_and_nothing_else_does(tmp_path):
     file.touch()
     assert "is a file" in error_line(source, file, "--overwrite")
     assert "cannot be written" in error_line(source, file / "below")
+
+
+def test_what_is_read_is_never_replaced(tmp_path):
+    folder = copy_of("meta-mp1", tmp_path)
+    before = {path.name for path in folder.iterdir()}
+    for dest in (folder, tmp_path, folder / "..", folder / "params.json" / ".."):
+        for more in ((), ("--overwrite",)):
+            assert "is or holds" in error_line(folder, dest, *more)
+    (tmp_path / "tokens").mkdir()
+    tokenizer = write_tokenizer_bin(tmp_path / "tokens" / "tok.bin")
+    assert "is or holds" in error_line(
+        folder, tokenizer.parent, "--overwrite", "--tokenizer", tokenizer
+    )
+    assert {path.name for path in folder.iterdir()} == before
+    assert tokenizer.exists()
+
+
+def test_a_dest_is_known_by_its_real_name(tmp_path, monkeypatch):
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    assert convert_main([str(source), str(link)]) == 0
+    assert convert_main([str(source), str(link), "--overwrite"]) == 0
+    assert link.is_symlink()
+    assert loadable(real)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert convert_main([str(source), "."]) == 0
+    assert loadable(tmp_path / "here")
+    assert "is or holds" in error_line(source, "/", "--overwrite")
 
 
 def test_too_little_disk_space_is_said_before_the_first_byte(tmp_path, monkeypatch, capsys):

@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dest is None:
             raise InputError("DEST is missing: name the model directory to make")
         max_shard_size = _bytes(args.max_shard_size)
+        refuse_to_replace(args.source, args.dest)
+        if args.tokenizer is not None:
+            refuse_to_replace(args.tokenizer, args.dest)
         if args.dry_run:
             check_dest(args.dest, args.overwrite)
             print(dry_run(source, args.dest, args.dtype, max_shard_size))
@@ -67,6 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def refuse_to_replace(source: Path, dest: Path) -> None:
+    """With --overwrite, DEST goes: it must not be, or hold, what is read.
+
+    Raises:
+        InputError: `source` is `dest` or lies within it.
+    """
+    if source.resolve().is_relative_to(dest.resolve()):
+        raise InputError(f"{dest} is or holds {source}, which is read: choose another directory")
 
 
 def read_source(path: Path) -> Source:
@@ -102,8 +115,8 @@ def read_source(path: Path) -> Source:
 
 
 def _recognized(path: Path) -> Source:
-    if not path.exists():
-        raise InputError(f"{path} does not exist: expected a checkpoint")
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} does not exist or is no file: expected a checkpoint")
     if is_hugging_face(path):
         return read_hugging_face(path)
     if is_meta(path):

@@ -11,12 +11,13 @@ from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
 from npllama.safetensors_file import SafetensorsFile
 from npllama.weights import (
+    EMBEDDING,
     INDEX,
+    LM_HEAD,
     SINGLE,
     is_rotary_table,
     scale_name,
     shard_files,
-    tensor_shapes,
 )
 
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -51,10 +52,13 @@ def read_hugging_face(directory: Path) -> Source:
             if not is_rotary_table(name):
                 tensors[name] = tensor
     tensors = _with_scales(tensors)
-    expected = tensor_shapes(config)
-    head = set(tensors) - set(expected)
-    if config.tie_embeddings and head == {"lm_head.weight"}:
-        del tensors["lm_head.weight"]  # the embedding, stored a second time
+    head, embedding = tensors.get(LM_HEAD), tensors.get(EMBEDDING)
+    if config.tie_embeddings and head is not None and embedding is not None:
+        if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+            raise WeightsError(
+                f"{head.where} differs from the embedding that config.json ties it to"
+            )
+        del tensors[LM_HEAD]  # the embedding, stored a second time
     tokenizer, generation = directory / "tokenizer.model", directory / "generation_config.json"
     return Source(
         format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",

@@ -113,6 +113,8 @@ def read_torch_file(path: Path) -> Any:
             else:
                 file.seek(0)
                 root, storages = _read_legacy(path, file)
+    except zipfile.BadZipFile as error:  # also of is_zipfile, for archives of several disks
+        _damaged(path, f"its zip directory cannot be read: {error}")
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
     size = path.stat().st_size

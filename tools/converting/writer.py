@@ -116,8 +116,10 @@ def write_shards(
             shard = shard_of[name]
             file = files[shard.file]
             file.seek(shard.offsets[name])
-            np.ascontiguousarray(values).tofile(file)
+            # not tofile, which forgets why it failed, such as for a full disk
+            file.write(np.ascontiguousarray(values).reshape(-1).view("uint8"))
             written(values.nbytes)
+            del values  # before the next is read
     finally:
         for file in files.values():
             file.close()
@@ -146,6 +148,7 @@ def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     Raises:
         InputError: `dest` has content and is not to be overwritten, or too little disk space.
     """
+    dest = resolved(dest)
     partial = dest.with_name(f".{dest.name}.partial")
     replaced = dest.with_name(f".{dest.name}.replaced")
     check_dest(dest, overwrite)
@@ -175,12 +178,25 @@ def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
         raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
 
 
+def resolved(dest: Path) -> Path:
+    """`dest` by its own name: "." has none, and a link would be replaced instead of its target.
+
+    Raises:
+        InputError: the root of the file system, which has no name.
+    """
+    real = Path(os.path.realpath(dest))
+    if not real.name:
+        raise InputError(f"{dest} is no place for a model: choose the name of a directory")
+    return real
+
+
 def check_dest(dest: Path, overwrite: bool) -> None:
     """Put back what a killed run left aside, then refuse a `dest` that is in the way.
 
     Raises:
         InputError: `dest` is a file, or has content and is not to be overwritten.
     """
+    dest = resolved(dest)
     replaced = dest.with_name(f".{dest.name}.replaced")
     try:
         if replaced.exists():
