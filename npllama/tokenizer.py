@@ -50,7 +50,8 @@ class Tokenizer:
                 raise RuntimeError  # which sentencepiece takes for "nothing to load"
             processor.LoadFromSerializedProto(model)
             processor.id_to_piece(list(range(processor.vocab_size())))  # each is UTF-8
-        except (RuntimeError, UnicodeDecodeError):
+            processor.decode([processor.unk_id()])  # there is one, and its text is UTF-8
+        except (RuntimeError, UnicodeDecodeError, IndexError):
             raise TokenizerError(
                 f"{name} is not a sentencepiece model: expected the tokenizer.model that "
                 "came with the checkpoint"

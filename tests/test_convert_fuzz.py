@@ -626,3 +626,11 @@ def test_a_file_that_is_none_is_refused(tmp_path, name, at):
         assert str(tmp_path) in refused_source(source, tmp_path / "out")
         path.rmdir() if at == "directory" else path.unlink()
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"\xe2\x96"])
+def test_a_tokenizer_whose_unknown_is_no_text_is_refused(text):
+    unk_surface = b"\xe2\x02" + bytes([len(text)]) + text  # field 44 of the trainer's settings
+    trainer = b"\x12" + bytes([len(unk_surface)]) + unk_surface
+    with pytest.raises(NpllamaError):
+        Tokenizer.from_bytes(TOKENIZERS["tokenizer.model"] + trainer)
