@@ -156,10 +156,13 @@ class LlamaConfig:
     ) -> "LlamaConfig":
         """From the fields of Hugging Face's config.json and generation_config.json."""
         _refuse_other_mathematics(hf)
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if name not in hf:
-                raise ConfigError(f"{name} is missing: expected a Hugging Face LLaMA config")
-        for name in ("intermediate_size", "vocab_size"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        ):
             if name not in hf:
                 raise ConfigError(f"{name} is missing: expected a Hugging Face LLaMA config")
         n_kv_heads = hf.get("num_key_value_heads")

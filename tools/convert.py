@@ -225,8 +225,7 @@ def hf_config(source: Source, dtype: str | None) -> dict[str, object]:
     """config.json: the source's own where it has one, with the dtype that was written."""
     first = next(entries(source, dtype)).dtype
     name = "float32" if first == np.int8 else first.name
-    fields = source.hf_config | {"torch_dtype": name} if source.hf_config else None
-    fields = dict(fields or source.config.to_hf(name))
+    fields = (source.hf_config or source.config.to_hf(name)) | {"torch_dtype": name}
     fields.pop("dtype", None)  # transformers 5's spelling, which would contradict the other
     fields.pop("quantization_config", None)
     if first == np.int8:
