@@ -29,12 +29,20 @@ def byte_tokenizer() -> Tokenizer:
 def random_parameters(
     config: LlamaConfig, ops: Ops, seed: int = 0, dtype: np.dtype | str = "float32"
 ) -> Parameters:
-    """Weights as at the start of training: normal with variance 1 / (inputs), norms 1."""
-    generator = np.random.default_rng(seed)
+    """Weights as at the start of training: normal with variance 1 / (inputs), norms 1.
 
-    def matrix(n_out: int, n_in: int) -> Matrix:
+    The two matrices of a layer that add to the residual stream are 1 / sqrt(2 L) of that, so
+    that the sum of all layers does not grow with their number, and the embedding has a standard
+    deviation of 0.02.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    generator = np.random.default_rng(seed)
+    residual = (2 * config.n_layers) ** -0.5
+
+    def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
         values = generator.standard_normal((n_out, n_in), dtype="float32")
-        values *= n_in**-0.5
+        values *= size * n_in**-0.5
         if np.dtype(dtype) == np.int8:
             return Matrix(*quantize(values))
         return Matrix(values.astype(dtype, copy=False))
@@ -46,7 +54,7 @@ def random_parameters(
         return np.ones(d, dtype="float32")
 
     eps = config.norm_eps
-    embedding = ops.prepare(matrix(v, d))
+    embedding = ops.prepare(matrix(v, d, 0.02 * d**0.5))
     layers = tuple(
         ops.prepare(
             Layer(
@@ -54,11 +62,11 @@ def random_parameters(
                 wq=matrix(d, d),
                 wk=matrix(kv, d),
                 wv=matrix(kv, d),
-                wo=matrix(d, d),
+                wo=matrix(d, d, residual),
                 ffn_norm=ones(),
                 w_gate=matrix(f, d),
                 w_up=matrix(f, d),
-                w_down=matrix(d, f),
+                w_down=matrix(d, f, residual),
                 norm_eps=eps,
             )
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from npllama.backend import Array
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
 from npllama.ops import Ops
@@ -74,6 +75,20 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes[LM_HEAD] = (v, d)
     return shapes
+
+
+def named_arrays(parameters: Parameters, config: LlamaConfig) -> dict[str, Array]:
+    """Every tensor of `tensor_shapes` by its name in a file: the arrays themselves, no copies,
+    without the scales of int8."""
+    arrays: dict[str, Array] = {EMBEDDING: parameters.embedding.values}
+    for i, layer in enumerate(parameters.layers):
+        for field in LAYER_NAMES:
+            part = getattr(layer, field)
+            arrays[layer_name(i, field)] = part.values if isinstance(part, Matrix) else part
+    arrays[NORM] = parameters.head.norm
+    if not config.tie_embeddings:
+        arrays[LM_HEAD] = parameters.head.lm_head.values
+    return arrays
 
 
 class Checkpoint:

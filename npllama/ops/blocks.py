@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from npllama.backend import Array
+from npllama.ops.derivatives import Derivatives
 from npllama.ops.sampling import SamplingEquations
 from npllama.parameters import Head, Layer, Matrix
 
@@ -20,7 +21,7 @@ Part = TypeVar("Part", Matrix, Layer, Head)
 Step = TypeVar("Step", bound=Callable)
 
 
-class Ops(SamplingEquations):
+class Ops(SamplingEquations, Derivatives):
     """The reference: all mathematics of the model for any `xp`.
 
     A block returns the new residual stream, (B, T, D) float32. An override may reuse its
@@ -46,7 +47,8 @@ class Ops(SamplingEquations):
 
         Source: Touvron et al. 2023a, section 2.2 (pre-normalization, as in GPT-3).
         """
-        q, k, v = self.queries_keys_values(x, layer, positions)
+        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
+        q, k, v = self.queries_keys_values(h, layer, positions)
         cache.write(k, v, positions)
         heads = []
         for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
@@ -79,27 +81,93 @@ class Ops(SamplingEquations):
         Computed from x (1, T, D) alone, as for a row without a past. Keys are not rounded to
         the cache's dtype here.
         """
-        q, k, _ = self.queries_keys_values(x, layer, positions)
+        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
+        q, k, _ = self.queries_keys_values(h, layer, positions)
         return self.attention_weights(q[0].swapaxes(0, 1), k[0].swapaxes(0, 1))
 
-    # -- shared by attention_block and attention_map ------------------------------------------
-
     def queries_keys_values(
-        self, x: Array, layer: Layer, positions: "Positions"
+        self, h: Array, layer: Layer, positions: "Positions"
     ) -> tuple[Array, Array, Array]:
-        """RMSNorm(x), projected and, for q and k, rotated.
+        """The normalized stream h (B, T, D), projected and, for q and k, rotated.
 
         Returns:
-            q (B, T, H, C), k (B, T, K, C), v (B, T, K, C) in x's dtype.
+            q (B, T, H, C), k (B, T, K, C), v (B, T, K, C) in h's dtype.
         """
-        heads = (*x.shape[:2], -1, 2 * positions.cos.shape[-1])  # (B, T, heads, C)
-        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
+        heads = (*h.shape[:2], -1, 2 * positions.cos.shape[-1])  # (B, T, heads, C)
         q = self.linear(h, layer.wq).reshape(heads)  # (B, T, H*C) -> (B, T, H, C)
         k = self.linear(h, layer.wk).reshape(heads)  # (B, T, K*C) -> (B, T, K, C)
         v = self.linear(h, layer.wv).reshape(heads)
         q = self.rope(q, positions.cos, positions.sin)
         k = self.rope(k, positions.cos, positions.sin)
         return q, k, v
+
+    # -- the same blocks backwards -------------------------------------------------------------
+    #
+    # Each is given dy, the gradient of the loss with respect to its block's output, and the
+    # block's input x; it computes again what the forward did not keep, and returns dx and the
+    # gradients of the parameters it used, by their names in Layer or Head.
+
+    def attention_block_backward(
+        self, dy: Array, x: Array, layer: Layer, positions: "Positions"
+    ) -> tuple[Array, dict[str, Array]]:
+        """Backwards through y = x + o W_o^T, o = Attention(q, k, v), q k v of h = RMSNorm(x).
+
+        Args:
+            dy, x: (B, T, D); rows without a past: S = 0.
+        """
+        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
+        q, k, v = self.queries_keys_values(h, layer, positions)
+        p, o = [], []
+        for b in range(len(x)):
+            q_row, k_row, v_row = (a[b].swapaxes(0, 1) for a in (q, k, v))  # -> (heads, T, C)
+            p.append(self.attention_weights(q_row, k_row))  # (H, T, T)
+            o.append(self.weighted_values(p[b], v_row).swapaxes(0, 1))  # -> (T, H, C)
+        o = self.xp.stack(o)  # B x (T, H, C) -> (B, T, H, C)
+        do, dwo = self.linear_backward(dy, o.reshape(*x.shape[:2], -1), layer.wo)
+        do = do.reshape(o.shape)  # (B, T, H*C) -> (B, T, H, C)
+        dq, dk, dv = [], [], []
+        for b in range(len(x)):
+            do_row, q_row, k_row, v_row = (a[b].swapaxes(0, 1) for a in (do, q, k, v))
+            rows = self.attention_backward(do_row, q_row, k_row, v_row, p[b])
+            for gradients, row in zip((dq, dk, dv), rows, strict=True):
+                gradients.append(row.swapaxes(0, 1))  # (heads, T, C) -> (T, heads, C)
+        dq, dk, dv = (self.xp.stack(a) for a in (dq, dk, dv))  # B x (T, heads, C) -> (B, ...)
+        dq = self.rope_backward(dq, positions.cos, positions.sin)
+        dk = self.rope_backward(dk, positions.cos, positions.sin)
+        dq, dk, dv = (a.reshape(*x.shape[:2], -1) for a in (dq, dk, dv))  # -> (B, T, heads*C)
+        dh_q, dwq = self.linear_backward(dq, h, layer.wq)
+        dh_k, dwk = self.linear_backward(dk, h, layer.wk)
+        dh_v, dwv = self.linear_backward(dv, h, layer.wv)
+        dx, dnorm = self.rms_norm_backward(
+            dh_q + dh_k + dh_v, x, layer.attention_norm, layer.norm_eps
+        )
+        return dy + dx, {"attention_norm": dnorm, "wq": dwq, "wk": dwk, "wv": dwv, "wo": dwo}
+
+    def feed_forward_backward(
+        self, dy: Array, x: Array, layer: Layer
+    ) -> tuple[Array, dict[str, Array]]:
+        """Backwards through y = x + SwiGLU(h W_gate^T, h W_up^T) W_down^T, h = RMSNorm(x).
+
+        Args:
+            dy, x: (B, T, D).
+        """
+        h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)
+        gate, up = self.linear(h, layer.w_gate), self.linear(h, layer.w_up)  # (B, T, F)
+        dz, dw_down = self.linear_backward(dy, self.swiglu(gate, up), layer.w_down)
+        dgate, dup = self.swiglu_backward(dz, gate, up)
+        dh_gate, dw_gate = self.linear_backward(dgate, h, layer.w_gate)
+        dh_up, dw_up = self.linear_backward(dup, h, layer.w_up)
+        dx, dnorm = self.rms_norm_backward(dh_gate + dh_up, x, layer.ffn_norm, layer.norm_eps)
+        return dy + dx, {"ffn_norm": dnorm, "w_gate": dw_gate, "w_up": dw_up, "w_down": dw_down}
+
+    def head_backward(
+        self, dlogits: Array, x: Array, head: Head
+    ) -> tuple[Array, dict[str, Array]]:
+        """Backwards through logits = h W_head^T, h = RMSNorm(x); dlogits (B, T, V)."""
+        h = self.rms_norm(x, head.norm, head.norm_eps)
+        dh, dlm_head = self.linear_backward(dlogits, h, head.lm_head)
+        dx, dnorm = self.rms_norm_backward(dh, x, head.norm, head.norm_eps)
+        return dx, {"norm": dnorm, "lm_head": dlm_head}
 
     # -- hooks: where a backend or several processes differ from this reference --------------
 

@@ -135,6 +135,14 @@ class Equations:
         e = self.xp.exp(x - x.max(axis=-1, keepdims=True))
         return e / e.sum(axis=-1, keepdims=True)
 
+    def log_softmax(self, x: Array) -> Array:
+        """log p_i = x_i - max x - log sum_j exp(x_j - max x) over the last axis; shape (...), as x.
+
+        Source: the logarithm of Vaswani et al. 2017, equation 1, as `softmax` shifts it.
+        """
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - self.xp.log(self.xp.exp(x).sum(axis=-1, keepdims=True))
+
     def attention_weights(self, q: Array, k: Array) -> Array:
         """Causal attention of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
 
@@ -164,6 +172,24 @@ class Equations:
             scores = xp.where(sees, scores, -math.inf)
         return self.softmax(scores)
 
+    def weighted_values(self, p: Array, v: Array) -> Array:
+        """o = P v, each query head with the values of its key head.
+
+        Args:
+            p: (H, T, N).
+            v: (K, N, C).
+
+        Returns:
+            (H, T, C) in p's dtype.
+
+        Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA), section 2.2.
+        """
+        n_heads, n_new, n_keys = p.shape
+        n_kv_heads, _, head_dim = v.shape
+        grouped = p.reshape(n_kv_heads, -1, n_keys)  # (H, T, N) -> (K, G*T, N)
+        o = grouped @ v.astype(p.dtype, copy=False)  # (K, G*T, N) @ (K, N, C) -> (K, G*T, C)
+        return o.reshape(n_heads, n_new, head_dim)  # (K, G*T, C) -> (H, T, C)
+
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """What each head reads:  o = softmax(q k^T / sqrt(C) + mask) v.
 
@@ -178,25 +204,25 @@ class Equations:
 
         Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA), section 2.2.
         """
-        n_kv_heads, n_keys, _ = v.shape
-        p = self.attention_weights(q, k)
-        grouped = p.reshape(n_kv_heads, -1, n_keys)  # (H, T, N) -> (K, G*T, N)
-        o = grouped @ v.astype(q.dtype, copy=False)  # (K, G*T, N) @ (K, N, C) -> (K, G*T, C)
-        return o.reshape(q.shape)  # (K, G*T, C) -> (H, T, C)
+        return self.weighted_values(self.attention_weights(q, k), v)
 
     # -- feed-forward ------------------------------------------------------------------------
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + e^-x) for x >= 0 and e^x / (1 + e^x) below, elementwise, shape (...).
+
+        The two are equal, and no exponent is above 0, so nothing overflows.
+        """
+        xp = self.xp
+        e = xp.exp(-xp.abs(x))
+        return xp.where(x >= 0, 1.0, e) / (1.0 + e)
 
     def silu(self, x: Array) -> Array:
         """x * sigmoid(x), elementwise, shape (...); also called Swish with beta = 1.
 
-        sigmoid(x) = 1 / (1 + e^-x) for x >= 0 and e^x / (1 + e^x) below: no exponent is above
-        0, so nothing overflows.
-
         Source: Elfwing et al. 2017, equation 5; Ramachandran et al. 2017.
         """
-        xp = self.xp
-        e = xp.exp(-xp.abs(x))
-        return x * xp.where(x >= 0, 1.0, e) / (1.0 + e)
+        return x * self.sigmoid(x)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """SiLU(gate) * up, elementwise: gate = x W_gate^T, up = x W_up^T, all (..., F).
@@ -204,3 +230,21 @@ class Equations:
         Source: Shazeer 2020 (GLU variants), equation 6; w_gate is Meta's w1, w_up its w3.
         """
         return self.silu(gate) * up
+
+    # -- loss --------------------------------------------------------------------------------
+
+    def cross_entropy(self, logits: Array, targets: Array) -> Array:
+        """Surprise at each token that came:  loss = -log softmax(logits)[target], in nats.
+
+        Args:
+            logits: (..., V).
+            targets: (...) integers in [0, V), the token after each position.
+
+        Returns:
+            (...) in the dtype of the logits.
+
+        Source: Shannon 1948, section 6; Bengio et al. 2003 (neural language models), section 2.
+        """
+        log_p = self.log_softmax(logits)
+        chosen = self.xp.take_along_axis(log_p, targets[..., None], axis=-1)  # (..., V) -> (..., 1)
+        return -chosen[..., 0]

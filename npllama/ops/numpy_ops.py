@@ -52,6 +52,21 @@ class NumpyOps(Ops):
         scores = self.scratch_size(n_heads, n_kv_heads, chunk, context)
         return 4 * (scores + 3 * n_heads * chunk * head_dim)
 
+    def attention_weights(self, q: Array, k: Array) -> Array:
+        """softmax(q k^T / sqrt(C) + mask), in one array of all scores; the reference has four."""
+        n_heads, n_new, head_dim = q.shape
+        n_kv_heads, n_keys, _ = k.shape
+        k = k.astype(q.dtype, copy=False)
+        grouped = q.reshape(n_kv_heads, -1, head_dim)  # (H, T, C) -> (K, G*T, C)
+        scores = grouped @ k.swapaxes(1, 2)  # (K, G*T, C) @ (K, C, N) -> (K, G*T, N)
+        p = scores.reshape(n_heads, n_new, n_keys)  # -> (H, T, N)
+        p *= p.dtype.type(1 / math.sqrt(head_dim))
+        _hide_future(p)
+        p -= p.max(axis=-1, keepdims=True)
+        np.exp(p, out=p)
+        p /= p.sum(axis=-1, keepdims=True)
+        return p
+
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`, as many heads at a time as
         it has room for; the reference would allocate four arrays of all scores.
@@ -67,21 +82,72 @@ class NumpyOps(Ops):
         at_once = max(1, min(n_kv_heads, scratch.size // (queries * n_keys)))
         if scratch.size < queries * n_keys:
             scratch = np.empty(queries * n_keys, dtype="float32")
-        hidden = np.triu(np.ones((n_new, n_new), dtype=bool), k=1) if n_new > 1 else None
         for begin in range(0, n_kv_heads, at_once):
             some = slice(begin, min(begin + at_once, n_kv_heads))
             n = some.stop - some.start
             scores = scratch[: n * queries * n_keys].reshape(n, queries, n_keys)
             np.matmul(grouped[some], k[some].swapaxes(1, 2), out=scores)
-            if hidden is not None:  # only the T x T corner of new keys has anything to hide
-                corner = scores.reshape(n, -1, n_new, n_keys)[..., n_keys - n_new :]
-                np.copyto(corner, np.float32(-np.inf), where=hidden)
+            _hide_future(scores.reshape(-1, n_new, n_keys))  # (n, G*T, N) -> (n*G, T, N)
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             total = scores.sum(axis=-1, keepdims=True)
             np.matmul(scores, v[some], out=o[some])  # (n, G*T, N) @ (n, N, C) -> (n, G*T, C)
             o[some] /= total
         return o.reshape(q.shape)  # (K, G*T, C) -> (H, T, C)
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + e^-x) in one array: where e^-x overflows to infinity, the result is its 0.
+
+        Measured at 800 x 512 in float32 on one core: 0.2 of the reference's time, most of which
+        is its `where`.
+        """
+        s = np.negative(x)
+        with np.errstate(over="ignore"):
+            np.exp(s, out=s)
+        s += 1
+        return np.reciprocal(s, out=s)
+
+    # -- backwards -----------------------------------------------------------------------------
+
+    def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
+        """Places sorted by their token, and the rows of each token summed: B*T*D additions
+        where the reference multiplies by a matrix of V x B*T."""
+        order = np.argsort(tokens, axis=None, kind="stable")
+        present, begins = np.unique(tokens.reshape(-1)[order], return_index=True)
+        rows = dx.reshape(-1, w.shape[1])[order]  # (B, T, D) -> (B*T, D), one token after another
+        dw = np.zeros(w.shape, dtype=dx.dtype)
+        dw[present] = np.add.reduceat(rows, begins, axis=0)
+        return dw
+
+    def softmax_backward(self, dp: Array, p: Array) -> Array:
+        """p * (dp - sum dp p), with one new array and the sum in one pass."""
+        dx = dp - np.vecdot(dp, p)[..., None]
+        dx *= p
+        return dx
+
+    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        """Both gradients from one sigmoid, s: SiLU = gate s and SiLU' = s + SiLU (1 - s).
+
+        Measured at 800 x 512 in float32 on one core: 0.3 of the reference's time.
+        """
+        s = self.sigmoid(gate)
+        silu = gate * s
+        dgate = 1 - s
+        dgate *= silu
+        dgate += s
+        dgate *= dy
+        dgate *= up
+        silu *= dy
+        return dgate, silu
+
+
+def _hide_future(scores: np.ndarray) -> None:
+    """Put -inf, in place, where a query of scores (heads, T, N) would see a later key: only the
+    T x T corner of new keys has any."""
+    n_new, n_keys = scores.shape[1:]
+    if n_new > 1:
+        hidden = np.triu(np.ones((n_new, n_new), dtype=bool), k=1)
+        np.copyto(scores[..., n_keys - n_new :], -np.inf, where=hidden)
 
 
 def _product(x: np.ndarray, w: np.ndarray) -> np.ndarray:

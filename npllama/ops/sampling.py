@@ -30,14 +30,6 @@ class SamplingParameters(Protocol):
 class SamplingEquations(Equations):
     """Logits are (B, V) float32 throughout; a token that cannot be drawn has -inf."""
 
-    def log_softmax(self, logits: Array) -> Array:
-        """log p_i = x_i - max x - log sum_j exp(x_j - max x) over the last axis; (B, V).
-
-        Source: the logarithm of Vaswani et al. 2017, equation 1, as `softmax` shifts it.
-        """
-        x = logits - logits.max(axis=-1, keepdims=True)
-        return x - self.xp.log(self.xp.exp(x).sum(axis=-1, keepdims=True))
-
     def penalize_repetition(self, logits: Array, seen: Array, penalty: float) -> Array:
         """x_i / penalty where x_i > 0, x_i * penalty below, for the tokens already `seen`.
 

@@ -1,0 +1,100 @@
+"""Learning: a loss over a batch of tokens, and its gradient with respect to every parameter.
+
+The forward is the model's own, block by block, and keeps each block's input. The backward goes
+through the blocks in reverse; each computes again from its input what its derivative needs.
+There is no tape and no second model. Memory: (2 L + 1) * B * T * D numbers and one block's own.
+"""
+
+from dataclasses import fields
+from typing import TypeVar
+
+import numpy as np
+
+from npllama.backend import Array
+from npllama.kv_cache import KVCache
+from npllama.model import Transformer
+from npllama.parameters import Head, Layer, Matrix, Parameters
+
+Part = TypeVar("Part", Layer, Head)
+
+
+def loss_and_gradients(
+    model: Transformer, tokens: Array, targets: Array, weights: Array
+) -> tuple[Array, Parameters]:
+    """loss = sum over b, t of weights[b, t] * -log p(targets[b, t] | tokens[b, :t+1]).
+
+    Weights of 1 / (number of targets) make it the mean in nats a token; 0 leaves a place out,
+    as padding at the end of a row, which no earlier place can see.
+
+    Args:
+        model: its parameters are all in one dtype, float32 or float64, without a scale.
+        tokens: (B, T) integers in [0, V), T no more than the model's context.
+        targets: (B, T) integers in [0, V), as a rule the tokens one place on.
+        weights: (B, T) in the parameters' dtype.
+
+    Returns:
+        The loss, an array of shape (), and its gradient, in the shape of model.parameters. A
+        tied head is one matrix with the embedding, and its gradient the sum of both uses.
+
+    Source: Rumelhart et al. 1986 (back-propagation); Chen et al. 2016 (recomputation).
+    """
+    ops, parameters = model.ops, model.parameters
+    dtype = parameters.embedding.values.dtype
+    cache = _cache_of_one_layer(model, *tokens.shape, dtype)
+    positions = cache.positions(tokens.shape[1])
+
+    x = ops.embedding(tokens, parameters.embedding, dtype)  # (B, T) -> (B, T, D)
+    inputs = []
+    for layer in parameters.layers:
+        before = x
+        between = ops.attention_block(x, layer, cache.layers[0], positions)
+        x = ops.feed_forward(between, layer)
+        inputs.append((before, between))
+    logits = ops.head(x, parameters.head)  # (B, T, D) -> (B, T, V)
+    loss = (ops.cross_entropy(logits, targets) * weights).sum()
+
+    dlogits = ops.cross_entropy_backward(weights, logits, targets)
+    dx, dhead = ops.head_backward(dlogits, x, parameters.head)
+    dlayers = []
+    for layer, (before, between) in zip(
+        reversed(parameters.layers), reversed(inputs), strict=True
+    ):
+        dx, feed_forward = ops.feed_forward_backward(dx, between, layer)
+        dx, attention = ops.attention_block_backward(dx, before, layer, positions)
+        dlayers.append(_like(layer, attention | feed_forward))
+    dembedding = ops.embedding_backward(dx, tokens, parameters.embedding)
+    if model.config.tie_embeddings:
+        dembedding = dhead["lm_head"] = dembedding + dhead["lm_head"]
+    return loss, Parameters(
+        embedding=Matrix(dembedding),
+        layers=tuple(reversed(dlayers)),
+        head=_like(parameters.head, dhead),
+    )
+
+
+def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dtype) -> KVCache:
+    """Keys and values are used within their block alone: every layer writes over the last."""
+    config, ops = model.config, model.ops
+    return KVCache(
+        model.backend,
+        ops.rope_table(n_new, config.head_dim, config.rope_theta, dtype),
+        n_layers=1,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        batch=batch,
+        context=n_new,
+        dtype=dtype,
+        scratch_size=ops.scratch_size(config.n_heads, config.n_kv_heads, n_new, n_new),
+    )
+
+
+def _like(part: Part, gradients: dict[str, Array]) -> Part:
+    """Gradients by field name, in the shape of the part whose they are."""
+    arrays = {}
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, Matrix):
+            arrays[field.name] = Matrix(gradients[field.name])
+        else:
+            arrays[field.name] = gradients.get(field.name, value)  # norm_eps stays
+    return type(part)(**arrays)

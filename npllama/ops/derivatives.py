@@ -1,0 +1,184 @@
+"""The derivative of each equation in equations.py, in the same letters.
+
+Each method is given the gradient of a scalar loss with respect to its equation's output, named
+d and the output's letter (dy = dLoss/dy), and the equation's inputs; it returns the gradients
+with respect to those inputs that have one, in their order. Shapes are those of the equation.
+
+dtypes: as in the equations, that of the activations (float32 in training, float64 in the
+tests). Weights are in that dtype too and have no scale: a rounded weight has no derivative.
+"""
+
+import math
+
+from npllama.backend import Array
+from npllama.ops.equations import Equations
+from npllama.parameters import Matrix
+
+
+class Derivatives(Equations):
+    """`<equation>_backward`: the chain rule, one equation at a time."""
+
+    # -- embedding and projections ---------------------------------------------------------
+
+    def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
+        """x = E W with E[n, v] = 1 where token n is v, else 0; so  dW = E^T dx.
+
+        A row of dW is the sum of dx over the places where its token stands.
+
+        Args:
+            dx: (B, T, D).
+            tokens: (B, T).
+
+        Returns:
+            dW (V, D).
+
+        Source: the chain rule on Vaswani et al. 2017, section 3.4.
+        """
+        n_vocab, width = w.shape
+        one_hot = self.xp.arange(n_vocab)[:, None] == tokens.reshape(-1)[None]  # (V, B*T)
+        return one_hot.astype(dx.dtype) @ dx.reshape(-1, width)  # (V, B*T) @ (B*T, D) -> (V, D)
+
+    def linear_backward(self, dy: Array, x: Array, w: Matrix) -> tuple[Array, Array]:
+        """y = x W^T, so  dx = dy W  and  dW = dy^T x, summed over all tokens.
+
+        Args:
+            dy: (..., N).
+            x: (..., D).
+            w: (N, D).
+
+        Returns:
+            dx (..., D), dW (N, D).
+
+        Source: Rumelhart et al. 1986, equations 4 to 7, without the nonlinearity.
+        """
+        n_out, width = w.shape
+        dx = dy @ w.values  # (..., N) @ (N, D) -> (..., D)
+        dw = dy.reshape(-1, n_out).T @ x.reshape(-1, width)  # (N, M) @ (M, D) -> (N, D)
+        return dx, dw
+
+    # -- normalization -----------------------------------------------------------------------
+
+    def rms_norm_backward(
+        self, dy: Array, x: Array, weight: Array, eps: float
+    ) -> tuple[Array, Array]:
+        """y = n * weight with n = x / r, r = sqrt(mean(x^2) + eps), so, with dn = dy * weight,
+
+            dx      = (dn - n * mean(dn * n)) / r
+            dweight = sum over tokens of dy * n
+
+        The mean takes from dx what would lengthen x, which the norm undoes (all of it where
+        eps is 0).
+
+        Returns:
+            dx (..., D), dweight (D,).
+
+        Source: the quotient rule on Zhang & Sennrich 2019, equation 4.
+        """
+        r = self.xp.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)  # (..., D) -> (..., 1)
+        n = x / r
+        dn = dy * weight
+        dx = (dn - n * (dn * n).mean(axis=-1, keepdims=True)) / r
+        dweight = (dy * n).reshape(-1, x.shape[-1]).sum(axis=0)  # (..., D) -> (M, D) -> (D,)
+        return dx, dweight
+
+    # -- rotary position embeddings ----------------------------------------------------------
+
+    def rope_backward(self, dy: Array, cos: Array, sin: Array) -> Array:
+        """y turns x by an angle, so dx is dy turned back:  dx = rope(dy, cos, -sin).
+
+        A rotation's transpose is its inverse.
+
+        Returns:
+            dx (B, T, heads, C).
+
+        Source: the transpose of Su et al. 2021, equation 34.
+        """
+        return self.rope(dy, cos, -sin)
+
+    # -- attention ---------------------------------------------------------------------------
+
+    def softmax_backward(self, dp: Array, p: Array) -> Array:
+        """p_i = e^{x_i} / sum_j e^{x_j}, so  dx_i = p_i * (dp_i - sum_j dp_j p_j).
+
+        Args:
+            dp: (..., N).
+            p: (..., N), the softmax itself.
+
+        Returns:
+            dx (..., N); 0 where p is, so what the mask hid stays hidden.
+
+        Source: the quotient rule on Vaswani et al. 2017, equation 1; Dao et al. 2022
+        (FlashAttention), appendix B.2.
+        """
+        return p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+
+    def attention_backward(
+        self, do: Array, q: Array, k: Array, v: Array, p: Array
+    ) -> tuple[Array, Array, Array]:
+        """o = P v with P = softmax(X), X = q k^T / sqrt(C) + mask, so
+
+            dv = P^T do
+            dP = do v^T,  dX = softmax_backward(dP, P)
+            dq = dX k / sqrt(C),  dk = dX^T q / sqrt(C)
+
+        The G query heads of a key head are viewed beside it, as in the equation, so that the
+        products over G*T queries are the sums that dk and dv need.
+
+        Args:
+            do, q: (H, T, C).
+            k, v: (K, N, C).
+            p: (H, T, N), from `attention_weights(q, k)`.
+
+        Returns:
+            dq (H, T, C), dk (K, N, C), dv (K, N, C).
+
+        Source: Dao et al. 2022 (FlashAttention), appendix B.2, for grouped queries.
+        """
+        n_kv_heads, n_keys, head_dim = k.shape
+        grouped = (n_kv_heads, -1, head_dim)  # (H, T, C) -> (K, G*T, C)
+        do, grouped_q = do.reshape(grouped), q.reshape(grouped)
+        p = p.reshape(n_kv_heads, -1, n_keys)  # (H, T, N) -> (K, G*T, N)
+        dv = p.swapaxes(1, 2) @ do  # (K, N, G*T) @ (K, G*T, C) -> (K, N, C)
+        dp = do @ v.swapaxes(1, 2)  # (K, G*T, C) @ (K, C, N) -> (K, G*T, N)
+        dx = self.softmax_backward(dp, p) / math.sqrt(head_dim)
+        dq = dx @ k  # (K, G*T, N) @ (K, N, C) -> (K, G*T, C)
+        dk = dx.swapaxes(1, 2) @ grouped_q  # (K, N, G*T) @ (K, G*T, C) -> (K, N, C)
+        return dq.reshape(q.shape), dk, dv
+
+    # -- feed-forward ------------------------------------------------------------------------
+
+    def silu_backward(self, dy: Array, x: Array) -> Array:
+        """y = x s with s = sigmoid(x) and s' = s (1 - s), so  dx = dy * s * (1 + x (1 - s)).
+
+        Source: Elfwing et al. 2017, equation 6.
+        """
+        s = self.sigmoid(x)
+        return dy * s * (1 + x * (1 - s))
+
+    def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
+        """y = SiLU(gate) * up, so  dgate = SiLU'(gate) * (dy * up)  and  dup = dy * SiLU(gate).
+
+        Returns:
+            dgate, dup, both (..., F).
+
+        Source: the product rule on Shazeer 2020, equation 6.
+        """
+        return self.silu_backward(dy * up, gate), dy * self.silu(gate)
+
+    # -- loss --------------------------------------------------------------------------------
+
+    def cross_entropy_backward(self, dloss: Array, logits: Array, targets: Array) -> Array:
+        """loss = -log softmax(x)[target], so  dx_i = dloss * (softmax(x)_i - [i = target]).
+
+        Args:
+            dloss: (..., ), the weight of each token in the whole.
+            logits: (..., V).
+            targets: (..., ) integers in [0, V).
+
+        Returns:
+            dlogits (..., V).
+
+        Source: Bridle 1990; Goodfellow et al. 2016, section 6.2.2.3.
+        """
+        is_target = self.xp.arange(logits.shape[-1]) == targets[..., None]  # (..., V)
+        return (self.softmax(logits) - is_target) * dloss[..., None]

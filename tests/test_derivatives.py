@@ -1,0 +1,220 @@
+"""Each derivative against central differences of its own equation, in float64 on odd shapes."""
+
+import numpy as np
+import pytest
+
+from npllama.backend import Backend
+from npllama.kv_cache import KVCache
+from npllama.ops import Ops
+from npllama.parameters import Head, Layer, Matrix
+
+STEP = 1e-5
+TOLERANCE = 1e-6  # of the largest gradient; the differences themselves are good to about 1e-9
+GROUPS = [(4, 4), (6, 3), (6, 1), (1, 1)]  # H, K
+
+
+def central_differences(loss, x):
+    """dLoss/dx, one number of x at a time: (loss(x + h) - loss(x - h)) / 2h."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        kept = x[i]
+        x[i] = kept + STEP
+        above = loss()
+        x[i] = kept - STEP
+        below = loss()
+        x[i] = kept
+        gradient[i] = (above - below) / (2 * STEP)
+    return gradient
+
+
+def check(ops, equation, backward, inputs, n_gradients=None):
+    """Hold backward(ops, dy, *inputs) to the differences of sum(dy * equation(*inputs)).
+
+    The differences are taken on the NumPy reference; the derivative runs on `ops`.
+    """
+    reference = Ops(Backend())
+    y = equation(reference, *inputs)
+    dy = np.random.default_rng(1).standard_normal(y.shape)
+    move, to_host = ops.backend.to_device, ops.backend.to_host
+    got = backward(ops, move(dy), *(move(x.copy()) for x in inputs))
+    got = got if isinstance(got, tuple) else (got,)
+    assert len(got) == (n_gradients or len(inputs))
+    for gradient, x in zip(got, inputs, strict=False):
+        truth = central_differences(lambda: (dy * equation(reference, *inputs)).sum(), x)
+        gradient = to_host(gradient)
+        assert gradient.shape == x.shape
+        assert gradient.dtype == np.float64
+        assert np.abs(gradient - truth).max() <= TOLERANCE * max(np.abs(truth).max(), 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (1, 1, 7), (5, 7)])
+def test_linear_backward(ops, rng, shape):
+    check(
+        ops,
+        lambda o, x, w: o.linear(x, Matrix(w)),
+        lambda o, dy, x, w: o.linear_backward(dy, x, Matrix(w)),
+        [rng.standard_normal(shape), rng.standard_normal((5, 7))],
+    )
+
+
+def test_embedding_backward_adds_where_a_token_comes_twice(ops, rng, to_device):
+    tokens = np.array([[0, 10, 3], [3, 3, 9]])
+    check(
+        ops,
+        lambda o, w: o.embedding(o.backend.to_device(tokens), Matrix(w), "float64"),
+        lambda o, dx, w: o.embedding_backward(dx, o.backend.to_device(tokens), Matrix(w)),
+        [rng.standard_normal((11, 7))],
+    )
+
+
+@pytest.mark.parametrize("size", [1.0, 0.003])
+def test_rms_norm_backward(ops, rng, size):
+    check(
+        ops,
+        lambda o, x, w: o.rms_norm(x, w, 1e-5),
+        lambda o, dy, x, w: o.rms_norm_backward(dy, x, w, 1e-5),
+        [rng.standard_normal((2, 3, 7)) * size, rng.standard_normal(7)],
+    )
+
+
+def test_rms_norm_has_no_gradient_along_its_input(ops, rng, to_device, to_host):
+    """Scaling x does not change its norm's output, where eps is 0."""
+    x, dy = rng.standard_normal((2, 2, 5, 7))
+    dx, _ = ops.rms_norm_backward(to_device(dy), to_device(x), to_device(rng.random(7)), 0.0)
+    assert np.abs((to_host(dx) * x).sum(-1)).max() < 1e-12
+
+
+def test_rope_backward(ops, rng):
+    def table(o):
+        return tuple(t[None, :5] for t in o.rope_table(5, 6, 100.0, "float64"))
+
+    check(
+        ops,
+        lambda o, x: o.rope(x, *table(o)),
+        lambda o, dy, x: o.rope_backward(dy, *table(o)),
+        [rng.standard_normal((1, 5, 3, 6))],
+    )
+
+
+def test_softmax_backward(ops, rng):
+    check(
+        ops,
+        lambda o, x: o.softmax(x),
+        lambda o, dp, x: o.softmax_backward(dp, o.softmax(x)),
+        [rng.standard_normal((2, 3, 5))],
+    )
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), GROUPS)
+@pytest.mark.parametrize("n_new", [1, 2, 5])
+def test_attention_backward(ops, rng, n_heads, n_kv_heads, n_new):
+    check(
+        ops,
+        lambda o, q, k, v: o.attention(q, k, v),
+        lambda o, do, q, k, v: o.attention_backward(do, q, k, v, o.attention_weights(q, k)),
+        [
+            rng.standard_normal((n_heads, n_new, 6)),
+            rng.standard_normal((n_kv_heads, n_new, 6)),
+            rng.standard_normal((n_kv_heads, n_new, 6)),
+        ],
+    )
+
+
+def test_silu_backward(ops, rng):
+    x = np.concatenate([rng.standard_normal(9), [-30.0, 0.0, 30.0]])
+    check(ops, lambda o, x: o.silu(x), lambda o, dy, x: o.silu_backward(dy, x), [x])
+
+
+def test_silu_backward_never_overflows(ops, to_device, to_host):
+    x = np.array([-1000.0, 1000.0])
+    dx = ops.silu_backward(to_device(np.ones(2)), to_device(x))
+    assert to_host(dx).tolist() == [0.0, 1.0]
+
+
+def test_swiglu_backward(ops, rng):
+    check(
+        ops,
+        lambda o, gate, up: o.swiglu(gate, up),
+        lambda o, dy, gate, up: o.swiglu_backward(dy, gate, up),
+        [rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3, 5))],
+    )
+
+
+def test_cross_entropy_is_the_surprise_at_the_target(ops, rng, to_device, to_host):
+    logits, targets = rng.standard_normal((2, 3, 5)) * 3, rng.integers(0, 5, (2, 3))
+    loss = to_host(ops.cross_entropy(to_device(logits), to_device(targets)))
+    for i in np.ndindex(2, 3):
+        p = np.exp(logits[i]) / np.exp(logits[i]).sum()
+        assert abs(loss[i] + np.log(p[targets[i]])) < 1e-12
+
+
+def test_cross_entropy_backward(ops, rng):
+    targets = rng.integers(0, 5, (2, 3))
+    check(
+        ops,
+        lambda o, x: o.cross_entropy(x, o.backend.to_device(targets)),
+        lambda o, dloss, x: o.cross_entropy_backward(dloss, x, o.backend.to_device(targets)),
+        [rng.standard_normal((2, 3, 5))],
+    )
+
+
+# -- the blocks
+
+D, FFN, V, C, N = 12, 7, 11, 2, 5
+NAMES = {
+    "attention_norm": (D,), "wq": (6 * C, D), "wk": (3 * C, D), "wv": (3 * C, D), "wo": (D, 6 * C),
+    "ffn_norm": (D,), "w_gate": (FFN, D), "w_up": (FFN, D), "w_down": (D, FFN),
+}  # fmt: skip
+
+
+def layer_of(arrays):
+    given = dict(zip(NAMES, arrays, strict=True))
+    return Layer(**{n: a if "norm" in n else Matrix(a) for n, a in given.items()}, norm_eps=1e-3)
+
+
+def layer_inputs(rng):
+    return [rng.standard_normal((2, N, D)), *(rng.standard_normal(s) for s in NAMES.values())]
+
+
+def cache_of(ops):
+    table = ops.rope_table(N, C, 100.0, "float64")
+    return KVCache(
+        ops.backend, table,
+        n_layers=1, n_kv_heads=3, head_dim=C, batch=2, context=N, dtype="float64",
+    )  # fmt: skip
+
+
+def test_attention_block_backward(ops, rng):
+    def forward(o, x, *arrays):
+        cache = cache_of(o)
+        return o.attention_block(x, layer_of(arrays), cache.layers[0], cache.positions(N))
+
+    def backward(o, dy, x, *arrays):
+        dx, d = o.attention_block_backward(dy, x, layer_of(arrays), cache_of(o).positions(N))
+        return dx, *(d.get(name, o.xp.zeros(shape)) for name, shape in NAMES.items())
+
+    check(ops, forward, backward, layer_inputs(rng))
+
+
+def test_feed_forward_backward(ops, rng):
+    def backward(o, dy, x, *arrays):
+        dx, d = o.feed_forward_backward(dy, x, layer_of(arrays))
+        return dx, *(d.get(name, o.xp.zeros(shape)) for name, shape in NAMES.items())
+
+    check(ops, lambda o, x, *a: o.feed_forward(x, layer_of(a)), backward, layer_inputs(rng))
+
+
+def test_head_backward(ops, rng):
+    def head(norm, w):
+        return Head(norm, Matrix(w), 1e-3)
+
+    def backward(o, dy, x, norm, w):
+        dx, d = o.head_backward(dy, x, head(norm, w))
+        return dx, d["norm"], d["lm_head"]
+
+    check(
+        ops,
+        lambda o, x, norm, w: o.head(x, head(norm, w)),
+        backward,
+        [rng.standard_normal((2, 3, D)), rng.random(D), rng.standard_normal((V, D))],
+    )

@@ -1,0 +1,293 @@
+"""Train a LLaMA-2 from random weights on a text file, by npllama's own array math.
+
+    python tools/train.py --text train.txt --valid valid.txt --out RUN --config config.json
+
+RUN holds the tokenizer, the checkpoint from which the same command resumes, the loss curve, and,
+at the end, RUN/model: a model directory in float32, for tools/convert.py to make narrower.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
+from converting.tokenizers import read_tokenizer
+from converting.writer import Entry, new_directory, plan, write_json, write_shards
+from npllama.backend import get_backend
+from npllama.config import LlamaConfig, read_json
+from npllama.errors import ConfigError, InputError, NpllamaError
+from npllama.llama import Llama
+from npllama.ops import ops_for
+from npllama.tokenizer import Tokenizer
+from npllama.untrained import random_parameters
+from npllama.weights import named_arrays
+from perplexity import score_texts
+from training.adamw import Schedule
+from training.batches import Batches
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.loss_curve import check_matplotlib, draw_curve
+from training.progress import Progress
+from training.run import Run, Workers
+from training.stories import encode_stories, read_stories
+from training.tokenizer import train_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        train(options)
+    except NpllamaError as error:
+        print(f"train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"train: interrupted; the same command goes on from the last checkpoint in "
+            f"{options.out}",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train to the last step, from the checkpoint in `options.out` where there is one."""
+    _check(options)
+    if options.plot:
+        check_matplotlib()
+    config = _config(options.config)
+    stories = read_stories(options.text)
+    valid = read_stories(options.valid)[: options.valid_stories] if options.valid else []
+    out: Path = options.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer_model = _tokenizer_model(options, config, stories)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
+    tokenizer = Tokenizer.from_bytes(tokenizer_model)
+    ops = ops_for(get_backend(options.backend))
+    parameters = random_parameters(config, ops, options.seed)
+    llama = Llama(config, parameters, ops, tokenizer=tokenizer)
+    batches = Batches(
+        encode_stories(stories, tokenizer),
+        context=config.context_length,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        packed=options.packed,
+        seed=options.seed,
+    )
+    workers = Workers(1 if ops.backend.name == "cupy" else options.threads or _free_cores())
+    schedule = Schedule(options.lr, options.warmup, options.steps, options.final_lr)
+    run = Run(
+        llama,
+        batches,
+        schedule,
+        decay=options.weight_decay,
+        largest_norm=options.clip,
+        workers=workers,
+    )
+    try:
+        _steps(run, options, _identity(options, config, tokenizer_model), valid)
+    finally:
+        workers.close()
+    _write_model(llama, tokenizer_model, out / "model")
+    if options.plot:
+        draw_curve(out / "loss.csv", out / "loss.png")
+    print(f"train: wrote {out / 'model'}", file=sys.stderr)
+
+
+def _steps(run: Run, options: argparse.Namespace, identity: dict, valid: list[str]) -> None:
+    checkpoint = options.out / "checkpoint.npz"
+    progress = Progress(run, options.out / "loss.csv", options.steps)
+    if checkpoint.exists():
+        state, facts = load_checkpoint(checkpoint)
+        _check_identity(identity, facts["identity"], checkpoint)
+        run.restore(state, facts["steps_done"])
+        progress.restore(facts["progress"])
+        print(f"train: goes on after step {run.steps_done:,}", file=sys.stderr)
+    print(
+        f"train: {run.model.config.n_parameters:,} parameters; an epoch has "
+        f"{run.batches.steps_per_epoch:,} steps of {run.batches.batch} rows; "
+        f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s",
+        file=sys.stderr,
+    )
+    with progress:
+        while run.steps_done < options.steps:
+            progress.step()
+            is_last = run.steps_done == options.steps
+
+            def is_due(every: int) -> bool:
+                return is_last or run.steps_done % every == 0  # noqa: B023
+
+            if is_due(options.valid_every):
+                score = score_texts(run.model, valid, run.workers.map) if valid else None
+                progress.report(score)
+                if options.sample is not None:
+                    progress.write(f"  {_sample(run.model, options.sample)}")
+            elif is_due(options.report_every):
+                progress.report()
+            if is_due(options.checkpoint_every):
+                facts = {
+                    "identity": identity,
+                    "steps_done": run.steps_done,
+                    "progress": progress.state(),
+                }
+                save_checkpoint(checkpoint, run.state(), facts)
+
+
+def _sample(llama: Llama, prompt: str) -> str:
+    completion = llama.generate(prompt, max_new_tokens=100, temperature=0.6, seed=0)
+    return repr(prompt + completion.text)
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("steps", "batch", "micro_batch", "valid_every", "report_every", "valid_stories"):
+        if getattr(options, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is {getattr(options, name)}: expected at least 1")
+    if options.checkpoint_every < 1:
+        raise InputError(
+            f"--checkpoint-every is {options.checkpoint_every}: expected at least 1"
+        )
+    for name in ("lr", "clip"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(options, name)}: expected a positive number")
+    for name in ("final_lr", "weight_decay"):
+        if not 0 <= getattr(options, name) <= 1:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is {getattr(options, name)}: expected 0 to 1")
+    if not 0 <= options.warmup < options.steps:
+        raise InputError(f"--warmup is {options.warmup}: expected 0 to --steps - 1")
+    if options.seed < 0:
+        raise InputError(f"--seed is {options.seed}: expected at least 0")
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads is {options.threads}: expected at least 1")
+
+
+def _config(path: Path) -> LlamaConfig:
+    try:
+        return LlamaConfig.from_hf(read_json(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: list[str]) -> bytes:
+    """The tokenizer that is given, or that of the run, trained where it has none yet."""
+    path: Path = options.out / "tokenizer.model"
+    if options.tokenizer is not None:
+        model = read_tokenizer(options.tokenizer, config.vocab_size)
+    elif path.exists():
+        return read_tokenizer(path, config.vocab_size)
+    else:
+        model = train_tokenizer(stories, config.vocab_size)
+    partial = path.with_name("tokenizer.model.partial")
+    partial.write_bytes(model)
+    os.replace(partial, path)
+    return model
+
+
+def _identity(options: argparse.Namespace, config: LlamaConfig, tokenizer: bytes) -> dict:
+    """What a run's numbers follow from; a checkpoint goes on only where all of it is the same."""
+    names = ("steps", "batch", "micro_batch", "packed", "lr", "warmup", "final_lr")
+    names += ("weight_decay", "clip", "seed")
+    return {
+        "config": config.to_hf(),
+        "text": hashlib.sha256(options.text.read_bytes()).hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        **{name: getattr(options, name) for name in names},
+    }
+
+
+def _check_identity(ours: dict, theirs: dict, checkpoint: Path) -> None:
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            what = "" if isinstance(value, dict | str) else f" ({theirs.get(name)}, now {value})"
+            raise InputError(
+                f"{checkpoint} is of a run with another {name}{what}: "
+                "give what it was begun with, or choose another --out"
+            )
+
+
+def _write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
+    """The trained model as a Hugging Face directory, float32."""
+    arrays = named_arrays(llama.parameters, llama.config)
+    entries = [Entry(name, np.dtype("float32"), array.shape) for name, array in arrays.items()]
+    shards = plan(entries, max_shard_size=4 * 10**9)
+    to_host = llama.backend.to_host
+    with new_directory(dest, sum(shard.nbytes for shard in shards), overwrite=True) as partial:
+        tensors = ((name, to_host(array)) for name, array in arrays.items())
+        write_shards(partial, shards, tensors, written=lambda n: None)
+        (partial / "tokenizer.model").write_bytes(tokenizer)
+        write_json(partial / "tokenizer_config.json", TOKENIZER_CONFIG)
+        write_json(partial / "config.json", llama.config.to_hf())
+
+
+def _free_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"train: error: {message} (--help lists all options)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = _Parser(
+        prog="python tools/train.py",
+        description="Train a LLaMA-2 from random weights on a text file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    files = p.add_argument_group("files")
+    files.add_argument(
+        "--text", type=Path, required=True, metavar="FILE",
+        help="UTF-8; stories parted by lines of <|endoftext|>",
+    )  # fmt: skip
+    files.add_argument("--valid", type=Path, metavar="FILE", help="stories to validate on")
+    files.add_argument(
+        "--config", type=Path, required=True, metavar="FILE",
+        help="the model's shape, as a Hugging Face config.json",
+    )  # fmt: skip
+    files.add_argument(
+        "--out", type=Path, required=True, metavar="RUN",
+        help="directory of the run; where it holds a checkpoint, training goes on from there",
+    )  # fmt: skip
+    files.add_argument(
+        "--tokenizer", type=Path, metavar="FILE",
+        help="a tokenizer.model to use instead of training one of the config's vocab_size",
+    )  # fmt: skip
+    add = p.add_argument_group("what is learnt").add_argument
+    add("--steps", type=int, default=5000, metavar="N", help="steps of the optimizer in all")
+    add("--batch", type=int, default=32, metavar="N", help="rows a step")
+    add(
+        "--micro-batch", type=int, default=4, metavar="N",
+        help="rows that go through the model together; gradients add up over a step",
+    )  # fmt: skip
+    add("--packed", action="store_true", help="rows that fill the context, not a story each")
+    add("--lr", type=float, default=3e-3, metavar="X", help="highest learning rate")
+    add("--warmup", type=int, default=100, metavar="N", help="steps to reach it")
+    add("--final-lr", type=float, default=0.0, metavar="X", help="last rate as a part of --lr")
+    add("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices, not of norms")
+    add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient")
+    add("--seed", type=int, default=0, metavar="S", help="of the first weights and the order")
+    add = p.add_argument_group("how it is computed").add_argument
+    add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
+    add("--threads", type=int, metavar="N", help="micro-batches at once on the CPU: its cores")
+    add = p.add_argument_group("what is shown").add_argument
+    add("--report-every", type=int, default=50, metavar="N", help="steps between lines")
+    add("--valid-every", type=int, default=250, metavar="N", help="steps between validations")
+    add("--valid-stories", type=int, default=100, metavar="N", help="stories of --valid to use")
+    add("--checkpoint-every", type=int, default=250, metavar="N", help="steps between checkpoints")
+    add("--sample", metavar="PROMPT", help="continue this at each validation")
+    add("--plot", action="store_true", help="draw RUN/loss.png at the end (extra [plot])")
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The rooms of tools/train.py: text, tokenizer, batches, optimizer, checkpoints, loss curve."""

@@ -1,0 +1,45 @@
+"""Where a run stands: weights, optimizer state and position, whole or not at all."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npllama.errors import InputError
+
+
+def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Write beside `path` and rename: a kill at any moment leaves the old file or the new one.
+
+    Args:
+        arrays: by name, float32.
+        facts: what JSON can hold, such as the step.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **{"facts": np.array(json.dumps(facts))}, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What save_checkpoint wrote.
+
+    Raises:
+        InputError: the file is damaged or of another kind.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            facts = json.loads(str(file["facts"]))
+            return {name: file[name] for name in file.files if name != "facts"}, facts
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is no checkpoint of a training run ({error}): remove it to begin anew"
+        ) from None

@@ -1,0 +1,121 @@
+"""What a run shows as it goes: a bar, a line now and then, the loss curve, and its speed."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from perplexity import Score
+from training.loss_curve import Point, add_point, begin_curve
+from training.run import Run, StepResult
+
+
+class Progress:
+    """Takes the steps of a run and tells of them.
+
+    Speed is that of the steps alone, in useful FLOPs: 6 a parameter and token (2 forward, 4
+    backward), whatever else is computed, as a part of the machine's rate of plain sgemm.
+    """
+
+    def __init__(self, run: Run, curve: Path, steps: int) -> None:
+        self.run = run
+        self.curve = curve
+        self.steps = steps
+        self.sgemm = sgemm_rate(run)
+        self.tokens = 0
+        self.seconds_before = 0.0
+        self._began = time.perf_counter()
+        self._clear()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.tokens, self.seconds_before = state["tokens"], state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, all its tries together."""
+        return self.seconds_before + time.perf_counter() - self._began
+
+    def __enter__(self) -> "Progress":
+        begin_curve(self.curve, self.run.steps_done)
+        self._began = time.perf_counter()
+        # None: a bar on a terminal, lines alone elsewhere
+        self.bar = tqdm(
+            total=self.steps, initial=self.run.steps_done, unit="step", disable=None
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        """Take one step of the run."""
+        began = time.perf_counter()
+        self._last = self.run.step()
+        self._busy += time.perf_counter() - began
+        self._losses.append(self._last.loss)
+        self._targets += self._last.n_targets
+        self.tokens += self._last.n_targets
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {self._last.loss:.3f}, {self._speed()}")
+
+    def report(self, score: Score | None = None) -> None:
+        """A line, and a point of the curve, of the steps since the last one."""
+        assert self._last is not None
+        point = Point(
+            step=self.run.steps_done,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            learning_rate=self._last.learning_rate,
+            gradient_norm=self._last.gradient_norm,
+            train_loss=float(np.mean(self._losses)),
+            valid_loss=None if score is None else score.nats_per_token,
+            valid_bits_per_byte=None if score is None else score.bits_per_byte,
+        )
+        add_point(self.curve, point)
+        line = f"step {point.step:,}/{self.steps:,}, loss {point.train_loss:.4f}"
+        if score is not None:
+            line += f", validation {point.valid_loss:.4f} nats a token"
+            line += f" = {point.valid_bits_per_byte:.4f} bits per byte"
+        left = (self.steps - point.step) * self._busy / len(self._losses)
+        self.write(f"{line}, {self._speed()}, {tqdm.format_interval(left)} left")
+        self._clear()
+
+    def write(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line, file=sys.stderr)
+
+    def _speed(self) -> str:
+        flops = 6 * self.run.model.config.n_parameters * self._targets / self._busy
+        return (
+            f"{self._targets / self._busy:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s"
+            f" = {flops / self.sgemm:.0%} of sgemm"
+        )
+
+    def _clear(self) -> None:
+        self._last: StepResult | None = None
+        self._losses: list[float] = []
+        self._targets, self._busy = 0, 0.0
+
+
+def sgemm_rate(run: Run) -> float:
+    """FLOP/s of plain float32 products on all that the run's workers use; the best of three."""
+    xp, to_host, n = run.xp, run.model.backend.to_host, 2048
+    a = xp.ones((n, n), dtype="float32")
+
+    def product(_: int) -> float:
+        return float(to_host((a @ a)[0, 0]))  # reading one number waits for all
+
+    def rate() -> float:
+        began = time.perf_counter()
+        list(run.workers.map(product, range(run.workers.n)))
+        return run.workers.n * 2 * n**3 / (time.perf_counter() - began)
+
+    return max(rate() for _ in range(3))

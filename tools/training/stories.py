@@ -1,0 +1,50 @@
+"""A text file as stories, and stories as sequences of token ids."""
+
+from pathlib import Path
+
+import numpy as np
+
+from npllama.errors import InputError
+from npllama.tokenizer import Tokenizer
+
+SEPARATOR = "<|endoftext|>"
+_SENTENCE_ENDS = (".", "!", "?")
+_CLOSING = "\"'\u201d\u2019)"
+
+
+def read_stories(path: Path) -> list[str]:
+    """The stories of a UTF-8 text file, parted by lines of SEPARATOR; a file without one is a
+    single story. Line ends around a story are not part of it.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8, or holds no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 at byte {error.start}: save the text as UTF-8"
+        ) from None
+    parts = f"\n{text}\n".split(f"\n{SEPARATOR}\n")
+    stories = [story for story in (part.strip("\n") for part in parts) if story]
+    if not stories:
+        raise InputError(f"{path} holds no text: expected stories parted by lines of {SEPARATOR}")
+    return stories
+
+
+def is_complete(story: str) -> bool:
+    """Whether a story ends as a sentence does; one that was cut off has no end to learn."""
+    return story.rstrip().rstrip(_CLOSING).endswith(_SENTENCE_ENDS)
+
+
+def encode_stories(stories: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """BOS, the story's ids, and EOS where the story is complete; int32 each."""
+    sequences = []
+    for story in stories:
+        ids = tokenizer.encode(story)
+        if is_complete(story):
+            ids.append(tokenizer.eos_id)
+        sequences.append(np.array(ids, dtype="int32"))
+    return sequences

@@ -1,0 +1,42 @@
+"""A tokenizer of Llama's kind, trained by sentencepiece."""
+
+import io
+from collections.abc import Iterable
+
+import sentencepiece
+
+from npllama.errors import InputError
+
+
+def train_tokenizer(stories: Iterable[str], vocab_size: int) -> bytes:
+    """A sentencepiece model with the settings of Llama 2's: BPE, byte fallback, digits apart,
+    no normalization, all white space kept; ids 0 unknown, 1 BOS, 2 EOS, 3 .. 258 the bytes.
+
+    Raises:
+        InputError: the text has too few different pieces for `vocab_size`, or the size has no
+            room for the bytes.
+    """
+    model = io.BytesIO()
+    lines = (line for story in stories for line in story.split("\n") if line)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.99995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(
+            f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}): "
+            "choose another vocab_size"
+        ) from None
+    return model.getvalue()
