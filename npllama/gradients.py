@@ -56,9 +56,7 @@ def loss_and_gradients(
     dlogits = ops.cross_entropy_backward(weights, logits, targets)
     dx, dhead = ops.head_backward(dlogits, x, parameters.head)
     dlayers = []
-    for layer, (before, between) in zip(
-        reversed(parameters.layers), reversed(inputs), strict=True
-    ):
+    for layer, (before, between) in zip(reversed(parameters.layers), reversed(inputs), strict=True):
         dx, feed_forward = ops.feed_forward_backward(dx, between, layer)
         dx, attention = ops.attention_block_backward(dx, before, layer, positions)
         dlayers.append(_like(layer, attention | feed_forward))

@@ -211,7 +211,42 @@ def test_softmax_is_safe_and_sums_to_one(ops, to_device, to_host):
     assert_close(to_host(ops.softmax(to_device(x))), truth)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+def test_log_softmax_is_the_log_of_the_probabilities(ops, to_device, to_host, rng, shape):
+    x = rng.standard_normal(shape) * 3
+    truth = np.log(np.exp(x) / np.exp(x).sum(-1, keepdims=True))
+    assert_close(to_host(ops.log_softmax(to_device(x))), truth)
+
+
+def test_log_softmax_survives_large_and_excluded_logits(ops, to_device, to_host):
+    x = np.array([[1000.0, 999.0, -1000.0, -math.inf]])
+    log_z = math.log1p(math.exp(-1))
+    y = to_host(ops.log_softmax(to_device(x)))
+    assert np.allclose(y[0, :3], [-log_z, -1 - log_z, -2000 - log_z])
+    assert y[0, 3] == -math.inf
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), GROUPS)
+def test_weighted_values_mix_those_of_a_heads_group(
+    ops, to_device, to_host, rng, n_heads, n_kv_heads
+):
+    p, v = rng.random((n_heads, 2, 5)), rng.standard_normal((n_kv_heads, 5, 4))
+    groups = n_heads // n_kv_heads
+    truth = np.stack([p[h] @ v[h // groups] for h in range(n_heads)])
+    assert_close(to_host(ops.weighted_values(to_device(p), to_device(v))), truth)
+
+
 # -- feed-forward
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sigmoid_is_between_0_and_1_and_never_overflows(ops, to_device, to_host, dtype):
+    x = np.array([-1000.0, -20.0, -1.0, 0.0, 0.5, 3.0, 1000.0])
+    truth = np.array([1 / (1 + math.exp(-v)) if v > -700 else 0.0 for v in x])
+    y = to_host(ops.sigmoid(to_device(x.astype(dtype))))
+    assert y.dtype == dtype
+    assert_close(y, truth, EXACT if dtype == "float64" else 1e-7)
 
 
 @pytest.mark.filterwarnings("error")
@@ -228,6 +263,23 @@ def test_swiglu_gates_with_its_first_argument(ops, to_device, to_host, rng):
     assert_close(to_host(ops.swiglu(to_device(gate), to_device(up))), truth)
 
 
+# -- loss
+
+
+def test_cross_entropy_is_the_surprise_at_the_target(ops, to_device, to_host, rng):
+    logits, targets = rng.standard_normal((2, 3, 5)) * 3, rng.integers(0, 5, (2, 3))
+    loss = to_host(ops.cross_entropy(to_device(logits), to_device(targets)))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert_close(
+        loss, np.array([[-np.log(p[b, t, targets[b, t]]) for t in range(3)] for b in (0, 1)])
+    )
+
+
+def test_cross_entropy_of_even_odds_is_the_log_of_their_number(ops, to_device, to_host):
+    loss = ops.cross_entropy(to_device(np.zeros((1, 7))), to_device(np.array([4])))
+    assert_close(to_host(loss), np.array([math.log(7)]))
+
+
 # -- dtypes
 
 
@@ -242,6 +294,10 @@ def test_every_equation_stays_in_float32(ops, to_device, to_host, matrix, rng):
         ops.linear(x, w),
         ops.rope(x, cos[None], sin[None]),
         ops.softmax(x),
+        ops.log_softmax(x),
+        ops.sigmoid(x),
+        ops.weighted_values(ops.attention_weights(q, q), q),
+        ops.cross_entropy(x, to_device(np.zeros((1, 3, 6), dtype="int32"))),
         ops.attention_weights(q, q),
         ops.attention(q, q, q),
         ops.silu(x),

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 EQUATIONS, BLOCKS = "ops/equations.py", "ops/blocks.py"
+DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
 NUMPY, SAMPLING, CACHE = "ops/numpy_ops.py", "ops/sampling.py", "kv_cache.py"
 
 # what is wrong: (file, the right line's part, the mistake)
@@ -60,8 +61,8 @@ MISTAKES = {
     "gate and up swapped": (EQUATIONS, "self.silu(gate) * up", "self.silu(up) * gate"),
     "sigmoid for SiLU": (
         EQUATIONS,
-        "return x * xp.where(x >= 0, 1.0, e)",
-        "return xp.where(x >= 0, 1.0, e)",
+        "return x * self.sigmoid(x)",
+        "return self.sigmoid(x)",
     ),
     "norm after instead of before attention": (
         BLOCKS,
@@ -71,15 +72,20 @@ MISTAKES = {
     ),
     "no norm before attention": (
         BLOCKS,
-        "h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)",
-        "h = x",
+        "h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)\n"
+        "        q, k, v = self.queries_keys_values(h, layer, positions)\n        cache",
+        "q, k, v = self.queries_keys_values(x, layer, positions)\n        cache",
     ),
     "norm after instead of before the feed-forward": (
         BLOCKS,
         "h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)\n        y",
         "h = x\n        y",
     ),
-    "no final norm": (BLOCKS, "h = self.rms_norm(x, head.norm, head.norm_eps)", "h = x"),
+    "no final norm": (
+        BLOCKS,
+        "h = self.rms_norm(x, head.norm, head.norm_eps)\n        return",
+        "h = x\n        return",
+    ),
     "no residual around attention": (
         BLOCKS,
         "return x + self.all_reduce(self.linear(o",
@@ -113,8 +119,59 @@ MISTAKES = {
         "start = max(start - 1, 0)\n            new = slice(start, start + positions.n_new)",
     ),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
-    "NumPy override: mask off by one": (NUMPY, "k=1) if n_new > 1", "k=0) if n_new > 1"),
+    "NumPy override: mask off by one": (NUMPY, "k=1)", "k=0)"),
     "NumPy override: no 1/sqrt(C)": (NUMPY, "np.float32(1 / math.sqrt(head_dim))", "np.float32(1)"),
+    "NumPy override: sigmoid without its 1": (NUMPY, "        s += 1\n", ""),
+    "NumPy override: a token's last place alone": (
+        NUMPY,
+        "np.add.reduceat(rows, begins, axis=0)",
+        "rows[begins]",
+    ),
+    "log p of the next token instead of minus it": (EQUATIONS, "return -chosen", "return chosen"),
+    "gradient turned forward instead of back": (
+        DERIVATIVES,
+        "self.rope(dy, cos, -sin)",
+        "self.rope(dy, cos, sin)",
+    ),
+    "the norm's own derivative forgotten": (
+        DERIVATIVES,
+        "(dn - n * (dn * n).mean(axis=-1, keepdims=True)) / r",
+        "dn / r",
+    ),
+    "softmax's own derivative forgotten": (
+        DERIVATIVES,
+        "p * (dp - (dp * p).sum(axis=-1, keepdims=True))",
+        "p * dp",
+    ),
+    "gradient without 1/sqrt(C)": (DERIVATIVES, " / math.sqrt(head_dim)", ""),
+    "gradients of gate and up swapped": (
+        DERIVATIVES,
+        "return self.silu_backward(dy * up, gate), dy * self.silu(gate)",
+        "return dy * self.silu(gate), self.silu_backward(dy * up, gate)",
+    ),
+    "target not taken from the softmax": (
+        DERIVATIVES,
+        "self.softmax(logits) - is_target",
+        "self.softmax(logits)",
+    ),
+    "gradient stops at attention": (BLOCKS, 'return dy + dx, {"att', 'return dx, {"att'),
+    "gradient stops at the feed-forward": (BLOCKS, 'return dy + dx, {"ffn', 'return dx, {"ffn'),
+    "values turned back like keys": (
+        BLOCKS,
+        "dq, dk, dv = (a.reshape(",
+        "dv = self.rope_backward(dv, positions.cos, positions.sin)\n"
+        "        dq, dk, dv = (a.reshape(",
+    ),
+    "a tied head's gradient forgotten": (
+        GRADIENTS,
+        'dembedding + dhead["lm_head"]',
+        "dembedding",
+    ),
+    "layers' gradients in the wrong order": (
+        GRADIENTS,
+        "layers=tuple(reversed(dlayers))",
+        "layers=tuple(dlayers)",
+    ),
     "NumPy override: scale forgotten": (NUMPY, "y *= w.scale", "pass"),
     "top-p drops the token that crosses p": (
         SAMPLING,
@@ -142,7 +199,9 @@ MISTAKES = {
 # the tests of the mathematics, those that fail first in front
 SUITES = {
     EQUATIONS: ("equations", "blocks"),
-    BLOCKS: ("blocks", "equations", "model"),
+    BLOCKS: ("blocks", "derivatives", "equations", "model"),
+    DERIVATIVES: ("derivatives",),
+    GRADIENTS: ("gradients",),
     CACHE: ("kv_cache", "model", "blocks"),
     NUMPY: ("blocks", "overrides"),
     SAMPLING: ("sampling",),

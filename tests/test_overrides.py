@@ -75,7 +75,59 @@ def attention_grid():
         yield "float32", f"T{t}-S{s}-G{g}-{room}", call
 
 
-GRIDS = {"linear": linear_grid, "attention": attention_grid}
+def attention_weights_grid():
+    for t, s, g in itertools.product(T, S, G):
+        rng = np.random.default_rng(0)
+        q = rng.standard_normal((3 * g, t, 6), dtype="float32")
+        k = rng.standard_normal((3, s + t, 6), dtype="float32")
+
+        def call(ops, wide, move, q=q, k=k):
+            return ops.attention_weights(move(wide(q)), move(wide(k)))
+
+        yield "float32", f"T{t}-S{s}-G{g}", call
+
+
+def elementwise_grid(name, n_inputs):
+    """`name` of `n_inputs` arrays (B, T, F), some numbers far out; several outputs are stacked."""
+
+    def grid():
+        for b, t in itertools.product(B, T):
+            rng = np.random.default_rng(0)
+            inputs = rng.standard_normal((n_inputs, b, t, 7), dtype="float32") * 3
+            inputs[..., 0] *= 30
+
+            def call(ops, wide, move, inputs=inputs):
+                y = getattr(ops, name)(*(move(wide(x)) for x in inputs))
+                return ops.xp.stack(y) if isinstance(y, tuple) else y
+
+            yield "float32", f"B{b}-T{t}", call
+
+    return grid
+
+
+def embedding_backward_grid():
+    """Few tokens for many places, many tokens for few."""
+    for b, t, n_vocab in itertools.product(B, T, (2, 5, 300)):
+        rng = np.random.default_rng(0)
+        dx = rng.standard_normal((b, t, 6), dtype="float32")
+        tokens = rng.integers(0, n_vocab, (b, t))
+        w = np.zeros((n_vocab, 6), dtype="float32")
+
+        def call(ops, wide, move, dx=dx, tokens=tokens, w=w):
+            return ops.embedding_backward(move(wide(dx)), move(tokens), Matrix(move(wide(w))))
+
+        yield "float32", f"B{b}-T{t}-V{n_vocab}", call
+
+
+GRIDS = {
+    "linear": linear_grid,
+    "attention": attention_grid,
+    "attention_weights": attention_weights_grid,
+    "sigmoid": elementwise_grid("sigmoid", 1),
+    "embedding_backward": embedding_backward_grid,
+    "softmax_backward": elementwise_grid("softmax_backward", 2),
+    "swiglu_backward": elementwise_grid("swiglu_backward", 3),
+}
 
 # Hooks that describe memory rather than compute; each has its own test where named.
 NOT_MATHEMATICS = {

@@ -112,20 +112,6 @@ def test_repetition_penalty_moves_seen_tokens_alone(ops, to_device, to_host, rng
     assert np.array_equal(y[~seen], x[~seen])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_log_softmax_is_the_log_of_the_probabilities(ops, to_device, to_host, rng, shape):
-    x = rng.standard_normal(shape) * 3
-    assert np.allclose(to_host(ops.log_softmax(to_device(x))), np.log(rows(softmax, x)), atol=1e-12)
-
-
-def test_log_softmax_survives_large_and_excluded_logits(ops, to_device, to_host):
-    x = np.array([[1000.0, 999.0, -1000.0, -math.inf]])
-    log_z = math.log1p(math.exp(-1))
-    y = to_host(ops.log_softmax(to_device(x)))
-    assert np.allclose(y[0, :3], [-log_z, -1 - log_z, -2000 - log_z])
-    assert y[0, 3] == -math.inf
-
-
 def test_the_token_that_crosses_p_is_kept(ops, to_device, to_host):
     x = np.log([[0.5, 0.3, 0.15, 0.05]])
     for p, n_kept in [(0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4)]:

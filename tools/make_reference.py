@@ -3,6 +3,7 @@
     pip install -e '.[reference]'
     python tools/make_reference.py hf
     python tools/make_reference.py torch --meta-converter convert_llama_weights_to_hf.py
+    python tools/make_reference.py gradients
     python tools/make_reference.py check
 
 fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
@@ -11,6 +12,9 @@ state, and the greedy continuation. fixtures/torch has what torch.save writes: M
 1, 2 and 8 shards, an older (legacy) file, pytorch_model.bin, llama2.c's training checkpoint.
 Their expected.safetensors also has every tensor as transformers' own script converts it; that
 script came with transformers up to 4.46 (models/llama/convert_llama_weights_to_hf.py).
+fixtures/gradients has float64 weights, a loss and its gradients by PyTorch's autograd, through a
+forward written in torch for the purpose, since transformers' own is float32 in part; its loss
+is held to transformers'.
 The tests need the files alone, not torch. `check` converts every fixture with tools/convert.py
 and opens the result in transformers.
 """
@@ -280,6 +284,92 @@ def make_torch(script: ModuleType) -> None:
     save_expected(directory, model, 20)
 
 
+# -- gradients
+
+# name -> config; B, T of the batch are those of make_gradients
+GRADIENT_CASES = {
+    "gqa": {"num_hidden_layers": 2, "num_key_value_heads": 3},
+    "tied-mqa": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+GRADIENT_BASE = {
+    "hidden_size": 24,
+    "num_attention_heads": 6,
+    "intermediate_size": 20,
+    "vocab_size": 32,
+    "num_hidden_layers": 1,
+}
+
+
+def make_gradients() -> None:
+    """fixtures/gradients: weights ("w/..."), gradients ("g/..."), and what they are of."""
+    dest = FIXTURES / "gradients"
+    shutil.rmtree(dest, ignore_errors=True)
+    for seed, (name, changes) in enumerate(GRADIENT_CASES.items()):
+        model = make_model(seed, GRADIENT_BASE | changes, torch.float64, 1.0)
+        config = model.config
+        generator = torch.Generator().manual_seed(seed)
+        tokens, targets = torch.randint(0, config.vocab_size, (2, 2, 7), generator=generator)
+        weights = torch.rand((2, 7), generator=generator, dtype=torch.float64)
+        weights[1, 4:] = 0  # a row that ends early
+        state = dict(model.named_parameters())  # a tied head is not among them
+        w = {key: tensor.detach().clone().requires_grad_() for key, tensor in state.items()}
+        logits = torch_llama(w, tokens, config)
+        surprise = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, config.vocab_size), targets.reshape(-1), reduction="none"
+        )
+        loss = (surprise.reshape(2, 7) * weights).sum()
+        loss.backward()
+        with torch.no_grad():
+            difference = (model(tokens).logits - logits).abs().max() / logits.abs().max()
+        assert difference < 1e-5, (name, float(difference))
+        case = {f"w/{key}": tensor.detach().numpy() for key, tensor in w.items()}
+        case |= {f"g/{key}": tensor.grad.numpy() for key, tensor in w.items()}
+        case |= {"tokens": tokens.numpy(), "targets": targets.numpy(), "weights": weights.numpy()}
+        case["loss"] = np.array(loss.item())
+        dest.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(case, dest / f"{name}.safetensors")
+        fields = GRADIENT_BASE | {"rms_norm_eps": 1e-5, "rope_theta": 10000.0} | changes
+        (dest / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def torch_llama(w: dict, tokens: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+    """LLaMA-2 in float64 throughout, for autograd: tokens (B, T) -> logits (B, T, V)."""
+    n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    n_batch, n_new = tokens.shape
+    head_dim = config.hidden_size // n_heads
+    pair = torch.arange(head_dim // 2, dtype=torch.float64)
+    angle = torch.arange(n_new, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / head_dim)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (T, 1, C/2) complex
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], w[name], config.rms_norm_eps)
+
+    def heads(x: torch.Tensor, name: str, n: int) -> torch.Tensor:
+        return (x @ w[name].T).reshape(n_batch, n_new, n, head_dim)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        x = torch.complex(*x.chunk(2, dim=-1)) * turn
+        return torch.cat((x.real, x.imag), dim=-1)
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}."
+        h = norm(x, at + "input_layernorm.weight")
+        q = rotated(heads(h, at + "self_attn.q_proj.weight", n_heads))
+        k = rotated(heads(h, at + "self_attn.k_proj.weight", n_kv_heads))
+        v = heads(h, at + "self_attn.v_proj.weight", n_kv_heads)
+        o = torch.nn.functional.scaled_dot_product_attention(
+            *(a.transpose(1, 2) for a in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        o = o.transpose(1, 2).reshape(x.shape)
+        x = x + o @ w[at + "self_attn.o_proj.weight"].T
+        h = norm(x, at + "post_attention_layernorm.weight")
+        gate, up = (h @ w[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ w[at + "mlp.down_proj.weight"].T
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return norm(x, "model.norm.weight") @ head.T
+
+
 def check() -> None:
     """What convert.py writes opens in transformers, and computes what was expected.
 
@@ -303,7 +393,7 @@ def check() -> None:
 def main() -> None:
     """Write what the command line names."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("hf", "torch", "check"))
+    p.add_argument("what", choices=("hf", "torch", "gradients", "check"))
     p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
     args = p.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", file=sys.stderr)
@@ -311,6 +401,8 @@ def main() -> None:
         check()
     elif args.what == "hf":
         make_hf()
+    elif args.what == "gradients":
+        make_gradients()
     else:
         if args.meta_converter is None:
             p.error("torch needs --meta-converter convert_llama_weights_to_hf.py")

@@ -64,12 +64,7 @@ def train(options: argparse.Namespace) -> None:
     config = _config(options.config)
     stories = read_stories(options.text)
     valid = read_stories(options.valid)[: options.valid_stories] if options.valid else []
-    out: Path = options.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tokenizer_model = _tokenizer_model(options, config, stories)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
+    tokenizer_model = _tokenizer_model(options, config, stories)
     tokenizer = Tokenizer.from_bytes(tokenizer_model)
     ops = ops_for(get_backend(options.backend))
     parameters = random_parameters(config, ops, options.seed)
@@ -82,6 +77,14 @@ def train(options: argparse.Namespace) -> None:
         packed=options.packed,
         seed=options.seed,
     )
+    out: Path = options.out
+    try:  # nothing is written before all that is given has been looked at
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / "tokenizer.model.partial"
+        partial.write_bytes(tokenizer_model)
+        os.replace(partial, out / "tokenizer.model")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
     workers = Workers(1 if ops.backend.name == "cupy" else options.threads or _free_cores())
     schedule = Schedule(options.lr, options.warmup, options.steps, options.final_lr)
     run = Run(
@@ -152,9 +155,7 @@ def _check(options: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {getattr(options, name)}: expected at least 1")
     if options.checkpoint_every < 1:
-        raise InputError(
-            f"--checkpoint-every is {options.checkpoint_every}: expected at least 1"
-        )
+        raise InputError(f"--checkpoint-every is {options.checkpoint_every}: expected at least 1")
     for name in ("lr", "clip"):
         if not 0 < getattr(options, name) < math.inf:
             raise InputError(f"--{name} is {getattr(options, name)}: expected a positive number")
@@ -179,17 +180,11 @@ def _config(path: Path) -> LlamaConfig:
 
 def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: list[str]) -> bytes:
     """The tokenizer that is given, or that of the run, trained where it has none yet."""
-    path: Path = options.out / "tokenizer.model"
-    if options.tokenizer is not None:
-        model = read_tokenizer(options.tokenizer, config.vocab_size)
-    elif path.exists():
+    of_run: Path = options.out / "tokenizer.model"
+    path = options.tokenizer or (of_run if of_run.exists() else None)
+    if path is not None:
         return read_tokenizer(path, config.vocab_size)
-    else:
-        model = train_tokenizer(stories, config.vocab_size)
-    partial = path.with_name("tokenizer.model.partial")
-    partial.write_bytes(model)
-    os.replace(partial, path)
-    return model
+    return train_tokenizer(stories, config.vocab_size)
 
 
 def _identity(options: argparse.Namespace, config: LlamaConfig, tokenizer: bytes) -> dict:

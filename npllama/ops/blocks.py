@@ -160,9 +160,7 @@ class Ops(SamplingEquations, Derivatives):
         dx, dnorm = self.rms_norm_backward(dh_gate + dh_up, x, layer.ffn_norm, layer.norm_eps)
         return dy + dx, {"ffn_norm": dnorm, "w_gate": dw_gate, "w_up": dw_up, "w_down": dw_down}
 
-    def head_backward(
-        self, dlogits: Array, x: Array, head: Head
-    ) -> tuple[Array, dict[str, Array]]:
+    def head_backward(self, dlogits: Array, x: Array, head: Head) -> tuple[Array, dict[str, Array]]:
         """Backwards through logits = h W_head^T, h = RMSNorm(x); dlogits (B, T, V)."""
         h = self.rms_norm(x, head.norm, head.norm_eps)
         dh, dlm_head = self.linear_backward(dlogits, h, head.lm_head)

@@ -21,7 +21,7 @@ def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, 
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            np.savez(file, **{"facts": np.array(json.dumps(facts))}, **arrays)
+            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -36,7 +36,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         InputError: the file is damaged or of another kind.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
             return {name: file[name] for name in file.files if name != "facts"}, facts
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -47,9 +47,7 @@ class Progress:
         begin_curve(self.curve, self.run.steps_done)
         self._began = time.perf_counter()
         # None: a bar on a terminal, lines alone elsewhere
-        self.bar = tqdm(
-            total=self.steps, initial=self.run.steps_done, unit="step", disable=None
-        )
+        self.bar = tqdm(total=self.steps, initial=self.run.steps_done, unit="step", disable=None)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,24 +29,24 @@ class StepResult:
 class Workers:
     """Threads that each compute a micro-batch's gradient, with one BLAS thread each.
 
-    Half of a small model's step is elementwise, which NumPy computes on one core; so a core a
-    micro-batch is faster than all cores for one (measured for the shipped model's shape on two
-    cores: 1.9 times one thread's rate, against 1.3). A device has its own parallelism: one worker.
+    Half of a small model's step is elementwise, which NumPy computes on one core, so a core a
+    micro-batch is faster than all cores for one. The number of threads changes no result: each
+    product is computed by one. A device has its own parallelism and takes one worker.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
         self._pool = ThreadPoolExecutor(n)
-        self._limits = threadpool_limits(1, user_api="blas") if n > 1 else None
+        self._limits = threadpool_limits(1, user_api="blas")
 
     def map(self, function: Any, items: Iterable[Any]) -> Iterable[Any]:
         """function(item) for each, in order."""
         return map(function, items) if self.n == 1 else self._pool.map(function, items)
 
     def close(self) -> None:
+        """End the threads, and give BLAS its own back."""
         self._pool.shutdown(cancel_futures=True)
-        if self._limits is not None:
-            self._limits.restore_original_limits()
+        self._limits.restore_original_limits()
 
 
 class Run:
@@ -84,7 +84,7 @@ class Run:
         rate = self.schedule.rate(self.steps_done)
         self.steps_done += 1
         self.optimizer.update(gradients, rate, self.steps_done, self.workers.map)
-        n_targets = sum(np.count_nonzero(part.weights) for part in micro_batches)
+        n_targets = sum(int(np.count_nonzero(part.weights)) for part in micro_batches)
         to_host = self.model.backend.to_host
         return StepResult(float(to_host(loss)), float(to_host(norm)), n_targets, rate)
 

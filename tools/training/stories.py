@@ -40,7 +40,13 @@ def is_complete(story: str) -> bool:
 
 
 def encode_stories(stories: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """BOS, the story's ids, and EOS where the story is complete; int32 each."""
+    """BOS, the story's ids, and EOS where the story is complete; int32 each.
+
+    Raises:
+        InputError: the tokenizer has no EOS.
+    """
+    if tokenizer.eos_id < 0:
+        raise InputError("the tokenizer has no EOS id: expected one of Llama's kind")
     sequences = []
     for story in stories:
         ids = tokenizer.encode(story)

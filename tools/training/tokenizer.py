@@ -34,7 +34,7 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].strip(" .")
         raise InputError(
             f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}): "
             "choose another vocab_size"

@@ -1,0 +1,259 @@
+"""tools/train.py as a program: it learns, resumes to the bit, and refuses what is wrong."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import npllama
+import train
+from conftest import ROOT, TINY, make_ops
+from npllama.llama import Llama
+from npllama.untrained import random_parameters
+from training.adamw import Schedule
+from training.batches import Batches
+from training.checkpoint import load_checkpoint
+from training.run import Run, Workers
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a config and a text; the arguments that every run of it has."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "text.txt").write_text(f"{SENTENCE}\n<|endoftext|>\n" * 8)
+    return tmp_path
+
+
+def arguments(place, *more, steps=12):
+    given = ["--text", place / "text.txt", "--config", place / "config.json"]
+    given += ["--out", place / "run", "--steps", steps, "--batch", 4, "--micro-batch", 2]
+    given += ["--warmup", 2, *more]
+    return [str(argument) for argument in given]
+
+
+def weights_of(place):
+    return (place / "run" / "model" / "model.safetensors").read_bytes()
+
+
+def curve_of(place):
+    with open(place / "run" / "loss.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_memorizes_a_sentence(place, capsys):
+    """From random weights to the text's own words, end included, in some seconds."""
+    assert (
+        train.main(arguments(place, "--lr", "0.02", "--valid", str(place / "text.txt"), steps=80))
+        == 0
+    )
+    llama = npllama.load(place / "run" / "model", backend="numpy")
+    completion = llama.generate("The quick", temperature=0, max_new_tokens=60)
+    assert "The quick" + completion.text == SENTENCE
+    assert completion.finish_reason == "eos"
+    rows = curve_of(place)
+    assert float(rows[-1]["train_loss"]) < 0.2 < 1 < float(rows[0]["train_loss"])
+    assert float(rows[-1]["valid_loss"]) < 0.2
+    assert "of sgemm" in capsys.readouterr().err
+
+
+def test_the_loss_curve_has_a_line_a_report(place):
+    args = arguments(
+        place, "--report-every", "3", "--valid-every", "6", "--valid", place / "text.txt"
+    )
+    assert train.main(args) == 0
+    rows = curve_of(place)
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
+    assert [bool(row["valid_bits_per_byte"]) for row in rows] == [False, True, False, True]
+    losses = [float(row["train_loss"]) for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    assert int(rows[-1]["tokens"]) == 2 * int(rows[1]["tokens"])
+
+
+def test_a_killed_run_that_resumes_equals_one_that_never_stopped(place):
+    """To the bit: weights, optimizer state, data order. Killed for good, by SIGKILL."""
+    assert train.main(arguments(place, steps=60)) == 0
+    whole, state = weights_of(place), load_checkpoint(place / "run" / "checkpoint.npz")[0]
+    (place / "run").rename(place / "never-stopped")
+
+    args = arguments(place, "--checkpoint-every", "2", steps=60)
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), *args]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    checkpoint = place / "run" / "checkpoint.npz"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    done = load_checkpoint(checkpoint)[1]["steps_done"]
+    assert 0 < done < 60
+    assert not (place / "run" / "model").exists()
+
+    assert train.main(arguments(place, steps=60)) == 0
+    assert weights_of(place) == whole
+    resumed = load_checkpoint(checkpoint)[0]
+    assert resumed.keys() == state.keys()
+    assert all(np.array_equal(resumed[name], state[name]) for name in state)
+    assert [int(row["step"]) for row in curve_of(place)] == [50, 60]
+
+
+def test_a_finished_run_given_again_changes_nothing(place):
+    assert train.main(arguments(place)) == 0
+    before = weights_of(place)
+    assert train.main(arguments(place)) == 0
+    assert weights_of(place) == before
+    assert len(curve_of(place)) == 1
+
+
+def test_the_seed_and_it_alone_makes_the_run(place):
+    results = {}
+    for name, more in {
+        "a": ["--seed", 1, "--threads", 1],
+        "b": ["--seed", 1, "--threads", 3],
+        "c": ["--seed", 2],
+    }.items():
+        assert train.main(arguments(place, *more)) == 0
+        results[name] = weights_of(place)
+        (place / "run").rename(place / name)
+    assert results["a"] == results["b"]
+    assert results["a"] != results["c"]
+
+
+def test_a_run_may_be_given_its_tokenizer_and_be_packed(place):
+    assert train.main(arguments(place)) == 0
+    (place / "run").rename(place / "first")
+    tokenizer = place / "first" / "tokenizer.model"
+    args = arguments(place, "--tokenizer", tokenizer, "--packed", "--batch", "1")
+    assert train.main(args) == 0
+    made = place / "run" / "model" / "tokenizer.model"
+    assert made.read_bytes() == tokenizer.read_bytes()
+
+
+def test_samples_are_shown_on_the_way(place, capsys):
+    assert train.main(arguments(place, "--sample", "The quick", "--valid-every", "6")) == 0
+    assert capsys.readouterr().err.count("'The quick") == 2
+
+
+def test_the_curve_is_drawn_where_asked(place):
+    pytest.importorskip("matplotlib", reason="the optional extra [plot] is not installed")
+    assert train.main(arguments(place, "--plot")) == 0
+    assert (place / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_plot_is_refused_before_the_first_step(place, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train.main(arguments(place, "--plot")) == 2
+    assert "install npllama's extra [plot]" in capsys.readouterr().err
+    assert not (place / "run").exists()
+
+
+def test_a_step_on_a_device_is_that_of_numpy(rng):
+    """Device arrays alone are used: strict ones refuse what CuPy refuses."""
+    sequences = [rng.integers(3, TINY.vocab_size, n).astype("int32") for n in (9, 5, 12, 7)]
+    batches = Batches(sequences, context=64, batch=4, micro_batch=2, packed=False, seed=0)
+    weights = []
+    for implementation in ("numpy", "strict", "strict-cupy"):
+        ops = make_ops(implementation)
+        llama = Llama(TINY, random_parameters(TINY, ops), ops)
+        workers = Workers(1)
+        schedule = Schedule(1e-2, 1, 3, 0.0)
+        run = Run(llama, batches, schedule, decay=0.1, largest_norm=1.0, workers=workers)
+        losses = [run.step().loss for _ in range(3)]
+        workers.close()
+        assert losses == sorted(losses, reverse=True)
+        weights.append(run.state())
+    for other in weights[1:]:
+        for name, array in weights[0].items():
+            assert np.abs(other[name] - array).max() <= 2e-3 * np.abs(array).max(), name
+
+
+# -- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "0"], "--steps is 0"),
+        (["--micro-batch", "0"], "--micro-batch is 0"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every is -1"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--final-lr", "2"], "--final-lr is 2"),
+        (["--warmup", "12"], "--warmup is 12"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--batch", "100"], "choose a smaller --batch"),
+        (["--text", "none.txt"], "none.txt cannot be read"),
+        (["--config", "none.json"], "none.json does not exist"),
+        (["--tokenizer", "none.model"], "none.model"),
+        (["--backend", "tpu"], "--backend"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(place, capsys, more, message):
+    try:
+        code = train.main(arguments(place, *more))
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("train: error: ")
+    assert message in lines[0]
+
+
+def test_a_config_that_is_none_is_refused_by_name(place, capsys):
+    (place / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
+    assert train.main(arguments(place)) == 2
+    assert f"{place / 'config.json'}: 4 query heads cannot share 3" in capsys.readouterr().err
+
+
+def test_another_run_is_not_taken_for_this_one(place, capsys):
+    assert train.main(arguments(place)) == 0
+    capsys.readouterr()
+    for more, what in (
+        (["--lr", "0.5"], "another lr (0.003, now 0.5)"),
+        (["--seed", "3"], "another seed (0, now 3)"),
+    ):
+        assert train.main(arguments(place, *more)) == 2
+        assert what in capsys.readouterr().err
+    (place / "text.txt").write_text("Another text. " * 100 + "\n<|endoftext|>\nOf two.\n" * 9)
+    assert train.main(arguments(place)) == 2
+    assert "another text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"not a zip"])
+def test_a_damaged_checkpoint_is_refused_and_kept(place, capsys, content):
+    assert train.main(arguments(place)) == 0
+    checkpoint = place / "run" / "checkpoint.npz"
+    checkpoint.write_bytes(content)
+    capsys.readouterr()
+    assert train.main(arguments(place)) == 2
+    err = capsys.readouterr().err.strip()
+    assert "is no checkpoint of a training run" in err
+    assert "\n" not in err
+    assert checkpoint.read_bytes() == content
+
+
+def test_an_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "step", interrupted)
+    assert train.main(arguments(place)) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
