@@ -3,7 +3,7 @@
 >>> import npllama
 >>> llama = npllama.load()
 >>> llama.logits([1, 100, 101]).shape
-(3, 260)
+(3, 1024)
 """
 
 from npllama.errors import NpllamaError

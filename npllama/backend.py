@@ -63,6 +63,12 @@ class Backend:
         """The device, for --stats."""
         return f"CPU, {os.cpu_count()} cores"
 
+    def n_workers(self) -> int:
+        """Threads that can compute beside one another: the cores that this process may use."""
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
 
 class CupyBackend(Backend):
     """CuPy on the current CUDA device."""
@@ -89,6 +95,9 @@ class CupyBackend(Backend):
     def device_name(self) -> str:
         properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)
         return properties["name"].decode()
+
+    def n_workers(self) -> int:
+        return 1  # one stream, whose kernels are parallel in themselves
 
 
 def get_backend(name: str = "auto") -> Backend:

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         metavar="DIR",
         help="directory with config.json, safetensors and tokenizer.model "
-        "(default: a small model with random weights)",
+        "(default: the story model that ships with npllama)",
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument(

@@ -1,11 +1,9 @@
 """The library's front door: `load` a model directory, then `Llama` reads and writes text."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from npllama import untrained
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, TokenizerError
@@ -21,6 +19,8 @@ from npllama.weights import STORAGE_DTYPES, Checkpoint
 Prompt = str | Sequence[int]
 MAX_NEW_TOKENS = 256
 DEFAULT_SAMPLING = Sampling()
+SHIPPED = Path(__file__).parent / "assets" / "stories"
+"""The model that ships with the package."""
 
 
 class Llama(Transformer):
@@ -225,7 +225,7 @@ class Llama(Transformer):
         """Token ids of a text, BOS first; ids are taken as they are.
 
         >>> load().encode("a")
-        [1, 259, 100]
+        [1, 261]
         """
         if not isinstance(prompt, str):
             if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
@@ -260,8 +260,8 @@ def load(
     """Load a model directory: config.json, safetensors, tokenizer.model.
 
     Args:
-        path: the directory, as Hugging Face lays it out; None is a small model with random
-            weights, which has learnt nothing.
+        path: the directory, as Hugging Face lays it out; None is the model that ships with the
+            package, which tells little stories (npllama/assets/stories/README.md).
         backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are.
         dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
             (see npllama.quantization); None keeps them as stored (on the CPU as views of the
@@ -273,7 +273,7 @@ def load(
 
     >>> llama = load()
     >>> llama.config.n_layers, llama.dtype
-    (2, 'float32')
+    (6, 'int8')
 
     A checkpoint from a directory is used the same way (this one is not run here):
 
@@ -286,19 +286,10 @@ def load(
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(STORAGE_DTYPES)}")
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
-    directory = None if path is None else _checked_directory(Path(path))
-    config = untrained.CONFIG if directory is None else LlamaConfig.from_directory(directory)
+    directory = SHIPPED if path is None else _checked_directory(Path(path))
+    config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
     ops = ops_for(get_backend(backend))
-    if directory is None:
-        print(
-            "npllama: no model was given: this small one has random weights and has learnt "
-            "nothing; give a model directory to run a real one",
-            file=sys.stderr,
-        )
-        storage = STORAGE_DTYPES[dtype or "float32"]
-        parameters = untrained.random_parameters(config, ops, seed=0, dtype=storage)
-        return Llama(config, parameters, ops, context, untrained.byte_tokenizer())
     tokenizer = None
     if (directory / "tokenizer.model").exists():
         tokenizer = Tokenizer(directory / "tokenizer.model")

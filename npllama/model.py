@@ -155,7 +155,7 @@ class Transformer:
         >>> import npllama
         >>> logits = npllama.load().logits([1, 100, 101])
         >>> logits.shape, logits.dtype.name
-        ((3, 260), 'float32')
+        ((3, 1024), 'float32')
         """
         tokens = self.to_tokens(ids)
         n_rows = len(ids) + min(len(ids), PREFILL_CHUNK)  # the result, and one chunk's
@@ -180,7 +180,7 @@ class Transformer:
         >>> import npllama
         >>> trace = npllama.load().trace([1, 100, 101])
         >>> trace.hidden.shape, trace.attention.shape  # (L+1, T, D), (L, H, T, T)
-        ((3, 3, 64), (2, 4, 3, 3))
+        ((7, 3, 192), (6, 6, 3, 3))
         """
         ops, to_host = self.ops, self.backend.to_host
         tokens = self.to_tokens(ids)

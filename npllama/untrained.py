@@ -1,4 +1,4 @@
-"""A model that has learnt nothing: seeded random weights, and a vocabulary of bytes."""
+"""A model that has learnt nothing: seeded random weights, where training begins."""
 
 import numpy as np
 
@@ -6,24 +6,6 @@ from npllama.config import LlamaConfig
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
 from npllama.quantization import quantize
-from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
-from npllama.tokenizer import Tokenizer
-
-BYTE_PIECES = [*special_and_byte_pieces(), ("\u2581", 0.0, PieceType.NORMAL)]
-CONFIG = LlamaConfig(
-    dim=64,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_dim=176,
-    vocab_size=len(BYTE_PIECES),
-    context_length=512,
-)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """A tokenizer without merges: the three special ids, 256 bytes, and the space."""
-    return Tokenizer.from_bytes(bpe_model(BYTE_PIECES))
 
 
 def random_parameters(

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model_directory import byte_tokenizer
 from npllama.backend import Backend, CupyBackend, cuda_device_count
 from npllama.config import LlamaConfig
 from npllama.llama import Llama
 from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.tokenizer import Tokenizer
-from npllama.untrained import byte_tokenizer, random_parameters
+from npllama.untrained import random_parameters
 from strict_array import StrictBackend
 
 ROOT = Path(__file__).parent.parent

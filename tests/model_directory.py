@@ -7,9 +7,16 @@ import ml_dtypes  # noqa: F401  (NumPy then knows "bfloat16", and so does safete
 import numpy as np
 import safetensors.numpy
 
-from npllama.sentencepiece_model import bpe_model
-from npllama.untrained import BYTE_PIECES
+from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
+from npllama.tokenizer import Tokenizer
 from npllama.weights import INDEX, SINGLE, tensor_shapes
+
+BYTE_PIECES = [*special_and_byte_pieces(), ("\u2581", 0.0, PieceType.NORMAL)]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer without merges: the three special ids, 256 bytes, and the space."""
+    return Tokenizer.from_bytes(bpe_model(BYTE_PIECES))
 
 
 def random_tensors(config, seed=0, dtype="float32"):

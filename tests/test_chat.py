@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from model_directory import byte_tokenizer
 from npllama.chat import check_chat_template, encode_chat
 from npllama.errors import ConfigError, InputError, TokenizerError
-from npllama.untrained import byte_tokenizer
 
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
 

@@ -313,11 +313,10 @@ def test_chat_wraps_the_prompt_as_ids(model, capsys):
     assert out == "Hi\n" + text + "\n"
 
 
-def test_without_a_model_it_says_that_it_has_learnt_nothing(capsys):
-    code, out, err = call(capsys, "--prompt", "Once", "--max-new-tokens", "3")
-    assert code == 0
-    assert out.startswith("Once")
-    assert "has learnt nothing" in err
+def test_without_a_model_the_one_that_ships_is_used(capsys):
+    code, out, err = call(capsys, "--prompt", "Once", *GREEDY)
+    assert (code, err) == (0, "")
+    assert out == "Once" + completion(None, "Once").text + "\n"
 
 
 def test_help_explains_every_option():

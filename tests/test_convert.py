@@ -19,14 +19,13 @@ import safetensors.numpy
 from conftest import DATA, FIXTURES, ROOT, TINY, data_file, make_llama
 from convert import main as convert_main
 from converting.tokenizers import read_tokenizer
-from model_directory import random_tensors, write_model
+from model_directory import BYTE_PIECES, random_tensors, write_model
 from npllama import load
 from npllama.config import LlamaConfig
 from npllama.errors import NpllamaError
 from npllama.llama import Llama
 from npllama.safetensors_file import SafetensorsFile
 from npllama.tokenizer import Tokenizer
-from npllama.untrained import BYTE_PIECES
 from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name
 
 STORY = (  # what llama2.c publishes for stories260K: 200 greedy steps from BOS

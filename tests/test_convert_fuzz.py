@@ -24,12 +24,11 @@ import npllama
 from conftest import FIXTURES, ROOT, TINY
 from convert import convert, read_source
 from converting.tokenizers import read_tokenizer
-from model_directory import random_tensors, write_model
+from model_directory import BYTE_PIECES, random_tensors, write_model
 from npllama.config import LlamaConfig
 from npllama.errors import NpllamaError
 from npllama.sentencepiece_model import bpe_model
 from npllama.tokenizer import StreamDecoder, Tokenizer
-from npllama.untrained import BYTE_PIECES
 from npllama.weights import Checkpoint
 from test_convert import write_llama2c, write_llama2c_new, write_tokenizer_bin
 

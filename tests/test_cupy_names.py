@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT
 from strict_array import API, StrictArray, StrictBackend
 
-SOURCES = sorted((ROOT / "npllama").rglob("*.py"))
+SOURCES = sorted(
+    path for room in ("npllama", "tools/training") for path in (ROOT / room).rglob("*.py")
+)
 
 
 def xp_uses(tree):

@@ -28,6 +28,7 @@ def test_the_equation_table_has_every_equation():
     from npllama.ops.equations import Equations
 
     assert all(f"`Ops.{name}`" in README for name in vars(Equations) if not name.startswith("_"))
+    assert all(f"`Ops.{name}`" in README for name in dir(Ops) if name.endswith("_backward"))
 
 
 def test_the_architecture_names_every_file():

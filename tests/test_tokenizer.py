@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from model_directory import byte_tokenizer
 from npllama.errors import InputError, TokenizerError
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.tokenizer import StreamDecoder, Tokenizer
-from npllama.untrained import byte_tokenizer
 
 TEXTS = [
     "",
@@ -382,7 +382,7 @@ def test_a_model_read_from_bytes_is_the_model_read_from_a_file(tmp_path, tokeniz
 
 @pytest.mark.parametrize("flag", [b"\x18\x00", b"\x20\x01"], ids=["no prefix", "spaces removed"])
 def test_a_tokenizer_that_treats_spaces_otherwise_is_refused(flag):
-    from npllama.untrained import BYTE_PIECES
+    from model_directory import BYTE_PIECES
 
     model = bpe_model(BYTE_PIECES) + b"\x1a" + bytes([len(flag)]) + flag  # merged into the spec
     with pytest.raises(TokenizerError, match="treats spaces otherwise than Llama's"):

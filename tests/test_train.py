@@ -187,6 +187,43 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
 # -- what is wrong
 
 
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(place, capsys):
+    (place / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 2**17}))
+    assert train.main(arguments(place)) == 2
+    err = capsys.readouterr().err
+    assert "training needs" in err and "are free: use a smaller --micro-batch" in err
+    assert not (place / "run").exists()
+
+
+def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
+    """In a process of its own: its peak against the sum that check_memory makes."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300})
+    )
+    text = "\n<|endoftext|>\n".join(f"{SENTENCE} {i} " * 2 for i in range(40))
+    (tmp_path / "text.txt").write_text(text)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import train, training.run as run\n"
+        "from npllama.backend import Backend\n"
+        "before = Backend().peak_bytes()\n"
+        "said = []\n"
+        "Backend.free_bytes = lambda self: said.append(1) or 0\n"
+        "try: train.train(train._parser().parse_args(sys.argv[1:]))\n"
+        "except Exception as error: needed = float(str(error).split()[2])\n"
+        "Backend.free_bytes = lambda self: None\n"
+        "train.main(sys.argv[1:])\n"
+        "print(needed * 1e9, Backend().peak_bytes() - before)\n"
+    )
+    given = [
+        *arguments(tmp_path, "--threads", "1", "--batch", "32", "--micro-batch", "32", steps=3)
+    ]
+    command = [sys.executable, "-c", code, str(ROOT / "tools"), *given]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed, taken = (float(number) for number in out.split())
+    assert 0.5 * taken < needed + 5e7 < 3 * taken + 5e7  # sgemm's own 50 MB beside it
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

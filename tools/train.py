@@ -33,7 +33,7 @@ from training.batches import Batches
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.loss_curve import check_matplotlib, draw_curve
 from training.progress import Progress
-from training.run import Run, Workers
+from training.run import Run, Workers, check_memory
 from training.stories import encode_stories, read_stories
 from training.tokenizer import train_tokenizer
 
@@ -67,6 +67,8 @@ def train(options: argparse.Namespace) -> None:
     tokenizer_model = _tokenizer_model(options, config, stories)
     tokenizer = Tokenizer.from_bytes(tokenizer_model)
     ops = ops_for(get_backend(options.backend))
+    n_workers = min(options.threads or ops.backend.n_workers(), ops.backend.n_workers())
+    check_memory(config, ops, options.micro_batch, n_workers)
     parameters = random_parameters(config, ops, options.seed)
     llama = Llama(config, parameters, ops, tokenizer=tokenizer)
     batches = Batches(
@@ -85,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
         os.replace(partial, out / "tokenizer.model")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
-    workers = Workers(1 if ops.backend.name == "cupy" else options.threads or _free_cores())
+    workers = Workers(n_workers)
     schedule = Schedule(options.lr, options.warmup, options.steps, options.final_lr)
     run = Run(
         llama,
@@ -223,11 +225,6 @@ def _write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
         write_json(partial / "config.json", llama.config.to_hf())
 
 
-def _free_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"train: error: {message} (--help lists all options)\n")
@@ -273,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="S", help="of the first weights and the order")
     add = p.add_argument_group("how it is computed").add_argument
     add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--threads", type=int, metavar="N", help="micro-batches at once on the CPU: its cores")
+    add("--threads", type=int, metavar="N", help="micro-batches at once (default: the cores)")
     add = p.add_argument_group("what is shown").add_argument
     add("--report-every", type=int, default=50, metavar="N", help="steps between lines")
     add("--valid-every", type=int, default=250, metavar="N", help="steps between validations")

@@ -9,8 +9,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from npllama.backend import Array
+from npllama.config import LlamaConfig
+from npllama.errors import OutOfMemoryError
 from npllama.gradients import loss_and_gradients
 from npllama.model import Transformer
+from npllama.ops import Ops
 from npllama.weights import named_arrays
 from training.adamw import AdamW, Schedule, clip
 from training.batches import Batches, MicroBatch
@@ -24,6 +27,30 @@ class StepResult:
     gradient_norm: float
     n_targets: int
     learning_rate: float
+
+
+def check_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int) -> None:
+    """Raise OutOfMemoryError where a run of such a model does not fit, before it is made.
+
+    Weights, the optimizer's m and v, the sum of the gradients and one gradient a worker; and for
+    each worker the inputs of all blocks, and one block's or the head's own arrays.
+    """
+    weights = 4 * config.n_parameters * (4 + n_workers)
+    n_tokens = micro_batch * config.context_length
+    block = 16 * config.dim + 6 * config.ffn_dim
+    scores = 6 * config.n_heads * config.context_length
+    widest = max(block + scores, 4 * config.vocab_size)
+    inputs = (2 * config.n_layers + 1) * config.dim
+    activations = 4 * n_workers * n_tokens * (inputs + widest)
+    free = ops.backend.free_bytes()
+    if free is not None and weights + activations > free:
+        raise OutOfMemoryError(
+            f"training needs {(weights + activations) / 1e9:.2f} GB of "
+            f"{ops.backend.memory_name()} (weights, gradients and optimizer "
+            f"{weights / 1e9:.2f} GB, activations {activations / 1e9:.2f} GB) and "
+            f"{free / 1e9:.2f} GB are free: use a smaller --micro-batch, fewer --threads or a "
+            "smaller model"
+        )
 
 
 class Workers:

@@ -1,0 +1,132 @@
+"""The model inside the package: what its card says of it is so, and every package contains it."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+import npllama
+import perplexity
+from conftest import ROOT, data_file
+from npllama.llama import SHIPPED
+from npllama.sampling import Sampling
+from training.stories import read_stories
+
+CARD = (SHIPPED / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return npllama.load(backend="numpy")
+
+
+def test_it_has_grouped_queries_and_room_for_a_story(llama):
+    config = llama.config
+    assert 1 < config.n_kv_heads < config.n_heads
+    assert config.context_length >= 512
+    assert llama.dtype == "int8"
+
+
+def test_it_takes_at_most_4_mb_of_the_package():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 4 * 10**6
+
+
+def test_it_tells_a_story_that_ends(llama):
+    story = llama.generate("Once upon a time", max_new_tokens=450, temperature=0.6, seed=0)
+    assert story.finish_reason == "eos"
+    assert len(story.text.split()) > 50
+    assert story.text.rstrip().endswith((".", "!", "?", '"'))
+
+
+def test_it_foretells_unseen_stories(llama):
+    """A part of the 600, in the time that a test has; all of them below."""
+    stories = read_stories(data_file("stories/valid.txt"))[:30]
+    assert perplexity.score_texts(llama, stories).bits_per_byte <= 0.40
+
+
+@pytest.mark.slow
+def test_it_foretells_all_unseen_stories_as_well_as_its_card_says(llama):
+    stories = read_stories(data_file("stories/valid.txt"))
+    score = perplexity.score_texts(llama, stories)
+    assert len(stories) == 600
+    assert score.bits_per_byte <= 0.39
+    told = float(re.search(r"\*\*(0\.\d{4}) bits per byte\*\*", CARD).group(1))
+    assert abs(score.bits_per_byte - told) < 1e-4
+
+
+@pytest.mark.slow
+def test_its_samples_end_and_are_made_of_known_words(llama):
+    known = set(re.findall(r"[\w'-]+", data_file("stories/train.txt").read_text(encoding="utf-8")))
+    samples = llama.generate_batch(
+        [""] * 100, max_new_tokens=450, sampling=Sampling(temperature=0.6), seed=0
+    )
+    assert sum(sample.finish_reason == "eos" for sample in samples) >= 90
+    words = [word for sample in samples for word in re.findall(r"[\w'-]+", sample.text)]
+    assert len(words) > 5000
+    assert sum(word in known for word in words) / len(words) >= 0.99
+
+
+def test_the_card_is_of_this_model(llama):
+    with open(SHIPPED / "loss.csv", newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    for told in (
+        f"{llama.config.n_parameters:,} parameters",
+        f"{int(last['step']):,} steps",
+        f"{float(last['valid_loss']):.4f} nats a token",
+        "--seed 0",
+        "licence",
+        "cannot",
+    ):
+        assert told in CARD, told
+
+
+# -- packages
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """An sdist of the tree, and a wheel made from that sdist."""
+    tmp_path = tmp_path_factory.mktemp("packages")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():  # a copy: building writes into the tree
+        if (ROOT / name).exists() and not name.startswith("tests/"):
+            copy = tmp_path / "tree" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(tmp_path / "tree")]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(tmp_path.glob("*.tar.gz")), next(tmp_path.glob("*.whl"))
+
+
+def test_wheel_and_sdist_contain_the_model(packages):
+    sdist, wheel = packages
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    in_wheel = set(zipfile.ZipFile(wheel).namelist())
+    for path in SHIPPED.iterdir():
+        assert path.relative_to(ROOT).as_posix() in in_sdist
+        assert path.relative_to(ROOT).as_posix() in in_wheel
+
+
+def test_an_installed_wheel_tells_a_story(packages, tmp_path):
+    """Installed elsewhere, and run from there: not this tree's files."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*command, "--target", str(tmp_path), str(packages[1])], check=True)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    code = "import npllama; print(npllama.__file__)"
+    where = [sys.executable, "-c", code]
+    out = subprocess.run(where, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert out.stdout.startswith(str(tmp_path))
+    command = [sys.executable, "-m", "npllama.generate", "--prompt", "Once upon a time"]
+    command += ["--seed", "0", "--temperature", "0.6"]
+    told = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.startswith("Once upon a time")
+    assert len(told.stdout.split()) > 50
