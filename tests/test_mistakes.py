@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -232,9 +234,29 @@ def test_the_suite_passes_on_an_unchanged_copy(tmp_path):
     assert result.returncode == 0, result.stdout[-2000:]
 
 
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """The suite's run on each mistake that is asked for, as many at a time as there are cores."""
+    asked = [item.callspec.params["mistake"] for item in request.session.items if is_mistake(item)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            mistake: pool.submit(
+                run_suite,
+                tmp_path_factory.mktemp("copy"),
+                SUITES[MISTAKES[mistake][0]],
+                MISTAKES[mistake],
+            )
+            for mistake in asked
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+def is_mistake(item):
+    return item.path == Path(__file__) and hasattr(item, "callspec")
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_suite_fails_for(mistake, tmp_path):
-    file = MISTAKES[mistake][0]
-    result = run_suite(tmp_path, SUITES[file], MISTAKES[mistake])
+def test_the_suite_fails_for(mistake, results):
+    result = results[mistake].result()
     assert result.returncode == 1, f"nothing failed:\n{result.stdout[-2000:]}{result.stderr}"
     assert " failed" in result.stdout, result.stdout[-2000:]

@@ -19,6 +19,7 @@ from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint
 from training.run import Run, Workers
+from training.tokenizer import train_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
 CONFIG = {
@@ -175,8 +176,8 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
         workers = Workers(1)
         schedule = Schedule(1e-2, 1, 3, 0.0)
         run = Run(llama, batches, schedule, decay=0.1, largest_norm=1.0, workers=workers)
-        losses = [run.step().loss for _ in range(3)]
-        workers.close()
+        with workers:
+            losses = [run.step().loss for _ in range(3)]
         assert losses == sorted(losses, reverse=True)
         weights.append(run.state())
     for other in weights[1:]:
@@ -269,6 +270,12 @@ def test_another_run_is_not_taken_for_this_one(place, capsys):
     ):
         assert train.main(arguments(place, *more)) == 2
         assert what in capsys.readouterr().err
+    model = (place / "run" / "tokenizer.model").read_bytes()
+    other = place / "other.model"
+    other.write_bytes(train_tokenizer([SENTENCE, "More words than before."] * 9, 290))
+    assert train.main(arguments(place, "--tokenizer", other)) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert (place / "run" / "tokenizer.model").read_bytes() == model
     (place / "text.txt").write_text("Another text. " * 100 + "\n<|endoftext|>\nOf two.\n" * 9)
     assert train.main(arguments(place)) == 2
     assert "another text" in capsys.readouterr().err

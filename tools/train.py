@@ -61,16 +61,43 @@ def train(options: argparse.Namespace) -> None:
     _check(options)
     if options.plot:
         check_matplotlib()
+    out: Path = options.out
     config = _config(options.config)
     stories = read_stories(options.text)
     valid = read_stories(options.valid)[: options.valid_stories] if options.valid else []
-    tokenizer_model = _tokenizer_model(options, config, stories)
+    tokenizer = _tokenizer_model(options, config, stories)
+    identity = _identity(options, config, tokenizer)
+    begun = load_checkpoint(out / "checkpoint.npz") if (out / "checkpoint.npz").exists() else None
+    if begun is not None:
+        _check_identity(identity, begun[1]["identity"], out / "checkpoint.npz")
+    run = _run(options, config, stories, tokenizer)
+    # all that is given has been looked at: now files are written
+    _write_tokenizer(tokenizer, out)
+    with run.workers:
+        progress = Progress(run, out / "loss.csv", options.steps)
+        if begun is not None:
+            state, facts = begun
+            run.restore(state, facts["steps_done"])
+            progress.restore(facts["progress"])
+            print(f"train: goes on after step {run.steps_done:,}", file=sys.stderr)
+        print(
+            f"train: {config.n_parameters:,} parameters; an epoch has "
+            f"{run.batches.steps_per_epoch:,} steps of {run.batches.batch} rows; "
+            f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s",
+            file=sys.stderr,
+        )
+        with progress:
+            _steps(run, progress, options, identity, valid)
+    _write_model(run.model, tokenizer, out / "model")
+    if options.plot:
+        draw_curve(out / "loss.csv", out / "loss.png")
+    print(f"train: wrote {out / 'model'}", file=sys.stderr)
+
+
+def _run(
+    options: argparse.Namespace, config: LlamaConfig, stories: list[str], tokenizer_model: bytes
+) -> Run:
     tokenizer = Tokenizer.from_bytes(tokenizer_model)
-    ops = ops_for(get_backend(options.backend))
-    n_workers = min(options.threads or ops.backend.n_workers(), ops.backend.n_workers())
-    check_memory(config, ops, options.micro_batch, n_workers)
-    parameters = random_parameters(config, ops, options.seed)
-    llama = Llama(config, parameters, ops, tokenizer=tokenizer)
     batches = Batches(
         encode_stories(stories, tokenizer),
         context=config.context_length,
@@ -79,71 +106,43 @@ def train(options: argparse.Namespace) -> None:
         packed=options.packed,
         seed=options.seed,
     )
-    out: Path = options.out
-    try:  # nothing is written before all that is given has been looked at
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / "tokenizer.model.partial"
-        partial.write_bytes(tokenizer_model)
-        os.replace(partial, out / "tokenizer.model")
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
-    workers = Workers(n_workers)
-    schedule = Schedule(options.lr, options.warmup, options.steps, options.final_lr)
-    run = Run(
-        llama,
+    ops = ops_for(get_backend(options.backend))
+    n_workers = min(options.threads or ops.backend.n_workers(), ops.backend.n_workers())
+    check_memory(config, ops, options.micro_batch, n_workers)
+    parameters = random_parameters(config, ops, options.seed)
+    return Run(
+        Llama(config, parameters, ops, tokenizer=tokenizer),
         batches,
-        schedule,
+        Schedule(options.lr, options.warmup, options.steps, options.final_lr),
         decay=options.weight_decay,
         largest_norm=options.clip,
-        workers=workers,
+        workers=Workers(n_workers),
     )
-    try:
-        _steps(run, options, _identity(options, config, tokenizer_model), valid)
-    finally:
-        workers.close()
-    _write_model(llama, tokenizer_model, out / "model")
-    if options.plot:
-        draw_curve(out / "loss.csv", out / "loss.png")
-    print(f"train: wrote {out / 'model'}", file=sys.stderr)
 
 
-def _steps(run: Run, options: argparse.Namespace, identity: dict, valid: list[str]) -> None:
-    checkpoint = options.out / "checkpoint.npz"
-    progress = Progress(run, options.out / "loss.csv", options.steps)
-    if checkpoint.exists():
-        state, facts = load_checkpoint(checkpoint)
-        _check_identity(identity, facts["identity"], checkpoint)
-        run.restore(state, facts["steps_done"])
-        progress.restore(facts["progress"])
-        print(f"train: goes on after step {run.steps_done:,}", file=sys.stderr)
-    print(
-        f"train: {run.model.config.n_parameters:,} parameters; an epoch has "
-        f"{run.batches.steps_per_epoch:,} steps of {run.batches.batch} rows; "
-        f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s",
-        file=sys.stderr,
-    )
-    with progress:
-        while run.steps_done < options.steps:
-            progress.step()
-            is_last = run.steps_done == options.steps
+def _steps(
+    run: Run, progress: Progress, options: argparse.Namespace, identity: dict, valid: list[str]
+) -> None:
+    while run.steps_done < options.steps:
+        progress.step()
+        if _is_due(run.steps_done, options.valid_every, options.steps):
+            score = score_texts(run.model, valid, run.workers.map) if valid else None
+            progress.report(score)
+            if options.sample is not None:
+                progress.write(f"  {_sample(run.model, options.sample)}")
+        elif _is_due(run.steps_done, options.report_every, options.steps):
+            progress.report()
+        if _is_due(run.steps_done, options.checkpoint_every, options.steps):
+            facts = {
+                "identity": identity,
+                "steps_done": run.steps_done,
+                "progress": progress.state(),
+            }
+            save_checkpoint(options.out / "checkpoint.npz", run.state(), facts)
 
-            def is_due(every: int) -> bool:
-                return is_last or run.steps_done % every == 0  # noqa: B023
 
-            if is_due(options.valid_every):
-                score = score_texts(run.model, valid, run.workers.map) if valid else None
-                progress.report(score)
-                if options.sample is not None:
-                    progress.write(f"  {_sample(run.model, options.sample)}")
-            elif is_due(options.report_every):
-                progress.report()
-            if is_due(options.checkpoint_every):
-                facts = {
-                    "identity": identity,
-                    "steps_done": run.steps_done,
-                    "progress": progress.state(),
-                }
-                save_checkpoint(checkpoint, run.state(), facts)
+def _is_due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
 
 
 def _sample(llama: Llama, prompt: str) -> str:
@@ -211,6 +210,16 @@ def _check_identity(ours: dict, theirs: dict, checkpoint: Path) -> None:
             )
 
 
+def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / "tokenizer.model.partial"
+        partial.write_bytes(tokenizer)
+        os.replace(partial, out / "tokenizer.model")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
 def _write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
     """The trained model as a Hugging Face directory, float32."""
     arrays = named_arrays(llama.parameters, llama.config)
@@ -270,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="S", help="of the first weights and the order")
     add = p.add_argument_group("how it is computed").add_argument
     add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    add("--threads", type=int, metavar="N", help="micro-batches at once (default: the cores)")
+    add("--threads", type=int, metavar="N", help="micro-batches at once (default: one a core)")
     add = p.add_argument_group("what is shown").add_argument
     add("--report-every", type=int, default=50, metavar="N", help="steps between lines")
     add("--valid-every", type=int, default=250, metavar="N", help="steps between validations")

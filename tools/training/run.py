@@ -63,15 +63,17 @@ class Workers:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._pool = ThreadPoolExecutor(n)
+
+    def __enter__(self) -> "Workers":
+        self._pool = ThreadPoolExecutor(self.n)
         self._limits = threadpool_limits(1, user_api="blas")
+        return self
 
     def map(self, function: Any, items: Iterable[Any]) -> Iterable[Any]:
         """function(item) for each, in order."""
         return map(function, items) if self.n == 1 else self._pool.map(function, items)
 
-    def close(self) -> None:
-        """End the threads, and give BLAS its own back."""
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._limits.restore_original_limits()
 
