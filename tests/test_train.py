@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 
 import npllama
 import train
-from conftest import ROOT, TINY, make_ops
-from npllama.llama import Llama
+from conftest import ROOT, TINY, data_file, make_ops
+from npllama.llama import SHIPPED, Llama
 from npllama.untrained import random_parameters
 from training.adamw import Schedule
 from training.batches import Batches
@@ -183,6 +184,17 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
     for other in weights[1:]:
         for name, array in weights[0].items():
             assert np.abs(other[name] - array).max() <= 2e-3 * np.abs(array).max(), name
+
+
+@pytest.mark.slow
+def test_the_shipped_models_shape_trains_at_a_quarter_of_sgemm(tmp_path, capsys):
+    """As the tool itself measures it; on a machine that does nothing else."""
+    text = data_file("stories/valid.txt")
+    given = ["--text", text, "--config", SHIPPED / "config.json", "--out", tmp_path / "run"]
+    given += ["--steps", "30", "--batch", "24", "--micro-batch", "4", "--warmup", "2"]
+    assert train.main([str(argument) for argument in given]) == 0
+    share = int(re.search(r"= (\d+)% of sgemm", capsys.readouterr().err).group(1))
+    assert share >= 25
 
 
 # -- what is wrong

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 import npllama
+from command_line import Parser, exit_code
 from npllama.backend import Backend
-from npllama.errors import InputError, NpllamaError
+from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.ops import Ops
 from npllama.weights import STORAGE_DTYPES
@@ -96,24 +96,19 @@ def score_texts(llama: Llama, texts: Sequence[str], each: Map = map) -> Score:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        texts = read_stories(options.text)
-        if options.limit is not None:
-            if options.limit < 1:
-                raise InputError(f"--limit is {options.limit}: expected at least 1")
-            texts = texts[: options.limit]
-        llama = npllama.load(options.model, backend=options.backend, dtype=options.dtype)
-        begin = time.perf_counter()
-        total = score_texts(llama, texts)
-        seconds = time.perf_counter() - begin
-        if total.n_tokens == 0:
-            raise InputError(f"{options.text} has no token to score")
-    except NpllamaError as error:
-        print(f"perplexity: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("perplexity: interrupted", file=sys.stderr)
-        return 130
+    return exit_code("perplexity", lambda: _print_score(options))
+
+
+def _print_score(options: argparse.Namespace) -> None:
+    texts = read_stories(options.text)
+    if options.limit is not None:
+        if options.limit < 1:
+            raise InputError(f"--limit is {options.limit}: expected at least 1")
+        texts = texts[: options.limit]
+    llama = npllama.load(options.model, backend=options.backend, dtype=options.dtype)
+    began = time.perf_counter()
+    total = score_texts(llama, texts)
+    seconds = time.perf_counter() - began
     figures = {
         "nats_per_token": total.nats_per_token,
         "perplexity": total.perplexity,
@@ -131,19 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"({len(texts):,} texts, {total.n_tokens:,} tokens, {total.n_bytes:,} bytes)"
         )
     print(f"perplexity: {total.n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"perplexity: error: {message} (--help lists all options)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(
-        prog="python tools/perplexity.py",
-        description="Score a text by a model: nats a token, perplexity, bits per byte.",
-    )
+    p = Parser("perplexity", "Score a text by a model: nats a token, perplexity, bits per byte.")
     p.add_argument(
         "--model", type=Path, metavar="DIR", help="(default: the model that ships with npllama)"
     )

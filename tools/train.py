@@ -12,16 +12,16 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from command_line import Parser, exit_code
 from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import read_tokenizer
 from converting.writer import Entry, new_directory, plan, write_json, write_shards
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
-from npllama.errors import ConfigError, InputError, NpllamaError
+from npllama.errors import ConfigError, InputError
 from npllama.llama import Llama
 from npllama.ops import ops_for
 from npllama.tokenizer import Tokenizer
@@ -41,19 +41,8 @@ from training.tokenizer import train_tokenizer
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        train(options)
-    except NpllamaError as error:
-        print(f"train: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"train: interrupted; the same command goes on from the last checkpoint in "
-            f"{options.out}",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    how_on = f"interrupted; the same command goes on from the last checkpoint in {options.out}"
+    return exit_code("train", lambda: train(options), how_on)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -234,15 +223,10 @@ def _write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
         write_json(partial / "config.json", llama.config.to_hf())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"train: error: {message} (--help lists all options)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(
-        prog="python tools/train.py",
-        description="Train a LLaMA-2 from random weights on a text file.",
+    p = Parser(
+        "train",
+        "Train a LLaMA-2 from random weights on a text file.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     files = p.add_argument_group("files")

@@ -1,0 +1,35 @@
+"""What every tool's command line has in common: errors of one line, and exit codes."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from npllama.errors import NpllamaError
+
+WRONG_INPUT, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line that begin with the tool's name."""
+
+    def __init__(self, tool: str, description: str, **settings: object) -> None:
+        super().__init__(prog=f"python tools/{tool}.py", description=description, **settings)
+        self.tool = tool
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.tool}: error: {message} (--help lists all options)\n")
+
+
+def exit_code(tool: str, work: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Do the work; the exit code: 0, 2 after input that cannot be served, 130 after Ctrl-C, the
+    last two with one line on stderr that says why."""
+    try:
+        work()
+    except NpllamaError as error:
+        print(f"{tool}: error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print(f"{tool}: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
