@@ -308,7 +308,8 @@ def torch_case(name):
 
 def test_every_torch_case_is_there():
     assert set(TORCH_CASES) == {
-        "meta-mp1", "meta-mp2", "meta-mp8", "meta-legacy", "bin", "bin-sharded", "llama2c-training"
+        "meta-mp1", "meta-mp2", "meta-mp4", "meta-mp8", "meta-legacy",
+        "bin", "bin-sharded", "llama2c-training",
     }  # fmt: skip
 
 
@@ -325,7 +326,9 @@ def test_every_tensor_is_what_transformers_converts_it_to(tmp_path, case):
     for name, values in truth.items():
         assert np.array_equal(file[name].astype("float32"), values), name
     dtypes = {info.dtype.name for info in file.tensors.values()}
-    assert dtypes == {{"meta-mp": "bfloat16", "llama2c": "float32"}.get(case[:7], "float16")}
+    stored = {"meta-legacy": "float16", "bin": "float16", "bin-sharded": "float16"}
+    stored |= {"meta-mp4": "float32", "llama2c-training": "float32"}
+    assert dtypes == {stored.get(case, "bfloat16")}
 
 
 @pytest.mark.parametrize("case", TORCH_CASES)
@@ -591,7 +594,7 @@ def test_a_dest_is_known_by_its_real_name(tmp_path, monkeypatch):
 def test_too_little_disk_space_is_said_before_the_first_byte(tmp_path, monkeypatch, capsys):
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     usage = SimpleNamespace(free=100_000)
-    monkeypatch.setattr("converting.writer.shutil.disk_usage", lambda _path: usage)
+    monkeypatch.setattr("converting.new_directory.shutil.disk_usage", lambda _path: usage)
     assert convert_main([str(source), str(tmp_path / "out")]) == 2
     assert "needs 0.02 GB and" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
@@ -657,8 +660,8 @@ def test_a_kill_between_the_renames_is_put_right(tmp_path, monkeypatch, step, ca
         if len(calls) == step:
             raise Killed
 
-    monkeypatch.setattr("converting.writer.os.rename", killed_after)
-    monkeypatch.setattr("converting.writer.shutil.rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr("converting.new_directory.os.rename", killed_after)
+    monkeypatch.setattr("converting.new_directory.shutil.rmtree", lambda *args, **kwargs: None)
     with pytest.raises(Killed):
         convert_main([str(source), str(dest), "--overwrite"])
     monkeypatch.undo()

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from converting.meta import LAYER_FIELDS, TOP_NAMES
+from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
 from npllama.config import LlamaConfig
 from npllama.weights import layer_name, tensor_shapes
 

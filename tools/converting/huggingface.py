@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from converting.meta import checked_tensors
 from converting.source import Source, Tensor, file_tensor, scaled_int8
-from converting.torch_file import read_torch_file
+from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
 from npllama.safetensors_file import SafetensorsFile

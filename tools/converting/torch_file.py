@@ -128,6 +128,16 @@ def is_torch_file(path: Path) -> bool:
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and b"\x8a\x0a\x6c\xfc" in start)
 
 
+def checked_tensors(root: Any, path: Path) -> dict[str, Tensor]:
+    """A state dict: names to tensors and nothing else."""
+    if not isinstance(root, dict) or not root:
+        raise WeightsError(f"{path} holds a {type(root).__name__}: expected tensors by name")
+    for name, value in root.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}: expected a tensor")
+    return root
+
+
 # -- the two layouts: the pickle, and where each storage's bytes begin
 
 
