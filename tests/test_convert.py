@@ -588,7 +588,7 @@ def test_a_dest_is_known_by_its_real_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     assert convert_main([str(source), "."]) == 0
     assert loadable(tmp_path / "here")
-    assert "is or holds" in error_line(source, "/", "--overwrite")
+    assert "/ is no place for a model" in error_line(source, "/", "--overwrite")
 
 
 def test_too_little_disk_space_is_said_before_the_first_byte(tmp_path, monkeypatch, capsys):

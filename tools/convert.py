@@ -18,7 +18,8 @@ from typing import NoReturn
 
 from converting.conversion import convert
 from converting.description import description, dry_run
-from converting.new_directory import check_dest
+from converting.interruption import Interrupted, interruptible
+from converting.new_directory import check_dest, identity, resolved
 from converting.recognition import read_source
 from npllama.errors import InputError, NpllamaError
 from npllama.weights import STORAGE_DTYPES
@@ -29,29 +30,43 @@ MAX_SHARD_SIZE = "4GB"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     args = _parser().parse_args(argv)
+    before = None
     try:
-        source = read_source(args.source)
-        if args.inspect or args.dry_run:
-            print(description(source))
-        if args.inspect:
-            return 0
-        if args.dest is None:
-            raise InputError("DEST is missing: name the model directory to make")
-        max_shard_size = _bytes(args.max_shard_size)
-        refuse_to_replace(args.source, args.dest)
-        if args.tokenizer is not None:
-            refuse_to_replace(args.tokenizer, args.dest)
-        if args.dry_run:
-            check_dest(args.dest, args.overwrite)
-            print(dry_run(source, args.dest, args.dtype, max_shard_size))
-            return 0
-        convert(source, args.dest, args.dtype, args.tokenizer, max_shard_size, args.overwrite)
+        with interruptible():
+            if args.dest is not None:
+                args.dest = resolved(args.dest)
+                before = identity(args.dest)
+            _run(args)
     except NpllamaError as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except Interrupted as interrupted:
+        told = "convert: interrupted"
+        if args.dest is not None:
+            is_same = identity(args.dest) == before
+            told += f": {args.dest} is {'as it was' if is_same else 'complete'}"
+        print(told, file=sys.stderr)
+        return interrupted.exit_code
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    source = read_source(args.source)
+    if args.inspect or args.dry_run:
+        print(description(source))
+    if args.inspect:
+        return
+    if args.dest is None:
+        raise InputError("DEST is missing: name the model directory to make")
+    max_shard_size = _bytes(args.max_shard_size)
+    refuse_to_replace(args.source, args.dest)
+    if args.tokenizer is not None:
+        refuse_to_replace(args.tokenizer, args.dest)
+    if args.dry_run:
+        check_dest(args.dest, args.overwrite)
+        print(dry_run(source, args.dest, args.dtype, max_shard_size))
+        return
+    convert(source, args.dest, args.dtype, args.tokenizer, max_shard_size, args.overwrite)
 
 
 def refuse_to_replace(source: Path, dest: Path) -> None:
@@ -60,7 +75,7 @@ def refuse_to_replace(source: Path, dest: Path) -> None:
     Raises:
         InputError: `source` is `dest` or lies within it.
     """
-    if source.resolve().is_relative_to(dest.resolve()):
+    if source.resolve().is_relative_to(dest):
         raise InputError(f"{dest} is or holds {source}, which is read: choose another directory")
 
 
