@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +20,15 @@ import safetensors.numpy
 
 from conftest import DATA, FIXTURES, ROOT, TINY, data_file, make_llama
 from convert import main as convert_main
+from converting.conversion import convert as convert_in_process
+from converting.recognition import read_source
 from converting.tokenizers import read_tokenizer
 from model_directory import random_tensors, write_model
 from npllama import load
 from npllama.config import LlamaConfig
 from npllama.errors import NpllamaError
 from npllama.llama import Llama
+from npllama.quantization import quantize
 from npllama.safetensors_file import SafetensorsFile
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import BYTE_PIECES
@@ -37,6 +42,7 @@ STORY = (  # what llama2.c publishes for stories260K: 200 greedy steps from BOS
     "Lily was sad and didn't know what to do. She said, \"I'm sorry, Lily. I didn't know what to "
     "do.\"\nLily didn't want to help her mom, so she"
 )
+SMALL = LlamaConfig(36, 1, 6, 3, 40, 260)
 LLAMA2C_ORDER = (
     "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w_gate", "w_down", "w_up",
 )  # fmt: skip
@@ -456,6 +462,125 @@ def test_other_programs_refuse_int8_rather_than_misread_it(tmp_path):
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
     assert "quantization_config" not in fields
     assert fields["torch_dtype"] == "float16"
+
+
+def test_int8_stays_as_it_is_stored(tmp_path):
+    convert(write_model(tmp_path / "hf", TINY), tmp_path / "int8", "--dtype", "int8")
+    for more in ((), ("--dtype", "int8")):
+        dest = tmp_path / f"again{len(more)}"
+        assert convert(tmp_path / "int8", dest, *more).returncode == 0
+        for name in ("model.safetensors", "config.json"):
+            assert (dest / name).read_bytes() == (tmp_path / "int8" / name).read_bytes()
+    stored = safetensors.numpy.load_file(tmp_path / "int8" / "model.safetensors")
+    scale = layer_name(0, "wq") + ".scale"
+    for bad, message in (
+        (np.float16(1), f"{scale} is stored as float16: expected float32"),
+        (np.float32(3e36), "holds 36 infinities"),  # 127 of which are beyond float32
+        (np.float32(np.nan), "holds 36 infinities"),
+    ):
+        tensors = random_int8(SMALL) | {scale: np.full(36, bad)}
+        broken = write_model(tmp_path / "broken", SMALL, tensors=tensors)
+        assert message in error_line(broken, tmp_path / "out")
+    assert stored[scale].dtype == np.float32
+
+
+def random_int8(config):
+    """An int8 checkpoint as npllama stores it."""
+    tensors = {}
+    for name, values in random_tensors(config).items():
+        tensors[name] = values
+        if values.ndim == 2:
+            tensors[name], tensors[name + ".scale"] = quantize(values)
+    return tensors
+
+
+def test_float64_is_read_from_every_format_and_becomes_float32(tmp_path):
+    exact = random_tensors(TINY)
+    source = write_model(tmp_path / "hf", TINY, tensors=random_tensors(TINY, dtype="float64"))
+    assert convert(source, tmp_path / "out").returncode == 0
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.array_equal(stored[name], exact[name]) for name in exact)
+    assert convert(source, tmp_path / "int8", "--dtype", "int8").returncode == 0
+    narrow = safetensors.numpy.load_file(tmp_path / "int8" / "model.safetensors")
+    assert np.array_equal(narrow[EMBEDDING], quantize(exact[EMBEDDING])[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "hint"),
+    [
+        ("float16", 7e4, "use --dtype bfloat16 or float32"),
+        ("float16", 3.4e38, "use --dtype float32"),  # beyond bfloat16's range too
+        ("bfloat16", 3.4e38, "use --dtype float32"),
+        *((dtype, 1e40, "no format here holds them, the checkpoint is broken")
+          for dtype in (None, "int8", "float32", "float16", "bfloat16")),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
+    tmp_path, capsys, dtype, value, hint
+):
+    tensors = random_tensors(TINY, dtype="float64")
+    tensors[EMBEDDING][3, 3] = -value
+    source = write_model(tmp_path / "hf", TINY, tensors=tensors)
+    more = ["--dtype", dtype] if dtype else []
+    assert convert_main([str(source), str(tmp_path / "out"), *more]) == 2
+    line = capsys.readouterr().err
+    assert line.endswith(f": {hint}\n")
+    assert "embed_tokens.weight holds 1 or more numbers beyond" in line
+    assert not (tmp_path / "out").exists()
+
+
+# -- memory
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "factor"),
+    [
+        # bytes at the most for each number of the largest tensor: as read, and as written
+        ("float32", None, 4),
+        ("bfloat16", None, 2),
+        ("bfloat16", "float32", 2 + 4),
+        ("float32", "float16", 4 + 2),
+        ("float32", "int8", 4 + 1),
+        ("bfloat16", "int8", 2 + 1),
+        ("int8", None, 1),
+        ("int8", "float16", 4 + 2),
+        ("groups", None, 1 + 4),
+        ("groups", "int8", 4 + 1),
+    ],
+)
+def test_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, stored, dtype, factor):
+    config = LlamaConfig(64, 1, 8, 8, 2**16, 260)  # gate, up and down are nearly all of it
+    if stored == "groups":
+        source = write_llama2c_new(tmp_path / "model.bin", config, random_tensors(config), 64)
+    elif stored == "int8":
+        source = write_model(tmp_path / "hf", config, tensors=random_int8(config))
+    else:
+        source = write_model(tmp_path / "hf", config, dtype=stored)
+    monkeypatch.setattr("converting.numbers._CHUNK", 2**14)
+    source = read_source(source)
+    tracemalloc.start()
+    try:
+        convert_in_process(source, tmp_path / "out", dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    more = 2**20 * (10 if dtype == "int8" and stored != "int8" else 1)  # quantize's own chunks
+    assert factor - 1 < peak / 2**22 < factor + more / 2**22
+
+
+def test_a_conversion_opens_one_file_at_a_time(tmp_path):
+    """As many shards as one likes: 22 here, and 12 files may be open."""
+    source = write_model(tmp_path / "hf", TINY, shards=4)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(tmp_path / "out")]
+        + ["--max-shard-size", "1KB"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 14
+    load(tmp_path / "out", backend="numpy")
 
 
 # -- the files

@@ -4,9 +4,10 @@
 
 SOURCE is recognized by itself: a directory of Meta's (params.json, consolidated.*.pth) or of
 Hugging Face's (safetensors or pytorch_model*.bin), or a file of llama2.c's (.bin of version 0, 1
-or 2, .pt of its training). DEST becomes a directory that npllama and Hugging Face transformers
-open: config.json, generation_config.json, safetensors and, where there is a tokenizer,
-tokenizer.model and tokenizer_config.json.
+or 2, .pt of its training). Where a directory holds several, Hugging Face's go before Meta's, and
+safetensors before pytorch_model*.bin. DEST becomes a directory that npllama and Hugging Face
+transformers open: config.json, generation_config.json, safetensors and, where there is a
+tokenizer, tokenizer.model and tokenizer_config.json.
 """
 
 import argparse
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     source = read_source(args.source)
+    for note in source.notes:
+        print(f"convert: {note}", file=sys.stderr)
     if args.inspect or args.dry_run:
         print(description(source))
     if args.inspect:
@@ -64,7 +67,7 @@ def _run(args: argparse.Namespace) -> None:
         refuse_to_replace(args.tokenizer, args.dest)
     if args.dry_run:
         check_dest(args.dest, args.overwrite)
-        print(dry_run(source, args.dest, args.dtype, max_shard_size))
+        print(dry_run(source, args.dest, args.dtype, args.tokenizer, max_shard_size))
         return
     convert(source, args.dest, args.dtype, args.tokenizer, max_shard_size, args.overwrite)
 

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from converting.conversion import entries
+from converting.conversion import entries, other_files
 from converting.source import Source
-from converting.writer import plan
+from converting.writer import index_files, plan
 
 
 def description(source: Source) -> str:
     """What --inspect prints: format, config, dtype, parameters, bytes, tensor list."""
     config = source.config
-    dtypes = sorted({tensor.dtype.name for tensor in source.tensors.values()})
+    dtypes = sorted({tensor.stored_dtype.name for tensor in source.tensors.values()})
     lines = [
         f"format      {source.format}",
         f"config      D {config.dim}, L {config.n_layers}, H {config.n_heads}, "
@@ -24,17 +24,22 @@ def description(source: Source) -> str:
         "tensors",
     ]
     for name, tensor in source.tensors.items():
-        lines.append(f"  {name:<55} {tensor.dtype.name:<9} {list(tensor.shape)}")
+        lines.append(f"  {name:<55} {tensor.stored_dtype.name:<9} {list(tensor.shape)}")
     return "\n".join(lines)
 
 
-def dry_run(source: Source, dest: Path, dtype: str | None, max_shard_size: int) -> str:
-    """What --dry-run adds: the files that would be written."""
+def dry_run(
+    source: Source, dest: Path, dtype: str | None, tokenizer: Path | None, max_shard_size: int
+) -> str:
+    """What --dry-run adds: the files that would be written.
+
+    Raises:
+        NpllamaError: one of the source's files, or the tokenizer, that a conversion would refuse.
+    """
     shards = plan(entries(source, dtype), max_shard_size)
+    sizes = {shard.file: shard.nbytes for shard in shards}
+    others = index_files(shards) | other_files(source, dtype, tokenizer)
+    sizes |= {name: len(content) for name, content in others.items()}
     lines = [f"would write {dest}"]
-    lines += [f"  {shard.file:<40} {shard.nbytes:>16,} bytes" for shard in shards]
-    others = ["config.json", "generation_config.json"]
-    if source.tokenizer is not None:
-        others += ["tokenizer.model", "tokenizer_config.json"]
-    lines += [f"  {name}" for name in others]
+    lines += [f"  {name:<40} {size:>16,} bytes" for name, size in sizes.items()]
     return "\n".join(lines)

@@ -41,6 +41,7 @@ def read_meta(directory: Path) -> Source:
     if len(paths) & (len(paths) - 1):
         raise WeightsError(f"{directory} holds {len(paths)} shards: expected 1, 2, 4 or 8")
     shards = [by_hf_name(checked_tensors(read_torch_file(path), path), path) for path in paths]
+    _check_count(params, shards, directory)
     config = _config(params, shards, directory / "params.json")
     tensors = {name: _merged(name, shards, paths) for name in shards[0]}
     tokenizers = (directory / "tokenizer.model", directory.parent / "tokenizer.model")
@@ -50,6 +51,20 @@ def read_meta(directory: Path) -> Source:
         tensors=from_meta_row_order(tensors, config),
         tokenizer=next((path for path in tokenizers if path.exists()), None),
     )
+
+
+def _check_count(params: dict, shards: list[dict[str, Tensor]], directory: Path) -> None:
+    """Shards hold columns of the embedding, so that one of them tells how many there are."""
+    embedding, dim = shards[0].get(EMBEDDING), params.get("dim")
+    if embedding is None or len(embedding.shape) != 2 or not isinstance(dim, int):
+        return  # refused by name later
+    columns = embedding.shape[1]
+    if columns and dim % columns == 0 and dim // columns > len(shards):
+        raise WeightsError(
+            f"{directory} holds {len(shards)} of {dim // columns} shards, by the {columns} "
+            f"columns of {dim} in its first one's tok_embeddings.weight: "
+            f"consolidated.{len(shards):02}.pth is missing"
+        )
 
 
 def _config(params: dict, shards: list[dict[str, Tensor]], path: Path) -> LlamaConfig:

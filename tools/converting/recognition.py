@@ -48,7 +48,10 @@ def _recognized(path: Path) -> Source:
     if not path.is_file() and not path.is_dir():
         raise InputError(f"{path} does not exist or is no file: expected a checkpoint")
     if is_hugging_face(path):
-        return read_hugging_face(path)
+        source = read_hugging_face(path)
+        if is_meta(path):
+            source.notes += (f"{path} holds Meta's files too: Hugging Face's are read",)
+        return source
     if is_meta(path):
         return read_meta(path)
     if path.is_dir():

@@ -2,13 +2,15 @@
 
 The safetensors library sorts tensors by name and wants them all at once. Here they are written
 one by one, and within a layer q, k, v are neighbours in the file, and gate and up, so that the
-CPU can view each group as one matrix.
+CPU can view each group as one matrix. (A group of two dtypes, which no known checkpoint has and
+no --dtype makes, is parted: wider ones come first in a file.)
 """
 
 import json
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -97,34 +99,33 @@ def write_shards(
     tensors: Iterable[tuple[str, np.ndarray]],
     written: Callable[[int], object],
 ) -> None:
-    """Write each (name, values) at its place, in whatever order they come.
+    """Write each (name, values) at its place; one file is open at a time.
 
     Args:
+        tensors: those of the first shard, then those of the next; in any order within one.
         written: told the bytes of each tensor once it is in its file.
     """
-    shard_of = {name: shard for shard in shards for name in shard.offsets}
-    files = {}
-    try:
-        for shard in shards:
-            files[shard.file] = open(directory / shard.file, "wb")  # noqa: SIM115
-            files[shard.file].write(shard.header)
-        for name, values in tensors:
-            shard = shard_of[name]
-            file = files[shard.file]
-            file.seek(shard.offsets[name])
-            # not tofile, which forgets why it failed, such as for a full disk
-            file.write(np.ascontiguousarray(values).reshape(-1).view("uint8"))
-            written(values.nbytes)
-            del values  # before the next is read
-    finally:
-        for file in files.values():
-            file.close()
-    if len(shards) > 1:
-        total = sum(shard.nbytes - len(shard.header) for shard in shards)
-        weight_map = {name: shard.file for name, shard in shard_of.items()}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    tensors = iter(tensors)
+    for shard in shards:
+        with open(directory / shard.file, "wb") as file:
+            file.write(shard.header)
+            for name, values in islice(tensors, len(shard.offsets)):
+                file.seek(shard.offsets[name])
+                # not tofile, which forgets why it failed, such as for a full disk
+                file.write(np.ascontiguousarray(values).reshape(-1).view("uint8"))
+                written(values.nbytes)
+                del values  # before the next is read
 
 
-def write_json(path: Path, value: object) -> None:
-    """A JSON file that a person can read."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def index_files(shards: list[Shard]) -> dict[str, bytes]:
+    """The index, by its file name, where there is more than one shard."""
+    if len(shards) == 1:
+        return {}
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    return {INDEX: to_json({"metadata": {"total_size": total}, "weight_map": weight_map})}
+
+
+def to_json(value: object) -> bytes:
+    """JSON that a person can read."""
+    return (json.dumps(value, indent=2) + "\n").encode()
