@@ -1,5 +1,6 @@
 """tools/convert.py: every format, every dtype, whole or not at all."""
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,7 @@ from npllama.quantization import quantize
 from npllama.safetensors_file import SafetensorsFile
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import BYTE_PIECES
-from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name
+from npllama.weights import EMBEDDING, INDEX, LM_HEAD, NORM, layer_name
 
 STORY = (  # what llama2.c publishes for stories260K: 200 greedy steps from BOS
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -49,11 +51,11 @@ LLAMA2C_ORDER = (
 
 
 def convert(*args):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-    )
+    """The command line, in this process: a start of Python for each would take most of the time."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = convert_main([str(arg) for arg in args])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def error_line(*args):
@@ -122,8 +124,8 @@ def test_a_converted_model_computes_what_its_source_says(tmp_path, tied, n_kv_he
 
 def test_stories260k_tells_its_published_story_to_the_letter(tmp_path):
     source = data_file("stories260K/stories260K.bin")
-    result = convert(source, tmp_path / "s", "--tokenizer", DATA / "stories260K" / "tok512.bin")
-    assert result.returncode == 0, result.stderr
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(tmp_path / "s")]
+    subprocess.run([*command, "--tokenizer", str(source.with_name("tok512.bin"))], check=True)
     command = [sys.executable, "-m", "npllama.generate", "--model", str(tmp_path / "s")]
     command += ["--prompt", "", "--temperature", "0", "--max-new-tokens", "200"]
     command += ["--backend", "numpy"]
@@ -396,6 +398,154 @@ def test_damaged_meta_sources_name_file_and_tensor(tmp_path):
         (source / "params.json").write_text(json.dumps(params | change))
         assert message in error_line(source, dest)
     assert not dest.exists()
+
+
+def test_a_bad_number_of_a_config_names_its_file_once(tmp_path):
+    source = copy_of("meta-mp1", tmp_path)
+    params = json.loads((source / "params.json").read_text())
+    for change in ({"norm_eps": "x"}, {"norm_eps": -1}, {"dim": None}, {"rope_theta": []}):
+        (source / "params.json").write_text(json.dumps(params | change))
+        line = error_line(source, tmp_path / "out")
+        assert line.count("params.json: ") == 1 and next(iter(change)) in line
+
+
+@pytest.mark.parametrize(("case", "n", "kept"), [
+    ("meta-mp2", 2, 1), ("meta-mp4", 4, 2), ("meta-mp8", 8, 4), ("meta-mp8", 8, 1),
+])  # fmt: skip
+def test_missing_last_shards_are_told_from_a_wrong_shape(tmp_path, case, n, kept):
+    source = copy_of(case, tmp_path)
+    for path in sorted(source.glob("consolidated.*"))[kept:]:
+        path.unlink()
+    line = error_line(source, tmp_path / "out")
+    assert f"holds {kept} of {n} shards" in line
+    assert f"consolidated.{kept:02}.pth is missing" in line
+
+
+def test_a_directory_of_several_formats_is_read_as_one_that_is_named(tmp_path):
+    source = write_model(tmp_path / "source", TINY)
+    shutil.copy(FIXTURES / "torch" / "bin" / "pytorch_model.bin", source)
+    shutil.copytree(FIXTURES / "torch" / "meta-mp1", source, dirs_exist_ok=True)
+    result = convert(source, "--inspect")
+    assert "Hugging Face, safetensors, 1 file" in result.stdout
+    assert result.stderr == (
+        f"convert: {source} holds pytorch_model.bin too: the safetensors are read\n"
+        f"convert: {source} holds Meta's files too: Hugging Face's are read\n"
+    )
+    assert convert(torch_case("meta-mp1")[0], "--inspect").stderr == ""
+
+
+@pytest.mark.parametrize("case", ["safetensors", "bin"])
+def test_an_index_is_held_against_the_files(tmp_path, case):
+    if case == "bin":
+        source, index = copy_of("bin-sharded", tmp_path), "pytorch_model.bin.index.json"
+    else:
+        source, index = write_model(tmp_path / "hf", TINY, shards=2), INDEX
+    fields = json.loads((source / index).read_text())
+    files = fields["weight_map"]
+    first, second = sorted(set(files.values()))
+    name = next(name for name in files if files[name] == first)
+    for shard, message in (
+        (second, f"{second} lacks tensor {name}, which {index} puts there"),
+        ("", "weight_map does not name a file for each tensor"),
+        (".", "weight_map does not name a file for each tensor"),
+        ("..", "weight_map does not name a file for each tensor"),
+    ):
+        (source / index).write_text(json.dumps(fields | {"weight_map": files | {name: shard}}))
+        assert message in error_line(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_file_that_cannot_be_read_is_named_rather_than_dest(tmp_path, name):
+    source = write_model(tmp_path / "hf", TINY)
+    (source / name).unlink(missing_ok=True)
+    (source / name).mkdir()
+    line = error_line(source, tmp_path / "a" / "out")
+    assert f"{source / name} cannot be read: Is a directory" in line
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("case", ["safetensors", "meta-mp1"])
+def test_a_source_that_goes_away_is_named_rather_than_dest(tmp_path, case):
+    path = write_model(tmp_path / "m", TINY) if case == "safetensors" else copy_of(case, tmp_path)
+    source = read_source(path)
+    file = path / ("model.safetensors" if case == "safetensors" else "consolidated.00.pth")
+    (path / "aside").mkdir()
+    for change in (lambda: file.rename(path / "aside" / "x"), file.mkdir):  # gone; a directory
+        change()
+        with pytest.raises(NpllamaError) as caught:
+            convert_in_process(source, tmp_path / "out")
+        assert str(caught.value).startswith(f"{file} cannot be read: ")
+    file.rmdir()
+    file.write_bytes((path / "aside" / "x").read_bytes()[:20_000])
+    with pytest.raises(NpllamaError, match="is truncated: get the file again"):
+        convert_in_process(source, tmp_path / "out")
+
+
+def test_a_new_tokenizer_takes_the_place_of_all_that_describe_the_old_one(tmp_path):
+    source = write_model(tmp_path / "hf", TINY)
+    kept = {"chat_template.jinja": "{{ messages }}"}
+    old = dict.fromkeys(
+        ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        '{"old": 1}',
+    )
+    for name, content in (kept | old).items():
+        (source / name).write_text(content)
+    tokenizer = write_tokenizer_bin(tmp_path / "tok.bin")
+    result = convert(source, tmp_path / "new", "--tokenizer", tokenizer)
+    files = {path.name for path in (tmp_path / "new").iterdir()}
+    others = {"config.json", "generation_config.json", "model.safetensors"}
+    assert files == others | {"tokenizer.model", "tokenizer_config.json", *kept}
+    written = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "LlamaTokenizer"
+    assert "left out, since --tokenizer replaces what they describe: tok" in result.stderr
+    # the source's own, named explicitly, replaces nothing
+    convert(source, tmp_path / "own", "--tokenizer", source / "tokenizer.model")
+    assert {path.name for path in (tmp_path / "own").iterdir()} >= {*old, *kept}
+    assert (tmp_path / "own" / "tokenizer_config.json").read_text() == '{"old": 1}'
+
+
+@pytest.mark.parametrize("more", [(), ("--max-shard-size", "50KB"), ("--tokenizer", "tok.bin")])
+def test_a_dry_run_names_every_file_with_its_size(tmp_path, monkeypatch, more):
+    source = write_model(tmp_path / "hf", TINY, tokenizer=False)
+    (source / "tokenizer.json").write_text("{}")
+    write_tokenizer_bin(tmp_path / "tok.bin")
+    monkeypatch.chdir(tmp_path)
+    dry = convert(source, "out", "--dry-run", *more).stdout
+    told = dict(re.findall(r"^  (\S+) +([\d,]+) bytes$", dry[dry.index("would write") :], re.M))
+    assert convert(source, "out", *more).returncode == 0
+    sizes = {path.name: f"{path.stat().st_size:,}" for path in (tmp_path / "out").iterdir()}
+    assert told == sizes
+    write_tokenizer_bin(tmp_path / "tok.bin", [*BYTE_PIECES, ("x", 0.0, 1)])
+    args = (source, "other", "--dry-run", "--tokenizer", "tok.bin")
+    assert "has 261 pieces and the model 260" in error_line(*args)  # as the conversion would say
+
+
+@pytest.mark.parametrize("case", ["int8", "groups"])
+def test_inspect_tells_what_the_file_holds(tmp_path, case):
+    if case == "int8":
+        source = write_model(tmp_path / "hf", TINY, tensors=random_int8(TINY))
+        extra = 4 * sum(w.shape[0] for w in random_tensors(TINY).values() if w.ndim == 2)
+    else:
+        source = write_llama2c_new(tmp_path / "model.bin", TINY, random_tensors(TINY), 16)
+        extra = 4 * sum(w.size // 16 for w in random_tensors(TINY).values() if w.ndim == 2)
+    told = convert(source, "--inspect").stdout
+    for name, w in random_tensors(TINY).items():
+        dtype = "int8" if w.ndim == 2 else "float32"
+        assert re.search(rf"^  {re.escape(name)} +{dtype} ", told, re.M)
+    assert re.search(r"^dtype +float32, int8$", told, re.M)
+    n_bytes = sum(w.size * (1 if w.ndim == 2 else 4) for w in random_tensors(TINY).values())
+    assert f"bytes       {n_bytes + extra:,}" in told
+
+
+def test_a_tied_head_of_a_training_checkpoint_is_known_without_reading_it(monkeypatch):
+    def unread(*_args, **_kwargs):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("converting.torch_file.read_numbers", unread)
+    source = read_source(torch_case("llama2c-training")[0])
+    assert source.config.tie_embeddings
+    with pytest.raises(AssertionError, match="was read"):
+        source.tensors[EMBEDDING].read()
 
 
 # -- dtypes, and what they lose
@@ -739,8 +889,10 @@ def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path,
     config = LlamaConfig(**{**vars(TINY), "vocab_size": 20_000})
     source = write_llama2c(tmp_path / "model.bin", config, random_tensors(config))
     dest = tmp_path / "folder" / "out"
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(dest)]
+    command += ["--overwrite"]
     began = time.perf_counter()
-    assert convert(source, dest, "--overwrite").returncode == 0
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     whole = time.perf_counter() - began
     written = (dest / "model.safetensors").read_bytes()
     aside = dest.with_name(".out.replaced")
@@ -748,12 +900,8 @@ def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path,
     for _ in range(12):
         if not old:
             shutil.rmtree(dest, ignore_errors=True)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(dest)]
-            + ["--overwrite"],
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(whole * rng.uniform(0.3, 1.1))
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(whole * rng.uniform(0.5, 1.1))
         process.kill()
         process.wait()
         # an old model is there, or aside for an instant; a new one is whole or not there
@@ -817,3 +965,4 @@ def test_a_bar_is_shown_on_a_terminal_alone(tmp_path):
     os.close(child)
     assert "100%" in shown
     assert "B/s" in shown
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown)  # time passed, and left
