@@ -32,6 +32,7 @@ def convert(
     """Write `source` as the model directory `dest`, one tensor at a time, whole or not at all.
 
     Args:
+        dest: by its real name (new_directory.resolved).
         dtype: of the matrices; None keeps each tensor's own.
         tokenizer: tokenizer.model or tokenizer.bin; None takes the one beside the source.
 
@@ -41,8 +42,9 @@ def convert(
     shards = plan(entries(source, dtype), max_shard_size)
     others = index_files(shards) | other_files(source, dtype, tokenizer)  # read before any write
     total = sum(shard.nbytes for shard in shards)
+    n_bytes = total + sum(len(content) for content in others.values())
     loss = Loss()
-    with new_directory(dest, total + 2**24, overwrite) as partial:
+    with new_directory(dest, n_bytes + 2**24, overwrite) as partial:
         # None: a bar on a terminal, quiet otherwise
         numbers = sum(shard.nbytes - len(shard.header) for shard in shards)
         with tqdm(total=numbers, unit="B", unit_scale=True, disable=None) as bar:
