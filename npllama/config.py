@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,11 @@ class LlamaConfig:
         generation_path = path.with_name("generation_config.json")
         generation = read_json(generation_path) if generation_path.exists() else {}
         try:
-            cls.from_hf(hf)
+            config = cls.from_hf(hf)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         try:
-            return cls.from_hf(hf, generation)
+            return config.with_generation(generation)
         except ConfigError as error:
             raise ConfigError(f"{generation_path}: {error}") from None
 
@@ -177,8 +177,8 @@ class LlamaConfig:
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(hf),
             tie_embeddings=hf.get("tie_word_embeddings") or False,
-            bos_id=_first_given(1, (generation or {}).get("bos_token_id"), hf.get("bos_token_id")),
-            eos_ids=_ids((generation or {}).get("eos_token_id"), hf.get("eos_token_id")),
+            bos_id=_first_given(1, hf.get("bos_token_id")),
+            eos_ids=_ids(_first_given(2, hf.get("eos_token_id"))),
         )
         head_dim = hf.get("head_dim")
         if head_dim is not None and head_dim != config.head_dim:
@@ -186,7 +186,17 @@ class LlamaConfig:
                 f"head_dim is {head_dim!r}: only hidden_size / num_attention_heads = "
                 f"{config.head_dim} is implemented"
             )
-        return config
+        return config.with_generation(generation or {})
+
+    def with_generation(self, generation: Mapping[str, Any]) -> "LlamaConfig":
+        """The ids of a generation_config.json, where it has them, in place of one's own.
+
+        Raises:
+            ConfigError: an id that is none.
+        """
+        bos = _first_given(self.bos_id, generation.get("bos_token_id"))
+        eos = _first_given(list(self.eos_ids), generation.get("eos_token_id"))
+        return replace(self, bos_id=bos, eos_ids=_ids(eos))
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The fields of a Hugging Face config.json that opens as LlamaForCausalLM."""
@@ -273,8 +283,7 @@ def _first_given(default: Any, *values: Any) -> Any:
     return next((value for value in values if value is not None), default)
 
 
-def _ids(*values: Any) -> tuple[int, ...]:
-    given = _first_given(2, *values)
+def _ids(given: Any) -> tuple[int, ...]:
     return tuple(given) if isinstance(given, list) else (given,)
 
 

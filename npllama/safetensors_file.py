@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors (section "Format").
 import json
 import math
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,16 @@ class TensorInfo:
 class SafetensorsFile:
     """The tensors of one file by name, as read-only views of its memory map.
 
+    Args:
+        dtypes: those that are read, by the format's names for them.
+
     Raises:
         WeightsError: the file is missing, truncated, or its header does not describe it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> None:
         self.path = Path(path)
+        self._dtypes = dtypes
         try:
             with open(self.path, "rb") as file:
                 size = file.seek(0, 2)
@@ -100,16 +105,16 @@ class SafetensorsFile:
                 raise TypeError
             if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
                 raise TypeError
-            if len(shape) > 64 or 4 * math.prod(max(n, 1) for n in shape) >= 2**63:
+            if len(shape) > 64 or 8 * math.prod(max(n, 1) for n in shape) >= 2**63:
                 raise TypeError  # NumPy cannot, even where one of them is 0
         except (TypeError, KeyError, ValueError):
             raise self._damaged(f"the header's entry for tensor {name} is malformed") from None
-        if dtype_name not in DTYPES:
+        if dtype_name not in self._dtypes:
             raise WeightsError(
                 f"{self.path}: tensor {name} is stored as {dtype_name}: "
-                f"expected one of {', '.join(DTYPES)}"
+                f"expected one of {', '.join(self._dtypes)}"
             )
-        dtype = DTYPES[dtype_name]
+        dtype = self._dtypes[dtype_name]
         n_bytes = dtype.itemsize
         for n in shape:
             n_bytes *= n

@@ -5,6 +5,7 @@ views of memory-mapped files, moved to the device (`ops.prepare`) one after the 
 """
 
 import os
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -228,10 +229,24 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and shard == Path(shard).name for shard in weight_map.values()
+        isinstance(shard, str) and shard == Path(shard).name and shard not in ("", "..")
+        for shard in weight_map.values()
     ):
         raise WeightsError(f"{path}: weight_map does not name a file for each tensor")
     return weight_map
+
+
+def check_index(index: Path, tensors_of: Mapping[str, Container[str]]) -> None:
+    """Hold an index against the names of the tensors in each file.
+
+    Raises:
+        WeightsError: a tensor is not in the file that the index names for it.
+    """
+    for name, shard in read_index(index).items():
+        if name not in tensors_of[shard]:
+            raise WeightsError(
+                f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there"
+            )
 
 
 def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> list[Path]:
@@ -264,11 +279,7 @@ def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
     files = {path.name: SafetensorsFile(path) for path in shard_files(directory)}
     file_of = {name: file for file in files.values() for name in file.tensors}
     if SINGLE not in files:
-        for name, shard in read_index(directory / INDEX).items():
-            if name not in files[shard].tensors:
-                raise WeightsError(
-                    f"{directory / shard} lacks tensor {name}, which {INDEX} puts there"
-                )
+        check_index(directory / INDEX, {shard: file.tensors for shard, file in files.items()})
     for shard, file in files.items():
         twice = next((name for name in file.tensors if file_of[name] is not file), None)
         if twice is not None:

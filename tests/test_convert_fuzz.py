@@ -22,7 +22,8 @@ import pytest
 
 import npllama
 from conftest import FIXTURES, ROOT, TINY
-from convert import convert, read_source
+from converting.conversion import convert
+from converting.recognition import read_source
 from converting.tokenizers import read_tokenizer
 from model_directory import BYTE_PIECES, random_tensors, write_model
 from npllama.config import LlamaConfig

@@ -1,10 +1,12 @@
 """int8 weights: the scheme, and what it costs in logits and in perplexity."""
 
+import re
+
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from conftest import DATA, FIXTURES, data_file
+from conftest import DATA, FIXTURES, ROOT, data_file
 from convert import main as convert_main
 from npllama import load
 from npllama.quantization import dequantize, quantize
@@ -53,26 +55,48 @@ def test_logits_of_the_fixtures_move_little(case):
     assert 0.001 < error < 0.08  # README says: 0.04 to 0.07
 
 
-def nats_per_token(llama, stories):
-    nats, n_tokens = 0.0, 0
-    for story in stories:
-        ids = llama.encode(story)[: llama.context]
-        logits = llama.logits(ids[:-1]).astype("float64")
-        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        nats -= log_p[np.arange(len(ids) - 1), ids[1:]].sum()
+def stories260k(tmp_path, dtype):
+    source, tokenizer = data_file("stories260K/stories260K.bin"), "stories260K/tok512.bin"
+    args = [str(source), str(tmp_path / dtype), "--tokenizer", str(DATA / tokenizer)]
+    assert convert_main([*args, "--dtype", dtype]) == 0
+    return load(tmp_path / dtype, "numpy")
+
+
+def compared(exact, narrow, n_stories):
+    """(perplexity of each model, largest error of a logit as a fraction of its story's largest)."""
+    text = data_file("stories/valid.txt").read_text(encoding="utf-8")
+    nats, n_tokens, worst = np.zeros(2), 0, 0.0
+    for story in text.split("<|endoftext|>")[:n_stories]:
+        ids = exact.encode(story.strip())[: exact.context]
+        both = [llama.logits(ids[:-1]).astype("float64") for llama in (exact, narrow)]
+        for i, logits in enumerate(both):
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            nats[i] -= log_p[np.arange(len(ids) - 1), ids[1:]].sum()
         n_tokens += len(ids) - 1
-    return nats / n_tokens
+        worst = max(worst, np.abs(both[1] - both[0]).max() / np.abs(both[0]).max())
+    return (*np.exp(nats / n_tokens), worst)
 
 
 def test_perplexity_of_stories260k_is_that_of_float32(tmp_path):
-    source, tokenizer = data_file("stories260K/stories260K.bin"), "stories260K/tok512.bin"
-    text = data_file("stories/valid.txt").read_text(encoding="utf-8")
-    stories = [story.strip() for story in text.split("<|endoftext|>")[:40]]
-    for dtype in ("float32", "int8"):
-        args = [str(source), str(tmp_path / dtype), "--tokenizer", str(DATA / tokenizer)]
-        assert convert_main([*args, "--dtype", dtype]) == 0
-    exact, narrow = (
-        nats_per_token(load(tmp_path / dtype, "numpy"), stories) for dtype in ("float32", "int8")
-    )
+    models = [stories260k(tmp_path, dtype) for dtype in ("float32", "int8")]
+    exact, narrow, error = compared(*models, n_stories=8)
     assert exact != narrow
     assert narrow == pytest.approx(exact, rel=2e-3)
+    assert 0.005 < error < 0.03
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_readme_are_measured_here(tmp_path):
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    told = re.search(
+        r"over (\d+) stories .* logits move by at most ([\d.]+) % of the largest .* perplexity "
+        r"goes from ([\d.]+) to ([\d.]+) \(bfloat16: ([\d.]+) % and ([\d.]+)\)",
+        readme,
+    )
+    n_stories, *figures = told.groups()
+    exact = stories260k(tmp_path, "float32")
+    found = []
+    for dtype in ("int8", "bfloat16"):
+        before, after, error = compared(exact, stories260k(tmp_path, dtype), int(n_stories))
+        found += [f"{100 * error:.1f}", f"{before:.4f}", f"{after:.4f}"]
+    assert found[:3] + [found[3], found[5]] == figures

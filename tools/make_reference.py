@@ -9,7 +9,7 @@
 fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
 the result of transformers on the stored weights widened to float64: logits, every layer's hidden
 state, and the greedy continuation. fixtures/torch has what torch.save writes: Meta's layout with
-1, 2 and 8 shards, an older (legacy) file, pytorch_model.bin, llama2.c's training checkpoint.
+1, 2, 4 and 8 shards, an older (legacy) file, pytorch_model.bin, llama2.c's training checkpoint.
 Their expected.safetensors also has every tensor as transformers' own script converts it; that
 script came with transformers up to 4.46 (models/llama/convert_llama_weights_to_hf.py).
 fixtures/gradients has float64 weights, a loss and its gradients by PyTorch's autograd, through a
@@ -139,6 +139,7 @@ def prompt(seed: int, vocab_size: int) -> list[int]:
 # heads are chosen so that n_kv_heads differs from n_heads and from n_heads / n_kv_heads
 SMALL = {"dim": 36, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5}
 SMALL |= {"multiple_of": 4, "ffn_dim_multiplier": 0.5, "vocab_size": -1}
+FOUR = SMALL | {"dim": 32, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 8}
 EIGHT = SMALL | {"dim": 32, "n_heads": 16, "n_kv_heads": 8, "multiple_of": 8}
 VOCAB = 48
 
@@ -148,6 +149,7 @@ META_CASES = {
     "meta-mp2": (SMALL | {"rope_theta": 1e6}, 2, torch.bfloat16, True),
     "meta-mp8": (EIGHT, 8, torch.bfloat16, True),
     "meta-legacy": (SMALL, 1, torch.float16, False),
+    "meta-mp4": (FOUR, 4, torch.float32, True),
 }
 COLUMN_SPLIT = ("wo.weight", "w2.weight", "tok_embeddings.weight")
 

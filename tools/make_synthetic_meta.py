@@ -2,6 +2,8 @@
 
     python tools/make_synthetic_meta.py 7B DEST      (13.5 GB; also 13B, 34B, 70B, 1.1B)
 
+tools/measure_conversion.py then measures.
+
 One shard, bfloat16, in the zip layout of torch.save, without torch: a pickle of tensors that
 refer to stored entries. The numbers are one block of random weights over and over, so that
 writing is quick and no value is zero.
@@ -12,14 +14,18 @@ import json
 import pickle
 import sys
 import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from converting.meta import LAYER_FIELDS, TOP_NAMES
+from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
+from converting.new_directory import new_directory, resolved
 from npllama.config import LlamaConfig
+from npllama.errors import NpllamaError
 from npllama.weights import layer_name, tensor_shapes
 
 TINY_LLAMA = LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048)
@@ -76,8 +82,7 @@ def meta_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def write_meta(dest: Path, config: LlamaConfig) -> None:
-    """params.json and consolidated.00.pth under `dest`."""
-    dest.mkdir(parents=True, exist_ok=True)
+    """params.json and consolidated.00.pth in the directory `dest`."""
     params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
     params |= {"n_kv_heads": config.n_kv_heads, "norm_eps": config.norm_eps, "vocab_size": -1}
     (dest / "params.json").write_text(json.dumps(params))
@@ -104,16 +109,25 @@ def write_meta(dest: Path, config: LlamaConfig) -> None:
                 bar.update(2 * int(np.prod(tensor.shape)))
 
 
-def main() -> None:
-    """Write what the command line names."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what the command line names; the exit code."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("size", help="7B, 13B, 34B, 70B, or 1.1B (TinyLlama's shape)")
-    p.add_argument("dest", type=Path)
-    args = p.parse_args()
-    config = TINY_LLAMA if args.size.upper() == "1.1B" else LlamaConfig.named(args.size)
-    write_meta(args.dest, config)
+    p.add_argument("dest", type=Path, help="the directory to make")
+    p.add_argument("--layers", type=int, metavar="N", help="as many layers, to try with less")
+    args = p.parse_args(argv)
+    try:
+        config = TINY_LLAMA if args.size.upper() == "1.1B" else LlamaConfig.named(args.size)
+        if args.layers is not None:
+            config = replace(config, n_layers=args.layers)
+        with new_directory(resolved(args.dest), 2 * config.n_parameters, False) as partial:
+            write_meta(partial, config)
+    except NpllamaError as error:
+        print(f"make_synthetic_meta: error: {error}", file=sys.stderr)
+        return 2
     print(f"wrote {args.dest}: {config.n_parameters:,} parameters in bfloat16", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

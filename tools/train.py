@@ -13,12 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from command_line import Parser, exit_code
-from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import read_tokenizer
-from converting.writer import Entry, new_directory, plan, write_json, write_shards
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import ConfigError, InputError
@@ -26,12 +22,12 @@ from npllama.llama import Llama
 from npllama.ops import ops_for
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import random_parameters
-from npllama.weights import named_arrays
 from perplexity import score_texts
 from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.loss_curve import check_matplotlib, draw_curve
+from training.model_writer import write_model
 from training.progress import Progress
 from training.run import Run, Workers, check_memory
 from training.stories import encode_stories, read_stories
@@ -77,7 +73,7 @@ def train(options: argparse.Namespace) -> None:
         )
         with progress:
             _steps(run, progress, options, identity, valid)
-    _write_model(run.model, tokenizer, out / "model")
+    write_model(run.model, tokenizer, out / "model")
     if options.plot:
         draw_curve(out / "loss.csv", out / "loss.png")
     print(f"train: wrote {out / 'model'}", file=sys.stderr)
@@ -207,20 +203,6 @@ def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
         os.replace(partial, out / "tokenizer.model")
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
-
-
-def _write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
-    """The trained model as a Hugging Face directory, float32."""
-    arrays = named_arrays(llama.parameters, llama.config)
-    entries = [Entry(name, np.dtype("float32"), array.shape) for name, array in arrays.items()]
-    shards = plan(entries, max_shard_size=4 * 10**9)
-    to_host = llama.backend.to_host
-    with new_directory(dest, sum(shard.nbytes for shard in shards), overwrite=True) as partial:
-        tensors = ((name, to_host(array)) for name, array in arrays.items())
-        write_shards(partial, shards, tensors, written=lambda n: None)
-        (partial / "tokenizer.model").write_bytes(tokenizer)
-        write_json(partial / "tokenizer_config.json", TOKENIZER_CONFIG)
-        write_json(partial / "config.json", llama.config.to_hf())
 
 
 def _parser() -> argparse.ArgumentParser:

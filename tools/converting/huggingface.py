@@ -4,29 +4,30 @@ from pathlib import Path
 
 import numpy as np
 
-from converting.meta import checked_tensors
 from converting.source import Source, Tensor, file_tensor, scaled_int8
-from converting.torch_file import read_torch_file
+from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
+from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
-from npllama.safetensors_file import SafetensorsFile
+from npllama.safetensors_file import DTYPES, SafetensorsFile
 from npllama.weights import (
     EMBEDDING,
     INDEX,
     LM_HEAD,
     SINGLE,
+    check_index,
     is_rotary_table,
     scale_name,
     shard_files,
 )
 
+_DTYPES = DTYPES | {"F64": np.dtype("float64")}  # which npllama.load does not read
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
-_COPIED += ("added_tokens.json", "chat_template.jinja")
+_COPIED = (*TOKENIZER_FILES, "chat_template.jinja")
 
 
 def is_hugging_face(directory: Path) -> bool:
-    """Whether the directory holds a config.json and weights of either kind."""
+    """Whether the directory holds weights of either kind; config.json is asked for later."""
     names = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
     return directory.is_dir() and any((directory / name).exists() for name in names)
 
@@ -38,15 +39,20 @@ def read_hugging_face(directory: Path) -> Source:
         ConfigError, WeightsError: naming file and tensor.
     """
     config = LlamaConfig.from_directory(directory)
+    notes: tuple[str, ...] = ()
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
-        kind, paths = "safetensors", shard_files(directory, SINGLE, INDEX)
-        read_file = _safetensors
+        kind, single, index, read_file = "safetensors", SINGLE, INDEX, _safetensors
+        if (directory / BIN_SINGLE).exists() or (directory / BIN_INDEX).exists():
+            notes = (f"{directory} holds pytorch_model.bin too: the safetensors are read",)
     else:
-        kind, paths = "pytorch_model.bin", shard_files(directory, BIN_SINGLE, BIN_INDEX)
-        read_file = _torch
+        kind, single, index, read_file = "pytorch_model.bin", BIN_SINGLE, BIN_INDEX, _torch
+    paths = shard_files(directory, single, index)
+    files = {path.name: read_file(path) for path in paths}
+    if single not in files:
+        check_index(directory / index, files)
     tensors: dict[str, Tensor] = {}
-    for path in paths:
-        for name, tensor in read_file(path).items():
+    for of_file in files.values():
+        for name, tensor in of_file.items():
             if name in tensors:
                 raise WeightsError(f"{tensor.where} stands in another shard too")
             if not is_rotary_table(name):
@@ -54,7 +60,7 @@ def read_hugging_face(directory: Path) -> Source:
     tensors = _with_scales(tensors)
     head, embedding = tensors.get(LM_HEAD), tensors.get(EMBEDDING)
     if config.tie_embeddings and head is not None and embedding is not None:
-        if head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read()):
+        if not _is_same(head, embedding):
             raise WeightsError(
                 f"{head.where} differs from the embedding that config.json ties it to"
             )
@@ -68,18 +74,25 @@ def read_hugging_face(directory: Path) -> Source:
         hf_config=read_json(directory / "config.json"),
         generation_config=read_json(generation) if generation.exists() else {},
         copied=tuple(directory / name for name in _COPIED if (directory / name).exists()),
+        notes=notes,
     )
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     return {
         name: file_tensor(path, name, info.dtype, info.shape, info.begin)
-        for name, info in SafetensorsFile(path).tensors.items()
+        for name, info in SafetensorsFile(path, _DTYPES).tensors.items()
     }
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
     return checked_tensors(read_torch_file(path), path)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    if a.place is not None and a.place == b.place:
+        return True
+    return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
 def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,5 +110,7 @@ def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         if scale is not None and scale.shape != tensor.shape[:1]:
             raise WeightsError(f"{scale.where} has shape {list(scale.shape)}: expected one a row")
+        if scale is not None and scale.dtype != np.float32:
+            raise WeightsError(f"{scale.where} is stored as {scale.dtype}: expected float32")
         joined[name] = tensor if scale is None else scaled_int8(tensor, scale)
     return joined

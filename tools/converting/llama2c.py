@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from converting.meta import by_hf_name, checked_tensors, number
+from converting.meta_layout import by_hf_name, config_from, number
 from converting.source import Source, Tensor, file_tensor, from_meta_row_order, grouped_int8
-from converting.torch_file import read_torch_file
+from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig
 from npllama.errors import ConfigError, InputError, WeightsError
 from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name, tensor_shapes
@@ -176,25 +176,15 @@ def _training_config(args: dict[Any, Any], tensors: dict[str, Tensor], path: Pat
     for name, tensor in (("feed_forward.w1", gate), ("tok_embeddings", embedding)):
         if tensor is None or len(tensor.shape) != 2:
             raise WeightsError(f"{path}: tensor {name}.weight is missing or no matrix")
-    n_heads = number(args, "n_heads", path)
-    try:
-        return LlamaConfig(
-            dim=number(args, "dim", path),
-            n_layers=number(args, "n_layers", path),
-            n_heads=n_heads,
-            n_kv_heads=number(args, "n_kv_heads", path, n_heads),
-            ffn_dim=gate.shape[0],
-            vocab_size=embedding.shape[0],
-            context_length=number(args, "max_seq_len", path, 2048),
-            norm_eps=number(args, "norm_eps", path, 1e-5),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return config_from(
+        args,
+        path,
+        ffn_dim=gate.shape[0],
+        vocab_size=embedding.shape[0],
+        context_length=number(args, "max_seq_len", path, 2048),
+    )
 
 
 def _is_tied(tensors: dict[str, Tensor]) -> bool:
-    """train.py ties the head to the embedding, and its state dict names both."""
-    if LM_HEAD not in tensors:
-        return True
-    head, embedding = tensors[LM_HEAD], tensors[EMBEDDING]
-    return head.shape == embedding.shape and np.array_equal(head.read(), embedding.read())
+    """train.py ties the head to the embedding: two names of one tensor in its state dict."""
+    return LM_HEAD not in tensors or tensors[LM_HEAD].place == tensors[EMBEDDING].place

@@ -1,32 +1,18 @@
 """Meta's checkpoints: params.json and consolidated.NN.pth, one file a model-parallel shard."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from converting.meta_layout import by_hf_name, config_from, number
 from converting.source import Source, Tensor, concatenated, from_meta_row_order
-from converting.torch_file import read_torch_file
+from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import ConfigError, WeightsError
-from npllama.weights import EMBEDDING, LAYER_NAMES, LM_HEAD, NORM, layer_name
+from npllama.weights import EMBEDDING, LAYER_NAMES, layer_name
 
-# Meta's name within a layer -> the field of Layer
-LAYER_FIELDS = {
-    "attention_norm.weight": "attention_norm",
-    "attention.wq.weight": "wq",
-    "attention.wk.weight": "wk",
-    "attention.wv.weight": "wv",
-    "attention.wo.weight": "wo",
-    "ffn_norm.weight": "ffn_norm",
-    "feed_forward.w1.weight": "w_gate",
-    "feed_forward.w2.weight": "w_down",
-    "feed_forward.w3.weight": "w_up",
-}
-TOP_NAMES = {"tok_embeddings.weight": EMBEDDING, "norm.weight": NORM, "output.weight": LM_HEAD}
 # shards hold columns of these, and rows of the other matrices
 _SPLIT_BY_COLUMNS = (EMBEDDING, LAYER_NAMES["wo"], LAYER_NAMES["w_down"])
-_SKIPPED = ("rope.freqs", "freqs_cos", "freqs_sin")  # rotary tables, computed here instead
 
 
 def is_meta(directory: Path) -> bool:
@@ -55,6 +41,7 @@ def read_meta(directory: Path) -> Source:
     if len(paths) & (len(paths) - 1):
         raise WeightsError(f"{directory} holds {len(paths)} shards: expected 1, 2, 4 or 8")
     shards = [by_hf_name(checked_tensors(read_torch_file(path), path), path) for path in paths]
+    _check_count(params, shards, directory)
     config = _config(params, shards, directory / "params.json")
     tensors = {name: _merged(name, shards, paths) for name in shards[0]}
     tokenizers = (directory / "tokenizer.model", directory.parent / "tokenizer.model")
@@ -66,49 +53,18 @@ def read_meta(directory: Path) -> Source:
     )
 
 
-def checked_tensors(root: Any, path: Path) -> dict[str, Tensor]:
-    """A state dict: names to tensors and nothing else."""
-    if not isinstance(root, dict) or not root:
-        raise WeightsError(f"{path} holds a {type(root).__name__}: expected tensors by name")
-    for name, value in root.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}: expected a tensor")
-    return root
-
-
-def by_hf_name(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same tensors under Hugging Face's names, without rotary tables."""
-    named = {}
-    for name, tensor in tensors.items():
-        if name in _SKIPPED:
-            continue
-        hf_name = TOP_NAMES.get(name)
-        parts = name.split(".", 2)
-        if (
-            hf_name is None
-            and len(parts) == 3
-            and parts[0] == "layers"
-            and parts[1].isdecimal()
-            and len(parts[1]) < 9
-        ):
-            layer_field = LAYER_FIELDS.get(parts[2])
-            if layer_field is not None and str(int(parts[1])) == parts[1]:
-                hf_name = layer_name(int(parts[1]), layer_field)
-        if hf_name is None:
-            raise WeightsError(f"{path}: tensor {name} is not part of a LLaMA")
-        named[hf_name] = tensor
-    return named
-
-
-def number(params: dict, name: str, path: Path, default: Any = None) -> Any:
-    """A field of params.json; the config checks its range."""
-    value = params.get(name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        # a list of a pickle may be too deep to print, or without end
-        shown = repr(value) if isinstance(value, str | None) else f"a {type(value).__name__}"
-        raise ConfigError(f"{path}: {name} is {shown}: expected a number")
-    return value
+def _check_count(params: dict, shards: list[dict[str, Tensor]], directory: Path) -> None:
+    """Shards hold columns of the embedding, so that one of them tells how many there are."""
+    embedding, dim = shards[0].get(EMBEDDING), params.get("dim")
+    if embedding is None or len(embedding.shape) != 2 or not isinstance(dim, int):
+        return  # refused by name later
+    columns = embedding.shape[1]
+    if columns and dim % columns == 0 and dim // columns > len(shards):
+        raise WeightsError(
+            f"{directory} holds {len(shards)} of {dim // columns} shards, by the {columns} "
+            f"columns of {dim} in its first one's tok_embeddings.weight: "
+            f"consolidated.{len(shards):02}.pth is missing"
+        )
 
 
 def _config(params: dict, shards: list[dict[str, Tensor]], path: Path) -> LlamaConfig:
@@ -116,27 +72,19 @@ def _config(params: dict, shards: list[dict[str, Tensor]], path: Path) -> LlamaC
         if params.get(name):
             raise ConfigError(f"{path}: {name} is set: only plain LLaMA-2 is implemented")
     theta = number(params, "rope_theta", path, 10000.0)
-    n_heads = number(params, "n_heads", path)
-    try:
-        return LlamaConfig(
-            dim=number(params, "dim", path),
-            n_layers=number(params, "n_layers", path),
-            n_heads=n_heads,
-            n_kv_heads=number(params, "n_kv_heads", path, n_heads),
-            # params.json has no ffn width, and -1 for an unknown vocabulary
-            ffn_dim=_rows(shards, layer_name(0, "w_gate"), path),
-            vocab_size=_vocab_size(params, shards, path),
-            context_length=16384 if theta == 1e6 else 4096,
-            norm_eps=number(params, "norm_eps", path, 1e-5),
-            rope_theta=theta,
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return config_from(
+        params,
+        path,
+        ffn_dim=_rows(shards, layer_name(0, "w_gate"), path),  # params.json has none
+        vocab_size=_vocab_size(params, shards, path),
+        context_length=16384 if theta == 1e6 else 4096,
+        rope_theta=theta,
+    )
 
 
 def _vocab_size(params: dict, shards: list[dict[str, Tensor]], path: Path) -> int:
     given = number(params, "vocab_size", path, -1)
-    if given != -1:
+    if given != -1:  # -1 for unknown
         return given
     if EMBEDDING not in shards[0] or len(shards[0][EMBEDDING].shape) != 2:
         raise WeightsError(f"{path.parent}: tensor tok_embeddings.weight is missing or no matrix")

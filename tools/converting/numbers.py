@@ -16,6 +16,7 @@ _EXPONENT = {  # all ones in these bits is an infinity or not a number
     np.dtype("float64"): 0x7FF0000000000000,
 }
 FLOATS = tuple(_EXPONENT)
+_WIDE = (np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))  # --dtypes of a large range
 
 
 @dataclass
@@ -55,7 +56,7 @@ def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.
     """`values` in another float dtype, counting in `loss` the numbers that this changes.
 
     Raises:
-        WeightsError: numbers that would become infinite.
+        WeightsError: numbers that would become infinite, and the dtypes that hold them.
     """
     loss.total += values.size
     if values.dtype == dtype:
@@ -76,9 +77,18 @@ def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.
             n, largest = int(np.isinf(after).sum()), float(ml_dtypes.finfo(dtype).max)
             raise WeightsError(
                 f"{where} holds {n} or more numbers beyond {dtype}'s range of {largest:g}: "
-                "use --dtype bfloat16 or float32"
+                f"{_what_to_do(values)}"
             )
         is_changed = before != after
         loss.changed += int(is_changed.sum())
         loss.underflowed += int((is_changed & (np.abs(after) < smallest)).sum())
     return out
+
+
+def _what_to_do(values: np.ndarray) -> str:
+    extreme = np.array([values.min(), values.max()], "float64")
+    with np.errstate(over="ignore"):
+        holding = [d for d in _WIDE if np.isfinite(extreme.astype(d).astype("float64")).all()]
+    if not holding:
+        return "no format here holds them, the checkpoint is broken"
+    return f"use --dtype {' or '.join(d.name for d in holding)}"

@@ -5,7 +5,7 @@ it, so that a conversion holds one tensor at a time and an inspection none.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,31 @@ class Tensor:
 
     Attributes:
         where: file and name, for messages.
+        dtype: of what `read` gives.
         read: the values in `dtype` and `shape`; each call reads the file again.
+        read_int8: values (N, D) int8 and scale (N,) float32, where the file holds such.
+        parts: what the file holds, where `read` makes the values of it: int8 and scales.
+        place: where in a file the numbers lie; two names of one tensor share it.
     """
 
     where: str
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    read_int8: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    parts: tuple["Tensor", ...] = ()
+    place: tuple | None = None
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """Of the numbers in the file."""
+        return self.parts[0].dtype if self.parts else self.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
+        if self.parts:
+            return sum(part.nbytes for part in self.parts)
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
@@ -46,6 +61,7 @@ class Source:
         tokenizer: tokenizer.model or tokenizer.bin beside the weights, if any.
         hf_config, generation_config: the source's own files, kept where it has them.
         copied: further files that DEST gets as they are.
+        notes: what a user should know of the choices that were made.
     """
 
     format: str
@@ -55,28 +71,41 @@ class Source:
     hf_config: dict = field(default_factory=dict)
     generation_config: dict = field(default_factory=dict)
     copied: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+def read_numbers(path: Path, dtype: np.dtype, count: int, offset: int, where: str) -> np.ndarray:
+    """`count` numbers from byte `offset` of a file, in an array of their own.
+
+    They are read rather than mapped: the pages of a map would count as this program's memory.
+
+    Raises:
+        WeightsError: the file cannot be read, or ends before.
+    """
+    try:
+        values = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
+    if values.size != count:
+        raise WeightsError(f"{where} is truncated: get the file again")
+    return values
+
+
 def file_tensor(
     path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int
 ) -> Tensor:
-    """A tensor that lies in a file as it is, row after row.
-
-    It is read rather than mapped: the pages of a map would count as this program's memory.
-    """
+    """A tensor that lies in a file as it is, row after row."""
+    where = f"{path}: tensor {name}"
 
     def read() -> np.ndarray:
         count = int(np.prod(shape, dtype=np.int64))
-        values = np.fromfile(path, dtype=dtype, count=count, offset=offset)
-        if values.size != count:
-            raise WeightsError(f"{path}: tensor {name} is truncated: get the file again")
-        return values.reshape(shape)
+        return read_numbers(path, dtype, count, offset, where).reshape(shape)
 
-    return Tensor(f"{path}: tensor {name}", np.dtype(dtype), shape, read)
+    return Tensor(where, np.dtype(dtype), shape, read)
 
 
 def concatenated(parts: list[Tensor], axis: int) -> Tensor:
@@ -112,7 +141,7 @@ def in_hf_row_order(w: Tensor, heads: int) -> Tensor:
         pairs = w.read().reshape(heads, rows // heads // 2, 2, width)
         return pairs.swapaxes(1, 2).reshape(rows, width)  # (heads, 2, C/2, D) -> (heads*C, D)
 
-    return Tensor(w.where, w.dtype, w.shape, read)
+    return replace(w, read=read, read_int8=None)
 
 
 def from_meta_row_order(tensors: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
@@ -133,13 +162,18 @@ def grouped_int8(values: Tensor, scales: Tensor, group: int) -> Tensor:
         flat = values.read().reshape(-1, group)  # groups may straddle rows
         return dequantize(flat, scales.read()).reshape(values.shape)
 
-    return Tensor(values.where, np.dtype("float32"), values.shape, read)
+    parts = (values, scales)
+    return Tensor(values.where, np.dtype("float32"), values.shape, read, parts=parts)
 
 
 def scaled_int8(values: Tensor, scale: Tensor) -> Tensor:
-    """int8 values with one scale a row, as float32."""
+    """int8 values with one scale a row, as float32, or as they are."""
+
+    def read_int8() -> tuple[np.ndarray, np.ndarray]:
+        return values.read(), scale.read()
 
     def read() -> np.ndarray:
-        return dequantize(values.read(), scale.read())
+        return dequantize(*read_int8())
 
-    return Tensor(values.where, np.dtype("float32"), values.shape, read)
+    parts = (values, scale)
+    return Tensor(values.where, np.dtype("float32"), values.shape, read, read_int8, parts)

@@ -18,6 +18,9 @@ CONFIG = {
     "legacy": False,
 }
 """tokenizer_config.json, with which transformers encodes as sentencepiece does."""
+DESCRIBING = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+DESCRIBING += ("added_tokens.json",)
+"""Files of Hugging Face's beside a tokenizer.model that say what is in it."""
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from converting.source import Tensor
+from converting.source import Tensor, read_numbers
 from npllama.errors import WeightsError
 
 _STORAGES = {
@@ -126,6 +126,16 @@ def is_torch_file(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(16)
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and b"\x8a\x0a\x6c\xfc" in start)
+
+
+def checked_tensors(root: Any, path: Path) -> dict[str, Tensor]:
+    """A state dict: names to tensors and nothing else."""
+    if not isinstance(root, dict) or not root:
+        raise WeightsError(f"{path} holds a {type(root).__name__}: expected tensors by name")
+    for name, value in root.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}: expected a tensor")
+    return root
 
 
 # -- the two layouts: the pickle, and where each storage's bytes begin
@@ -391,18 +401,18 @@ def _tensor(
     if count * dtype.itemsize > n_bytes:  # strides of 0 would make much of little
         _damaged(path, f"tensor {name} of shape {list(view.shape)} is larger than its storage")
 
+    where = f"{path}: tensor {name}"
+    first_byte = begin + view.offset * dtype.itemsize
+
     def read() -> np.ndarray:
         if is_empty:
             return np.empty(view.shape, dtype)
-        n = last + 1 - view.offset
-        offset = begin + view.offset * dtype.itemsize
-        flat = np.fromfile(path, dtype=dtype, count=n, offset=offset)
-        if flat.size != n:
-            _damaged(path, f"tensor {name} is truncated")
+        flat = read_numbers(path, dtype, last + 1 - view.offset, first_byte, where)
         strides = [step * dtype.itemsize for step in view.stride]
         return np.lib.stride_tricks.as_strided(flat, view.shape, strides, writeable=False)
 
-    return Tensor(f"{path}: tensor {name}", dtype, view.shape, read)
+    place = (path, first_byte, dtype, view.shape, view.stride)
+    return Tensor(where, dtype, view.shape, read, place=place)
 
 
 def _damaged(path: Path, what: str) -> NoReturn:

@@ -2,21 +2,19 @@
 
 The safetensors library sorts tensors by name and wants them all at once. Here they are written
 one by one, and within a layer q, k, v are neighbours in the file, and gate and up, so that the
-CPU can view each group as one matrix.
+CPU can view each group as one matrix. (A group of two dtypes, which no known checkpoint has and
+no --dtype makes, is parted: wider ones come first in a file.)
 """
 
 import json
-import os
-import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from npllama.errors import InputError
 from npllama.safetensors_file import DTYPES
 from npllama.weights import INDEX, LAYER_NAMES, SINGLE
 
@@ -101,114 +99,33 @@ def write_shards(
     tensors: Iterable[tuple[str, np.ndarray]],
     written: Callable[[int], object],
 ) -> None:
-    """Write each (name, values) at its place, in whatever order they come.
+    """Write each (name, values) at its place; one file is open at a time.
 
     Args:
+        tensors: those of the first shard, then those of the next; in any order within one.
         written: told the bytes of each tensor once it is in its file.
     """
-    shard_of = {name: shard for shard in shards for name in shard.offsets}
-    files = {}
-    try:
-        for shard in shards:
-            files[shard.file] = open(directory / shard.file, "wb")  # noqa: SIM115
-            files[shard.file].write(shard.header)
-        for name, values in tensors:
-            shard = shard_of[name]
-            file = files[shard.file]
-            file.seek(shard.offsets[name])
-            # not tofile, which forgets why it failed, such as for a full disk
-            file.write(np.ascontiguousarray(values).reshape(-1).view("uint8"))
-            written(values.nbytes)
-            del values  # before the next is read
-    finally:
-        for file in files.values():
-            file.close()
-    if len(shards) > 1:
-        total = sum(shard.nbytes - len(shard.header) for shard in shards)
-        weight_map = {name: shard.file for name, shard in shard_of.items()}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    tensors = iter(tensors)
+    for shard in shards:
+        with open(directory / shard.file, "wb") as file:
+            file.write(shard.header)
+            for name, values in islice(tensors, len(shard.offsets)):
+                file.seek(shard.offsets[name])
+                # not tofile, which forgets why it failed, such as for a full disk
+                file.write(np.ascontiguousarray(values).reshape(-1).view("uint8"))
+                written(values.nbytes)
+                del values  # before the next is read
 
 
-def write_json(path: Path, value: object) -> None:
-    """A JSON file that a person can read."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def index_files(shards: list[Shard]) -> dict[str, bytes]:
+    """The index, by its file name, where there is more than one shard."""
+    if len(shards) == 1:
+        return {}
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    return {INDEX: to_json({"metadata": {"total_size": total}, "weight_map": weight_map})}
 
 
-# -- the directory: whole or not at all
-
-
-@contextmanager
-def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `dest` to write to; it becomes `dest` when the block ends without error.
-
-    With `overwrite` the old `dest` moves aside until the new one stands. A program killed at any
-    moment leaves `dest` as it was, as it will be, or beside itself as `.NAME.replaced`, which the
-    next run puts back; half-written work is in `.NAME.partial`, which the next run removes.
-
-    Raises:
-        InputError: `dest` has content and is not to be overwritten, or too little disk space.
-    """
-    dest = resolved(dest)
-    partial = dest.with_name(f".{dest.name}.partial")
-    replaced = dest.with_name(f".{dest.name}.replaced")
-    check_dest(dest, overwrite)
-    try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
-        free = shutil.disk_usage(dest.parent).free
-        if n_bytes > free:
-            raise InputError(
-                f"{dest} needs {n_bytes / 1e9:.2f} GB and {dest.parent} has {free / 1e9:.2f} GB "
-                "free: choose another disk or a narrower --dtype"
-            )
-        partial.mkdir()
-        try:
-            yield partial
-            if dest.exists():
-                os.rename(dest, replaced)
-            os.rename(partial, dest)
-            if replaced.exists():
-                shutil.rmtree(replaced)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            if replaced.exists() and not dest.exists():
-                os.rename(replaced, dest)
-    except OSError as error:
-        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
-
-
-def resolved(dest: Path) -> Path:
-    """`dest` by its own name: "." has none, and a link would be replaced instead of its target.
-
-    Raises:
-        InputError: the root of the file system, which has no name.
-    """
-    real = Path(os.path.realpath(dest))
-    if not real.name:
-        raise InputError(f"{dest} is no place for a model: choose the name of a directory")
-    return real
-
-
-def check_dest(dest: Path, overwrite: bool) -> None:
-    """Put back what a killed run left aside, then refuse a `dest` that is in the way.
-
-    Raises:
-        InputError: `dest` is a file, or has content and is not to be overwritten.
-    """
-    dest = resolved(dest)
-    replaced = dest.with_name(f".{dest.name}.replaced")
-    try:
-        if replaced.exists():
-            if dest.exists():
-                shutil.rmtree(replaced)  # the new one stood already
-            else:
-                os.rename(replaced, dest)
-        if not dest.exists():
-            return
-        if not dest.is_dir():
-            raise InputError(f"{dest} is a file: choose the name of a directory")
-        if any(dest.iterdir()) and not overwrite:
-            raise InputError(f"{dest} has content: choose another, or replace it with --overwrite")
-    except OSError as error:
-        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
+def to_json(value: object) -> bytes:
+    """JSON that a person can read."""
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,166 @@
+"""A source becomes a model directory, one tensor at a time."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from converting.new_directory import new_directory
+from converting.numbers import Loss, as_dtype, check_finite
+from converting.source import Source, Tensor
+from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
+from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
+from converting.tokenizers import read_tokenizer
+from converting.writer import Entry, index_files, plan, to_json, write_shards
+from npllama.errors import InputError
+from npllama.quantization import quantize
+from npllama.weights import INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
+
+_FLOAT32 = np.dtype("float32")
+
+
+def convert(
+    source: Source,
+    dest: Path,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    max_shard_size: int = 4 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write `source` as the model directory `dest`, one tensor at a time, whole or not at all.
+
+    Args:
+        dest: by its real name (new_directory.resolved).
+        dtype: of the matrices; None keeps each tensor's own.
+        tokenizer: tokenizer.model or tokenizer.bin; None takes the one beside the source.
+
+    Raises:
+        NpllamaError: broken weights, a `dest` in the way, too little disk space.
+    """
+    shards = plan(entries(source, dtype), max_shard_size)
+    others = index_files(shards) | other_files(source, dtype, tokenizer)  # read before any write
+    total = sum(shard.nbytes for shard in shards)
+    n_bytes = total + sum(len(content) for content in others.values())
+    loss = Loss()
+    with new_directory(dest, n_bytes + 2**24, overwrite) as partial:
+        # None: a bar on a terminal, quiet otherwise
+        numbers = sum(shard.nbytes - len(shard.header) for shard in shards)
+        with tqdm(total=numbers, unit="B", unit_scale=True, disable=None) as bar:
+            write_shards(partial, shards, converted(source, dtype, loss), bar.update)
+        for name, content in others.items():
+            (partial / name).write_bytes(content)
+    n_parameters = source.config.n_parameters
+    _say(f"wrote {dest}: {n_parameters:,} parameters, {total / 1e6:,.1f} MB")
+    if loss.changed:
+        _say(str(loss))
+    left_out = [path.name for path in source.copied if path not in _copied(source, tokenizer)]
+    if left_out:
+        _say(f"left out, since --tokenizer replaces what they describe: {', '.join(left_out)}")
+    if "tokenizer.model" not in others:
+        _say(
+            "no tokenizer was found beside the source: the model takes token ids only; "
+            "--tokenizer FILE adds one"
+        )
+
+
+def _say(line: str) -> None:
+    print(f"convert: {line}", file=sys.stderr)
+
+
+def other_files(source: Source, dtype: str | None, tokenizer: Path | None) -> dict[str, bytes]:
+    """What DEST holds beside tensors, by file name; config.json last, for with it DEST can load.
+
+    Args:
+        tokenizer: as for `convert`; the source's files that describe another are left out.
+
+    Raises:
+        NpllamaError: a file that cannot be read, or a tokenizer of another model.
+    """
+    config = source.config
+    files = {path.name: _content(path) for path in _copied(source, tokenizer)}
+    tokenizer = tokenizer or source.tokenizer
+    if tokenizer is not None:
+        files["tokenizer.model"] = read_tokenizer(tokenizer, config.vocab_size)
+        files.setdefault("tokenizer_config.json", to_json(TOKENIZER_CONFIG))
+    generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
+    files["generation_config.json"] = to_json(source.generation_config or generation)
+    files["config.json"] = to_json(hf_config(source, dtype))
+    return files
+
+
+def _copied(source: Source, tokenizer: Path | None) -> list[Path]:
+    is_own = tokenizer is None or (
+        source.tokenizer is not None and tokenizer.resolve() == source.tokenizer.resolve()
+    )
+    return [path for path in source.copied if is_own or path.name not in TOKENIZER_FILES]
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def entries(source: Source, dtype: str | None) -> Iterator[Entry]:
+    """What is written, in the order of the file."""
+    for name, shape in tensor_shapes(source.config).items():
+        target = _target_dtype(source, name, dtype)
+        yield Entry(name, target, shape)
+        if target == np.int8:
+            yield Entry(scale_name(name), _FLOAT32, shape[:1])
+
+
+def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor of `entries`, read, checked and converted when its turn comes."""
+    for name in tensor_shapes(source.config):
+        target = _target_dtype(source, name, dtype)
+        yield from _converted(name, source.tensors[name], target, loss)
+
+
+def _converted(
+    name: str, tensor: Tensor, target: np.dtype, loss: Loss
+) -> list[tuple[str, np.ndarray]]:
+    """A function of its own, so that nothing of one tensor lives on while the next is read."""
+    if target == np.int8 and tensor.read_int8 is not None:  # as stored, not rounded again
+        values, scale = tensor.read_int8()
+        with np.errstate(over="ignore", invalid="ignore"):
+            check_finite(scale * np.float32(128), tensor.where)  # and so is each product
+        return [(scale_name(name), scale), (name, values)]
+    values = np.ascontiguousarray(tensor.read())
+    check_finite(values, tensor.where)
+    if target != np.int8:
+        return [(name, as_dtype(values, target, tensor.where, loss))]
+    if values.dtype == np.float64:  # scales are float32
+        values = as_dtype(values, _FLOAT32, tensor.where, Loss())
+    values, scale = quantize(values)
+    return [(scale_name(name), scale), (name, values)]
+
+
+def _target_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
+    """As stored unless given (float64 becomes float32); norms beside int8 are float32.
+
+    int8 with scales of groups, as llama2.c's, is not npllama's int8: it becomes float32.
+    """
+    tensor = source.tensors[name]
+    if dtype is None and tensor.read_int8 is not None:
+        return STORAGE_DTYPES["int8"]
+    if dtype is None:
+        return _FLOAT32 if tensor.dtype == np.float64 else tensor.dtype
+    if dtype == "int8" and len(tensor.shape) == 1:
+        return _FLOAT32
+    return STORAGE_DTYPES[dtype]
+
+
+def hf_config(source: Source, dtype: str | None) -> dict[str, object]:
+    """config.json: the source's own where it has one, with the dtype that was written."""
+    written = [entry.dtype for entry in entries(source, dtype)]
+    name = "float32" if written[0] == np.int8 else written[0].name
+    fields = (source.hf_config or source.config.to_hf(name)) | {"torch_dtype": name}
+    fields.pop("dtype", None)  # transformers 5's spelling, which would contradict the other
+    fields.pop("quantization_config", None)
+    if np.dtype("int8") in written:
+        fields["quantization_config"] = INT8_CONFIG
+    return fields

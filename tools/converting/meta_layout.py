@@ -1,0 +1,97 @@
+"""What Meta's checkpoints and llama2.c's training have in common: names, and their numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from converting.source import Tensor
+from npllama.config import LlamaConfig
+from npllama.errors import ConfigError, WeightsError
+from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name
+
+# Meta's name within a layer -> the field of Layer
+LAYER_FIELDS = {
+    "attention_norm.weight": "attention_norm",
+    "attention.wq.weight": "wq",
+    "attention.wk.weight": "wk",
+    "attention.wv.weight": "wv",
+    "attention.wo.weight": "wo",
+    "ffn_norm.weight": "ffn_norm",
+    "feed_forward.w1.weight": "w_gate",
+    "feed_forward.w2.weight": "w_down",
+    "feed_forward.w3.weight": "w_up",
+}
+TOP_NAMES = {"tok_embeddings.weight": EMBEDDING, "norm.weight": NORM, "output.weight": LM_HEAD}
+_SKIPPED = ("rope.freqs", "freqs_cos", "freqs_sin")  # rotary tables, computed here instead
+
+
+def by_hf_name(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same tensors under Hugging Face's names, without rotary tables."""
+    named = {}
+    for name, tensor in tensors.items():
+        if name in _SKIPPED:
+            continue
+        hf_name = TOP_NAMES.get(name)
+        parts = name.split(".", 2)
+        if (
+            hf_name is None
+            and len(parts) == 3
+            and parts[0] == "layers"
+            and parts[1].isdecimal()
+            and len(parts[1]) < 9
+        ):
+            layer_field = LAYER_FIELDS.get(parts[2])
+            if layer_field is not None and str(int(parts[1])) == parts[1]:
+                hf_name = layer_name(int(parts[1]), layer_field)
+        if hf_name is None:
+            raise WeightsError(f"{path}: tensor {name} is not part of a LLaMA")
+        named[hf_name] = tensor
+    return named
+
+
+def config_from(
+    params: dict[Any, Any],
+    path: Path,
+    *,
+    ffn_dim: int,
+    vocab_size: int,
+    context_length: int,
+    rope_theta: float = 10000.0,
+) -> LlamaConfig:
+    """The config that `params` describes: Meta's params.json, or llama2.c's model_args.
+
+    Args:
+        path: where `params` stands, for messages.
+        ffn_dim, vocab_size, context_length, rope_theta: what `params` do not hold, or not surely.
+
+    Raises:
+        ConfigError: a field that is missing, no number, or out of range.
+    """
+    n_heads = number(params, "n_heads", path)
+    fields = {
+        "dim": number(params, "dim", path),
+        "n_layers": number(params, "n_layers", path),
+        "n_heads": n_heads,
+        "n_kv_heads": number(params, "n_kv_heads", path, n_heads),
+        "norm_eps": number(params, "norm_eps", path, 1e-5),
+    }
+    try:
+        return LlamaConfig(
+            **fields,
+            ffn_dim=ffn_dim,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            rope_theta=rope_theta,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def number(params: dict[Any, Any], name: str, path: Path, default: Any = None) -> Any:
+    """A field of `params`; the config checks its range."""
+    value = params.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        # a list of a pickle may be too deep to print, or without end
+        shown = repr(value) if isinstance(value, str | None) else f"a {type(value).__name__}"
+        raise ConfigError(f"{path}: {name} is {shown}: expected a number")
+    return value

@@ -1,0 +1,203 @@
+"""A directory that appears whole or not at all.
+
+Three names beside it are used: `.NAME.partial` for half-written work, `.NAME.replaced` for what
+moves aside until the new directory stands, and `.NAME.lock`, whose lock ends with its process.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from converting.interruption import uninterrupted
+from npllama.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two conversions to one DEST are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+_COMPLETE = "config.json"  # without it no directory is a model
+
+
+@contextmanager
+def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `dest` to write to; it becomes `dest` when the block ends without error.
+
+    With `overwrite` the old `dest` moves aside until the new one stands. A program killed at any
+    moment leaves `dest` as it was, as it will be, or aside, from where the next run puts it back;
+    the next run also removes half-written work. A block that fails leaves everything as it was.
+
+    Args:
+        dest: by its real name (see `resolved`).
+        n_bytes: that will be written.
+
+    Raises:
+        InputError: `dest` has content and is not to be overwritten, another conversion is
+            writing it, it cannot be written, or too little disk space.
+    """
+    partial, aside = _beside(dest, "partial"), _beside(dest, "replaced")
+    try:
+        with _parents_of(dest), _lock(dest):
+            _recover(dest)
+            check_dest(dest, overwrite)
+            if partial.exists():
+                shutil.rmtree(partial)
+            free = shutil.disk_usage(dest.parent).free
+            if n_bytes > free:
+                raise InputError(
+                    f"{dest} needs {n_bytes / 1e9:.2f} GB and {dest.parent} has "
+                    f"{free / 1e9:.2f} GB free: choose another disk or a narrower --dtype"
+                )
+            try:
+                partial.mkdir()
+                yield partial
+                _sync_content(partial)  # or a power cut could leave the name without the bytes
+                with uninterrupted():
+                    if dest.exists():
+                        os.rename(dest, aside)
+                    os.rename(partial, dest)
+                    _sync(dest.parent)
+                    if aside.exists():
+                        shutil.rmtree(aside)
+            except BaseException:
+                with uninterrupted():
+                    shutil.rmtree(partial, ignore_errors=True)
+                    if aside.exists() and not dest.exists():
+                        os.rename(aside, dest)
+                raise
+    except OSError as error:
+        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
+
+
+def resolved(dest: Path) -> Path:
+    """`dest` by its own name: "." has none, and a link would be replaced instead of its target.
+
+    Raises:
+        InputError: the root of the file system, which has no name.
+    """
+    real = Path(os.path.realpath(dest))
+    if not real.name:
+        raise InputError(f"{dest} is no place for a model: choose the name of a directory")
+    return real
+
+
+def check_dest(dest: Path, overwrite: bool) -> None:
+    """Refuse a `dest` that is in the way; nothing is changed.
+
+    Args:
+        dest: by its real name (see `resolved`).
+
+    Raises:
+        InputError: `dest` is a file, or has content and is not to be overwritten.
+    """
+    try:
+        standing, aside = _standing(dest), _beside(dest, "replaced")
+        if not standing.exists():
+            return
+        if not standing.is_dir():
+            raise InputError(f"{dest} is a file: choose the name of a directory")
+        if not any(standing.iterdir()):
+            return
+        if standing == dest and aside.exists() and not (dest / _COMPLETE).exists():
+            raise InputError(
+                f"{dest} has content that is no model, and {aside} is what stood there before an "
+                "interrupted conversion: move one of them away"
+            )
+        if not overwrite:
+            raise InputError(f"{dest} has content: choose another, or replace it with --overwrite")
+    except OSError as error:
+        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
+
+
+def identity(dest: Path) -> tuple[int, int] | None:
+    """What stands at `dest`, to be compared later: another directory there has another."""
+    try:
+        status = _standing(dest).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _beside(dest: Path, what: str) -> Path:
+    return dest.with_name(f".{dest.name}.{what}")
+
+
+def _standing(dest: Path) -> Path:
+    """`dest`, or what a killed run left aside and the next one puts back there."""
+    aside = _beside(dest, "replaced")
+    is_free = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
+    return aside if is_free and aside.exists() else dest
+
+
+def _recover(dest: Path) -> None:
+    """Put back what a killed run left aside; remove it where the new directory stood already."""
+    aside = _beside(dest, "replaced")
+    if _standing(dest) == aside:
+        os.rename(aside, dest)  # over an empty directory, if there is one
+    elif aside.exists() and (dest / _COMPLETE).exists():
+        shutil.rmtree(aside)
+
+
+@contextmanager
+def _parents_of(dest: Path) -> Iterator[None]:
+    """Make the directories above `dest`; those that were missing go again if the block fails."""
+    missing = [parent for parent in dest.parents if not parent.exists()]
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # one that has content by now is somebody else's too
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _lock(dest: Path) -> Iterator[None]:
+    """One process at a time; the system gives the lock back, however a process ends."""
+    if fcntl is None:
+        yield
+        return
+    path = _beside(dest, "lock")
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    break
+        except BlockingIOError:
+            os.close(file)
+            raise InputError(
+                f"{dest} is being written by another conversion: wait for its end, or choose "
+                "another directory"
+            ) from None
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # it was removed by the process that held the lock until now
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is still locked
+        os.close(file)
+
+
+def _sync_content(directory: Path) -> None:
+    for path in directory.iterdir():
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    if fcntl is None and path.is_dir():  # Windows cannot
+        return
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

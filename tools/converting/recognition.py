@@ -1,0 +1,69 @@
+"""What a path holds: the format is recognized, and every tensor held against the config."""
+
+from pathlib import Path
+
+from converting.huggingface import is_hugging_face, read_hugging_face
+from converting.llama2c import is_llama2c_bin, read_llama2c_bin, read_llama2c_training
+from converting.meta import is_meta, read_meta
+from converting.numbers import FLOATS
+from converting.source import Source
+from converting.torch_file import is_torch_file
+from npllama.errors import InputError, WeightsError
+from npllama.weights import tensor_shapes
+
+
+def read_source(path: Path) -> Source:
+    """Recognize a checkpoint, read its headers, and check its tensors against its config.
+
+    Raises:
+        NpllamaError: no checkpoint, one of another kind, or a damaged one.
+    """
+    try:
+        source = _recognized(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    if source.config.n_layers > len(source.tensors):  # before a name is made for each
+        raise WeightsError(
+            f"{path}: the config describes {source.config.n_layers} layers and there are "
+            f"{len(source.tensors)} tensors: layers are missing"
+        )
+    shapes = tensor_shapes(source.config)
+    for name, shape in shapes.items():
+        if name not in source.tensors:
+            raise WeightsError(f"{path}: tensor {name} is missing")
+        tensor = source.tensors[name]
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"{tensor.where} has shape {list(tensor.shape)}: the config asks for {list(shape)}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise WeightsError(f"{tensor.where} is stored as {tensor.dtype}: expected floats")
+    for name in source.tensors:
+        if name not in shapes:
+            raise WeightsError(f"{path}: tensor {name} is not part of the model")
+    return source
+
+
+def _recognized(path: Path) -> Source:
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} does not exist or is no file: expected a checkpoint")
+    if is_hugging_face(path):
+        source = read_hugging_face(path)
+        if is_meta(path):
+            source.notes += (f"{path} holds Meta's files too: Hugging Face's are read",)
+        return source
+    if is_meta(path):
+        return read_meta(path)
+    if path.is_dir():
+        raise InputError(
+            f"{path} holds no checkpoint: expected Meta's params.json and consolidated.*.pth, or "
+            "Hugging Face's config.json and safetensors or pytorch_model.bin"
+        )
+    if is_torch_file(path):
+        return read_llama2c_training(path)
+    if is_llama2c_bin(path):
+        return read_llama2c_bin(path)
+    raise InputError(
+        f"{path} is no checkpoint of a known format: expected a llama2.c .bin or .pt file, or the "
+        "directory of Meta's or Hugging Face's files"
+    )

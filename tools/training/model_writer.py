@@ -1,0 +1,37 @@
+"""A trained model as a Hugging Face directory."""
+
+from pathlib import Path
+
+import numpy as np
+
+from converting.new_directory import new_directory, resolved
+from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
+from converting.writer import Entry, index_files, plan, to_json, write_shards
+from npllama.llama import Llama
+from npllama.weights import named_arrays
+
+_MAX_SHARD_SIZE = 4 * 10**9
+
+
+def write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
+    """Write weights in float32, config and tokenizer to `dest`, whole or not at all; an older
+    `dest` is replaced.
+
+    Raises:
+        InputError: `dest` cannot be written, or too little disk space.
+    """
+    arrays = named_arrays(llama.parameters, llama.config)
+    entries = [Entry(name, np.dtype("float32"), array.shape) for name, array in arrays.items()]
+    shards = plan(entries, _MAX_SHARD_SIZE)
+    others = index_files(shards) | {
+        "tokenizer.model": tokenizer,
+        "tokenizer_config.json": to_json(TOKENIZER_CONFIG),
+        "config.json": to_json(llama.config.to_hf()),  # last: now it can load
+    }
+    n_bytes = sum(shard.nbytes for shard in shards) + sum(map(len, others.values()))
+    to_host = llama.backend.to_host
+    with new_directory(resolved(dest), n_bytes, overwrite=True) as partial:
+        tensors = ((name, to_host(array)) for name, array in arrays.items())
+        write_shards(partial, shards, tensors, written=lambda n_bytes: None)
+        for name, content in others.items():
+            (partial / name).write_bytes(content)
