@@ -1,6 +1,7 @@
 """What the tests share: the implementations of ops they run on, small models, and data."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its rooms
+
+# A shell's background job ignores Ctrl-C, and so would every program that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Every way to compute the same mathematics: the reference and each backend's overrides.
 # "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried.
