@@ -17,7 +17,7 @@ from npllama.tokenizer import Tokenizer
 from npllama.weights import STORAGE_DTYPES, Checkpoint
 
 Prompt = str | Sequence[int]
-MAX_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 512
 DEFAULT_SAMPLING = Sampling()
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
