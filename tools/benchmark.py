@@ -25,7 +25,7 @@ import npllama
 from benchmarking.figures import Program, Ratio, program, ratio
 from benchmarking.machine import machine, n_threads
 from benchmarking.measure import Task, make_task, open_model, side_by_side
-from benchmarking.rivals import Command, Transformers
+from benchmarking.rivals import Command, Transformers, check_installed
 from benchmarking.roofline import roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
 from benchmarking.step_profile import OpTime, profile
@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def benchmark(options: argparse.Namespace) -> Report:
     """Measure what the parsed and checked options ask for."""
+    commands = [Command(command, n_threads()) for command in options.compare_command]
     begin = time.perf_counter()
     llama = _open(options)
     load_seconds = None if options.model is None else time.perf_counter() - begin
     config = llama.config
     task = _task(options, llama)
-    commands = [Command(command, n_threads()) for command in options.compare_command]
     opening = open_model(llama, task)
     length = options.prompt_tokens + options.new_tokens
     roofline, remark = roofline_of(llama, options.batch, length)
@@ -180,38 +180,40 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < bound:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {value}: expected at least {bound}")
+    if options.compare is not None:
+        check_installed()
 
 
 def _open(options: argparse.Namespace) -> Llama:
-    if options.model is not None:
-        llama = npllama.load(options.model, options.backend, options.dtype, options.context)
-    else:
-        config = SHAPES[options.shape]
-        context = options.context or config.context_length
-        if context > config.context_length:
-            raise InputError(
-                f"--context is {context}: the shape has {config.context_length} positions"
-            )
-        backend = get_backend(options.backend)
-        llama = random_llama(config, backend, options.dtype or "float32", context)
-    if llama.backend.xp is not np and (options.threads is not None or options.compare is not None):
+    backend = get_backend(options.backend)
+    if backend.xp is not np and (options.threads is not None or options.compare is not None):
         raise InputError("--threads and --compare hf are for the CPU: add --backend numpy")
-    return llama
+    if options.model is not None:
+        llama = npllama.load(options.model, backend.name, options.dtype, options.context)
+        _check_length(options, llama.context)
+        return llama
+    config = SHAPES[options.shape]
+    context = options.context or config.context_length
+    if context > config.context_length:
+        raise InputError(
+            f"--context is {context}: the shape {options.shape} has {config.context_length}"
+        )
+    _check_length(options, context)  # before the minutes that random weights may take
+    return random_llama(config, backend, options.dtype or "float32", context)
+
+
+def _check_length(options: argparse.Namespace, context: int) -> None:
+    if options.prompt_tokens + options.new_tokens > context:
+        raise InputError(
+            f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} do "
+            f"not fit the context of {context}"
+        )
 
 
 def _task(options: argparse.Namespace, llama: Llama) -> Task:
-    length = options.prompt_tokens + options.new_tokens
-    if length > llama.context:
-        raise InputError(
-            f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} do "
-            f"not fit the context of {llama.context}"
-        )
-    n_ids = llama.config.vocab_size
-    if llama.tokenizer is not None:
-        n_ids = llama.tokenizer.vocab_size
-    return make_task(
-        prompt_lengths(options.prompt_tokens, options.batch), options.new_tokens, n_ids
-    )
+    n_ids = llama.config.vocab_size if llama.tokenizer is None else llama.tokenizer.vocab_size
+    lengths = prompt_lengths(options.prompt_tokens, options.batch)
+    return make_task(lengths, options.new_tokens, n_ids)
 
 
 def _step_nbytes(llama: Llama, dtype: str) -> int:

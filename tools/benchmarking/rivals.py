@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,16 @@ _UNIT = r"(?:tok(?:en)?s?/s(?:ec(?:ond)?)?|tokens per second)\b"
 _SPEED = re.compile(rf"({_NUMBER})\s*{_UNIT}|{_UNIT}\s*[:=]\s*({_NUMBER})", re.IGNORECASE)
 
 
+def check_installed() -> None:
+    """Raise InputError where torch or transformers is missing; neither is imported."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"--compare hf needs {package}, which is not installed here: "
+                "pip install '.[reference]'"
+            )
+
+
 class Transformers:
     """Hugging Face transformers, on the CPU, with random weights of the same shapes.
 
@@ -33,17 +44,11 @@ class Transformers:
     equivalent there: beside it, transformers computes in float32.
 
     Raises:
-        InputError: torch and transformers are not installed, or they fail; the message has why.
+        InputError: transformers fails; the message has its last line.
         OutOfMemoryError: a second model does not fit beside the first.
     """
 
     def __init__(self, config: LlamaConfig, dtype: str, task: Task, n_threads: int) -> None:
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                raise InputError(
-                    f"--compare hf needs {package}, which is not installed here: "
-                    "pip install '.[reference]'"
-                )
         self.dtype = "float32" if dtype == "int8" else dtype
         self.name = f"transformers {self.dtype}"
         self.task = task
@@ -136,6 +141,8 @@ class Command:
             raise InputError(f"--compare-command {command!r}: {error}") from None
         if not self._words:
             raise InputError("--compare-command is empty: expected a program and its arguments")
+        if shutil.which(self._words[0]) is None:
+            raise InputError(f"--compare-command: there is no program {self._words[0]!r} to run")
         self.name = command
         self._program = Path(self._words[0]).name
         self._n_threads = n_threads
