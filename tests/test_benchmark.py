@@ -17,7 +17,7 @@ import benchmark
 from benchmarking import rivals
 from benchmarking.figures import Program
 from benchmarking.machine import n_threads
-from benchmarking.measure import Sample, generate, make_task, roofline_run, side_by_side
+from benchmarking.measure import Sample, generate, make_task, open_model, roofline_run, side_by_side
 from benchmarking.peak_memory import PeakMemory, resident_bytes
 from benchmarking.rivals import Command, Transformers, printed_speed
 from benchmarking.roofline import roofline_nbytes, roofline_of
@@ -307,6 +307,19 @@ def test_an_op_that_calls_another_counts_its_own_time_alone(clock):
         ops.sigmoid(1)
     assert watch.calls == {"sigmoid": 2, "silu": 1}
     assert watch.seconds == {"sigmoid": 2.0, "silu": 2.0}  # silu: 3 seconds, less 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_everything_is_measured_on_a_device_too(ops, dtype):
+    llama = make_llama(ops, dtype=dtype)
+    task = make_task([6, 5], 5, 260)
+    assert open_model(llama, task).first_token > 0
+    roofline, _ = roofline_of(llama, 2, 20)
+    runs = side_by_side(llama, task, roofline, [], 2)
+    assert all(s.prefill > 0 and s.decode > 0 for s in (*runs.npllama, *runs.roofline))
+    lines = profile(llama, task)
+    assert abs(sum(line.share for line in lines) - 1) < 1e-9
+    assert next(line.calls for line in lines if line.op == "next_token") == 1
 
 
 # -- what is printed ---------------------------------------------------------------------------

@@ -93,12 +93,13 @@ def profile(llama: Llama, task: Task) -> list[OpTime]:
     )
     marker = backend.xp.zeros(1)
     with watched(llama.ops, lambda: backend.to_host(marker)) as watch:
-        is_first = True
+        steps_before = None
         for _ in generation:
-            if is_first:  # what came before was the prompts
+            if steps_before is None:  # what came before was the prompts, and steps queued ahead
                 watch.clear()
-                is_first = False
-    n_steps, total = generation.timings.decode_steps, generation.timings.decode_seconds
+                steps_before = generation.timings.decode_steps
+    n_steps = generation.timings.decode_steps - steps_before
+    total = generation.timings.decode_seconds
     lines = [
         OpTime(op, watch.calls[op] / n_steps, seconds / n_steps, seconds / total)
         for op, seconds in watch.seconds.items()
