@@ -14,7 +14,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import benchmark
-from benchmarking import rivals
+from benchmarking import measure, rivals
 from benchmarking.figures import Program
 from benchmarking.machine import n_threads
 from benchmarking.measure import Sample, generate, make_task, open_model, roofline_run, side_by_side
@@ -227,15 +227,16 @@ def test_passes_bracket_the_run_that_they_are_compared_with(llama):
     assert sample == Sample(prefill=17 / 4, decode=2 / 2, first_token=4)
 
 
-def test_programs_take_turns_in_each_run(llama):
+def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
     order = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: order.append(seconds))
     roofline, _ = roofline_of(llama, 1, 64)
     llama.generation = lambda *args, original=llama.generation, **kwargs: (
         order.append("npllama") or original(*args, **kwargs)
     )
     rival = SimpleNamespace(run=lambda: order.append("rival") or Sample(None, 1.0, None))
     runs = side_by_side(llama, make_task([3], 3, 260), roofline, [rival], 3)
-    assert order == 3 * ["npllama", "rival"]
+    assert order == 3 * ["npllama", measure.PAUSE, "rival", measure.PAUSE]
     assert len(runs.npllama) == len(runs.roofline) == len(runs.rivals[0]) == 3
 
 

@@ -1,5 +1,6 @@
 """Runs that are timed: the library's own generation loop, the roofline beside it, and rivals."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,10 @@ from npllama.llama import Llama
 from npllama.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
+
+PAUSE = 0.25
+"""Seconds between programs: threads of BLAS and OpenMP wait for more work by spinning, for some
+25 to 200 ms, and would take a core from the next program's first forward."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,10 @@ def side_by_side(
         else:
             runs.roofline.append(roofline_run(roofline, task, ours, task.decode_steps))
         for rival, samples in zip(rivals, runs.rivals, strict=True):
+            time.sleep(PAUSE)
             samples.append(rival.run())
+        if rivals:
+            time.sleep(PAUSE)
         done()
     return runs
 
