@@ -29,6 +29,10 @@ def exit_code(tool: str, work: Callable[[], None], interrupted: str = "interrupt
     except NpllamaError as error:
         print(f"{tool}: error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""
+        print(f"{tool}: error: out of memory{reason}: use a smaller model", file=sys.stderr)
+        return WRONG_INPUT
     except KeyboardInterrupt:
         print(f"{tool}: {interrupted}", file=sys.stderr)
         return INTERRUPTED

@@ -1,0 +1,278 @@
+"""How fast a model reads and writes, and how near that is to what the machine allows.
+
+    python tools/benchmark.py --shape 110m
+    python tools/benchmark.py --model DIR --prompt-tokens 512 --compare hf
+
+Decode steps are those of the library's own generation loop. Beside them, in the same run, a
+roofline is timed: one pass of plain float32 BLAS over all matrices of the model.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+import npllama
+from benchmarking.figures import Program, Ratio, program, ratio
+from benchmarking.machine import machine, n_threads
+from benchmarking.measure import Task, make_task, open_model, side_by_side
+from benchmarking.rivals import Command, Transformers, check_installed
+from benchmarking.roofline import roofline_nbytes, roofline_of
+from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
+from benchmarking.step_profile import OpTime, profile
+from benchmarking.table import profile_table, programs_table, ratio_line
+from command_line import Parser, exit_code
+from npllama.backend import BACKENDS, get_backend
+from npllama.errors import InputError
+from npllama.llama import Llama
+from npllama.weights import STORAGE_DTYPES
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is told; --json prints it as it is.
+
+    Attributes:
+        model, task, machine: what was measured, and on what.
+        programs: npllama first, then its roofline, then the others.
+        ratios: npllama to each of the others.
+        profile: None unless asked for.
+        remarks: what a reader of the figures must know.
+    """
+
+    model: dict[str, Any]
+    task: dict[str, Any]
+    machine: dict[str, Any]
+    programs: list[Program]
+    ratios: list[Ratio]
+    profile: list[OpTime] | None
+    remarks: list[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return exit_code("benchmark", lambda: _print_report(options))
+
+
+def _print_report(options: argparse.Namespace) -> None:
+    _check(options)
+    with threadpool_limits(limits=options.threads, user_api="blas"):
+        report = benchmark(options)
+    print(json.dumps(asdict(report)) if options.json else as_markdown(report))
+
+
+def benchmark(options: argparse.Namespace) -> Report:
+    """Measure what the parsed and checked options ask for."""
+    commands = [Command(command, n_threads()) for command in options.compare_command]
+    begin = time.perf_counter()
+    llama = _open(options)
+    load_seconds = None if options.model is None else time.perf_counter() - begin
+    config = llama.config
+    task = _task(options, llama)
+    opening = open_model(llama, task)
+    length = options.prompt_tokens + options.new_tokens
+    roofline, remark = roofline_of(llama, options.batch, length)
+    remarks = [] if remark is None else [remark]
+    with ExitStack() as stack:
+        rivals: list[Transformers | Command] = [*commands]
+        if options.compare is not None:
+            transformers = Transformers(config, llama.dtype, task, n_threads())
+            rivals.insert(0, stack.enter_context(transformers))
+            remarks.append(f"{transformers.name}: {transformers.versions}, random weights")
+        bar = stack.enter_context(tqdm(total=options.runs, unit="run", disable=None, leave=False))
+        runs = side_by_side(llama, task, roofline, rivals, options.runs, bar.update)
+    name = f"npllama {llama.dtype}"
+    programs = [
+        program(
+            name,
+            runs.npllama,
+            runs.roofline,
+            task,
+            config,
+            llama.bytes_per_forward,
+            load_seconds,
+            None if load_seconds is None else load_seconds + opening.first_token,
+            opening.peak_nbytes,
+        )
+    ]
+    if roofline is not None:
+        nbytes = roofline_nbytes(config)
+        title = "roofline: float32 BLAS"
+        programs.append(program(title, runs.roofline, runs.roofline, task, config, nbytes))
+    ratios = []
+    for rival, samples in zip(rivals, runs.rivals, strict=True):
+        is_hf = isinstance(rival, Transformers)
+        programs.append(
+            program(
+                rival.name,
+                samples,
+                runs.roofline,
+                task,
+                config if is_hf else None,  # what model a command runs, it alone knows
+                _step_nbytes(llama, rival.dtype) if is_hf else None,
+                peak_bytes=rival.peak_nbytes if is_hf else None,
+            )
+        )
+        ratios.append(ratio(rival.name, runs.npllama, samples))
+    return Report(
+        model={
+            "name": options.shape or str(options.model),
+            "dtype": llama.dtype,
+            "parameters": config.n_parameters,
+            "bytes": llama.parameters.nbytes,
+            **config.to_hf(llama.dtype),
+        },
+        task={
+            "prompt_tokens": task.lengths,
+            "new_tokens": options.new_tokens,
+            "context": llama.context,
+            "runs": options.runs,
+        },
+        machine=machine(llama.backend),
+        programs=programs,
+        ratios=ratios,
+        profile=profile(llama, task) if options.profile else None,
+        remarks=remarks,
+    )
+
+
+def as_markdown(report: Report) -> str:
+    """The report for a README: what was measured, the table, ratios, remarks, the profile."""
+    m, t, c = report.model, report.task, report.machine
+    lengths = t["prompt_tokens"]
+    prompts = f"prompt {lengths[0]} tokens"
+    if len(lengths) > 1:
+        prompts = f"{len(lengths)} prompts of {lengths[-1]} to {lengths[0]} tokens"
+    parts = [
+        f"{m['name']} ({m['parameters']:,} parameters, {m['dtype']}); {prompts}, "
+        f"{t['new_tokens']} new tokens, {t['runs']} runs; {c['device']} ({c['processor']}), "
+        f"threads {c['threads']} ({c['blas']}), NumPy {c['numpy']}",
+        programs_table(report.programs),
+    ]
+    told = [ratio_line(r) for r in report.ratios] + [f"Note: {r}." for r in report.remarks]
+    if told:
+        parts.append("\n".join(told))
+    if report.profile is not None:
+        parts.append(profile_table(report.profile))
+    return "\n\n".join(parts)
+
+
+def _check(options: argparse.Namespace) -> None:
+    least = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "runs": 1, "threads": 1, "context": 1}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is {value}: expected at least {bound}")
+    if options.compare is not None:
+        check_installed()
+
+
+def _open(options: argparse.Namespace) -> Llama:
+    backend = get_backend(options.backend)
+    if backend.xp is not np and (options.threads is not None or options.compare is not None):
+        raise InputError("--threads and --compare hf are for the CPU: add --backend numpy")
+    if options.model is not None:
+        llama = npllama.load(options.model, backend.name, options.dtype, options.context)
+        _check_length(options, llama.context)
+        return llama
+    config = SHAPES[options.shape]
+    context = options.context or config.context_length
+    if context > config.context_length:
+        raise InputError(
+            f"--context is {context}: the shape {options.shape} has {config.context_length}"
+        )
+    _check_length(options, context)  # before the minutes that random weights may take
+    return random_llama(config, backend, options.dtype or "float32", context)
+
+
+def _check_length(options: argparse.Namespace, context: int) -> None:
+    if options.prompt_tokens + options.new_tokens > context:
+        raise InputError(
+            f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} do "
+            f"not fit the context of {context}"
+        )
+
+
+def _task(options: argparse.Namespace, llama: Llama) -> Task:
+    n_ids = llama.config.vocab_size if llama.tokenizer is None else llama.tokenizer.vocab_size
+    lengths = prompt_lengths(options.prompt_tokens, options.batch)
+    return make_task(lengths, options.new_tokens, n_ids)
+
+
+def _step_nbytes(llama: Llama, dtype: str) -> int:
+    """Bytes that a decode step reads where all numbers of the model are stored in `dtype`."""
+    c = llama.config
+    embedding = 0 if c.tie_embeddings else c.vocab_size * c.dim
+    return (c.n_parameters - embedding) * STORAGE_DTYPES[dtype].itemsize
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = Parser(
+        "benchmark",
+        "Measure prefill, decode, load and memory of a model, beside a roofline.",
+    )
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="DIR", help="a model directory")
+    which.add_argument(
+        "--shape", choices=tuple(SHAPES), help="random weights in memory; nothing is loaded"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=tuple(STORAGE_DTYPES),
+        help="of the weights in memory (default: as stored; float32 for a shape)",
+    )
+    p.add_argument("--backend", choices=BACKENDS, default="auto")
+    p.add_argument("--threads", type=int, metavar="N", help="of BLAS (default: its own choice)")
+    p.add_argument(
+        "--prompt-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)"
+    )
+    p.add_argument(
+        "--new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="a prompt; all but the first are decode steps (default: %(default)s)",
+    )
+    p.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="prompts decoded together, each a token shorter than the last (default: %(default)s)",
+    )
+    p.add_argument(
+        "--context", type=int, metavar="N", help="positions to plan for (default: the model's)"
+    )
+    p.add_argument("--runs", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    p.add_argument(
+        "--compare",
+        choices=("hf",),
+        help="the same task in Hugging Face transformers, side by side (extra [reference])",
+    )
+    p.add_argument(
+        "--compare-command",
+        action="append",
+        default=[],
+        metavar="CMD",
+        help="a program that prints tokens/s, side by side; may be given several times",
+    )
+    p.add_argument(
+        "--profile", action="store_true", help="where a decode step's time goes, op by op"
+    )
+    p.add_argument("--json", action="store_true", help="print all figures as JSON")
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""What the figures were measured on."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from npllama.backend import Backend
+
+
+def machine(backend: Backend) -> dict[str, Any]:
+    """Device, processor, cores, BLAS and its threads, versions."""
+    blas = _blas()
+    return {
+        "device": backend.device_name(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": n_threads(),
+        "blas": None if blas is None else f"{blas['internal_api']} {blas['version']}",
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def n_threads() -> int:
+    """Threads that NumPy's BLAS uses now; 1 where there is no BLAS that can tell."""
+    blas = _blas()
+    return 1 if blas is None else blas["num_threads"]
+
+
+def _blas() -> dict[str, Any] | None:
+    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return found[0] if found else None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

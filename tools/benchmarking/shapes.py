@@ -1,0 +1,79 @@
+"""The shapes that speeds are told for, and what one forward of a shape must multiply."""
+
+from collections.abc import Sequence
+
+from npllama.backend import Backend
+from npllama.config import LlamaConfig
+from npllama.llama import Llama
+from npllama.memory import check_memory
+from npllama.model import PREFILL_CHUNK
+from npllama.ops import ops_for
+from npllama.untrained import random_parameters
+from npllama.weights import EMBEDDING, LM_HEAD, STORAGE_DTYPES, tensor_shapes
+
+# Those at which others have published speeds: llama2.c's stories, TinyLlama, Llama 2.
+SHAPES = {
+    "15m": LlamaConfig(288, 6, 6, 6, 768, 32000),
+    "110m": LlamaConfig(768, 12, 12, 12, 2048, 32000),
+    "1.1b": LlamaConfig(2048, 22, 32, 4, 5632, 32000),
+    "7b": LlamaConfig.named("7B"),
+}
+
+
+def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int) -> Llama:
+    """A model of this shape with random weights, and without a tokenizer.
+
+    Weights of zero would do for the equations, but the kernel backs untouched zeros with one
+    page, which stays in the cache and flatters.
+
+    Raises:
+        OutOfMemoryError: it does not fit; found out before any of it is made.
+    """
+    ops = ops_for(backend)
+    storage = STORAGE_DTYPES[dtype]
+    check_memory(
+        config,
+        ops,
+        ops.cache_dtype(storage),
+        batch=1,
+        context=context,
+        chunk=min(PREFILL_CHUNK, context),
+        weights=config.n_parameters * storage.itemsize,
+    )
+    return Llama(config, random_parameters(config, ops, dtype=storage), ops, context)
+
+
+def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Name and shape (N, D) of each matrix that a forward multiplies by, in its order.
+
+    The embedding is not among them, except as a tied head: a forward reads a row of it a token.
+    """
+    shapes = tensor_shapes(config)
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    embedding = matrices.pop(EMBEDDING)
+    head = EMBEDDING if config.tie_embeddings else LM_HEAD
+    return matrices | {head: embedding}
+
+
+def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
+    """Floating point operations of a forward's matrix products: 2 N D a matrix and row.
+
+    Attention over the cache and everything elementwise are left out, so that the count is that
+    of the roofline, which has neither.
+
+    Args:
+        n_tokens: rows that go through the layers.
+        n_logits: rows that go through the head.
+    """
+    *layers, head = [n * d for n, d in forward_matrices(config).values()]
+    return 2 * (sum(layers) * n_tokens + head * n_logits)
+
+
+def prompt_lengths(n_tokens: int, batch: int) -> list[int]:
+    """Tokens of each prompt: `batch` ragged rows, each one shorter than the last where it can."""
+    return [max(1, n_tokens - row) for row in range(batch)]
+
+
+def prefill_flops(config: LlamaConfig, lengths: Sequence[int]) -> int:
+    """`forward_flops` of prompts that go in one after the other, the head on each one's last."""
+    return sum(forward_flops(config, length, 1) for length in lengths)

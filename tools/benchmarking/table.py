@@ -1,0 +1,79 @@
+"""The figures as markdown."""
+
+from collections.abc import Callable, Sequence
+
+from benchmarking.figures import Program, Ratio, Spread
+from benchmarking.step_profile import OpTime
+
+_UNKNOWN = "–"
+
+_COLUMNS: list[tuple[str, Callable[[Program], str]]] = [
+    ("prefill tokens/s", lambda p: of_runs(p.prefill_tokens_per_second)),
+    ("of roofline", lambda p: of_runs(p.prefill_of_roofline, 2)),
+    ("GFLOP/s", lambda p: of_median(p.prefill_gigaflops)),
+    ("decode tokens/s", lambda p: of_runs(p.decode_tokens_per_second)),
+    ("of roofline", lambda p: of_runs(p.decode_of_roofline, 2)),
+    ("GB/s", lambda p: of_median(p.decode_gigabytes_per_second)),
+    ("GFLOP/s", lambda p: of_median(p.decode_gigaflops)),
+    ("first token ms", lambda p: of_median(p.first_token_seconds, 1e3)),
+    ("load s", lambda p: one(p.load_seconds)),
+    ("load to first token s", lambda p: one(p.load_to_first_token_seconds)),
+    ("memory MB", lambda p: one(p.peak_bytes, 1e-6)),
+]
+
+
+def programs_table(programs: Sequence[Program]) -> str:
+    """A row for each program; where there were several runs, "median (min to max)"."""
+    titles = [title for title, _ in _COLUMNS]
+    rows = [[p.name.replace("|", "\\|"), *(cell(p) for _, cell in _COLUMNS)] for p in programs]
+    return markdown(["", *titles], rows)
+
+
+def ratio_line(ratio: Ratio) -> str:
+    """One sentence: how many times as fast npllama is."""
+    text = f"Of {ratio.to}: decode {of_runs(ratio.decode, 2)} x"
+    if ratio.prefill is not None:
+        text += f", prefill {of_runs(ratio.prefill, 2)} x"
+    return text + "."
+
+
+def profile_table(lines: Sequence[OpTime]) -> str:
+    """A row for each op of a decode step, and their sum."""
+    rows = [
+        [line.op, f"{line.calls:g}", f"{line.seconds * 1e6:,.1f}", f"{line.share:.1%}"]
+        for line in lines
+    ]
+    step = sum(line.seconds for line in lines)
+    rows.append(["decode step", "", f"{step * 1e6:,.1f}", f"{sum(x.share for x in lines):.1%}"])
+    return markdown(["op", "calls", "us", "share"], rows)
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers, aligned to the right."""
+    lines = [titles, ["---", *(["---:"] * (len(titles) - 1))], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def of_runs(figure: Spread | None, digits: int | None = None) -> str:
+    """ "53.1 (52.0 to 54.2)"; the median alone where all runs agree."""
+    if figure is None:
+        return _UNKNOWN
+    median, least, most = (number(x, digits) for x in (figure.median, figure.min, figure.max))
+    return median if least == most else f"{median} ({least} to {most})"
+
+
+def of_median(figure: Spread | None, factor: float = 1.0) -> str:
+    """The median in another unit."""
+    return one(None if figure is None else figure.median, factor)
+
+
+def one(value: float | None, factor: float = 1.0) -> str:
+    """A number in another unit, or a dash."""
+    return _UNKNOWN if value is None else number(value * factor)
+
+
+def number(value: float, digits: int | None = None) -> str:
+    """With `digits` after the point, by default as many as make three in all."""
+    if digits is None:
+        digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:,.{digits}f}"
