@@ -606,7 +606,8 @@ def test_int8_runs_through_every_implementation(ops):
 def test_other_programs_refuse_int8_rather_than_misread_it(tmp_path):
     convert(write_model(tmp_path / "hf", TINY), tmp_path / "int8", "--dtype", "int8")
     fields = json.loads((tmp_path / "int8" / "config.json").read_text())
-    assert fields["quantization_config"] == {"quant_method": "npllama-int8"}
+    assert fields["quantization_config"] == {"format": "npllama-int8"}
+    # transformers goes on with a quant_method that it does not know, see make_reference.py check
     convert(tmp_path / "int8", tmp_path / "back", "--dtype", "float16")
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
     assert "quantization_config" not in fields
