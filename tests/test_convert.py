@@ -823,8 +823,11 @@ def test_overwrite_replaces_and_nothing_else_does(tmp_path):
     assert "has content" in error_line(source, dest)
     broken = tmp_path / "broken.bin"
     broken.write_bytes(source.read_bytes()[:-8] + struct.pack("<ff", np.nan, 0))
-    assert "NaN" in error_line(broken, dest, "--overwrite")
+    assert "has content and no config.json" in error_line(source, dest, "--overwrite")
     assert [path.name for path in dest.iterdir()] == ["mine.txt"]
+    (dest / "config.json").write_text("{}")
+    assert "NaN" in error_line(broken, dest, "--overwrite")
+    assert {path.name for path in dest.iterdir()} == {"config.json", "mine.txt"}
     assert convert(source, dest, "--overwrite").returncode == 0
     assert not (dest / "mine.txt").exists()
     load(dest, backend="numpy")
@@ -848,6 +851,36 @@ def test_what_is_read_is_never_replaced(tmp_path):
     )
     assert {path.name for path in folder.iterdir()} == before
     assert tokenizer.exists()
+
+
+@pytest.mark.parametrize("what", ["partial", "replaced", "lock"])
+def test_what_is_read_is_none_of_the_names_beside_dest(tmp_path, what):
+    source = tmp_path / f".out.{what}"
+    write_llama2c(source, TINY, random_tensors(TINY))
+    before = source.read_bytes()
+    assert "is or holds" in error_line(source, tmp_path / "out")
+    assert source.read_bytes() == before
+
+
+def test_links_into_dest_are_read_and_not_replaced(tmp_path):
+    real = write_model(tmp_path / "real", TINY)
+    (tmp_path / "links").mkdir()
+    for path in real.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    before = {path.name for path in real.iterdir()}
+    assert "is or holds" in error_line(tmp_path / "links", real, "--overwrite")
+    assert {path.name for path in real.iterdir()} == before
+
+
+def test_an_empty_dest_is_not_the_current_directory(tmp_path, monkeypatch, capsys):
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(SystemExit) as ended:
+        convert_main([str(source), "", "--overwrite"])
+    assert ended.value.code == 2
+    assert "it is empty" in capsys.readouterr().err
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_a_dest_is_known_by_its_real_name(tmp_path, monkeypatch):
