@@ -899,6 +899,16 @@ def test_a_dest_is_known_by_its_real_name(tmp_path, monkeypatch):
     assert "/ is no place for a model" in error_line(source, "/", "--overwrite")
 
 
+def test_a_size_beyond_the_memory_is_one_line(tmp_path, monkeypatch):
+    def too_large(*_args, **_kwargs):
+        raise MemoryError
+
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    monkeypatch.setattr("converting.source.np.fromfile", too_large)
+    assert "more memory than there is" in error_line(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
 def test_too_little_disk_space_is_said_before_the_first_byte(tmp_path, monkeypatch, capsys):
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     usage = SimpleNamespace(free=100_000)

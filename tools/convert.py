@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NpllamaError as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except MemoryError:  # a size that is absurd, or a tensor of more than the memory
+        print("convert: error: SOURCE needs more memory than there is", file=sys.stderr)
+        return WRONG_INPUT
     except Interrupted as interrupted:
         told = "convert: interrupted"
         if args.dest is not None:
