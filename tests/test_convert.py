@@ -382,6 +382,9 @@ def test_damaged_meta_sources_name_file_and_tensor(tmp_path):
     source = copy_of("meta-mp8", tmp_path)
     shutil.copy(source / "consolidated.00.pth", source / "consolidated.08.pth")
     assert "holds 9 shards" in error_line(source, dest)
+    for i in range(9, 16):
+        shutil.copy(source / "consolidated.00.pth", source / f"consolidated.{i:02}.pth")
+    assert "holds 16 shards: expected 1, 2, 4 or 8" in error_line(source, dest)
     shutil.rmtree(source)
     source = copy_of("meta-mp1", tmp_path)
     params = json.loads((source / "params.json").read_text())
