@@ -19,7 +19,7 @@ _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
-    "quantization_config": (None, {"quant_method": "npllama-int8"}),
+    "quantization_config": (None, {"format": "npllama-int8"}),
     "is_encoder_decoder": (False, None),
 }
 

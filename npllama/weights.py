@@ -25,8 +25,9 @@ STORAGE_DTYPES = {
     "float16": np.dtype("float16"),
     "int8": np.dtype("int8"),
 }
-INT8_CONFIG = {"quant_method": "npllama-int8"}
-"""What config.json says of int8 weights, so that other programs refuse rather than misread them."""
+INT8_CONFIG = {"format": "npllama-int8"}
+"""What config.json says of int8 weights, so that other programs refuse rather than misread them:
+transformers only warns of a quant_method that it does not know, and refuses where there is none."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

@@ -224,6 +224,7 @@ def test_null_fields_that_mean_nothing_are_ignored():
         ("partial_rotary_factor", 0.5, "1"),
         ("sliding_window", 4096, "None"),
         ("quantization_config", {"quant_method": "gptq"}, "None"),
+        ("quantization_config", {"quant_method": "npllama-int8"}, "None"),
         ("is_encoder_decoder", True, "False"),
         ("head_dim", 64, "128"),
         ("head_dim", 256, "128"),

@@ -68,11 +68,11 @@ def test_an_interrupted_run_says_so_and_leaves_nothing(tmp_path, source, number)
 def test_an_interrupted_overwrite_leaves_the_old_one(tmp_path, source):
     dest = tmp_path / "out"
     dest.mkdir()
-    (dest / "mine.txt").write_text("kept")
+    (dest / "config.json").write_text("kept")
     process = in_mid_write(source, dest, "--overwrite")
     process.send_signal(signal.SIGINT)
     assert ended(process)[0] == 130
-    assert (names(tmp_path), names(dest)) == (["out"], ["mine.txt"])
+    assert (names(tmp_path), names(dest)) == (["out"], ["config.json"])
 
 
 def test_an_interrupt_while_headers_are_read_says_so(tmp_path, source, monkeypatch, capsys):

@@ -702,6 +702,13 @@ BOMBS = {
     "hash-doubled": b"}" + doubled(64) + b"Ns",
     "hash-in-ordered": name_of("collections", "OrderedDict")
     + b"](" + doubled(64) + b"N\x86e\x85R",
+    "dict-of-a-dict": b"}q\0(" + b"".join(value(i) + b"N" for i in range(3000)) + b"u0]("
+    + (name_of("collections", "OrderedDict") + b"h\0\x85R") * 4000 + b"e",
+    "hash-of-huge": b"}(" + b"".join(value(i * (2**61 - 1)) + b"N" for i in range(20_000)) + b"u",
+    "hash-of-pairs": b"}(" + b"".join(
+        b"(" + b"".join(value(-1 - (i >> bit & 1)) for bit in range(14)) + b"tN"
+        for i in range(2**14)
+    ) + b"u",
     "hash-in-set": b"\x8f(" + doubled(64) + b"\x90",
     "dict-in-itself": b"}q\0(" + b"".join(value(f"k{i}") + b"h\0" for i in range(400)) + b"u",
     "list-in-itself": b"]q\0h\0a",

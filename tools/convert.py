@@ -12,6 +12,7 @@ tokenizer, tokenizer.model and tokenizer_config.json.
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from command_line import WRONG_INPUT, Parser
 from converting.conversion import convert
 from converting.description import description, dry_run
 from converting.interruption import Interrupted, interruptible
-from converting.new_directory import check_dest, identity, resolved
+from converting.new_directory import check_dest, identity, names_beside, resolved
 from converting.recognition import read_source
 from npllama.errors import InputError, NpllamaError
 from npllama.weights import STORAGE_DTYPES
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(args)
     except NpllamaError as error:
         print(f"convert: error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except MemoryError:  # a size that is absurd, or a tensor of more than the memory
+        print("convert: error: SOURCE needs more memory than there is", file=sys.stderr)
         return WRONG_INPUT
     except Interrupted as interrupted:
         told = "convert: interrupted"
@@ -62,9 +66,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.dest is None:
         raise InputError("DEST is missing: name the model directory to make")
     max_shard_size = _bytes(args.max_shard_size)
-    refuse_to_replace(args.source, args.dest)
-    if args.tokenizer is not None:
-        refuse_to_replace(args.tokenizer, args.dest)
+    inside = args.source.iterdir() if args.source.is_dir() else ()  # which may be links
+    for path in (args.source, args.tokenizer, source.tokenizer, *inside):
+        if path is not None:
+            refuse_to_replace(path, args.dest)
     if args.dry_run:
         check_dest(args.dest, args.overwrite)
         print(dry_run(source, args.dest, args.dtype, args.tokenizer, max_shard_size))
@@ -73,13 +78,24 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def refuse_to_replace(source: Path, dest: Path) -> None:
-    """With --overwrite, DEST goes: it must not be, or hold, what is read.
+    """With --overwrite DEST goes, and so do the names beside it that a conversion uses: none of
+    them must be, or hold, what is read.
 
     Raises:
-        InputError: `source` is `dest` or lies within it.
+        InputError: `source` is one of them or lies within one.
     """
-    if source.resolve().is_relative_to(dest):
-        raise InputError(f"{dest} is or holds {source}, which is read: choose another directory")
+    real = Path(os.path.realpath(source))
+    for place in (dest, *names_beside(dest)):
+        if real.is_relative_to(place):
+            raise InputError(
+                f"{place} is or holds {source}, which is read: choose another directory"
+            )
+
+
+def _named(dest: str) -> Path:
+    if not dest:  # which Path takes for the current directory
+        raise argparse.ArgumentTypeError("it is empty: name the model directory to make")
+    return Path(dest)
 
 
 def _bytes(size: str) -> int:
@@ -99,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
         "directory that npllama and Hugging Face transformers open. PyTorch is not needed.",
     )
     p.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint: directory or file")
-    p.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="the model directory to make")
+    p.add_argument(
+        "dest", type=_named, nargs="?", metavar="DEST", help="the model directory to make"
+    )
     p.add_argument(
         "--dtype",
         choices=tuple(STORAGE_DTYPES),

@@ -390,6 +390,22 @@ def check() -> None:
         assert error <= 1e-6 * np.abs(expected["logits"]).max(), (directory.name, error)
         assert np.array_equal(found["greedy"], expected["greedy"]), directory.name
         print(f"{directory.name}: transformers opens it, logits within {error:.1e}")
+    check_int8_is_refused()
+
+
+def check_int8_is_refused() -> None:
+    """transformers, which cannot compute with npllama's int8, says so rather than misread it."""
+    with tempfile.TemporaryDirectory() as folder:
+        dest = Path(folder) / "int8"
+        assert convert.main([str(FIXTURES / "hf" / "gqa"), str(dest), "--dtype", "int8"]) == 0
+        for opened_by in (transformers.AutoModelForCausalLM, LlamaForCausalLM):
+            try:
+                opened_by.from_pretrained(dest)
+            except ValueError as error:
+                assert "quant_method" in str(error), error
+            else:
+                raise AssertionError(f"{opened_by.__name__} opens int8, and misreads it")
+    print("int8: transformers refuses it")
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def read_meta(directory: Path) -> Source:
             f"{directory} holds the shards {', '.join(numbers)}: "
             f"expected consolidated.00.pth to consolidated.{len(paths) - 1:02}.pth, none missing"
         )
-    if len(paths) & (len(paths) - 1):
+    if len(paths) not in (1, 2, 4, 8):
         raise WeightsError(f"{directory} holds {len(paths)} shards: expected 1, 2, 4 or 8")
     shards = [by_hf_name(checked_tensors(read_torch_file(path), path), path) for path in paths]
     _check_count(params, shards, directory)

@@ -107,6 +107,11 @@ def check_dest(dest: Path, overwrite: bool) -> None:
             )
         if not overwrite:
             raise InputError(f"{dest} has content: choose another, or replace it with --overwrite")
+        if not (standing / _COMPLETE).exists():
+            raise InputError(
+                f"{dest} has content and no {_COMPLETE}: it is no model, so that --overwrite "
+                "does not replace it; choose another directory"
+            )
     except OSError as error:
         raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
 
@@ -118,6 +123,11 @@ def identity(dest: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def names_beside(dest: Path) -> tuple[Path, ...]:
+    """The three paths that a conversion to `dest` may make or remove."""
+    return tuple(_beside(dest, what) for what in ("partial", "replaced", "lock"))
 
 
 def _beside(dest: Path, what: str) -> Path:

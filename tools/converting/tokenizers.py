@@ -17,7 +17,8 @@ CONFIG = {
     "unk_token": "<unk>",
     "legacy": False,
 }
-"""tokenizer_config.json, with which transformers encodes as sentencepiece does."""
+"""tokenizer_config.json for transformers, which may encode leading and double spaces otherwise
+than sentencepiece does."""
 DESCRIBING = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 DESCRIBING += ("added_tokens.json",)
 """Files of Hugging Face's beside a tokenizer.model that say what is in it."""

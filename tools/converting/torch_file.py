@@ -39,6 +39,7 @@ _MAX_PICKLE = 64 * 2**20  # the largest models' are well under 1 MB; an optimize
 _MAX_OPCODES = 2**19  # 70B's shards have some 25,000; an optimizer's state a few times as many
 _MAX_TEXT = 2**16
 _MAX_LEAVES = 256  # of a tuple, counted as often as it holds them
+_MAX_HUGE = 64  # integers beyond 61 bits, of which thousands can have one hash
 _MAX_NAME = 200
 _MAX_AXES = 8
 _REFUSED_OPCODES = {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
@@ -59,6 +60,9 @@ class _Dict(dict):
     """Stands for OrderedDict, without attributes: those that torch sets (_metadata) are dropped."""
 
     __slots__ = ()
+
+    def __init__(self) -> None:  # torch fills it item by item; OrderedDict(d) would copy d
+        super().__init__()
 
     def __setstate__(self, _state: Any) -> None:
         pass
@@ -305,11 +309,13 @@ def _unpickle(
 def _check_opcodes(content: io.BytesIO) -> None:
     """Read the pickle without running it, and refuse what would take memory or time without end:
     lengths that do not hold, a huge memo, huge numbers or texts, and tuples of many leaves, which
-    are hashed leaf by leaf (and without a limit to C's recursion) where they are keys.
+    are hashed leaf by leaf (and without a limit to C's recursion) where they are keys. Tuples as
+    keys are refused, and many huge integers: both can be made to have one hash, and a dict of
+    such takes quadratic time.
     """
     stack: list[int] = []  # leaves of each value; a mark is 0
     leaves: dict[int, int] = {}  # of each memo entry
-    puts = 0
+    puts = huge = 0
     for count, (opcode, argument, _position) in enumerate(pickletools.genops(content)):
         name = opcode.name
         if name in _REFUSED_OPCODES:
@@ -318,6 +324,10 @@ def _check_opcodes(content: io.BytesIO) -> None:
             raise pickle.UnpicklingError(f"more than {_MAX_OPCODES} opcodes")
         if isinstance(argument, int) and abs(argument) >= 2**128:
             raise pickle.UnpicklingError("an integer of more than 128 bits")
+        if isinstance(argument, int) and abs(argument) >= 2**61 - 1:
+            huge += 1
+            if huge > _MAX_HUGE:
+                raise pickle.UnpicklingError(f"more than {_MAX_HUGE} integers beyond 61 bits")
         if isinstance(argument, str | bytes | bytearray) and len(argument) > _MAX_TEXT:
             raise pickle.UnpicklingError(f"a text of {len(argument)} characters")
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
@@ -341,7 +351,15 @@ def _check_opcodes(content: io.BytesIO) -> None:
                 while item := stack.pop():
                     taken.append(item)
                 before = before[: before.index(pickletools.markobject)]
+            if name in ("ADDITEMS", "FROZENSET"):
+                keys = taken
+            else:
+                keys = taken[1::2] if name == "SETITEMS" else []
             taken += [stack.pop() for _ in before]
+            if name == "SETITEM":
+                keys = taken[1:2]
+            if any(key > 1 for key in keys):
+                raise pickle.UnpicklingError("a tuple as a key")
             total = 1 + sum(taken) if name.startswith("TUPLE") else 1
             if total > _MAX_LEAVES:
                 raise pickle.UnpicklingError(f"a tuple of {total} values")
