@@ -1,6 +1,5 @@
 """LlamaConfig: the numbers that make one LLaMA-2 differ from another."""
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npllama.errors import ConfigError
+from npllama.small_file import MAX_JSON, parse_json, read_small_file
 
 # Fields of a Hugging Face config that change the mathematics, each with the only values this
 # code implements. Absent is fine. Anything not read here or below leaves LlamaForCausalLM's
@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: no such file, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = parse_json(read_small_file(path, MAX_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
     except OSError as error:

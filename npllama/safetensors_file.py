@@ -5,7 +5,6 @@ a memory map cost nothing until a page is read. The tests hold this reader to th
 Format: https://huggingface.co/docs/safetensors (section "Format").
 """
 
-import json
 import math
 import mmap
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from npllama.errors import WeightsError
+from npllama.small_file import MAX_JSON, parse_json
 
 DTYPES = {
     "F32": np.dtype("float32"),
@@ -24,7 +24,6 @@ DTYPES = {
     "I8": np.dtype("int8"),
 }
 _LENGTH_BYTES = 8
-_MAX_HEADER = 100_000_000  # the library's own limit
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class SafetensorsFile:
             raise WeightsError(f"{self.path} cannot be read: {error.strerror}") from None
         length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
         data_begin = _LENGTH_BYTES + length
-        if length > _MAX_HEADER or data_begin > size:
+        if length > MAX_JSON or data_begin > size:
             raise self._damaged(f"its header claims {length} bytes and the file has {size}")
         self.tensors = self._parse(self._map[_LENGTH_BYTES:data_begin], data_begin)
         for name, info in sorted(self.tensors.items(), key=lambda item: item[1].end):
@@ -82,9 +81,9 @@ class SafetensorsFile:
 
     def _parse(self, header: bytes, data_begin: int) -> dict[str, TensorInfo]:
         try:
-            entries = json.loads(header)
-        except (ValueError, RecursionError):
-            raise self._damaged("its header is not JSON") from None
+            entries = parse_json(header)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"its header is not JSON ({str(error)[:200]})") from None
         if not isinstance(entries, dict):
             raise self._damaged("its header is not a JSON object")
         entries.pop("__metadata__", None)

@@ -6,6 +6,7 @@ from pathlib import Path
 import sentencepiece
 
 from npllama.errors import InputError, TokenizerError
+from npllama.small_file import MAX_TOKENIZER, read_small_file
 
 _SPACE = "\u2581"  # how a piece writes a space
 _REPLACEMENT = "\ufffd"
@@ -26,7 +27,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         try:
-            model = Path(path).read_bytes()
+            model = read_small_file(Path(path), MAX_TOKENIZER)
         except FileNotFoundError:
             raise TokenizerError(
                 f"{path} does not exist: text needs the model's tokenizer.model; "

@@ -93,6 +93,19 @@ def named_arrays(parameters: Parameters, config: LlamaConfig) -> dict[str, Array
     return arrays
 
 
+def check_none_missing(directory: Path, expected: list[str], found: Container[str]) -> None:
+    """Raise WeightsError, by name, where `found` lacks tensors that are `expected`."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        hint = ""
+        if missing == [LM_HEAD]:
+            hint = ' (a tied head needs "tie_word_embeddings": true in config.json)'
+        raise WeightsError(
+            f"{directory}: {_listed(missing)} missing: expected the {len(expected)} "
+            f"tensors that the config describes{hint}"
+        )
+
+
 class Checkpoint:
     """The tensors of a model directory, checked against its config before any is read.
 
@@ -183,15 +196,7 @@ class Checkpoint:
         for name, shape in list(shapes.items()):
             if len(shape) == 2 and name in self._file_of and self._info(name).dtype == np.int8:
                 shapes[scale_name(name)] = shape[:1]
-        missing = [name for name in shapes if name not in self._file_of]
-        if missing:
-            hint = ""
-            if missing == [LM_HEAD]:
-                hint = ' (a tied head needs "tie_word_embeddings": true in config.json)'
-            raise WeightsError(
-                f"{self.directory}: {_listed(missing)} missing: expected the {len(shapes)} "
-                f"tensors that config.json describes{hint}"
-            )
+        check_none_missing(self.directory, list(shapes), self._file_of)
         surplus = [
             name
             for name in self._file_of

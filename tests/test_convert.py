@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -389,7 +390,7 @@ def test_damaged_meta_sources_name_file_and_tensor(tmp_path):
     source = copy_of("meta-mp1", tmp_path)
     params = json.loads((source / "params.json").read_text())
     for change, message in (
-        ({"n_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
+        ({"n_layers": 3}, "model.layers.2.input_layernorm.weight, "),
         ({"n_layers": 1}, "weight is not part of the model"),
         ({"n_kv_heads": 3}, "wk.weight has shape [12, 36]: the config asks for [18, 36]"),
         ({"dim": 32.5}, "dim is 32.5"),
@@ -908,7 +909,7 @@ def test_a_size_beyond_the_memory_is_one_line(tmp_path, monkeypatch):
 
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     monkeypatch.setattr("converting.source.np.fromfile", too_large)
-    assert "more memory than there is" in error_line(source, tmp_path / "out")
+    assert "more than the memory holds" in error_line(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
 
 
@@ -1012,3 +1013,114 @@ def test_a_bar_is_shown_on_a_terminal_alone(tmp_path):
     assert "100%" in shown
     assert "B/s" in shown
     assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown)  # time passed, and left
+
+
+def test_small_files_of_absurd_sizes_and_pipes_are_refused_unread(tmp_path):
+    """For the converter and for load; a pipe would be waited for without end."""
+    for name in ("config.json", "generation_config.json", "tokenizer.model"):
+        source = write_model(tmp_path / name.replace(".", "-"), TINY)
+        for damage in ("size", "pipe"):
+            (source / name).unlink(missing_ok=True)
+            if damage == "size":
+                with open(source / name, "wb") as file:
+                    file.truncate(30 * 2**30)
+            else:
+                os.mkfifo(source / name)
+            what = "expected at most" if damage == "size" else "no regular file"
+            assert what in error_line(source, tmp_path / "out")
+            with pytest.raises(NpllamaError, match=what):
+                load(source, backend="numpy")
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    source = write_model(tmp_path / "config", TINY)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text[:-1] + ', "vocab_size": 7}')
+    assert "'vocab_size' is given twice" in error_line(source, tmp_path / "out")
+    source = write_model(tmp_path / "header", TINY)
+    content = (source / "model.safetensors").read_bytes()
+    n = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + n].rstrip()
+    name, entry = next(iter(json.loads(header).items()))
+    header = header[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    (source / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + content[8 + n :]
+    )
+    assert f"{name!r} is given twice" in error_line(source, tmp_path / "out")
+    with pytest.raises(NpllamaError, match="given twice"):
+        load(source, backend="numpy")
+
+
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_shards_without_their_index_are_told_what_is_missing(tmp_path, shard, index):
+    source = write_model(tmp_path / "hf", TINY)
+    (source / "model.safetensors").rename(source / shard)
+    assert f"has shards and no {index}" in error_line(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "pytorch_model.bin", "model.safetensors"])
+def test_a_part_of_a_checkpoint_is_told_to_give_its_directory(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert f"give its directory, {tmp_path}" in error_line(tmp_path / name, tmp_path / "out")
+
+
+def test_an_untied_model_without_a_head_is_told_of_ties(tmp_path):
+    tensors = random_tensors(TINY)
+    del tensors[LM_HEAD]
+    source = write_model(tmp_path / "hf", TINY, tensors=tensors)
+    assert '"tie_word_embeddings": true' in error_line(source, tmp_path / "out")
+
+
+def test_a_stored_tie_is_not_read_by_an_inspection(tmp_path, monkeypatch, capsys):
+    tensors = random_tensors(TINY)
+    tensors[LM_HEAD] = tensors[EMBEDDING].copy()
+    source = write_model(tmp_path / "hf", TINY, tensors=tensors, tie_word_embeddings=True)
+
+    def read(*_args, **_kwargs):
+        raise AssertionError("numbers were read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("converting.source.np.fromfile", read)
+        assert convert_main([str(source), "--inspect"]) == 0
+    assert convert(source, tmp_path / "out").returncode == 0
+    tensors[EMBEDDING][1, 1] = tensors[LM_HEAD][1, 1] = np.nan
+    source = write_model(tmp_path / "nan", TINY, tensors=tensors, tie_word_embeddings=True)
+    assert "NaN" in error_line(source, tmp_path / "no")
+
+
+def test_a_norm_that_differs_between_shards_is_refused(tmp_path):
+    folder = copy_of("meta-mp2", tmp_path)
+    path = folder / "consolidated.01.pth"
+    with zipfile.ZipFile(path) as archive:
+        parts = {info: archive.read(info) for info in archive.infolist()}
+    # norms are the smallest storages; a bit of each is flipped, as a faulty disk would
+    smallest = min(len(data) for info, data in parts.items() if "/data/" in info.filename)
+    with zipfile.ZipFile(path, "w") as archive:
+        for info, data in parts.items():
+            if "/data/" in info.filename and len(data) == smallest:
+                data = bytes([data[0] ^ 1]) + data[1:]
+            archive.writestr(info, data)
+    assert "differs from the other shards" in error_line(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("size", "n"), [("4GiB", 2**32), ("2G", 2 * 10**9), ("500MB", 5 * 10**8)])
+def test_shard_sizes_are_read_as_they_are_spelt(size, n):
+    from convert import _bytes
+
+    assert _bytes(size) == n
+
+
+def test_a_closed_pipe_is_one_line(tmp_path):
+    source = write_model(tmp_path / "hf", TINY)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), "--inspect"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "standard output cannot be written" in result.stderr

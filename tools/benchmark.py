@@ -30,7 +30,7 @@ from benchmarking.roofline import roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
 from benchmarking.step_profile import OpTime, profile
 from benchmarking.table import profile_table, programs_table, ratio_line
-from command_line import Parser, exit_code
+from command_line import Parser, exit_code, say
 from npllama.backend import BACKENDS, get_backend
 from npllama.errors import InputError
 from npllama.llama import Llama
@@ -68,7 +68,7 @@ def _print_report(options: argparse.Namespace) -> None:
     _check(options)
     with threadpool_limits(limits=options.threads, user_api="blas"):
         report = benchmark(options)
-    print(json.dumps(asdict(report)) if options.json else as_markdown(report))
+    say(json.dumps(asdict(report)) if options.json else as_markdown(report))
 
 
 def benchmark(options: argparse.Namespace) -> Report:

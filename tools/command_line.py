@@ -1,11 +1,12 @@
 """What every tool's command line has in common: errors of one line, and exit codes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from npllama.errors import NpllamaError
+from npllama.errors import InputError, NpllamaError
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
@@ -19,6 +20,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_INPUT, f"{self.tool}: error: {message} (--help lists all options)\n")
+
+
+def say(text: str) -> None:
+    """A line on standard output.
+
+    Raises:
+        InputError: it cannot be written, as a closed pipe or a full disk.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        raise InputError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def exit_code(tool: str, work: Callable[[], None], interrupted: str = "interrupted") -> int:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import WRONG_INPUT, Parser
+from command_line import WRONG_INPUT, Parser, say
 from converting.conversion import convert
 from converting.description import description, dry_run
 from converting.interruption import Interrupted, interruptible
@@ -56,23 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.dest is None and not args.inspect:
+        raise InputError("DEST is missing: name the model directory to make")
+    max_shard_size = _bytes(args.max_shard_size)
     source = read_source(args.source)
     for note in source.notes:
         print(f"convert: {note}", file=sys.stderr)
     if args.inspect or args.dry_run:
-        print(description(source))
+        say(description(source))
     if args.inspect:
         return
-    if args.dest is None:
-        raise InputError("DEST is missing: name the model directory to make")
-    max_shard_size = _bytes(args.max_shard_size)
     inside = args.source.iterdir() if args.source.is_dir() else ()  # which may be links
     for path in (args.source, args.tokenizer, source.tokenizer, *inside):
         if path is not None:
             refuse_to_replace(path, args.dest)
     if args.dry_run:
         check_dest(args.dest, args.overwrite)
-        print(dry_run(source, args.dest, args.dtype, args.tokenizer, max_shard_size))
+        say(dry_run(source, args.dest, args.dtype, args.tokenizer, max_shard_size))
         return
     convert(source, args.dest, args.dtype, args.tokenizer, max_shard_size, args.overwrite)
 
@@ -99,8 +99,10 @@ def _named(dest: str) -> Path:
 
 
 def _bytes(size: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
-    number = size.upper().rstrip("KMGB")
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+    units |= {f"{name}B": n for name, n in units.items() if name}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = size.upper().rstrip("KMGIB")
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         n = int(float(number) * units[size.upper().removeprefix(number)])
         if n > 0:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import npllama
-from command_line import Parser, exit_code
+from command_line import Parser, exit_code, say
 from npllama.backend import Backend
 from npllama.errors import InputError
 from npllama.llama import Llama
@@ -118,9 +118,9 @@ def _print_score(options: argparse.Namespace) -> None:
         "bytes": total.n_bytes,
     }
     if options.json:
-        print(json.dumps(figures))
+        say(json.dumps(figures))
     else:
-        print(
+        say(
             f"{total.nats_per_token:.4f} nats a token, perplexity {total.perplexity:.4f}, "
             f"{total.bits_per_byte:.4f} bits per byte "
             f"({len(texts):,} texts, {total.n_tokens:,} tokens, {total.n_bytes:,} bytes)"

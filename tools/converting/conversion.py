@@ -1,5 +1,6 @@
 """A source becomes a model directory, one tensor at a time."""
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.tokenizers import read_tokenizer
 from converting.writer import Entry, index_files, plan, to_json, write_shards
-from npllama.errors import InputError
+from npllama.errors import InputError, WeightsError
 from npllama.quantization import quantize
-from npllama.weights import INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
+from npllama.small_file import MAX_TOKENIZER, read_small_file
+from npllama.weights import EMBEDDING, INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
 
 _FLOAT32 = np.dtype("float32")
 
@@ -99,7 +101,7 @@ def _copied(source: Source, tokenizer: Path | None) -> list[Path]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small_file(path, MAX_TOKENIZER)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
@@ -115,9 +117,23 @@ def entries(source: Source, dtype: str | None) -> Iterator[Entry]:
 
 def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor of `entries`, read, checked and converted when its turn comes."""
+    if source.stored_tie is not None:
+        _check_tie(source.stored_tie, source.tensors[EMBEDDING])
     for name in tensor_shapes(source.config):
         target = _target_dtype(source, name, dtype)
         yield from _converted(name, source.tensors[name], target, loss)
+
+
+def _check_tie(head: Tensor, embedding: Tensor) -> None:
+    """Refuse a head that is not the embedding; digests, so that one of them is held at a time."""
+    for tensor in (head, embedding):
+        check_finite(tensor.read(), tensor.where)
+    if head.shape != embedding.shape or _digest(head) != _digest(embedding):
+        raise WeightsError(f"{head.where} differs from the embedding that config.json ties it to")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(tensor.read()).view("uint8").data).digest()
 
 
 def _converted(

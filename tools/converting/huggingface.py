@@ -59,12 +59,11 @@ def read_hugging_face(directory: Path) -> Source:
                 tensors[name] = tensor
     tensors = _with_scales(tensors)
     head, embedding = tensors.get(LM_HEAD), tensors.get(EMBEDDING)
+    stored_tie = None
     if config.tie_embeddings and head is not None and embedding is not None:
-        if not _is_same(head, embedding):
-            raise WeightsError(
-                f"{head.where} differs from the embedding that config.json ties it to"
-            )
         del tensors[LM_HEAD]  # the embedding, stored a second time
+        if head.place is None or head.place != embedding.place:
+            stored_tie = head
     tokenizer, generation = directory / "tokenizer.model", directory / "generation_config.json"
     return Source(
         format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",
@@ -75,6 +74,7 @@ def read_hugging_face(directory: Path) -> Source:
         generation_config=read_json(generation) if generation.exists() else {},
         copied=tuple(directory / name for name in _COPIED if (directory / name).exists()),
         notes=notes,
+        stored_tie=stored_tie,
     )
 
 
@@ -87,12 +87,6 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 def _torch(path: Path) -> dict[str, Tensor]:
     return checked_tensors(read_torch_file(path), path)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    if a.place is not None and a.place == b.place:
-        return True
-    return a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
 def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

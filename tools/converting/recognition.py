@@ -9,7 +9,7 @@ from converting.numbers import FLOATS
 from converting.source import Source
 from converting.torch_file import is_torch_file
 from npllama.errors import InputError, WeightsError
-from npllama.weights import tensor_shapes
+from npllama.weights import check_none_missing, tensor_shapes
 
 
 def read_source(path: Path) -> Source:
@@ -28,9 +28,8 @@ def read_source(path: Path) -> Source:
             f"{len(source.tensors)} tensors: layers are missing"
         )
     shapes = tensor_shapes(source.config)
+    check_none_missing(path, list(shapes), source.tensors)
     for name, shape in shapes.items():
-        if name not in source.tensors:
-            raise WeightsError(f"{path}: tensor {name} is missing")
         tensor = source.tensors[name]
         if tensor.shape != shape:
             raise WeightsError(
@@ -44,6 +43,11 @@ def read_source(path: Path) -> Source:
     return source
 
 
+def is_part(path: Path) -> bool:
+    """Whether a file is, by its name, one of a directory's weights."""
+    return path.name.startswith(("consolidated.", "pytorch_model"))
+
+
 def _recognized(path: Path) -> Source:
     if not path.is_file() and not path.is_dir():
         raise InputError(f"{path} does not exist or is no file: expected a checkpoint")
@@ -54,6 +58,13 @@ def _recognized(path: Path) -> Source:
         return source
     if is_meta(path):
         return read_meta(path)
+    if path.is_dir() and (path / "config.json").exists():
+        for kind in ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"):
+            for shard in sorted(path.glob(kind))[:1]:
+                index = f"{shard.name.partition('-')[0]}{shard.suffix}.index.json"
+                raise InputError(f"{path} has shards and no {index}: get that file as well")
+    if path.suffix == ".safetensors" or (path.suffix in (".pth", ".bin") and is_part(path)):
+        raise InputError(f"{path} is a part of a checkpoint: give its directory, {path.parent}")
     if path.is_dir():
         raise InputError(
             f"{path} holds no checkpoint: expected Meta's params.json and consolidated.*.pth, or "

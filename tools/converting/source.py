@@ -62,6 +62,8 @@ class Source:
         hf_config, generation_config: the source's own files, kept where it has them.
         copied: further files that DEST gets as they are.
         notes: what a user should know of the choices that were made.
+        stored_tie: a tied head that is stored beside the embedding all the same, and must be
+            equal to it.
     """
 
     format: str
@@ -72,6 +74,7 @@ class Source:
     generation_config: dict = field(default_factory=dict)
     copied: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    stored_tie: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +93,9 @@ def read_numbers(path: Path, dtype: np.dtype, count: int, offset: int, where: st
         values = np.fromfile(path, dtype=dtype, count=count, offset=offset)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        n_bytes = count * np.dtype(dtype).itemsize
+        raise WeightsError(f"{where} has {n_bytes:,} bytes, more than the memory holds") from None
     if values.size != count:
         raise WeightsError(f"{where} is truncated: get the file again")
     return values

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from npllama.errors import TokenizerError
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
+from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer import Tokenizer
 
 CONFIG = {
@@ -31,7 +32,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
         TokenizerError: neither format, or more pieces than the model has embeddings.
     """
     try:
-        content = path.read_bytes()
+        content = read_small_file(path, MAX_TOKENIZER)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix == ".bin":
