@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from npllama.backend import Array
+from npllama.errors import InputError
 from npllama.kv_cache import KVCache
 from npllama.model import Transformer
 from npllama.parameters import Head, Layer, Matrix, Parameters
@@ -36,10 +37,13 @@ def loss_and_gradients(
         The loss, an array of shape (), and its gradient, in the shape of model.parameters. A
         tied head is one matrix with the embedding, and its gradient the sum of both uses.
 
+    Raises:
+        InputError: weights of another dtype, such as those of an int8 model.
+
     Source: Rumelhart et al. 1986 (back-propagation); Chen et al. 2016 (recomputation).
     """
     ops, parameters = model.ops, model.parameters
-    dtype = parameters.embedding.values.dtype
+    dtype = _dtype_of(parameters)
     cache = _cache_of_one_layer(model, *tokens.shape, dtype)
     positions = cache.positions(tokens.shape[1])
 
@@ -50,13 +54,10 @@ def loss_and_gradients(
         between = ops.attention_block(x, layer, cache.layers[0], positions)
         x = ops.feed_forward(between, layer)
         inputs.append((before, between))
-    logits = ops.head(x, parameters.head)  # (B, T, D) -> (B, T, V)
-    loss = (ops.cross_entropy(logits, targets) * weights).sum()
-
-    dlogits = ops.cross_entropy_backward(weights, logits, targets)
-    dx, dhead = ops.head_backward(dlogits, x, parameters.head)
+    loss, dx, dhead = _loss_of_head(model, x, targets, weights)
     dlayers = []
-    for layer, (before, between) in zip(reversed(parameters.layers), reversed(inputs), strict=True):
+    for layer in reversed(parameters.layers):
+        before, between = inputs.pop()
         dx, feed_forward = ops.feed_forward_backward(dx, between, layer)
         dx, attention = ops.attention_block_backward(dx, before, layer, positions)
         dlayers.append(_like(layer, attention | feed_forward))
@@ -68,6 +69,33 @@ def loss_and_gradients(
         layers=tuple(reversed(dlayers)),
         head=_like(parameters.head, dhead),
     )
+
+
+def _loss_of_head(
+    model: Transformer, x: Array, targets: Array, weights: Array
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Loss, dx and the head's gradients; the logits, (B, T, V), live no longer than this."""
+    ops, head = model.ops, model.parameters.head
+    logits = ops.head(x, head)  # (B, T, D) -> (B, T, V)
+    loss = (ops.cross_entropy(logits, targets) * weights).sum()
+    dlogits = ops.cross_entropy_backward(weights, logits, targets)
+    return loss, *ops.head_backward(dlogits, x, head)
+
+
+def _dtype_of(parameters: Parameters) -> np.dtype:
+    dtypes: set[np.dtype] = set()
+    for part in (parameters.embedding, *parameters.layers, parameters.head):
+        part.map(lambda array: dtypes.add(array.dtype) or array)
+    matrices = [parameters.embedding, parameters.head.lm_head]
+    matrices += [m for layer in parameters.layers for m in vars(layer).values()]
+    has_scale = any(getattr(m, "scale", None) is not None for m in matrices)
+    if has_scale or len(dtypes) > 1 or not dtypes <= {np.dtype("float32"), np.dtype("float64")}:
+        names = " and ".join(sorted(dtype.name for dtype in dtypes))
+        raise InputError(
+            f"the weights are {names}: gradients need them all in float32 (or all in float64); "
+            'npllama.load(..., dtype="float32") widens them'
+        )
+    return dtypes.pop()
 
 
 def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dtype) -> KVCache:

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from conftest import FIXTURES, TINY
 from npllama.config import LlamaConfig
+from npllama.errors import InputError
 from npllama.gradients import loss_and_gradients
 from npllama.model import Transformer
 from npllama.parameters import Head, Layer, Matrix, Parameters
@@ -141,3 +142,12 @@ def test_a_step_against_the_gradient_lowers_the_loss(ops, rng, to_host):
         array -= 0.05 * named[key]
     after, _ = loss_and_gradients(model, *batch)
     assert float(to_host(after)) < float(to_host(before))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16"])
+def test_weights_that_are_rounded_have_no_gradient(ops, rng, dtype):
+    model = Transformer(TINY, random_parameters(TINY, ops, dtype=dtype), ops)
+    ids = ops.backend.to_device(np.ones((1, 3), dtype="int32"))
+    weights = ops.backend.to_device(np.ones((1, 3), dtype="float32"))
+    with pytest.raises(InputError, match="gradients need them all in float32"):
+        loss_and_gradients(model, ids, ids, weights)

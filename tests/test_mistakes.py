@@ -129,6 +129,16 @@ MISTAKES = {
         "np.add.reduceat(rows, begins, axis=0)",
         "rows[begins]",
     ),
+    "NumPy override: softmax's own derivative forgotten": (
+        NUMPY,
+        "dx = dp - np.vecdot(dp, p)[..., None]",
+        "dx = dp.copy()",
+    ),
+    "NumPy override: SiLU's derivative without its second part": (
+        NUMPY,
+        "        dgate *= silu\n        dgate += s\n",
+        "        dgate = s\n",
+    ),
     "log p of the next token instead of minus it": (EQUATIONS, "return -chosen", "return chosen"),
     "gradient turned forward instead of back": (
         DERIVATIVES,

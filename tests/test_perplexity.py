@@ -8,7 +8,7 @@ import pytest
 
 import perplexity
 from conftest import TINY, make_llama, make_ops
-from model_directory import write_model
+from model_directory import random_tensors, write_model
 
 
 @pytest.fixture
@@ -94,3 +94,14 @@ def test_wrong_input_ends_in_one_line(tmp_path, capsys, more, message):
     err = capsys.readouterr().err.strip()
     assert message in err
     assert "\n" not in err
+
+
+def test_a_model_without_sense_has_a_perplexity_and_one_that_is_damaged_none(llama, tmp_path):
+    llama.parameters.head.norm[:] = 1e6
+    assert perplexity.score(llama, "abc").perplexity == math.inf
+    tensors = random_tensors(TINY)
+    tensors["model.norm.weight"][:] = np.nan
+    write_model(tmp_path / "model", TINY, tensors=tensors)
+    (tmp_path / "text.txt").write_text("One.")
+    args = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]
+    assert perplexity.main(args) == 2

@@ -53,6 +53,12 @@ def test_logits_of_the_fixtures_move_little(case):
     got = load(directory, "numpy", dtype="int8").logits(expected["ids"])
     error = np.abs(got - expected["logits"]).max() / np.abs(expected["logits"]).max()
     assert 0.001 < error < 0.08  # README says: 0.04 to 0.07
+    ids = expected["ids"]
+    perplexities = []
+    for logits in (expected["logits"], got.astype("float64")):
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        perplexities.append(np.exp(-log_p[np.arange(len(ids) - 1), ids[1:]].mean()))
+    assert 0 < abs(perplexities[1] / perplexities[0] - 1) < 0.0145  # README says: at most 1.4 %
 
 
 def stories260k(tmp_path, dtype):

@@ -110,6 +110,17 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_refused(size):
     assert "\n" not in str(error.value)
 
 
+def test_a_line_longer_than_sentencepiece_reads_is_cut_at_a_space():
+    assert train_tokenizer([" ".join(STORIES[:3]) * 20_000], 300)
+    from training.tokenizer import _parts
+
+    line = "  two words" * 20_000 + " "
+    parts = list(_parts(line))
+    assert "".join(parts) == line
+    assert len(parts) > 2
+    assert all(len(part) <= 2**16 for part in parts)
+
+
 # -- batches
 
 

@@ -59,6 +59,10 @@ def curve_of(place):
         return list(csv.DictReader(file))
 
 
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
 def test_it_memorizes_a_sentence(place, capsys):
     """From random weights to the text's own words, end included, in some seconds."""
     assert (
@@ -90,11 +94,14 @@ def test_the_loss_curve_has_a_line_a_report(place):
 
 def test_a_killed_run_that_resumes_equals_one_that_never_stopped(place):
     """To the bit: weights, optimizer state, data order. Killed for good, by SIGKILL."""
-    assert train.main(arguments(place, steps=60)) == 0
+    often = ("--report-every", "7")
+    assert train.main(arguments(place, *often, steps=60)) == 0
     whole, state = weights_of(place), load_checkpoint(place / "run" / "checkpoint.npz")[0]
+    curve = without_seconds(curve_of(place))
+    assert [row["step"] for row in curve] == ["7", "14", "21", "28", "35", "42", "49", "56", "60"]
     (place / "run").rename(place / "never-stopped")
 
-    args = arguments(place, "--checkpoint-every", "2", steps=60)
+    args = arguments(place, *often, "--checkpoint-every", "2", steps=60)
     command = [sys.executable, str(ROOT / "tools" / "train.py"), *args]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     checkpoint = place / "run" / "checkpoint.npz"
@@ -108,12 +115,12 @@ def test_a_killed_run_that_resumes_equals_one_that_never_stopped(place):
     assert 0 < done < 60
     assert not (place / "run" / "model").exists()
 
-    assert train.main(arguments(place, steps=60)) == 0
+    assert train.main(arguments(place, *often, steps=60)) == 0
     assert weights_of(place) == whole
     resumed = load_checkpoint(checkpoint)[0]
     assert resumed.keys() == state.keys()
     assert all(np.array_equal(resumed[name], state[name]) for name in state)
-    assert [int(row["step"]) for row in curve_of(place)] == [50, 60]
+    assert without_seconds(curve_of(place)) == curve
 
 
 def test_a_finished_run_given_again_changes_nothing(place):
@@ -200,6 +207,40 @@ def test_the_shipped_models_shape_trains_at_a_quarter_of_sgemm(tmp_path, capsys)
 # -- what is wrong
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_checkpoint(place, capsys):
+    assert train.main(arguments(place, "--lr", "1e30", "--checkpoint-every", "1")) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "use a smaller --lr" in lines[-1]
+    state, facts = load_checkpoint(place / "run" / "checkpoint.npz")
+    assert facts["steps_done"] >= 1
+    assert all(np.isfinite(array).all() for array in state.values())
+    assert not (place / "run" / "model").exists()
+
+
+def test_a_run_without_a_checkpoint_trains_its_tokenizer_anew(place):
+    assert train.main(arguments(place)) == 0
+    whole = weights_of(place)
+    (place / "run" / "checkpoint.npz").unlink()
+    (place / "run" / "tokenizer.model").write_bytes(
+        train_tokenizer([SENTENCE, "More words than before."] * 9, 290)
+    )
+    assert train.main(arguments(place)) == 0
+    assert weights_of(place) == whole
+
+
+def test_a_sample_too_long_is_refused_before_the_first_step(place, capsys):
+    assert train.main(arguments(place, "--sample", "fox " * 100)) == 2
+    assert "--sample fills the context of 64" in capsys.readouterr().err
+    assert not (place / "run").exists()
+
+
+def test_a_loss_curve_that_cannot_be_written_is_one_line(place, capsys):
+    (place / "run" / "loss.csv").mkdir(parents=True)
+    assert train.main(arguments(place)) == 2
+    assert "loss.csv cannot be written" in capsys.readouterr().err
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_made(place, capsys):
     (place / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": 2**17}))
     assert train.main(arguments(place)) == 2
@@ -211,7 +252,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(place, capsys):
 def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
     """In a process of its own: its peak against the sum that check_memory makes."""
     (tmp_path / "config.json").write_text(
-        json.dumps(CONFIG | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300})
+        json.dumps(CONFIG | {"hidden_size": 1024, "intermediate_size": 2048})
     )
     text = "\n<|endoftext|>\n".join(f"{SENTENCE} {i} " * 2 for i in range(40))
     (tmp_path / "text.txt").write_text(text)
@@ -222,6 +263,7 @@ def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
         "before = Backend().peak_bytes()\n"
         "said = []\n"
         "Backend.free_bytes = lambda self: said.append(1) or 0\n"
+        "import training.progress; training.progress.sgemm_rate = lambda run: 1.0\n"
         "try: train.train(train._parser().parse_args(sys.argv[1:]))\n"
         "except Exception as error: needed = float(str(error).split()[2])\n"
         "Backend.free_bytes = lambda self: None\n"
@@ -234,7 +276,7 @@ def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
     command = [sys.executable, "-c", code, str(ROOT / "tools"), *given]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     needed, taken = (float(number) for number in out.split())
-    assert 0.5 * taken < needed + 5e7 < 3 * taken + 5e7  # sgemm's own 50 MB beside it
+    assert 1e8 < 0.7 * taken < needed < 3 * taken
 
 
 @pytest.mark.parametrize(
@@ -270,7 +312,9 @@ def test_wrong_input_ends_in_one_line(place, capsys, more, message):
 def test_a_config_that_is_none_is_refused_by_name(place, capsys):
     (place / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
     assert train.main(arguments(place)) == 2
-    assert f"{place / 'config.json'}: 4 query heads cannot share 3" in capsys.readouterr().err
+    assert (
+        f"--config {place / 'config.json'}: 4 query heads cannot share 3" in capsys.readouterr().err
+    )
 
 
 def test_another_run_is_not_taken_for_this_one(place, capsys):
@@ -312,4 +356,4 @@ def test_an_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
 
     monkeypatch.setattr(Run, "step", interrupted)
     assert train.main(arguments(place)) == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert "before the first checkpoint; the same command begins anew" in capsys.readouterr().err

@@ -35,7 +35,9 @@ def say(text: str) -> None:
         raise InputError(f"standard output cannot be written: {error.strerror}") from None
 
 
-def exit_code(tool: str, work: Callable[[], None], interrupted: str = "interrupted") -> int:
+def exit_code(
+    tool: str, work: Callable[[], None], interrupted: Callable[[], str] = lambda: "interrupted"
+) -> int:
     """Do the work; the exit code: 0, 2 after input that cannot be served, 130 after Ctrl-C, the
     last two with one line on stderr that says why."""
     try:
@@ -48,6 +50,6 @@ def exit_code(tool: str, work: Callable[[], None], interrupted: str = "interrupt
         print(f"{tool}: error: out of memory{reason}: use a smaller model", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
-        print(f"{tool}: {interrupted}", file=sys.stderr)
+        print(f"{tool}: {interrupted()}", file=sys.stderr)
         return INTERRUPTED
     return 0

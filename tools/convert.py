@@ -15,6 +15,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from command_line import WRONG_INPUT, Parser, say
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
     for note in source.notes:
         print(f"convert: {note}", file=sys.stderr)
     if args.inspect or args.dry_run:
-        say(description(source))
+        say(description(replace(source, tokenizer=args.tokenizer or source.tokenizer)))
     if args.inspect:
         return
     inside = args.source.iterdir() if args.source.is_dir() else ()  # which may be links

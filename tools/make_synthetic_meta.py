@@ -22,10 +22,11 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from command_line import Parser, exit_code
+from converting.interruption import interruptible
 from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
 from converting.new_directory import new_directory, resolved
 from npllama.config import LlamaConfig
-from npllama.errors import NpllamaError
 from npllama.weights import layer_name, tensor_shapes
 
 TINY_LLAMA = LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048)
@@ -111,22 +112,22 @@ def write_meta(dest: Path, config: LlamaConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write what the command line names; the exit code."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = Parser("make_synthetic_meta", __doc__.split("\n")[0])
     p.add_argument("size", help="7B, 13B, 34B, 70B, or 1.1B (TinyLlama's shape)")
     p.add_argument("dest", type=Path, help="the directory to make")
     p.add_argument("--layers", type=int, metavar="N", help="as many layers, to try with less")
     args = p.parse_args(argv)
-    try:
-        config = TINY_LLAMA if args.size.upper() == "1.1B" else LlamaConfig.named(args.size)
-        if args.layers is not None:
-            config = replace(config, n_layers=args.layers)
-        with new_directory(resolved(args.dest), 2 * config.n_parameters, False) as partial:
-            write_meta(partial, config)
-    except NpllamaError as error:
-        print(f"make_synthetic_meta: error: {error}", file=sys.stderr)
-        return 2
+    return exit_code("make_synthetic_meta", lambda: _make(args))
+
+
+def _make(args: argparse.Namespace) -> None:
+    config = TINY_LLAMA if args.size.upper() == "1.1B" else LlamaConfig.named(args.size)
+    if args.layers is not None:
+        config = replace(config, n_layers=args.layers)
+    n_bytes = 2 * config.n_parameters
+    with interruptible(), new_directory(resolved(args.dest), n_bytes, False) as partial:
+        write_meta(partial, config)
     print(f"wrote {args.dest}: {config.n_parameters:,} parameters in bfloat16", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -109,6 +112,10 @@ def _print_score(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     total = score_texts(llama, texts)
     seconds = time.perf_counter() - began
+    if total.n_tokens == 0:
+        raise InputError(f"{options.text} has no token after BOS: expected a text")
+    if not math.isfinite(total.nats):
+        raise InputError(f"the surprise of {options.text} is {total.nats}: the model is damaged")
     figures = {
         "nats_per_token": total.nats_per_token,
         "perplexity": total.perplexity,

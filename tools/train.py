@@ -25,7 +25,7 @@ from npllama.untrained import random_parameters
 from perplexity import score_texts
 from training.adamw import Schedule
 from training.batches import Batches
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from training.loss_curve import check_matplotlib, draw_curve
 from training.model_writer import write_model
 from training.progress import Progress
@@ -37,8 +37,13 @@ from training.tokenizer import train_tokenizer
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    how_on = f"interrupted; the same command goes on from the last checkpoint in {options.out}"
-    return exit_code("train", lambda: train(options), how_on)
+
+    def interrupted() -> str:
+        if (options.out / "checkpoint.npz").exists():
+            return f"interrupted; the same command goes on from the checkpoint in {options.out}"
+        return "interrupted before the first checkpoint; the same command begins anew"
+
+    return exit_code("train", lambda: train(options), interrupted)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -52,23 +57,21 @@ def train(options: argparse.Namespace) -> None:
     valid = read_stories(options.valid)[: options.valid_stories] if options.valid else []
     tokenizer = _tokenizer_model(options, config, stories)
     identity = _identity(options, config, tokenizer)
-    begun = load_checkpoint(out / "checkpoint.npz") if (out / "checkpoint.npz").exists() else None
-    if begun is not None:
-        _check_identity(identity, begun[1]["identity"], out / "checkpoint.npz")
+    checkpoint = out / "checkpoint.npz"
+    if checkpoint.exists():
+        _check_identity(identity, load_facts(checkpoint)["identity"], checkpoint)
     run = _run(options, config, stories, tokenizer)
     # all that is given has been looked at: now files are written
     _write_tokenizer(tokenizer, out)
     with run.workers:
         progress = Progress(run, out / "loss.csv", options.steps)
-        if begun is not None:
-            state, facts = begun
-            run.restore(state, facts["steps_done"])
-            progress.restore(facts["progress"])
+        if checkpoint.exists():
+            _restore(run, progress, checkpoint)
             print(f"train: goes on after step {run.steps_done:,}", file=sys.stderr)
         print(
             f"train: {config.n_parameters:,} parameters; an epoch has "
             f"{run.batches.steps_per_epoch:,} steps of {run.batches.batch} rows; "
-            f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s",
+            f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s on {run.workers.n} threads",
             file=sys.stderr,
         )
         with progress:
@@ -92,8 +95,11 @@ def _run(
         seed=options.seed,
     )
     ops = ops_for(get_backend(options.backend))
-    n_workers = min(options.threads or ops.backend.n_workers(), ops.backend.n_workers())
-    check_memory(config, ops, options.micro_batch, n_workers)
+    n_workers = options.threads or ops.backend.n_workers()
+    check_memory(config, ops, min(options.micro_batch, options.batch), n_workers)
+    sample = [] if options.sample is None else tokenizer.encode(options.sample)
+    if len(sample) >= config.context_length:
+        raise InputError(f"--sample fills the context of {config.context_length}: shorten it")
     parameters = random_parameters(config, ops, options.seed)
     return Run(
         Llama(config, parameters, ops, tokenizer=tokenizer),
@@ -108,26 +114,32 @@ def _run(
 def _steps(
     run: Run, progress: Progress, options: argparse.Namespace, identity: dict, valid: list[str]
 ) -> None:
+    def is_due(step: int, every: int) -> bool:
+        return step % every == 0 or step == options.steps
+
     while run.steps_done < options.steps:
         progress.step()
-        if _is_due(run.steps_done, options.valid_every, options.steps):
+        if is_due(run.steps_done, options.valid_every):
             score = score_texts(run.model, valid, run.workers.map) if valid else None
             progress.report(score)
-            if options.sample is not None:
-                progress.write(f"  {_sample(run.model, options.sample)}")
-        elif _is_due(run.steps_done, options.report_every, options.steps):
+        elif is_due(run.steps_done, options.report_every):
             progress.report()
-        if _is_due(run.steps_done, options.checkpoint_every, options.steps):
+        if is_due(run.steps_done, options.checkpoint_every):
             facts = {
                 "identity": identity,
                 "steps_done": run.steps_done,
                 "progress": progress.state(),
             }
             save_checkpoint(options.out / "checkpoint.npz", run.state(), facts)
+        if options.sample is not None and is_due(run.steps_done, options.valid_every):
+            progress.write(f"  {_sample(run.model, options.sample)}")
 
 
-def _is_due(step: int, every: int, steps: int) -> bool:
-    return step % every == 0 or step == steps
+def _restore(run: Run, progress: Progress, checkpoint: Path) -> None:
+    """A function of its own, so that the file's arrays are gone when the run goes on."""
+    state, facts = load_checkpoint(checkpoint)
+    run.restore(state, facts["steps_done"])
+    progress.restore(facts["progress"])
 
 
 def _sample(llama: Llama, prompt: str) -> str:
@@ -136,12 +148,11 @@ def _sample(llama: Llama, prompt: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("steps", "batch", "micro_batch", "valid_every", "report_every", "valid_stories"):
+    counts = ("steps", "batch", "micro_batch", "valid_stories")
+    for name in (*counts, "report_every", "valid_every", "checkpoint_every"):
         if getattr(options, name) < 1:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {getattr(options, name)}: expected at least 1")
-    if options.checkpoint_every < 1:
-        raise InputError(f"--checkpoint-every is {options.checkpoint_every}: expected at least 1")
     for name in ("lr", "clip"):
         if not 0 < getattr(options, name) < math.inf:
             raise InputError(f"--{name} is {getattr(options, name)}: expected a positive number")
@@ -149,6 +160,8 @@ def _check(options: argparse.Namespace) -> None:
         if not 0 <= getattr(options, name) <= 1:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {getattr(options, name)}: expected 0 to 1")
+    if options.warmup is None:
+        options.warmup = min(100, options.steps // 10)
     if not 0 <= options.warmup < options.steps:
         raise InputError(f"--warmup is {options.warmup}: expected 0 to --steps - 1")
     if options.seed < 0:
@@ -161,13 +174,14 @@ def _config(path: Path) -> LlamaConfig:
     try:
         return LlamaConfig.from_hf(read_json(path))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        names_it = str(error).startswith(str(path))
+        raise ConfigError(f"--config {'' if names_it else f'{path}: '}{error}") from None
 
 
 def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: list[str]) -> bytes:
-    """The tokenizer that is given, or that of the run, trained where it has none yet."""
-    of_run: Path = options.out / "tokenizer.model"
-    path = options.tokenizer or (of_run if of_run.exists() else None)
+    """The tokenizer that is given, or that of a run that goes on, or one trained now."""
+    is_begun = (options.out / "checkpoint.npz").exists()
+    path = options.tokenizer or (options.out / "tokenizer.model" if is_begun else None)
     if path is not None:
         return read_tokenizer(path, config.vocab_size)
     return train_tokenizer(stories, config.vocab_size)
@@ -205,11 +219,19 @@ def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     p = Parser(
         "train",
         "Train a LLaMA-2 from random weights on a text file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     files = p.add_argument_group("files")
     files.add_argument(
@@ -238,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--packed", action="store_true", help="rows that fill the context, not a story each")
     add("--lr", type=float, default=3e-3, metavar="X", help="highest learning rate")
-    add("--warmup", type=int, default=100, metavar="N", help="steps to reach it")
+    add("--warmup", type=int, metavar="N", help="steps to reach it (default: 100, or a tenth)")
     add("--final-lr", type=float, default=0.0, metavar="X", help="last rate as a part of --lr")
     add("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices, not of norms")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient")

@@ -105,7 +105,8 @@ class Ops(SamplingEquations, Derivatives):
     #
     # Each is given dy, the gradient of the loss with respect to its block's output, and the
     # block's input x; it computes again what the forward did not keep, and returns dx and the
-    # gradients of the parameters it used, by their names in Layer or Head.
+    # gradients of the parameters it used, by their names in Layer or Head. All of a layer is on
+    # one shard: training is not sharded.
 
     def attention_block_backward(
         self, dy: Array, x: Array, layer: Layer, positions: "Positions"

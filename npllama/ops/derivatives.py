@@ -52,9 +52,10 @@ class Derivatives(Equations):
         Source: Rumelhart et al. 1986, equations 4 to 7, without the nonlinearity.
         """
         n_out, width = w.shape
-        dx = dy @ w.values  # (..., N) @ (N, D) -> (..., D)
-        dw = dy.reshape(-1, n_out).T @ x.reshape(-1, width)  # (N, M) @ (M, D) -> (N, D)
-        return dx, dw
+        dy, flat = dy.reshape(-1, n_out), x.reshape(-1, width)  # (..., N) -> (M, N)
+        dx = dy @ w.values  # (M, N) @ (N, D) -> (M, D)
+        dw = dy.T @ flat  # (N, M) @ (M, D) -> (N, D)
+        return dx.reshape(x.shape), dw  # (M, D) -> (..., D)
 
     # -- normalization -----------------------------------------------------------------------
 

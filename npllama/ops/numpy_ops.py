@@ -101,7 +101,7 @@ class NumpyOps(Ops):
         Measured at 800 x 512 in float32 on one core: 0.2 of the reference's time, most of which
         is its `where`.
         """
-        s = np.negative(x)
+        s = np.negative(x, out=np.empty_like(x))
         with np.errstate(over="ignore"):
             np.exp(s, out=s)
         s += 1

@@ -29,6 +29,8 @@ class Batches:
     several rows. Packed, all sequences of an epoch follow one another and are cut into rows that
     fill the context: no padding, but rows begin and end in the middle of a story.
 
+    Rows that are left over at an epoch's end, fewer than a step's, are not read in that epoch.
+
     A step's rows are sorted by length before they are cut into micro-batches, so that little of
     these is padding. All its targets weigh the same, whichever micro-batch they are in.
     """
@@ -73,7 +75,7 @@ class Batches:
             else:
                 rows = [row for sequence in self.sequences for row in _windows(sequence, size)]
                 rows = [rows[i] for i in generator.permutation(len(rows))]
-            self._epoch = epoch, rows
+            self._epoch = epoch, [row for row in rows if len(row) > 1]  # one id foretells none
         return self._epoch[1]
 
     def step(self, step: int) -> list[MicroBatch]:

@@ -29,7 +29,18 @@ def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, 
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_facts(path: Path) -> dict[str, Any]:
+    """The facts alone, without reading the arrays.
+
+    Raises:
+        InputError: as for load_checkpoint.
+    """
+    return load_checkpoint(path, with_arrays=False)[1]
+
+
+def load_checkpoint(
+    path: Path, with_arrays: bool = True
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What save_checkpoint wrote.
 
     Raises:
@@ -38,7 +49,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             facts = json.loads(str(file["facts"]))
-            return {name: file[name] for name in file.files if name != "facts"}, facts
+            names = [name for name in file.files if name != "facts"] if with_arrays else []
+            return {name: file[name] for name in names}, facts
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} is no checkpoint of a training run ({error}): remove it to begin anew"

@@ -1,6 +1,7 @@
 """The loss over the steps of a run, as CSV and as a picture."""
 
 import csv
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -24,26 +25,27 @@ class Point:
 _COLUMNS = [field.name for field in fields(Point)]
 
 
-def begin_curve(path: Path, steps: int) -> None:
-    """Keep the lines of the first `steps` steps of an earlier try, or begin a new file."""
-    rows = []
-    if path.exists() and steps:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= steps]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+def write_curve(path: Path, points: list[Point]) -> None:
+    """The points as CSV, written beside `path` and renamed.
 
-
-def add_point(path: Path, point: Point) -> None:
-    """Append one line."""
-    row = {
-        name: value if value is None or isinstance(value, int) else f"{value:.6g}"
-        for name, value in asdict(point).items()
-    }
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.DictWriter(file, _COLUMNS).writerow(row)
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _COLUMNS)
+            writer.writeheader()
+            for point in points:
+                writer.writerow(
+                    {
+                        name: f"{value:.6g}" if isinstance(value, float) else value
+                        for name, value in asdict(point).items()
+                    }
+                )
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def check_matplotlib() -> None:
@@ -76,5 +78,9 @@ def draw_curve(csv_path: Path, png_path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(png_path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(png_path, dpi=120)
+    except OSError as error:
+        raise InputError(f"{png_path} cannot be written: {error.strerror or error}") from None
+    finally:
+        pyplot.close(figure)

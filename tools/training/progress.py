@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from perplexity import Score
-from training.loss_curve import Point, add_point, begin_curve
+from training.loss_curve import Point, write_curve
 from training.run import Run, StepResult
 
 
@@ -26,17 +27,25 @@ class Progress:
         self.steps = steps
         self.sgemm = sgemm_rate(run)
         self.tokens = 0
+        self.points: list[Point] = []
         self.seconds_before = 0.0
         self._began = time.perf_counter()
         self._clear()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"tokens": self.tokens, "seconds": self.seconds}
+        """For a checkpoint: the curve so far, and the losses that its next point is the mean of."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "points": [asdict(point) for point in self.points],
+            "losses": self._losses,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.tokens, self.seconds_before = state["tokens"], state["seconds"]
+        self.points = [Point(**point) for point in state["points"]]
+        self._losses = list(state["losses"])
 
     @property
     def seconds(self) -> float:
@@ -44,7 +53,7 @@ class Progress:
         return self.seconds_before + time.perf_counter() - self._began
 
     def __enter__(self) -> "Progress":
-        begin_curve(self.curve, self.run.steps_done)
+        write_curve(self.curve, self.points)
         self._began = time.perf_counter()
         # None: a bar on a terminal, lines alone elsewhere
         self.bar = tqdm(total=self.steps, initial=self.run.steps_done, unit="step", disable=None)
@@ -58,6 +67,7 @@ class Progress:
         began = time.perf_counter()
         self._last = self.run.step()
         self._busy += time.perf_counter() - began
+        self._steps += 1
         self._losses.append(self._last.loss)
         self._targets += self._last.n_targets
         self.tokens += self._last.n_targets
@@ -77,12 +87,13 @@ class Progress:
             valid_loss=None if score is None else score.nats_per_token,
             valid_bits_per_byte=None if score is None else score.bits_per_byte,
         )
-        add_point(self.curve, point)
+        self.points.append(point)
+        write_curve(self.curve, self.points)
         line = f"step {point.step:,}/{self.steps:,}, loss {point.train_loss:.4f}"
         if score is not None:
             line += f", validation {point.valid_loss:.4f} nats a token"
             line += f" = {point.valid_bits_per_byte:.4f} bits per byte"
-        left = (self.steps - point.step) * self._busy / len(self._losses)
+        left = (self.steps - point.step) * self._busy / self._steps
         self.write(f"{line}, {self._speed()}, {tqdm.format_interval(left)} left")
         self._clear()
 
@@ -100,7 +111,7 @@ class Progress:
     def _clear(self) -> None:
         self._last: StepResult | None = None
         self._losses: list[float] = []
-        self._targets, self._busy = 0, 0.0
+        self._targets, self._busy, self._steps = 0, 0.0, 0
 
 
 def sgemm_rate(run: Run) -> float:

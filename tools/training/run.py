@@ -1,5 +1,6 @@
-"""A training run: its state, one step of it, and where it is kept."""
+"""A training run: its state, and one step of it."""
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from npllama.backend import Array
 from npllama.config import LlamaConfig
-from npllama.errors import OutOfMemoryError
+from npllama.errors import InputError, OutOfMemoryError
 from npllama.gradients import loss_and_gradients
 from npllama.model import Transformer
 from npllama.ops import Ops
@@ -39,7 +40,7 @@ def check_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int
     n_tokens = micro_batch * config.context_length
     block = 16 * config.dim + 6 * config.ffn_dim
     scores = 6 * config.n_heads * config.context_length
-    widest = max(block + scores, 4 * config.vocab_size)
+    widest = max(block + scores, 5 * config.vocab_size)
     inputs = (2 * config.n_layers + 1) * config.dim
     activations = 4 * n_workers * n_tokens * (inputs + widest)
     free = ops.backend.free_bytes()
@@ -106,16 +107,26 @@ class Run:
         self.steps_done = 0
 
     def step(self) -> StepResult:
-        """One step of the schedule; the weights change in place."""
+        """One step of the schedule; the weights change in place.
+
+        Raises:
+            InputError: a loss or gradient that is not finite; the weights are as they were.
+        """
         micro_batches = self.batches.step(self.steps_done)
         loss, gradients = self._gradients(micro_batches)
-        norm = clip(gradients, self.largest_norm, self.xp)
+        to_host = self.model.backend.to_host
+        norm = float(to_host(clip(gradients, self.largest_norm, self.xp)))
+        loss = float(to_host(loss))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"the loss became {loss} and its gradient's norm {norm} at step "
+                f"{self.steps_done + 1}: use a smaller --lr; checkpoints so far are kept"
+            )
         rate = self.schedule.rate(self.steps_done)
         self.steps_done += 1
         self.optimizer.update(gradients, rate, self.steps_done, self.workers.map)
         n_targets = sum(int(np.count_nonzero(part.weights)) for part in micro_batches)
-        to_host = self.model.backend.to_host
-        return StepResult(float(to_host(loss)), float(to_host(norm)), n_targets, rate)
+        return StepResult(loss, norm, n_targets, rate)
 
     def _gradients(self, micro_batches: list[MicroBatch]) -> tuple[Array, dict[str, Array]]:
         n = self.workers.n
@@ -135,7 +146,8 @@ class Run:
     def _gradient(self, part: MicroBatch) -> tuple[Array, dict[str, Array]]:
         move = self.model.backend.to_device
         tokens, targets, weights = (move(a) for a in (part.tokens, part.targets, part.weights))
-        loss, gradients = loss_and_gradients(self.model, tokens, targets, weights)
+        with np.errstate(all="ignore"):  # what is not finite is found in `step`
+            loss, gradients = loss_and_gradients(self.model, tokens, targets, weights)
         return loss, named_arrays(gradients, self.model.config)
 
     # -- the state, for checkpoints

@@ -20,7 +20,7 @@ def read_stories(path: Path) -> list[str]:
         InputError: the file cannot be read, is not UTF-8, or holds no text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -1,11 +1,26 @@
 """A tokenizer of Llama's kind, trained by sentencepiece."""
 
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
 from npllama.errors import InputError
+
+_LONGEST = 2**16
+"""Bytes beyond which a line is cut, at a space: sentencepiece leaves out what is too long."""
+
+
+def _parts(line: str) -> Iterator[str]:
+    part = ""
+    for word in re.findall(r" *[^ ]+| +$", line):
+        if part and len((part + word).encode()) > _LONGEST:
+            yield part
+            part = ""
+        part += word
+    if part:
+        yield part
 
 
 def train_tokenizer(stories: Iterable[str], vocab_size: int) -> bytes:
@@ -17,7 +32,7 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int) -> bytes:
             room for the bytes.
     """
     model = io.BytesIO()
-    lines = (line for story in stories for line in story.split("\n") if line)
+    lines = (part for story in stories for line in story.split("\n") for part in _parts(line))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -30,11 +45,11 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20,
+            max_sentence_length=2 * _LONGEST,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].strip(" .")
+        reason = str(error).strip().split("\n")[-1].rpartition("] ")[2].strip(" .")
         raise InputError(
             f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}): "
             "choose another vocab_size"
