@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from npllama.errors import BackendError
+from npllama.threads import Threads
 
 Array = Any
 """An array of the backend in use: numpy.ndarray or cupy.ndarray."""
@@ -31,13 +32,15 @@ class Backend:
         steps_ahead: how many decode steps are queued before the first one's token is read.
             0 where an operation is done when its call returns; 1 where work is queued on a
             device, which then never waits for the text.
+        threads: how many threads compute on the host; one where a device does.
     """
 
     name = "numpy"
     steps_ahead = 0
 
-    def __init__(self, xp: ModuleType = np) -> None:
+    def __init__(self, xp: ModuleType = np, threads: Threads | None = None) -> None:
         self.xp = xp
+        self.threads = threads or Threads()
 
     def to_device(self, array: Array) -> Array:
         """Host array -> device array. On the CPU the array itself, memory-mapped or not."""
@@ -63,18 +66,15 @@ class Backend:
         """The device, for --stats."""
         return f"CPU, {os.cpu_count()} cores"
 
-    def n_workers(self) -> int:
-        """Threads that can compute beside one another: the cores that this process may use."""
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
-
 
 class CupyBackend(Backend):
     """CuPy on the current CUDA device."""
 
     name = "cupy"
     steps_ahead = 1
+
+    def __init__(self, xp: ModuleType) -> None:
+        super().__init__(xp, Threads(1))  # the device is parallel in itself
 
     def to_device(self, array: Array) -> Array:
         return self.xp.asarray(array)
@@ -96,12 +96,12 @@ class CupyBackend(Backend):
         properties = self.xp.cuda.runtime.getDeviceProperties(self.xp.cuda.Device().id)
         return properties["name"].decode()
 
-    def n_workers(self) -> int:
-        return 1  # one stream, whose kernels are parallel in themselves
 
-
-def get_backend(name: str = "auto") -> Backend:
+def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
     """The backend called `name`; "auto" is CuPy where a CUDA device and CuPy are, else NumPy.
+
+    Args:
+        threads: of NumPy; None for as many as there are free cores.
 
     Raises:
         BackendError: an unknown name, or CuPy asked for where it cannot compute.
@@ -109,13 +109,13 @@ def get_backend(name: str = "auto") -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
     if name == "numpy" or (name == "auto" and cuda_device_count() == 0):
-        return Backend()
+        return Backend(threads=Threads(threads))
     try:
         cupy = importlib.import_module("cupy")
         cupy.zeros(1)  # CuPy imports without a GPU and fails at the first array
     except Exception as error:  # ImportError, or one of many CUDA errors
         if name == "auto":
-            return Backend()
+            return Backend(threads=Threads(threads))
         lines = [line for line in str(error).splitlines() if any(map(str.isalnum, line))]
         reason = lines[0].strip() if lines else type(error).__name__
         raise BackendError(

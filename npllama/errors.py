@@ -34,6 +34,10 @@ class BackendError(NpllamaError):
     """An array backend that was asked for and cannot be had."""
 
 
+class WorkerError(NpllamaError):
+    """A process that computed beside this one could not be started, or has ended."""
+
+
 class NumericalError(NpllamaError):
     """The model computed something that is not a number."""
 

@@ -18,6 +18,7 @@ from npllama.weights import STORAGE_DTYPES, Checkpoint
 
 Prompt = str | Sequence[int]
 MAX_NEW_TOKENS = 512
+MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
@@ -256,6 +257,7 @@ def load(
     backend: str = "auto",
     dtype: str | None = None,
     context: int | None = None,
+    threads: int | None = None,
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model.
 
@@ -267,6 +269,8 @@ def load(
             (see npllama.quantization); None keeps them as stored (on the CPU as views of the
             memory-mapped file).
         context: positions to plan memory for, at most and by default the model's own.
+        threads: to compute with on the CPU; None for as many as there are free cores, which
+            is looked at again and again.
 
     Raises:
         NpllamaError: one of its kinds, with one line that says what is wrong.
@@ -289,7 +293,7 @@ def load(
     directory = SHIPPED if path is None else _checked_directory(Path(path))
     config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
-    ops = ops_for(get_backend(backend))
+    ops = ops_for(get_backend(backend, _checked_threads(threads)))
     tokenizer = None
     if (directory / "tokenizer.model").exists():
         tokenizer = Tokenizer(directory / "tokenizer.model")
@@ -318,6 +322,12 @@ def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
         if not text:
             raise InputError("a stop text is empty: expected at least one character")
     return stops
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    if threads is not None and (not is_integer(threads) or not 1 <= threads <= MAX_THREADS):
+        raise InputError(f"threads is {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
+    return threads
 
 
 def _checked_context(context: int | None, config: LlamaConfig) -> int:

@@ -1,7 +1,5 @@
 """How many bytes a model needs, found out before any is taken."""
 
-import mmap
-
 import numpy as np
 
 from npllama.backend import Array
@@ -10,6 +8,7 @@ from npllama.errors import OutOfMemoryError
 from npllama.kv_cache import KVCache
 from npllama.ops import Ops
 from npllama.parameters import Parameters
+from npllama.shared_arrays import MappedFile, memory_of
 
 
 def check_memory(
@@ -68,10 +67,7 @@ def mapped_nbytes(parameters: Parameters) -> int:
 
     def count(array: Array) -> Array:
         nonlocal total
-        base = array
-        while isinstance(base, np.ndarray | memoryview):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        total += array.nbytes if isinstance(base, mmap.mmap) else 0
+        total += array.nbytes if isinstance(memory_of(array), MappedFile) else 0
         return array
 
     for part in (parameters.embedding, *parameters.layers, parameters.head):

@@ -120,14 +120,16 @@ class Transformer:
         """`forward` between finding the positions and counting them: device work alone, which
         a captured step may replay."""
         ops, parameters = self.ops, self.parameters
-        x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
-        for layer, layer_cache in zip(parameters.layers, cache.layers, strict=True):
-            x = ops.attention_block(x, layer, layer_cache, positions)
-            x = ops.feed_forward(x, layer)
-        x = x[:, wanted]  # (B, T, D) -> (B, n, D)
-        if x.shape[1] == 0:
-            return self.backend.xp.zeros((*x.shape[:2], self.config.vocab_size), dtype="float32")
-        return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
+        with ops.computing():
+            x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
+            for layer, layer_cache in zip(parameters.layers, cache.layers, strict=True):
+                x = ops.attention_block(x, layer, layer_cache, positions)
+                x = ops.feed_forward(x, layer)
+            x = x[:, wanted]  # (B, T, D) -> (B, n, D)
+            if x.shape[1] == 0:
+                shape = (*x.shape[:2], self.config.vocab_size)
+                return self.backend.xp.zeros(shape, dtype="float32")
+            return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
 
     def prefill(
         self, ids: Sequence[int], cache: KVCache, row: int = 0, chunk: int = PREFILL_CHUNK

@@ -6,7 +6,6 @@ Format: https://huggingface.co/docs/safetensors (section "Format").
 """
 
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from npllama.errors import WeightsError
+from npllama.shared_arrays import MappedFile
 from npllama.small_file import MAX_JSON, parse_json
 
 DTYPES = {
@@ -54,7 +54,7 @@ class SafetensorsFile:
                 size = file.seek(0, 2)
                 if size < _LENGTH_BYTES:
                     raise self._damaged(f"it has {size} bytes")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = MappedFile(file)
         except OSError as error:
             raise WeightsError(f"{self.path} cannot be read: {error.strerror}") from None
         length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")

@@ -1,5 +1,7 @@
 """A model that has learnt nothing: seeded random weights, where training begins."""
 
+from itertools import accumulate, pairwise
+
 import numpy as np
 
 from npllama.config import LlamaConfig
@@ -22,12 +24,21 @@ def random_parameters(
     generator = np.random.default_rng(seed)
     residual = (2 * config.n_layers) ** -0.5
 
-    def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
-        values = generator.standard_normal((n_out, n_in), dtype="float32")
+    def matrices(*n_outs: int, n_in: int, size: float = 1.0) -> list[Matrix]:
+        """Matrices of one input, side by side as a converted file has them."""
+        values = generator.standard_normal((sum(n_outs), n_in), dtype="float32")
         values *= size * n_in**-0.5
         if np.dtype(dtype) == np.int8:
-            return Matrix(*quantize(values))
-        return Matrix(values.astype(dtype, copy=False))
+            together = Matrix(*quantize(values))
+        else:
+            together = Matrix(values.astype(dtype, copy=False))
+        ends = [0, *accumulate(n_outs)]
+        return [
+            together.map(lambda array, rows=slice(a, b): array[rows]) for a, b in pairwise(ends)
+        ]
+
+    def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
+        return matrices(n_out, n_in=n_in, size=size)[0]
 
     d, f, v = config.dim, config.ffn_dim, config.vocab_size
     kv = config.n_kv_heads * config.head_dim
@@ -37,22 +48,13 @@ def random_parameters(
 
     eps = config.norm_eps
     embedding = ops.prepare(matrix(v, d, 0.02 * d**0.5))
-    layers = tuple(
-        ops.prepare(
-            Layer(
-                attention_norm=ones(),
-                wq=matrix(d, d),
-                wk=matrix(kv, d),
-                wv=matrix(kv, d),
-                wo=matrix(d, d, residual),
-                ffn_norm=ones(),
-                w_gate=matrix(f, d),
-                w_up=matrix(f, d),
-                w_down=matrix(d, f, residual),
-                norm_eps=eps,
-            )
-        )
-        for _ in range(config.n_layers)
-    )
+    layers = []
+    for _ in range(config.n_layers):
+        wq, wk, wv = matrices(d, kv, kv, n_in=d)
+        wo = matrix(d, d, residual)
+        w_gate, w_up = matrices(f, f, n_in=d)
+        w_down = matrix(d, f, residual)
+        layer = Layer(ones(), wq, wk, wv, wo, ones(), w_gate, w_up, w_down, norm_eps=eps)
+        layers.append(ops.prepare(layer))
     lm_head = embedding if config.tie_embeddings else matrix(v, d)
-    return Parameters(embedding, layers, ops.prepare(Head(ones(), lm_head, eps)))
+    return Parameters(embedding, tuple(layers), ops.prepare(Head(ones(), lm_head, eps)))

@@ -13,6 +13,7 @@ from npllama.backend import Backend, CupyBackend, cuda_device_count
 from npllama.config import LlamaConfig
 from npllama.llama import Llama
 from npllama.ops import CupyOps, NumpyOps, Ops
+from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import random_parameters
 from strict_array import StrictBackend
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(config, items):
 
 def make_ops(implementation) -> Ops:
     if implementation == "numpy":
-        return NumpyOps(Backend())
+        return NumpyOps(Backend(threads=Threads(2)))
     if implementation.startswith("strict"):
         return (CupyOps if implementation == "strict-cupy" else Ops)(StrictBackend())
     import cupy

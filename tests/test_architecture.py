@@ -14,11 +14,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports only from floors below its own.
 FLOORS = [
-    ["errors", "small_file"],
+    ["errors", "small_file", "threads", "shared_arrays"],
     ["backend", "config", "sentencepiece_model"],
-    ["parameters", "tokenizer", "sampling", "quantization"],
+    ["parameters", "ops.tiles", "tokenizer", "sampling", "quantization"],
     ["ops.equations", "chat", "safetensors_file"],
-    ["ops.sampling", "ops.derivatives"],
+    ["ops.sampling", "ops.derivatives", "ops.workers"],
     ["ops.blocks"],
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from npllama.backend import Backend
+from npllama.kv_cache import KVCache
 from npllama.ops import CupyOps, NumpyOps, Ops
-from npllama.parameters import Matrix
+from npllama.parameters import Layer, Matrix
+from npllama.quantization import quantize
+from npllama.threads import Threads
 from strict_array import StrictBackend
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -119,8 +122,138 @@ def embedding_backward_grid():
         yield "float32", f"B{b}-T{t}-V{n_vocab}", call
 
 
+def rms_norm_grid():
+    for b, t, width in itertools.product(B, T, (7, 48)):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((b, t, width), dtype="float32") * 0.1
+        weight = rng.random(width, dtype="float32") + 0.5
+
+        def call(ops, wide, move, x=x, weight=weight):
+            return ops.rms_norm(move(wide(x)), move(wide(weight)), 1e-3)
+
+        yield "float32", f"B{b}-T{t}-{width}", call
+
+
+def rope_grid():
+    """Also heads that are some of a larger array's, as in a joint product."""
+    for b, t, n_heads in itertools.product(B, T, (1, 5)):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((b, t, n_heads + 2, 6), dtype="float32")
+        cos, sin = rng.standard_normal((2, b, t, 3), dtype="float32")
+
+        def call(ops, wide, move, x=x, cos=cos, sin=sin, n_heads=n_heads):
+            heads = move(wide(x))[:, :, :n_heads]
+            return ops.rope(heads, move(wide(cos)), move(wide(sin)))
+
+        yield "float32", f"B{b}-T{t}-H{n_heads}", call
+
+
+def make_layer(ops, wide, move, dtype, n_heads, n_kv_heads, head_dim=6, ffn_dim=11, apart=False):
+    """A layer whose q, k, v and gate, up lie side by side, or all apart."""
+    rng = np.random.default_rng(1)
+    dim, kv = n_heads * head_dim, n_kv_heads * head_dim
+
+    def matrices(n_in, *n_outs):
+        values = rng.standard_normal((sum(n_outs), n_in), dtype="float32") / n_in**0.5
+        scale = None
+        if dtype == "int8":
+            values, scale = quantize(values)
+        values = wide(values.astype(dtype))
+        begin = 0
+        for n in n_outs:
+            rows = slice(begin, begin := begin + n)
+            part = values[rows].copy() if apart else values[rows]
+            yield Matrix(move(part), None if scale is None else move(wide(scale[rows])))
+
+    wq, wk, wv = matrices(dim, dim, kv, kv)
+    (wo,) = matrices(dim, dim)
+    w_gate, w_up = matrices(dim, ffn_dim, ffn_dim)
+    (w_down,) = matrices(ffn_dim, dim)
+    norms = [move(wide(rng.random(dim, dtype="float32") + 0.5)) for _ in range(2)]
+    layer = Layer(norms[0], wq, wk, wv, wo, norms[1], w_gate, w_up, w_down, norm_eps=1e-3)
+    return ops.prepare(layer)
+
+
+def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6):
+    """A cache of one layer with starts[b] positions of random keys and values in row b."""
+    rng = np.random.default_rng(2)
+    context = max(starts) + n_new
+    dtype = wide(np.zeros(1, dtype="float32")).dtype
+    cache = KVCache(
+        ops.backend,
+        ops.rope_table(context, head_dim, 100.0, dtype),
+        n_layers=1,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        batch=len(starts),
+        context=context,
+        dtype=dtype,
+        scratch_size=ops.scratch_size(n_heads, n_kv_heads, n_new, context),
+    )
+    for b, start in enumerate(starts):
+        for buffer in (cache.layers[0].k, cache.layers[0].v):
+            past = rng.standard_normal((n_kv_heads, start, head_dim), dtype="float32")
+            buffer[b, :, :start] = move(wide(past))
+        cache.lengths[b] = start
+    cache.device_lengths = move(np.array(starts, dtype="int32"))
+    return cache
+
+
+def attention_block_grid():
+    """Output, keys and values; ragged rows; prompts short and long enough to be cut up."""
+    for t, s, b, g in itertools.product((*T, 130, 200), S, B, G):
+        rng = np.random.default_rng(0)
+        n_kv_heads = 2 if g < 8 else 1
+        x = rng.standard_normal((b, t, n_kv_heads * g * 6), dtype="float32")
+
+        def call(ops, wide, move, x=x, s=s, g=g, n_kv_heads=n_kv_heads):
+            heads = (n_kv_heads * g, n_kv_heads)
+            layer = make_layer(ops, wide, move, "float32", *heads, apart=s == 1)
+            starts = [max(0, s - b) for b in range(len(x))]
+            cache = make_cache(ops, wide, move, starts, x.shape[1], *heads)
+            positions = cache.positions(x.shape[1])
+            y = ops.attention_block(move(wide(x)), layer, cache.layers[0], positions)
+            k, v = cache.layers[0].k, cache.layers[0].v
+            return ops.xp.concatenate([a.reshape(-1) for a in (y, k, v)])
+
+        yield "float32", f"B{b}-T{t}-S{s}-G{g}", call
+
+
+def feed_forward_grid():
+    for dtype, apart, t, b in itertools.product(
+        ("float32", "int8"), (False, True), (*T, 130, 200), B
+    ):
+        x = np.random.default_rng(0).standard_normal((b, t, 24), dtype="float32")
+
+        def call(ops, wide, move, x=x, dtype=dtype, apart=apart):
+            layer = make_layer(ops, wide, move, dtype, 4, 2, apart=apart)
+            return ops.feed_forward(move(wide(x)), layer)
+
+        yield dtype, f"{dtype}-B{b}-T{t}-{'apart' if apart else 'joined'}", call
+
+
+def queries_keys_values_grid():
+    for dtype, apart, t, b, g in itertools.product(("float32", "int8"), (False, True), T, B, G):
+        h = np.random.default_rng(0).standard_normal((b, t, 12 * g), dtype="float32")
+
+        def call(ops, wide, move, h=h, dtype=dtype, apart=apart, g=g):
+            layer = make_layer(ops, wide, move, dtype, 2 * g, 2, apart=apart)
+            cache = make_cache(ops, wide, move, [5] * len(h), h.shape[1], 2 * g, 2)
+            positions = cache.positions(h.shape[1])
+            parts = ops.queries_keys_values(move(wide(h)), layer, positions)
+            return ops.xp.concatenate([a.reshape(-1) for a in parts])
+
+        yield dtype, f"{dtype}-B{b}-T{t}-G{g}-{'apart' if apart else 'joined'}", call
+
+
 GRIDS = {
     "linear": linear_grid,
+    "rms_norm": rms_norm_grid,
+    "rope": rope_grid,
+    "attention_block": attention_block_grid,
+    "feed_forward": feed_forward_grid,
+    "queries_keys_values": queries_keys_values_grid,
+    "swiglu": elementwise_grid("swiglu", 2),
     "attention": attention_grid,
     "attention_weights": attention_weights_grid,
     "sigmoid": elementwise_grid("sigmoid", 1),
@@ -133,6 +266,8 @@ GRIDS = {
 NOT_MATHEMATICS = {
     "attention_nbytes",  # test_memory.py
     "scratch_size",  # test_the_scratch_has_room_for_a_token_of_every_head
+    "prepare",  # test_weights.py, test_workers.py
+    "computing",  # test_workers.py
     "cache_dtype",  # test_the_cache_keeps_the_dtype_that_design_says
 }
 
@@ -172,15 +307,15 @@ def test_one_ops_serves_several_threads(rng):
 
 
 def test_a_row_wider_than_a_tile_is_a_tile_of_its_own(monkeypatch, rng):
-    monkeypatch.setattr("npllama.ops.numpy_ops.TILE", 4)
+    monkeypatch.setattr("npllama.ops.tiles.TILE", 4)
     x, w = rng.standard_normal((2, 7)), rng.standard_normal((5, 7)).astype("float16")
     got = NumpyOps(Backend()).linear(x.astype("float32"), Matrix(w))
     assert np.abs(got - x @ w.astype("float64").T).max() < 1e-5
 
 
 def test_an_override_without_a_grid_is_found(monkeypatch):
-    monkeypatch.setattr(NumpyOps, "swiglu", lambda self, gate, up: gate * up, raising=False)
-    with pytest.raises(AssertionError, match=r"swiglu.*without a grid"):
+    monkeypatch.setattr(NumpyOps, "silu", lambda self, x: x, raising=False)
+    with pytest.raises(AssertionError, match=r"silu.*without a grid"):
         list(cases())
 
 
@@ -190,10 +325,11 @@ def test_an_override_has_the_signature_of_its_twin():
             assert inspect.signature(getattr(cls, name)) == inspect.signature(getattr(Ops, name))
 
 
-def test_the_scratch_has_room_for_a_token_of_every_head():
-    numpy_ops = NumpyOps(Backend())
+def test_the_scratch_has_room_for_a_token_of_every_head_and_for_every_thread():
+    numpy_ops = NumpyOps(Backend(threads=Threads(2)))
     assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=1, context=100) == 32 * 100
-    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=64, context=100) == 256 * 100
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=60, context=100) == 2 * 240 * 100
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 256 * 100
     assert Ops(Backend()).scratch_size(32, 8, 64, 100) == 0
 
 

@@ -16,6 +16,7 @@ from conftest import FIXTURES, TINY, make_ops
 from model_directory import random_tensors, write_model
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.errors import NpllamaError, WeightsError
+from npllama.ops.workers import can_work
 from npllama.weights import (
     EMBEDDING,
     INDEX,
@@ -265,7 +266,8 @@ def test_converting_allocates_the_result_and_little_more_than_one_matrix(tmp_pat
     directory = write_model(tmp_path, BIG)
     ops = make_ops("numpy")
     peak, parameters = bytes_allocated(lambda: load(directory, ops, BIG, asked))
-    assert parameters.nbytes <= peak < parameters.nbytes + 2 * LARGEST
+    assert peak < parameters.nbytes + 2 * LARGEST
+    assert peak < 8 * LARGEST or not can_work()  # one layer at a time, then shared with workers
 
 
 # -- conversion that would lose

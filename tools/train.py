@@ -20,6 +20,7 @@ from npllama.config import LlamaConfig, read_json
 from npllama.errors import ConfigError, InputError
 from npllama.llama import Llama
 from npllama.ops import ops_for
+from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
 from npllama.untrained import random_parameters
 from perplexity import score_texts
@@ -95,7 +96,8 @@ def _run(
         seed=options.seed,
     )
     ops = ops_for(get_backend(options.backend))
-    n_workers = options.threads or ops.backend.n_workers()
+    n_workers = options.threads or ops.backend.threads.most
+    ops.backend.threads = Threads(1)  # a micro-batch has one
     check_memory(config, ops, min(options.micro_batch, options.batch), n_workers)
     sample = [] if options.sample is None else tokenizer.encode(options.sample)
     if len(sample) >= config.context_length:

@@ -5,6 +5,7 @@ Under sharding, a layer holds H, K and F of this shard; the residual stream is w
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -173,6 +174,10 @@ class Ops(SamplingEquations, Derivatives):
     def prepare(self, part: Part) -> Part:
         """The one place at load where weights are fused, uploaded or sharded."""
         return part.map(self.backend.to_device)
+
+    def computing(self) -> AbstractContextManager:
+        """The context that a forward runs in; here none."""
+        return nullcontext()
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """The dtype in which keys and values are kept for weights of `storage_dtype`."""

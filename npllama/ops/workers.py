@@ -1,0 +1,237 @@
+"""Processes that compute a matrix product together with this one, each some of its rows.
+
+Threads cannot: widening a tile takes the interpreter's lock again and again (and bfloat16's cast
+holds it), so two of them compute 0.9 times what float32 BLAS does where two processes compute
+1.3 times (int8, 1.1B, measured on two cores).
+
+The processes are started by `subprocess` and share memory with this one: the matrices, in files
+or in shared memory; one input, one output; and a few counters, by which a product is handed out
+and reported without a system call. A worker that has waited for a few milliseconds sleeps until
+a byte comes down its pipe, and leaves when the pipe closes. Stores become visible in their
+order on x86-64 alone, so there are no workers on other processors.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from npllama.errors import WorkerError
+from npllama.ops.tiles import product
+from npllama.shared_arrays import Place, can_share, mapped, place_of, share
+
+MAX_ROWS = 127
+"""Rows of x at most: more of them are cut up among threads, which then do as well."""
+
+_SPIN = 0.005
+"""Seconds that a worker watches for the next product before it sleeps."""
+
+_LOOK = 2000
+"""Times that a counter is read between two looks at the clock, about 0.1 ms."""
+
+# The counters, int64, those of different processes in different cache lines.
+_SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
+_DONE, _ASLEEP, _LINE = 0, 1, 8
+
+
+def can_work() -> bool:
+    """Whether workers can be had on this machine."""
+    return can_share() and platform.machine() == "x86_64"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker is told when it starts: where everything lies."""
+
+    rank: int
+    counters: Place
+    x: Place  # (MAX_ROWS * widest D,)
+    y: Place  # (longest N * MAX_ROWS,)
+    matrices: list[Place]
+
+
+class Workers:
+    """`n - 1` processes that compute products with `matrices` beside this one.
+
+    Args:
+        n: processes, this one included.
+        matrices: each (N, D), in a file or in shared memory.
+
+    Raises:
+        WorkerError: a process could not be started, or ended by itself.
+    """
+
+    def __init__(self, n: int, matrices: list[np.ndarray]) -> None:
+        self._matrices = matrices
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        widest = max(w.shape[1] for w in matrices)
+        longest = max(w.shape[0] for w in matrices)
+        shared = [
+            np.zeros((1 + n) * _LINE, dtype="int64"),
+            np.zeros(MAX_ROWS * widest, dtype="float32"),
+            np.zeros(longest * MAX_ROWS, dtype="float32"),
+        ]
+        shared = share(shared)
+        counters, self._x, self._y = shared
+        self._counters = memoryview(counters)
+        places = [place_of(array) for array in (*shared, *matrices)]
+        self._processes: list[subprocess.Popen] = []
+        self._stderrs: list = []
+        self._close = weakref.finalize(self, _close, self._processes, self._stderrs)
+        for rank in range(1, n):
+            self._start(_Job(rank, *places[:3], places[3:]))
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes, without this one."""
+        return [process.pid for process in self._processes]
+
+    def product(self, x: np.ndarray, index: int, n_parts: int) -> np.ndarray:
+        """y = x W^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (M, N) float32.
+
+        Args:
+            n_parts: processes that compute, this one included. For M = 1 their number changes
+                no bit of the result.
+        """
+        n_rows = len(x)
+        n_out = len(self._matrices[index])
+        n_parts = min(n_parts, 1 + len(self._processes))
+        if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
+            return product(x, self._matrices[index])
+        with self._lock:
+            counters = self._counters
+            self._x[: x.size] = x.reshape(-1)
+            counters[_MATRIX], counters[_N_ROWS], counters[_N_PARTS] = index, n_rows, n_parts
+            sequence = counters[_SEQUENCE] + 1
+            counters[_SEQUENCE] = sequence  # last: from here on the workers read
+            for rank in range(1, n_parts):
+                if counters[rank * _LINE + _LINE + _ASLEEP]:
+                    self._wake(rank)
+            _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
+            for rank in range(1, n_parts):
+                self._wait(rank, sequence)
+            y = self._y[: n_out * n_rows].reshape(n_out, n_rows)
+            return y.T.copy()  # (N, M) -> (M, N), before the next product writes over it
+
+    def close(self) -> None:
+        """End the processes."""
+        self._close()
+
+    def _start(self, job: _Job) -> None:
+        code = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+        code += f"from {__name__} import serve; serve()"
+        stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _close)
+        self._stderrs.append(stderr)
+        places = (job.counters, job.x, job.y, *job.matrices)
+        handed = {place.path.removeprefix("/dev/fd/") for place in places}
+        threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                bufsize=0,
+                pass_fds=[int(name) for name in handed if name.isdecimal()],
+                start_new_session=True,  # Ctrl-C is for this process alone
+                env=dict(os.environ) | dict.fromkeys(threads, "1"),
+            )
+        except OSError as error:
+            raise WorkerError(
+                f"a worker process could not be started ({error.strerror}): use --threads 1"
+            ) from None
+        self._processes.append(process)
+        with contextlib.suppress(BrokenPipeError):  # found out, and told, by _wait
+            process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+
+    def _wake(self, rank: int) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._processes[rank - 1].stdin.write(b"\n")
+
+    def _wait(self, rank: int, sequence: int) -> None:
+        counters, done = self._counters, rank * _LINE + _LINE + _DONE
+        reads = 0
+        while counters[done] != sequence:
+            reads += 1
+            if reads % _LOOK == 0:
+                process = self._processes[rank - 1]
+                if process.poll() is not None:
+                    raise self._ended(rank, process.returncode)
+                time.sleep(0)  # the worker may be waiting for this very core
+
+    def _ended(self, rank: int, code: int) -> WorkerError:
+        stderr = self._stderrs[rank - 1]
+        stderr.seek(0)
+        said = stderr.read().decode(errors="replace").split("\n")
+        reason = next((line for line in reversed(said) if line), f"exit code {code}")
+        if code < 0:
+            reason = f"killed by signal {-code}"
+        return WorkerError(
+            f"a worker process ended ({reason}): its memory may have run out; load the model "
+            "again, or use --threads 1, which needs no workers"
+        )
+
+
+def _close(processes: list[subprocess.Popen], stderrs: list) -> None:
+    for process in processes:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+    for process, stderr in zip(processes, stderrs, strict=False):
+        process.wait()
+        stderr.close()
+
+
+def _compute(
+    x: np.ndarray,
+    y: np.ndarray,
+    matrices: list[np.ndarray],
+    index: int,
+    n_rows: int,
+    part: int,
+    n_parts: int,
+) -> None:
+    """Rows of y^T (N, M) that are this part's: N * part / n_parts and on."""
+    w = matrices[index]
+    n_out, width = w.shape
+    begin, end = (n_out * p // n_parts for p in (part, part + 1))
+    x = x[: n_rows * width].reshape(n_rows, width)
+    product(x, w[begin:end], y[begin * n_rows : end * n_rows].reshape(end - begin, n_rows))
+
+
+def serve() -> None:
+    """A worker's life: read the job from standard input, then compute until it closes."""
+    line = sys.stdin.buffer.raw.readline()
+    job = json.loads(line)
+    counters, x, y = (mapped(Place(**job[name]), writable=True) for name in ("counters", "x", "y"))
+    counters = memoryview(counters)
+    matrices = [mapped(Place(**place)) for place in job["matrices"]]
+    rank = job["rank"]
+    done, asleep = (rank * _LINE + _LINE + field for field in (_DONE, _ASLEEP))
+    sequence = 0
+    while True:
+        reads, since = 0, time.perf_counter()
+        while counters[_SEQUENCE] == sequence:
+            reads += 1
+            if reads % _LOOK == 0 and time.perf_counter() - since > _SPIN:
+                counters[asleep] = 1
+                # a product handed out before that was visible is found when it has become so
+                time.sleep(0.0001)
+                if counters[_SEQUENCE] == sequence and not os.read(0, 1):
+                    return
+                counters[asleep] = 0
+                since = time.perf_counter()
+        sequence = counters[_SEQUENCE]
+        n_parts = counters[_N_PARTS]
+        if rank < n_parts:
+            _compute(x, y, matrices, counters[_MATRIX], counters[_N_ROWS], rank, n_parts)
+            counters[done] = sequence

@@ -1,0 +1,204 @@
+"""How many threads compute: as many as a user asks for, or as many cores as are free.
+
+More threads than free cores is a disaster: threads of BLAS wait for one another, and one that
+has lost its core to another program holds up all of them (measured: 31 us become 4 ms).
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_INTERVAL = 0.25
+"""Seconds between two looks at what other programs do."""
+
+_STALE = 1.0
+"""Seconds after which the last look is too long ago."""
+
+
+class Threads:
+    """The number of threads to compute with, and the means to use them.
+
+    Args:
+        n: that many; None for as many as there are free cores, and no more than NumPy's BLAS
+            is set to (OPENBLAS_NUM_THREADS and the like).
+
+    Attributes:
+        most: the number that `count` never exceeds.
+        helpers: ids of processes that compute for this one, and so are no other programs.
+    """
+
+    def __init__(self, n: int | None = None) -> None:
+        self._fixed = n
+        self.helpers: list[int] = []
+        self._free = None if n else _FreeCores(self.helpers)
+        self._lock = threading.Lock()
+
+    @cached_property
+    def most(self) -> int:
+        if self._fixed is not None:
+            return self._fixed
+        return min([usable_cores(), *(library.get_num_threads() for library in self._blas)])
+
+    @property
+    def count(self) -> int:
+        """How many to use now."""
+        if self._free is None:
+            return self.most
+        return min(self.most, self._free.count())
+
+    def blas(self, n: int) -> "_BlasThreads":
+        """A context in which products of NumPy's BLAS use n threads."""
+        return _BlasThreads(self._blas, n)
+
+    def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
+        """function(item, slot) for each item, in order, `count` of them at a time; two that run
+        at once have different slots below `most`. BLAS has one thread meanwhile."""
+        with self.blas(1):
+            n = min(self.count, len(items))
+            if n < 2 or not self._lock.acquire(blocking=False):  # also: a map within a map
+                return [function(item, 0) for item in items]
+            try:
+                results: list[Any] = [None] * len(items)
+                left = iter(range(len(items)))
+
+                def run(slot: int) -> None:
+                    for i in left:  # one iterator for all, which the interpreter's lock keeps
+                        results[i] = function(items[i], slot)
+
+                futures = [self._pool.submit(run, slot) for slot in range(1, n)]
+                try:
+                    run(0)
+                finally:  # nobody writes to what the caller holds after an error or Ctrl-C
+                    left = iter(())
+                    errors = [future.exception() for future in futures]
+                for error in errors:
+                    if error is not None:
+                        raise error
+                return results
+            finally:
+                self._lock.release()
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
+
+    @property
+    def _blas(self) -> list[Any]:
+        return _blas_libraries()
+
+
+@lru_cache(maxsize=1)
+def _blas_libraries() -> list[Any]:
+    from threadpoolctl import ThreadpoolController  # when first computing, not at --help
+
+    return ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+class _BlasThreads:
+    """threadpoolctl's own context takes 50 times as long as the two calls that it makes."""
+
+    def __init__(self, libraries: list[Any], n: int) -> None:
+        self._libraries = libraries
+        self._n = n
+
+    def __enter__(self) -> None:
+        self._before = [library.get_num_threads() for library in self._libraries]
+        self._set([self._n] * len(self._libraries))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._set(self._before)
+
+    def _set(self, numbers: list[int]) -> None:
+        for library, before, n in zip(self._libraries, self._before, numbers, strict=True):
+            if n != before or self._n != before:
+                library.set_num_threads(n)
+
+
+class _FreeCores:
+    """The cores that this process may use, less those that other programs keep busy."""
+
+    def __init__(self, helpers: Sequence[int]) -> None:
+        self._helpers = helpers
+        self._cores = usable_cores()
+        self._count = max(1, self._cores - (_others_running() or 0))
+        self._time = time.monotonic()
+        self._others = self._seconds_of_others()
+
+    def count(self) -> int:
+        now = time.monotonic()
+        elapsed = now - self._time
+        if elapsed >= _INTERVAL:
+            others = self._seconds_of_others()
+            busy = None
+            if elapsed > _STALE:  # what ran then says nothing of now
+                busy = _others_running()
+            elif others is not None and self._others is not None:
+                busy = round((others - self._others) / elapsed)
+            self._count = max(1, self._cores - max(0, busy or 0))
+            self._time, self._others = now, others
+        return self._count
+
+    def _seconds_of_others(self) -> float | None:
+        """Seconds of computing by other programs so far, on the cores that this one may use."""
+        busy = _busy_seconds()
+        if busy is None:
+            return None
+        return busy - time.process_time() - sum(map(_process_seconds, self._helpers))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's share of time."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return cores
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that the usable cores have computed since the machine began; None off Linux."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+        ticks = 0
+        for name, *fields in map(str.split, filter(None, lines)):
+            if name in usable:
+                user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, fields)
+                ticks += user + nice + system + irq + softirq
+        return ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _others_running() -> int | None:
+    """Threads of other programs that compute, or could, at this moment; None off Linux."""
+    try:
+        for line in Path("/proc/stat").read_text().splitlines():
+            if line.startswith("procs_running "):
+                return int(line.split()[1]) - 1  # this one
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _process_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):  # it has ended
+        return 0.0
