@@ -7,15 +7,15 @@ that holds it, however that one ends.
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-Map = TypeVar("Map", bound=mmap.mmap)
 _HUGE = 2 * 1024 * 1024
 _MADV_COLLAPSE = 25
 _ALIGNMENT = 64
@@ -25,6 +25,7 @@ class MappedFile(mmap.mmap):
     """A memory-mapped file, read-only, that knows its path."""
 
     path: str
+    offset = 0
 
     def __new__(cls, file: BinaryIO) -> "MappedFile":
         made = super().__new__(cls, file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -33,22 +34,45 @@ class MappedFile(mmap.mmap):
 
 
 class SharedMemory(mmap.mmap):
-    """Writable memory that another process maps by `path`, given the descriptor `fd`."""
+    """Memory in a file without a name, which another process that is handed its descriptor maps
+    by its path.
+
+    Attributes:
+        path: /dev/fd/N.
+        offset: the byte of the file with which this map begins.
+    """
 
     path: str
-    fd: int | None = None
+    offset: int
 
-    def __new__(cls, n_bytes: int) -> "SharedMemory":
-        size = -(-max(1, n_bytes) // _HUGE) * _HUGE
+    @classmethod
+    def create(cls, n_bytes: int) -> "SharedMemory":
+        """Writable memory with at least `n_bytes` from the file's byte _HUGE on."""
         fd = os.memfd_create("npllama")
-        os.ftruncate(fd, size)
-        made = _aligned(lambda: super(SharedMemory, cls).__new__(cls, fd, size), size)
-        made.fd, made.path = fd, f"/dev/fd/{fd}"
+        os.ftruncate(fd, (-(-n_bytes // _HUGE) + 2) * _HUGE)
+        made = cls.of(f"/dev/fd/{fd}", writable=True)
+        weakref.finalize(made, os.close, fd)
         return made
 
-    def __del__(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
+    @classmethod
+    def of(cls, path: str, writable: bool) -> "SharedMemory":
+        """Map the memory at `path` at an address that huge pages can back: one that has the same
+        remainder by their size as the place in the file."""
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        offset = 0
+        with open(path, "r+b" if writable else "rb") as file:
+            size = os.fstat(file.fileno()).st_size - _HUGE
+            for _ in range(4):  # the kernel mostly gives the same address again
+                made = cls(file.fileno(), size, access=access, offset=offset)
+                remainder = _address(made) % _HUGE
+                if remainder == offset:
+                    break
+                made.close()
+                offset = remainder
+            else:
+                made = cls(file.fileno(), size, access=access, offset=offset)
+        made.path, made.offset = path, offset
+        return made
 
 
 @dataclass(frozen=True)
@@ -71,8 +95,8 @@ def place_of(array: np.ndarray) -> Place | None:
     memory = memory_of(array)
     if not isinstance(memory, MappedFile | SharedMemory) or not array.flags.c_contiguous:
         return None
-    begin = np.frombuffer(memory, dtype="uint8").ctypes.data
-    return Place(memory.path, array.ctypes.data - begin, array.shape, array.dtype.name)
+    offset = array.ctypes.data - _address(memory) + memory.offset
+    return Place(memory.path, offset, array.shape, array.dtype.name)
 
 
 def memory_of(array: np.ndarray) -> object:
@@ -86,18 +110,29 @@ def memory_of(array: np.ndarray) -> object:
     return owner
 
 
-def mapped(place: Place, writable: bool = False) -> np.ndarray:
-    """The array at `place`: a view of memory that other processes hold as well."""
-    dtype = np.dtype(ml_dtypes.bfloat16) if place.dtype == "bfloat16" else np.dtype(place.dtype)
-    count = prod(place.shape)
-    begin = place.offset // _HUGE * _HUGE
-    size = place.offset + count * dtype.itemsize - begin
-    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-    with open(place.path, "r+b" if writable else "rb") as file:
-        memory = _aligned(lambda: mmap.mmap(file.fileno(), size, access=access, offset=begin), size)
-    _make_huge(memory)
-    flat = np.frombuffer(memory, dtype, count, place.offset - begin)
-    return flat.reshape(place.shape)
+class Mapped:
+    """Arrays that another process told the places of; each file is mapped once."""
+
+    def __init__(self) -> None:
+        self._memories: dict[str, MappedFile | SharedMemory] = {}
+
+    def array(self, place: Place, writable: bool = False) -> np.ndarray:
+        """The array at `place`: a view of memory that other processes hold as well.
+
+        Args:
+            writable: needs shared memory of its own, of which all arrays are writable.
+        """
+        if place.path not in self._memories:
+            if place.path.startswith("/dev/fd/"):
+                self._memories[place.path] = memory = SharedMemory.of(place.path, writable)
+                _make_huge(memory)
+            else:
+                with open(place.path, "rb") as file:
+                    self._memories[place.path] = MappedFile(file)
+        memory = self._memories[place.path]
+        dtype = np.dtype(ml_dtypes.bfloat16) if place.dtype == "bfloat16" else place.dtype
+        flat = np.frombuffer(memory, dtype, prod(place.shape), place.offset - memory.offset)
+        return flat.reshape(place.shape)
 
 
 def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -108,10 +143,11 @@ def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         size = -(-size // _ALIGNMENT) * _ALIGNMENT
         offsets.append(size)
         size += array.nbytes
-    memory = SharedMemory(size)
+    memory = SharedMemory.create(size)
+    begin = _HUGE - memory.offset
     shared = []
     for array, offset in zip(arrays, offsets, strict=True):
-        flat = np.frombuffer(memory, array.dtype, array.size, offset)
+        flat = np.frombuffer(memory, array.dtype, array.size, begin + offset)
         copy = flat.reshape(array.shape)
         copy[...] = array
         shared.append(copy)
@@ -136,27 +172,15 @@ def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
         end += array.nbytes
     shape = (sum(len(array) for array in arrays), *first.shape[1:])
     if isinstance(memory, mmap.mmap):
-        offset = first.ctypes.data - np.frombuffer(memory, dtype="uint8").ctypes.data
+        offset = first.ctypes.data - _address(memory)
         return np.frombuffer(memory, first.dtype, prod(shape), offset).reshape(shape)
     flat = memory.reshape(-1)  # the array that all of them are views of
     begin = (first.ctypes.data - flat.ctypes.data) // first.itemsize
     return flat[begin : begin + prod(shape)].reshape(shape)
 
 
-def _aligned(make: Callable[[], Map], size: int) -> Map:
-    """A map that begins at a multiple of a huge page, so that huge pages can back it.
-
-    The kernel puts maps below one another; a map of what is over, put in between, moves it.
-    """
-    made = make()
-    over = np.frombuffer(made, dtype="uint8").ctypes.data % _HUGE
-    if over == 0 or size < _HUGE:
-        return made
-    made.close()
-    between = mmap.mmap(-1, over)
-    made = make()
-    between.close()
-    return made
+def _address(memory: mmap.mmap) -> int:
+    return np.frombuffer(memory, dtype="uint8").ctypes.data
 
 
 def _make_huge(memory: mmap.mmap) -> None:

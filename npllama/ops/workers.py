@@ -27,7 +27,7 @@ import numpy as np
 
 from npllama.errors import WorkerError
 from npllama.ops.tiles import product
-from npllama.shared_arrays import Place, can_share, mapped, place_of, share
+from npllama.shared_arrays import Mapped, Place, can_share, place_of, share
 
 MAX_ROWS = 127
 """Rows of x at most: more of them are cut up among threads, which then do as well."""
@@ -212,9 +212,11 @@ def serve() -> None:
     """A worker's life: read the job from standard input, then compute until it closes."""
     line = sys.stdin.buffer.raw.readline()
     job = json.loads(line)
-    counters, x, y = (mapped(Place(**job[name]), writable=True) for name in ("counters", "x", "y"))
+    mapped = Mapped()
+    places = [Place(**job[name]) for name in ("counters", "x", "y")]
+    counters, x, y = (mapped.array(place, writable=True) for place in places)
     counters = memoryview(counters)
-    matrices = [mapped(Place(**place)) for place in job["matrices"]]
+    matrices = [mapped.array(Place(**place)) for place in job["matrices"]]
     rank = job["rank"]
     done, asleep = (rank * _LINE + _LINE + field for field in (_DONE, _ASLEEP))
     sequence = 0
