@@ -131,7 +131,7 @@ class _FreeCores:
     def __init__(self, helpers: Sequence[int]) -> None:
         self._helpers = helpers
         self._cores = usable_cores()
-        self._count = max(1, self._cores - (_others_running() or 0))
+        self._count = max(1, self._cores - _others_running(helpers))
         self._time = time.monotonic()
         self._others = self._seconds_of_others()
 
@@ -140,12 +140,12 @@ class _FreeCores:
         elapsed = now - self._time
         if elapsed >= _INTERVAL:
             others = self._seconds_of_others()
-            busy = None
+            busy = 0
             if elapsed > _STALE:  # what ran then says nothing of now
-                busy = _others_running()
+                busy = _others_running(self._helpers)
             elif others is not None and self._others is not None:
-                busy = round((others - self._others) / elapsed)
-            self._count = max(1, self._cores - max(0, busy or 0))
+                busy = max(0, round((others - self._others) / elapsed))
+            self._count = max(1, self._cores - busy)
             self._time, self._others = now, others
         return self._count
 
@@ -185,15 +185,27 @@ def _busy_seconds() -> float | None:
         return None
 
 
-def _others_running() -> int | None:
-    """Threads of other programs that compute, or could, at this moment; None off Linux."""
+def _others_running(helpers: Sequence[int]) -> int:
+    """Threads of other programs that compute, or could, at this moment; 0 off Linux."""
     try:
         for line in Path("/proc/stat").read_text().splitlines():
             if line.startswith("procs_running "):
-                return int(line.split()[1]) - 1  # this one
+                ours = sum(_threads_running(pid) for pid in ("self", *helpers))
+                return max(0, int(line.split()[1]) - ours)
     except (OSError, ValueError):
         pass
-    return None
+    return 0
+
+
+def _threads_running(pid: int | str) -> int:
+    """Threads of a process that run, those of BLAS that wait for more work included."""
+    n = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            n += path.read_text().rpartition(")")[2].split()[0] == "R"
+        except (OSError, IndexError):  # it has ended
+            continue
+    return n
 
 
 def _process_seconds(pid: int) -> float:

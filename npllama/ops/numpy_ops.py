@@ -3,13 +3,13 @@
 A decode step is bound by reading the weights, and then by the number of NumPy calls: after each
 pass over gigabytes of weights the interpreter's own code and data are out of the cache, and a
 call on a few hundred numbers takes 5 to 10 us. A prompt is bound by the products, and then by
-everything elementwise, which NumPy computes on one core: its tokens go through a block in parts,
-on all cores at once.
+everything else, which NumPy computes on one core: here it is cut up for all of them.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -25,13 +25,9 @@ from npllama.shared_arrays import neighbours, place_of, share
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
 
-SMALLEST_PART = 64
-"""Tokens that are worth a core of their own: with fewer, a product on one core is slower than
-half of one on two."""
-
-SHARED_SIZE = 512 * 1024
-"""Numbers of a narrow matrix from which on worker processes share its product: handing it out
-takes as long as widening some 50,000."""
+PART = 64 * 1024
+"""Numbers of an elementwise operation that are worth a thread of their own: fewer take no longer
+than the thread's waking up."""
 
 QUERIES = 64
 """Tokens whose attention is computed together: what they cannot see, on average half as many
@@ -39,6 +35,10 @@ keys, is computed in vain."""
 
 IN_CACHE = 128 * 1024
 """Attention scores that are computed at a time: they go through six operations, from the cache."""
+
+SHARED_SIZE = 512 * 1024
+"""Numbers of a narrow matrix from which on worker processes share its product: handing it out
+takes as long as widening some 50,000."""
 
 
 @dataclass(frozen=True)
@@ -113,101 +113,78 @@ class NumpyOps(Ops):
         if x.size == width and values.dtype == np.float32:
             return np.dot(values, x.reshape(width)).reshape(*x.shape[:-1], n_out)
         flat = x.reshape(-1, width)  # (..., D) -> (M, D)
-        number = self._shared.get(id(values)) if len(flat) <= MAX_ROWS else None
-        if number is None or self._workers is None:
+        if values.dtype == np.float32:
             y = product(flat, values)
-        else:
+        elif id(values) in self._shared and self._workers is not None and len(flat) <= MAX_ROWS:
             with self.backend.threads.blas(1):
-                y = self._workers.product(flat, number, self.backend.threads.count)
+                n = self.backend.threads.count
+                y = self._workers.product(flat, self._shared[id(values)], n)
+        else:
+            y = np.empty((n_out, len(flat)), dtype="float32")
+
+            def compute(some: slice, _slot: int) -> None:
+                product(flat, values[some], out=y[some])
+
+            self._in_parts(compute, n_out, width)
+            y = y.T  # (N, M) -> (M, N)
         if w.scale is not None:
             y *= w.scale
         return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
+
+    def _in_parts(self, function: Callable[[slice, int], None], n: int, size: int) -> None:
+        """function(slice of 0 .. n, slot), each of n of `size` numbers, on all cores."""
+        most = self.backend.threads.most
+        n_parts = max(1, min(most, n, n * size // PART))
+        if n_parts == 1:
+            function(slice(0, n), 0)
+            return
+        parts = [slice(n * i // n_parts, n * (i + 1) // n_parts) for i in range(n_parts)]
+        self.backend.threads.map(function, parts)
 
     # -- blocks --------------------------------------------------------------------------------
 
     def attention_block(
         self, x: Array, layer: Layer, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """The tokens of a prompt in parts, on all cores."""
-        parts = self._parts(x.shape[1])
-        if x.dtype != np.float32 or len(parts) == 1:
+        """Where each row has one new token, in few calls."""
+        if x.shape[1] > 1 or x.dtype != np.float32 or cache.k.dtype != np.float32:
             return super().attention_block(x, layer, cache, positions)
-        y = np.empty_like(x)
-        for b in range(len(x)):
-            places = _positions_of(positions, b, slice(0, x.shape[1]))
-            self._attend_in_parts(x[b : b + 1], layer, cache, places, parts, y[b])
-        y = self.all_reduce(y)
-        y += x
-        return y
+        return x + self.all_reduce(self._attend_one(x, layer, cache, positions))
 
-    def _attend_in_parts(
-        self,
-        x: Array,
-        layer: Layer,
-        cache: "LayerCache",
-        positions: "Positions",
-        parts: list[slice],
-        out: Array,
-    ) -> None:
-        """Attention(RMSNorm(x)) W_o^T of one row x (1, T, D) -> out (T, D): first the keys and
-        values of all tokens, then all queries, a few at a time, then the projections."""
-        row, start = positions.rows[0], positions.starts[0]
-        n_new, width = x.shape[1], layer.wq.shape[0]
-        queries: dict[int, Array] = {}
-        heads = np.empty((n_new, width), dtype="float32")  # (T, H*C)
+    def _attend_one(
+        self, x: Array, layer: Layer, cache: "LayerCache", positions: "Positions"
+    ) -> Array:
+        """Attention(RMSNorm(x)) W_o^T where each row has one new token, x (B, 1, D): it is the
+        last, so it sees all keys, and nothing is hidden from it.
 
-        def write_keys_values(part: slice, _slot: int) -> None:
-            h = self.rms_norm(x[:, part], layer.attention_norm, layer.norm_eps)
-            places = _positions_of(positions, 0, part)
-            queries[part.start], k, v = self.queries_keys_values(h, layer, places)
-            cache.write(k, v, places)
-
-        def attend(some: tuple[slice, slice], slot: int) -> None:
-            part, few = some
-            q = queries[part.start][0, few].swapaxes(0, 1)  # (1, T, H, C) -> (H, few, C)
-            begin, end = part.start + few.start, part.start + few.stop
-            k, v = (a[row, :, : start + end] for a in (cache.k, cache.v))  # (K, N, C)
-            o = self.attention(q, k, v, self._piece_of(cache.scratch, slot))
-            o = o.swapaxes(0, 1)  # (H, few, C) -> (few, H, C)
-            heads[begin:end] = o.reshape(len(o), width)
-
-        def project(part: slice, _slot: int) -> None:
-            out[part] = self.linear(heads[part], layer.wo)
-
-        few_at_a_time = [(part, few) for part in parts for few in _queries_of(part)]
-        self.backend.threads.map(write_keys_values, parts)
-        self.backend.threads.map(attend, few_at_a_time[::-1])  # the last see the most keys
-        self.backend.threads.map(project, parts)
+        The same equations as `attention`, each in one call on arrays that are already there.
+        """
+        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
+        q, k, v = self.queries_keys_values(h, layer, positions)  # (B, 1, heads, C)
+        batch, _, n_heads, head_dim = q.shape
+        grouped = (batch, k.shape[2], n_heads // k.shape[2], head_dim)  # (B, K, G, C)
+        q = q.reshape(grouped) * np.float32(1 / math.sqrt(head_dim))
+        o = np.empty(grouped, dtype="float32")
+        for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
+            keys, values = cache.k[row, :, : start + 1], cache.v[row, :, : start + 1]  # (K, N, C)
+            keys[:, start], values[:, start] = k[b, 0], v[b, 0]
+            p = np.matmul(q[b], keys.swapaxes(1, 2))  # (K, G, C) @ (K, C, N) -> (K, G, N)
+            p -= np.maximum.reduce(p, axis=-1, keepdims=True)
+            np.exp(p, out=p)
+            np.matmul(p, values, out=o[b])  # (K, G, N) @ (K, N, C) -> (K, G, C)
+            o[b] /= np.add.reduce(p, axis=-1, keepdims=True)
+        return self.linear(o.reshape(batch, 1, -1), layer.wo)
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
-        """The tokens of a prompt in parts, on all cores; gate and up in one product."""
-        flat = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (B*T, D)
-        parts = self._parts(len(flat))
-        if x.dtype != np.float32:
-            return super().feed_forward(x, layer)
-        if len(parts) == 1:
-            return x + self.all_reduce(self._ffn(x, layer))
-        y = np.empty_like(flat)
-
-        def compute(part: slice, _slot: int) -> None:
-            y[part] = self._ffn(flat[part], layer)
-
-        self.backend.threads.map(compute, parts)
-        y = self.all_reduce(y)
-        y += flat
-        return y.reshape(x.shape)
-
-    def _ffn(self, x: Array, layer: Layer) -> Array:
-        """SwiGLU(RMSNorm(x)) W_down^T; (..., D) -> (..., D)."""
-        h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)
+        """Gate and up in one product."""
         joined = self._joined_of(layer).gate_up
-        if joined is None:
-            gate, up = self.linear(h, layer.w_gate), self.linear(h, layer.w_up)  # (..., F)
-        else:
-            both = self.linear(h, joined)  # (..., 2 F)
-            n = both.shape[-1] // 2
-            gate, up = both[..., :n], both[..., n:]
-        return self.linear(self.swiglu(gate, up), layer.w_down)
+        if joined is None or x.dtype != np.float32:
+            return super().feed_forward(x, layer)
+        h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)
+        both = self.linear(h, joined)  # (B, T, 2 F)
+        n = both.shape[-1] // 2
+        y = self.swiglu(both[..., :n], both[..., n:])  # (B, T, F)
+        return x + self.all_reduce(self.linear(y, layer.w_down))
 
     def queries_keys_values(
         self, h: Array, layer: Layer, positions: "Positions"
@@ -226,20 +203,6 @@ class NumpyOps(Ops):
         found = self._joined.get(id(layer))
         return _APART if found is None or found.layer is not layer else found
 
-    def _parts(self, n_tokens: int) -> list[slice]:
-        """0 .. n_tokens cut up for all threads that there may be, whether they are free now or
-        not: the products' last bits depend on the cut, and then not on what else runs."""
-        most = self.backend.threads.most
-        n = max(1, min(most, n_tokens // SMALLEST_PART))
-        return [slice(n_tokens * i // n, n_tokens * (i + 1) // n) for i in range(n)]
-
-    def _piece_of(self, scratch: Array | None, slot: int) -> Array | None:
-        """A thread's own part of the scratch."""
-        if scratch is None:
-            return None
-        size = scratch.size // self.backend.threads.most
-        return scratch[slot * size : slot * size + size]
-
     # -- equations -----------------------------------------------------------------------------
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -251,13 +214,20 @@ class NumpyOps(Ops):
         if x.size == width:
             flat = x.reshape(-1)
             y = x * np.float32(1 / math.sqrt(float(flat @ flat) / width + eps))
-        else:
-            size = np.vecdot(x, x)[..., None]  # (..., D) -> (..., 1)
+            y *= weight
+            return y
+        flat = x.reshape(-1, width)
+        y = np.empty(flat.shape, dtype="float32")
+
+        def compute(some: slice, _slot: int) -> None:
+            size = np.vecdot(flat[some], flat[some])[:, None]  # (some, D) -> (some, 1)
             size *= np.float32(1 / width)
             size += np.float32(eps)
-            y = x / np.sqrt(size, out=size)
-        y *= weight
-        return y
+            np.divide(flat[some], np.sqrt(size, out=size), out=y[some])
+            y[some] *= weight
+
+        self._in_parts(compute, *flat.shape)
+        return y.reshape(x.shape)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Each pair turned, both halves of a head in one call; the reference has 12."""
@@ -265,28 +235,40 @@ class NumpyOps(Ops):
             return super().rope(x, cos, sin)
         half = x.shape[-1] // 2
         halves = x.reshape(*x.shape[:-1], 2, half)  # (B, T, heads, C) -> (B, T, heads, 2, C/2)
-        y = halves * cos[:, :, None, None]  # (B, T, C/2) -> (B, T, 1, 1, C/2)
-        crossed = halves[..., ::-1, :] * sin[:, :, None, None]
-        y[..., 0, :] -= crossed[..., 0, :]
-        y[..., 1, :] += crossed[..., 1, :]
+        cos, sin = cos[:, :, None, None], sin[:, :, None, None]  # (B, T, C/2) -> (B, T, 1, 1, C/2)
+        y = np.empty(halves.shape, dtype="float32")
+
+        def compute(some: slice, _slot: int) -> None:
+            part = y[:, some]
+            np.multiply(halves[:, some], cos[:, some], out=part)
+            crossed = halves[:, some, :, ::-1] * sin[:, some]
+            part[..., 0, :] -= crossed[..., 0, :]
+            part[..., 1, :] += crossed[..., 1, :]
+
+        self._in_parts(compute, x.shape[1], x.size // x.shape[1])
         return y.reshape(x.shape)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """gate / (1 + e^-gate) * up in one new array: where e^-gate overflows to infinity, the
         result is its 0."""
-        y = np.negative(gate)
-        with np.errstate(over="ignore"):
-            np.exp(y, out=y)
-        y += 1
-        np.divide(gate, y, out=y)
-        y *= up
+        y = np.empty(gate.shape, dtype=gate.dtype)
+
+        def compute(some: slice, _slot: int) -> None:
+            part = y[:, some]
+            np.negative(gate[:, some], out=part)
+            with np.errstate(over="ignore"):
+                np.exp(part, out=part)
+            part += 1
+            np.divide(gate[:, some], part, out=part)
+            part *= up[:, some]
+
+        self._in_parts(compute, gate.shape[1], gate.size // gate.shape[1])
         return y
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """Scores of one key head's queries for each thread; and of all heads for one token."""
-        at_once = chunk if len(self._parts(chunk)) == 1 else QUERIES
-        queries = n_heads // n_kv_heads * at_once
-        return max(n_heads, self.backend.threads.most * queries) * context
+        """Scores of one key head's queries, a few tokens at a time, for each thread."""
+        queries = n_heads // n_kv_heads * min(chunk, QUERIES)
+        return self.backend.threads.most * queries * context
 
     def attention_nbytes(
         self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
@@ -311,35 +293,47 @@ class NumpyOps(Ops):
         return p
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`, as many heads at a time as
-        it and the processor's cache have room for; the reference would allocate four arrays of
-        all scores.
+        """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`: a few tokens at a time over
+        the keys up to theirs, and as many heads as the processor's cache has room for; the
+        reference would allocate four arrays of all scores.
         """
         if scratch is None or q.dtype != np.float32 or k.dtype != np.float32:
             return super().attention(q, k, v)
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
-        queries = n_heads // n_kv_heads * n_new  # G*T
-        grouped = q.reshape(n_kv_heads, queries, head_dim)  # (H, T, C) -> (K, G*T, C)
-        grouped = grouped * np.float32(1 / math.sqrt(head_dim))
-        o = np.empty_like(grouped)
-        room = min(scratch.size, IN_CACHE)
-        at_once = max(1, min(n_kv_heads, room // (queries * n_keys)))
-        if scratch.size < queries * n_keys:
-            scratch = np.empty(queries * n_keys, dtype="float32")
-        for begin in range(0, n_kv_heads, at_once):
-            some = slice(begin, min(begin + at_once, n_kv_heads))
-            n = some.stop - some.start
-            scores = scratch[: n * queries * n_keys].reshape(n, queries, n_keys)
-            np.matmul(grouped[some], k[some].swapaxes(1, 2), out=scores)
-            if n_new > 1:
-                _hide_future(scores.reshape(-1, n_new, n_keys))  # (n, G*T, N) -> (n*G, T, N)
+        groups = n_heads // n_kv_heads
+        grouped = q.reshape(n_kv_heads, groups, n_new, head_dim)  # (H, T, C) -> (K, G, T, C)
+        o = np.empty(grouped.shape, dtype="float32")
+        room = scratch.size // self.backend.threads.most
+
+        def attend(item: tuple[slice, slice], slot: int) -> None:
+            heads, some = item
+            end = n_keys - n_new + some.stop
+            few = grouped[heads, :, some]  # (K, G, T, C) -> (some K, G, few, C)
+            shape = (few.shape[0], groups * few.shape[2], end)  # (some K, G*few, N)
+            scores = _scratch(scratch[slot * room : slot * room + room], shape)
+            few = few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))
+            np.matmul(few, k[heads, :end].swapaxes(1, 2), out=scores)
+            _hide_future(scores.reshape(-1, some.stop - some.start, end))
             scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             total = np.add.reduce(scores, axis=-1, keepdims=True)
-            np.matmul(scores, v[some], out=o[some])  # (n, G*T, N) @ (n, N, C) -> (n, G*T, C)
-            o[some] /= total
-        return o.reshape(q.shape)  # (K, G*T, C) -> (H, T, C)
+            part = np.matmul(scores, v[heads, :end])  # (some K, G*few, N) @ (some K, N, C)
+            part /= total
+            o[heads, :, some] = part.reshape(few.shape[0], groups, -1, head_dim)
+
+        items = []
+        for begin in range(0, n_new, QUERIES):
+            some = slice(begin, min(begin + QUERIES, n_new))
+            scores = groups * (some.stop - begin) * n_keys  # of a key head
+            at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
+            items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
+        if n_heads * n_new * n_keys < PART:
+            for item in items:
+                attend(item, 0)
+        else:
+            self.backend.threads.map(attend, items[::-1])  # the last see the most keys
+        return o.reshape(q.shape)  # (K, G, T, C) -> (H, T, C)
 
     def sigmoid(self, x: Array) -> Array:
         """1 / (1 + e^-x) in one array: where e^-x overflows to infinity, the result is its 0.
@@ -401,10 +395,11 @@ def _later(n: int) -> np.ndarray:
     return np.triu(np.ones((n, n), dtype=bool), k=1)
 
 
-def _queries_of(part: slice) -> list[slice]:
-    """Of a part, from its own beginning, QUERIES tokens at a time."""
-    n = part.stop - part.start
-    return [slice(i, min(i + QUERIES, n)) for i in range(0, n, QUERIES)]
+def _scratch(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of `shape` in `scratch`, or a new one where that is too small."""
+    size = math.prod(shape)
+    flat = scratch[:size] if size <= scratch.size else np.empty(size, dtype="float32")
+    return flat.reshape(shape)
 
 
 def _side_by_side(*matrices: Matrix) -> Matrix | None:
@@ -414,19 +409,6 @@ def _side_by_side(*matrices: Matrix) -> Matrix | None:
         return None
     scales = [w.scale for w in matrices if w.scale is not None]
     return Matrix(values, np.concatenate(scales) if scales else None)
-
-
-def _positions_of(positions: "Positions", b: int, some: slice) -> "Positions":
-    """The places of some of the new tokens of one row."""
-    return replace(
-        positions,
-        rows=positions.rows[b : b + 1],
-        starts=(positions.starts[b] + some.start,),
-        device_starts=positions.device_starts[b : b + 1] + some.start,
-        n_new=some.stop - some.start,
-        cos=positions.cos[b : b + 1, some],
-        sin=positions.sin[b : b + 1, some],
-    )
 
 
 def _shareable(part: Part) -> Part:
