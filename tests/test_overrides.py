@@ -123,29 +123,31 @@ def embedding_backward_grid():
 
 
 def rms_norm_grid():
-    for b, t, width in itertools.product(B, T, (7, 48)):
+    for b, t, width, order in itertools.product(B, T, (7, 148), "CF"):
         rng = np.random.default_rng(0)
         x = rng.standard_normal((b, t, width), dtype="float32") * 0.1
+        x = np.asarray(x, order=order)
         weight = rng.random(width, dtype="float32") + 0.5
 
         def call(ops, wide, move, x=x, weight=weight):
             return ops.rms_norm(move(wide(x)), move(wide(weight)), 1e-3)
 
-        yield "float32", f"B{b}-T{t}-{width}", call
+        yield "float32", f"B{b}-T{t}-{width}-{order}", call
 
 
 def rope_grid():
     """Also heads that are some of a larger array's, as in a joint product."""
-    for b, t, n_heads in itertools.product(B, T, (1, 5)):
+    for b, t, n_heads, order in itertools.product(B, T, (1, 5), "CF"):
         rng = np.random.default_rng(0)
         x = rng.standard_normal((b, t, n_heads + 2, 6), dtype="float32")
+        x = np.asarray(x, order=order)
         cos, sin = rng.standard_normal((2, b, t, 3), dtype="float32")
 
         def call(ops, wide, move, x=x, cos=cos, sin=sin, n_heads=n_heads):
             heads = move(wide(x))[:, :, :n_heads]
             return ops.rope(heads, move(wide(cos)), move(wide(sin)))
 
-        yield "float32", f"B{b}-T{t}-H{n_heads}", call
+        yield "float32", f"B{b}-T{t}-H{n_heads}-{order}", call
 
 
 def make_layer(ops, wide, move, dtype, n_heads, n_kv_heads, head_dim=6, ffn_dim=11, apart=False):
@@ -246,7 +248,19 @@ def queries_keys_values_grid():
         yield dtype, f"{dtype}-B{b}-T{t}-G{g}-{'apart' if apart else 'joined'}", call
 
 
+def embed_grid():
+    for b, t in itertools.product(B, T):
+        rng = np.random.default_rng(0)
+        tokens, w = rng.integers(0, 9, (b, t)), rng.standard_normal((9, 6), dtype="float32")
+
+        def call(ops, wide, move, tokens=tokens, w=w):
+            return ops.embed(move(tokens), Matrix(move(w)))
+
+        yield "float32", f"B{b}-T{t}", call
+
+
 GRIDS = {
+    "embed": embed_grid,
     "linear": linear_grid,
     "rms_norm": rms_norm_grid,
     "rope": rope_grid,
@@ -328,7 +342,7 @@ def test_an_override_has_the_signature_of_its_twin():
 def test_the_scratch_has_room_for_some_queries_of_a_key_head_in_every_thread():
     numpy_ops = NumpyOps(Backend(threads=Threads(2)))
     assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=1, context=100) == 2 * 4 * 100
-    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 256 * 100
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 512 * 100
     assert Ops(Backend()).scratch_size(32, 8, 64, 100) == 0
 
 

@@ -97,7 +97,7 @@ class Workers:
         return [process.pid for process in self._processes]
 
     def product(self, x: np.ndarray, index: int, n_parts: int) -> np.ndarray:
-        """y = x W^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (M, N) float32.
+        """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (N, M) float32.
 
         Args:
             n_parts: processes that compute, this one included. For M = 1 their number changes
@@ -107,7 +107,9 @@ class Workers:
         n_out = len(self._matrices[index])
         n_parts = min(n_parts, 1 + len(self._processes))
         if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
-            return product(x, self._matrices[index])
+            y = np.empty((n_out, n_rows), dtype="float32")
+            product(x, self._matrices[index], y)
+            return y
         with self._lock:
             counters = self._counters
             self._x[: x.size] = x.reshape(-1)
@@ -120,8 +122,8 @@ class Workers:
             _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
             for rank in range(1, n_parts):
                 self._wait(rank, sequence)
-            y = self._y[: n_out * n_rows].reshape(n_out, n_rows)
-            return y.T.copy()  # (N, M) -> (M, N), before the next product writes over it
+            y = self._y[: n_out * n_rows].copy()  # before the next product writes over it
+            return y.reshape(n_out, n_rows)
 
     def close(self) -> None:
         """End the processes."""
