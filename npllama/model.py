@@ -120,7 +120,7 @@ class Transformer:
         """`forward` between finding the positions and counting them: device work alone, which
         a captured step may replay."""
         ops, parameters = self.ops, self.parameters
-        with ops.computing():
+        with ops.computing(tokens.size):
             x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
             for layer, layer_cache in zip(parameters.layers, cache.layers, strict=True):
                 x = ops.attention_block(x, layer, layer_cache, positions)

@@ -188,17 +188,16 @@ def _busy_seconds() -> float | None:
 def _others_running(helpers: Sequence[int]) -> int:
     """Threads of other programs that compute now; 0 off Linux.
 
-    The least of three looks, between which a thread that only woke up goes to sleep again, and
-    one of ours that was counted as running in one file and not in the other does not count.
+    The least of ten looks in 20 ms: what only wakes up for a moment does not count.
     """
-    least = None
-    for _ in range(3):
+    least = _threads_running_anywhere()
+    for _ in range(10):
         n = _threads_running_anywhere() - sum(map(_threads_running, ("self", *helpers)))
-        least = n if least is None else min(n, least)
+        least = min(n, least)
         if least <= 0:
             return 0
-        time.sleep(0.001)
-    return least or 0
+        time.sleep(0.002)
+    return least
 
 
 def _threads_running_anywhere() -> int:

@@ -175,8 +175,8 @@ class Ops(SamplingEquations, Derivatives):
         """The one place at load where weights are fused, uploaded or sharded."""
         return part.map(self.backend.to_device)
 
-    def computing(self) -> AbstractContextManager:
-        """The context that a forward runs in; here none."""
+    def computing(self, n_rows: int) -> AbstractContextManager:
+        """The context that a forward of n_rows = B * T tokens runs in; here none."""
         return nullcontext()
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:

@@ -95,16 +95,19 @@ class NumpyOps(Ops):
                 self._shared_values.append(w.values)
         return part
 
-    def computing(self) -> AbstractContextManager:
-        """BLAS has as many threads as there are free cores, or one beside workers, which are
-        started here if there are none yet: they do so while a prompt is read."""
+    def computing(self, n_rows: int) -> AbstractContextManager:
+        """BLAS has as many threads as there are free cores; or one where many rows are cut up
+        among threads of our own, or beside workers: after each product its threads go on
+        spinning for some 50 ms, and would take a core from those.
+
+        Workers are started here if there are none yet: they do so while a prompt is read.
+        """
         threads = self.backend.threads
-        if not self._shared_values or threads.most == 1:
-            return threads.blas(threads.count)
-        if self._workers is None:
+        if self._shared_values and self._workers is None and threads.most > 1:
             self._workers = Workers(threads.most, self._shared_values)
             threads.helpers += self._workers.pids
-        return threads.blas(1)
+        alone = self._workers is not None or n_rows >= MANY_ROWS
+        return threads.blas(1 if alone else threads.count)
 
     # -- products ------------------------------------------------------------------------------
 

@@ -160,6 +160,7 @@ def roofline_run(
     batch = len(task.prompts)
     decode = sum(roofline.seconds(batch, batch) for _ in range(n_passes // 2))
     prefill = sum(roofline.seconds(length, 1) for length in task.lengths)
+    time.sleep(PAUSE)
     between()
     decode += sum(roofline.seconds(batch, batch) for _ in range(n_passes - n_passes // 2))
     return Sample(
