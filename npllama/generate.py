@@ -158,6 +158,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16", "int8"),
         help="number format of the weights in memory (default: as stored)",
     )
+    machine.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="processor cores to compute on (default: all that no other program uses)",
+    )
 
     output = p.add_argument_group("what is shown")
     output.add_argument(
@@ -223,7 +229,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     if args.chat and args.model is not None and os.path.isdir(args.model):
         check_chat_template(Path(args.model))
-    llama = load(args.model, args.backend, args.dtype, args.context)
+    llama = load(args.model, args.backend, args.dtype, args.context, args.threads)
+    if llama.dtype in llama.backend.slow_dtypes:
+        hint = llama.backend.slow_dtypes[llama.dtype]
+        print(
+            f"npllama: {llama.dtype} weights are slow to compute with here: {hint}", file=sys.stderr
+        )
     generation = llama.generation(
         [encode_prompt(llama, prompt, args) for prompt in prompts],
         max_new_tokens=args.max_new_tokens,

@@ -22,14 +22,22 @@ _ALIGNMENT = 64
 
 
 class MappedFile(mmap.mmap):
-    """A memory-mapped file, read-only, that knows its path."""
+    """A memory-mapped file, read-only, which another process that is handed its descriptor maps
+    by its path: this very file, whatever has come in its place since.
+
+    Attributes:
+        path: /dev/fd/N.
+        offset: 0, the byte of the file with which the map begins.
+    """
 
     path: str
     offset = 0
 
     def __new__(cls, file: BinaryIO) -> "MappedFile":
         made = super().__new__(cls, file.fileno(), 0, access=mmap.ACCESS_READ)
-        made.path = os.path.abspath(file.name)
+        fd = os.dup(file.fileno())
+        weakref.finalize(made, os.close, fd)
+        made.path = f"/dev/fd/{fd}"
         return made
 
 
@@ -77,9 +85,11 @@ class SharedMemory(mmap.mmap):
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array lies: all that another process needs to map it."""
+    """Where an array lies: all that another process needs to map it, with the descriptor that
+    the path names. A file is no shared memory: it is mapped as it lies."""
 
     path: str
+    is_file: bool
     offset: int
     shape: tuple[int, ...]
     dtype: str
@@ -96,7 +106,8 @@ def place_of(array: np.ndarray) -> Place | None:
     if not isinstance(memory, MappedFile | SharedMemory) or not array.flags.c_contiguous:
         return None
     offset = array.ctypes.data - _address(memory) + memory.offset
-    return Place(memory.path, offset, array.shape, array.dtype.name)
+    is_file = isinstance(memory, MappedFile)
+    return Place(memory.path, is_file, offset, array.shape, array.dtype.name)
 
 
 def memory_of(array: np.ndarray) -> object:
@@ -123,12 +134,12 @@ class Mapped:
             writable: needs shared memory of its own, of which all arrays are writable.
         """
         if place.path not in self._memories:
-            if place.path.startswith("/dev/fd/"):
-                self._memories[place.path] = memory = SharedMemory.of(place.path, writable)
-                _make_huge(memory)
-            else:
+            if place.is_file:
                 with open(place.path, "rb") as file:
                     self._memories[place.path] = MappedFile(file)
+            else:
+                self._memories[place.path] = made = SharedMemory.of(place.path, writable)
+                _make_huge(made)
         memory = self._memories[place.path]
         dtype = np.dtype(ml_dtypes.bfloat16) if place.dtype == "bfloat16" else place.dtype
         flat = np.frombuffer(memory, dtype, prod(place.shape), place.offset - memory.offset)

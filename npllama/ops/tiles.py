@@ -27,7 +27,7 @@ def product(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
             np.dot(w, x.T, out=out)  # (N, D) @ (D, M) -> (N, M)
         return
     width = x.shape[1]
-    rows = max(1, TILE // width)
+    rows = max(1, TILE // width // 16 * 16)
     tiles = _buffer(rows * width).reshape(rows, width)
     x_t, exponent = x.T, 0
     if w.dtype == np.float16:

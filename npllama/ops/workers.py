@@ -100,8 +100,7 @@ class Workers:
         """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (N, M) float32.
 
         Args:
-            n_parts: processes that compute, this one included. For M = 1 their number changes
-                no bit of the result.
+            n_parts: processes that compute, this one included.
         """
         n_rows = len(x)
         n_out = len(self._matrices[index])
@@ -135,7 +134,7 @@ class Workers:
         stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _close)
         self._stderrs.append(stderr)
         places = (job.counters, job.x, job.y, *job.matrices)
-        handed = {place.path.removeprefix("/dev/fd/") for place in places}
+        handed = {int(place.path.removeprefix("/dev/fd/")) for place in places}
         threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
         try:
             process = subprocess.Popen(
@@ -144,7 +143,7 @@ class Workers:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 bufsize=0,
-                pass_fds=[int(name) for name in handed if name.isdecimal()],
+                pass_fds=tuple(handed),
                 start_new_session=True,  # Ctrl-C is for this process alone
                 env=dict(os.environ) | dict.fromkeys(threads, "1"),
             )
@@ -188,8 +187,9 @@ def _close(processes: list[subprocess.Popen], stderrs: list) -> None:
     for process in processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
-    for process, stderr in zip(processes, stderrs, strict=False):
+    for process in processes:
         process.wait()
+    for stderr in stderrs:
         stderr.close()
 
 
@@ -202,10 +202,12 @@ def _compute(
     part: int,
     n_parts: int,
 ) -> None:
-    """Rows of y^T (N, M) that are this part's: N * part / n_parts and on."""
+    """Rows of y^T (N, M) that are this part's: N * part / n_parts and on, by 16 since BLAS takes
+    some rows at a time, and the rounding of those that are left over differs."""
     w = matrices[index]
     n_out, width = w.shape
-    begin, end = (n_out * p // n_parts for p in (part, part + 1))
+    begin = n_out * part // n_parts // 16 * 16
+    end = n_out if part + 1 == n_parts else n_out * (part + 1) // n_parts // 16 * 16
     x = x[: n_rows * width].reshape(n_rows, width)
     product(x, w[begin:end], y[begin * n_rows : end * n_rows].reshape(end - begin, n_rows))
 

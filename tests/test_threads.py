@@ -1,0 +1,126 @@
+"""How many threads compute, and that they share work out and leave BLAS as it was."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from threadpoolctl import ThreadpoolController
+
+import npllama.threads
+from npllama.threads import Threads, usable_cores
+
+
+def blas_threads():
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    return [library.get_num_threads() for library in libraries]
+
+
+def test_all_items_are_computed_in_order_by_different_slots():
+    both = threading.Barrier(2, timeout=10)
+
+    def square(item, slot):
+        if item < 2:  # only where two run at once does the barrier open
+            both.wait()
+        return item * item, slot
+
+    got = Threads(2).map(square, list(range(50)))
+    assert [value for value, _ in got] == [i * i for i in range(50)]
+    assert {got[0][1], got[1][1]} == {0, 1}
+
+
+def test_blas_has_one_thread_within_a_map_and_as_many_as_before_after_it():
+    threads = Threads(2)
+    with threads.blas(2):
+        got = threads.map(lambda _item, _slot: blas_threads(), range(4))
+        assert all(n == 1 for inner in got for n in inner)
+        assert all(n == 2 for n in blas_threads())
+
+
+def test_a_map_within_a_map_is_computed_by_the_thread_that_asks():
+    threads = Threads(2)
+    inner = threads.map(
+        lambda item, _slot: threads.map(lambda x, slot: (item * x, slot), range(3)), range(4)
+    )
+    assert inner == [[(item * x, 0) for x in range(3)] for item in range(4)]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 5])
+def test_an_error_reaches_the_caller_when_no_thread_computes_any_more(failing):
+    threads = Threads(2)
+    running = []
+
+    def work(item, _slot):
+        running.append(item)
+        if item == failing:
+            raise KeyError(item)
+        time.sleep(0.01)
+        running.remove(item)
+
+    with pytest.raises(KeyError):
+        threads.map(work, range(8))
+    assert running == [failing]
+    assert threads.map(lambda item, _slot: item, range(3)) == [0, 1, 2]
+
+
+def test_fixed_and_never_more_than_blas_may_use():
+    assert (Threads(3).most, Threads(3).count) == (3, 3)
+    with Threads(1).blas(1):  # as OPENBLAS_NUM_THREADS=1 would have it
+        assert Threads().most == 1
+
+
+@pytest.mark.skipif(usable_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="one core")
+def test_the_number_follows_what_other_programs_leave_free(monkeypatch):
+    monkeypatch.setattr(npllama.threads, "_INTERVAL", 0.1)
+    n = min(usable_cores(), 4)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        time.sleep(0.3)  # until they run
+        threads = Threads()
+        assert threads.count < threads.most or threads.most == 1
+        for _ in range(3):
+            time.sleep(0.15)
+            assert threads.count <= max(1, usable_cores() - n + 1)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_what_helpers_and_this_process_compute_is_not_somebody_elses(monkeypatch):
+    """The clock of all cores advances by what this process and its helper computed."""
+    monkeypatch.setattr(npllama.threads, "usable_cores", lambda: 4)
+    monkeypatch.setattr(npllama.threads, "_others_running", lambda helpers: 0)
+    seconds = {"all": 10.0, "helper": 3.0, "now": 100.0, "own": 5.0}
+    monkeypatch.setattr(npllama.threads, "_busy_seconds", lambda: seconds["all"])
+    monkeypatch.setattr(npllama.threads, "_process_seconds", lambda pid: seconds["helper"])
+    monkeypatch.setattr(npllama.threads.time, "process_time", lambda: seconds["own"])
+    monkeypatch.setattr(npllama.threads.time, "monotonic", lambda: seconds["now"])
+    free = npllama.threads._FreeCores([7])
+    for name, more in (("all", 1.5), ("helper", 0.5), ("own", 1.0), ("now", 0.5)):
+        seconds[name] += more
+    assert free.count() == 4
+    seconds["all"] += 1.0  # two cores' worth of somebody else's in half a second
+    seconds["now"] += 0.5
+    assert free.count() == 2
+    seconds["all"] += 5.0
+    seconds["now"] += 0.5
+    assert free.count() == 1
+
+
+def test_results_do_not_depend_on_how_many_threads_are_free(monkeypatch, rng):
+    from npllama.backend import Backend
+    from npllama.ops import NumpyOps
+    from npllama.parameters import Matrix
+
+    x = rng.standard_normal((1, 200, 300), dtype="float32")
+    w = Matrix(rng.standard_normal((500, 300), dtype="float32"))
+    got = []
+    for free in (1, 2):
+        threads = Threads(2)
+        monkeypatch.setattr(Threads, "count", property(lambda self, free=free: free))
+        got.append(NumpyOps(Backend(threads=threads)).linear(x, w))
+    assert np.array_equal(*got)

@@ -1,0 +1,199 @@
+"""Worker processes: the same products, and an end with whom they work for."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import npllama.ops.numpy_ops as numpy_ops
+from conftest import TINY, make_llama
+from model_directory import write_model
+from npllama.backend import Backend
+from npllama.config import LlamaConfig
+from npllama.errors import WorkerError
+from npllama.generate import main
+from npllama.ops import NumpyOps
+from npllama.ops.workers import _SPIN, MAX_ROWS, Workers, can_work
+from npllama.sampling import Sampling
+from npllama.shared_arrays import share
+from npllama.threads import Threads
+
+pytestmark = pytest.mark.skipif(not can_work(), reason="no worker processes on this machine")
+
+DTYPES = ("float16", ml_dtypes.bfloat16, "int8")
+SHAPES = ((1000, 700), (3, 64), (1, 5))
+BIG = LlamaConfig(256, 2, 4, 2, 1100, 260)  # gate and up together are 563,200 numbers
+
+
+@pytest.fixture(scope="module")
+def matrices():
+    rng = np.random.default_rng(0)
+    return [(30 * rng.standard_normal(s)).astype(d) for d in DTYPES for s in SHAPES]
+
+
+@pytest.fixture(scope="module")
+def workers(matrices):
+    made = Workers(3, share(matrices))
+    yield made
+    made.close()
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(pid, seconds=10):
+    until = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.01)
+    return not alive(pid)
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 9])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 16, MAX_ROWS])
+def test_their_products_are_those_of_one_process(workers, matrices, n_rows, n_parts, rng):
+    for i, w in enumerate(matrices):
+        x = rng.standard_normal((n_rows, w.shape[1]), dtype="float32")
+        got = workers.product(x, i, n_parts)
+        truth = w.astype("float64") @ x.T.astype("float64")
+        assert got.shape == truth.shape and got.dtype == np.float32
+        assert np.abs(got - truth).max() <= 2e-6 * np.abs(truth).max()
+
+
+def test_they_wake_up_from_sleep(workers, matrices, rng):
+    x = rng.standard_normal((1, 700), dtype="float32")
+    want = workers.product(x, 0, 3)
+    for pause in (0, _SPIN, 1.01 * _SPIN, _SPIN + 1e-4, 3 * _SPIN, 0.3):
+        for _ in range(20 if pause < 0.1 else 2):
+            time.sleep(pause)
+            assert np.array_equal(workers.product(x, 0, 3), want)
+
+
+def test_ctrl_c_is_not_for_them(workers):
+    assert all(os.getsid(pid) != os.getsid(0) for pid in workers.pids)
+
+
+def test_closing_ends_them(matrices):
+    made = Workers(2, share(matrices[:1]))
+    pids = made.pids
+    made.close()
+    assert pids and not any(map(alive, pids))
+
+
+def test_they_leave_when_nobody_holds_them_any_more(matrices):
+    pids = Workers(2, share(matrices[:1])).pids
+    assert all(map(ends, pids))
+
+
+def test_they_leave_when_their_parent_is_killed():
+    code = (
+        "import numpy as np, time\n"
+        "from npllama.ops.workers import Workers\n"
+        "from npllama.shared_arrays import share\n"
+        "w = Workers(3, share([np.ones((9, 9), dtype='int8')]))\n"
+        "w.product(np.ones((1, 9), dtype='float32'), 0, 3)\n"
+        "print(*w.pids, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(alive, pids))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert all(map(ends, pids))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_worker_is_one_clear_line(matrices, kill):
+    made = Workers(2, share(matrices[:1]))
+    x = np.ones((1, 700), dtype="float32")
+    made.product(x, 0, 2)
+    os.kill(made.pids[0], kill)
+    with pytest.raises(WorkerError, match=rf"killed by signal {kill.value}.*--threads 1") as error:
+        for _ in range(100):
+            made.product(x, 0, 2)
+            time.sleep(0.01)
+    assert "\n" not in str(error.value)
+    made.close()
+
+
+def test_a_worker_that_cannot_be_started_is_one_clear_line(matrices, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(WorkerError, match=r"could not be started.*--threads 1"):
+        Workers(2, share(matrices[:1]))
+
+
+# -- the model with workers
+
+
+def big_llama(dtype, n_threads):
+    ops = NumpyOps(Backend(threads=Threads(n_threads)))
+    return make_llama(ops, BIG, dtype=dtype), ops
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_a_narrow_model_generates_with_workers_what_it_does_without(dtype, monkeypatch):
+    monkeypatch.setattr(numpy_ops, "SHARED_SIZE", 1000)
+    prompts = [[1, 5, 6, 7], [1, 8], [1, *range(3, 200)]]
+    got = []
+    for n_threads in (1, 2):
+        llama, ops = big_llama(dtype, n_threads)
+        batch = llama.generate_batch(
+            prompts, max_new_tokens=8, sampling=Sampling(temperature=0), ignore_eos=True
+        )
+        got.append(([c.ids for c in batch], np.array([c.log_probs for c in batch])))
+        assert (ops._workers is not None) == (n_threads == 2)
+        if ops._workers is not None:
+            ops._workers.close()
+    assert got[0][0] == got[1][0]
+    assert np.abs(got[0][1] - got[1][1]).max() < 1e-4
+
+
+def test_small_and_float32_models_have_no_workers():
+    for config, dtype in ((TINY, "int8"), (BIG, "float32")):
+        ops = NumpyOps(Backend(threads=Threads(2)))
+        make_llama(ops, config, dtype=dtype).generate([1, 2, 3], max_new_tokens=3)
+        assert ops._workers is None
+
+
+def test_a_script_needs_no_main_guard_and_leaves_nobody_behind(tmp_path):
+    model = write_model(tmp_path / "model", BIG, dtype="bfloat16")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import npllama\n"
+        f"llama = npllama.load({str(model)!r}, backend='numpy', threads=2)\n"
+        "llama.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True)\n"
+        "print(*llama.ops._workers.pids)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 1 and ends(pids[0])
+
+
+def test_the_command_line_tells_of_a_dead_worker_and_exits_2(tmp_path, monkeypatch, capsys):
+    model = write_model(tmp_path / "model", BIG, dtype="bfloat16")
+    made = []
+    start = Workers._start
+
+    def start_and_kill(self, job):
+        start(self, job)
+        self._processes[-1].kill()
+        made.append(self)
+
+    monkeypatch.setattr(Workers, "_start", start_and_kill)
+    command = ["--model", str(model), "--backend", "numpy", "--threads", "2", "--prompt", "a"]
+    assert main([*command, "--no-echo"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("npllama: error: a worker process ended") and error.count("\n") == 1
+    made[0].close()
