@@ -18,6 +18,7 @@ from conftest import ROOT
 EQUATIONS, BLOCKS = "ops/equations.py", "ops/blocks.py"
 DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
 NUMPY, SAMPLING, CACHE = "ops/numpy_ops.py", "ops/sampling.py", "kv_cache.py"
+TILES = "ops/tiles.py"
 
 # what is wrong: (file, the right line's part, the mistake)
 MISTAKES = {
@@ -122,7 +123,41 @@ MISTAKES = {
     ),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
     "NumPy override: mask off by one": (NUMPY, "k=1)", "k=0)"),
-    "NumPy override: no 1/sqrt(C)": (NUMPY, "np.float32(1 / math.sqrt(head_dim))", "np.float32(1)"),
+    "NumPy override: no 1/sqrt(C)": (
+        NUMPY,
+        "few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))",
+        "few.reshape(*shape[:2], head_dim)",
+    ),
+    "NumPy override: no 1/sqrt(C) for one token": (
+        NUMPY,
+        "q.reshape(grouped) * np.float32(1 / math.sqrt(head_dim))",
+        "q.reshape(grouped)",
+    ),
+    "NumPy override: a token does not see itself": (
+        NUMPY,
+        "keys[:, start], values[:, start] = k[b, 0], v[b, 0]",
+        "values[:, start] = v[b, 0]",
+    ),
+    "NumPy override: turned back": (
+        NUMPY,
+        "part[..., 0, :] -= crossed[..., 0, :]",
+        "part[..., 0, :] += crossed[..., 0, :]",
+    ),
+    "NumPy override: gate and up swapped": (
+        NUMPY,
+        "self.swiglu(both[..., :n], both[..., n:])",
+        "self.swiglu(both[..., n:], both[..., :n])",
+    ),
+    "NumPy override: squares left over forgotten": (
+        NUMPY,
+        "total += np.add.reduce(squares[..., whole:], axis=-1)",
+        "pass",
+    ),
+    "float16 a power of two off": (
+        TILES,
+        "_X_EXPONENT, _Y_EXPONENT = 48, 64",
+        "_X_EXPONENT, _Y_EXPONENT = 48, 63",
+    ),
     "NumPy override: sigmoid without its 1": (NUMPY, "        s += 1\n", ""),
     "NumPy override: a token's last place alone": (
         NUMPY,
@@ -184,7 +219,7 @@ MISTAKES = {
         "layers=tuple(reversed(dlayers))",
         "layers=tuple(dlayers)",
     ),
-    "NumPy override: scale forgotten": (NUMPY, "y *= w.scale", "pass"),
+    "NumPy override: scale forgotten": (NUMPY, "y *= w.scale[:, None]", "pass"),
     "top-p drops the token that crosses p": (
         SAMPLING,
         "before <= p, falling",
@@ -216,6 +251,7 @@ SUITES = {
     GRADIENTS: ("gradients",),
     CACHE: ("kv_cache", "model", "blocks"),
     NUMPY: ("blocks", "overrides"),
+    TILES: ("overrides",),
     SAMPLING: ("sampling",),
 }
 
