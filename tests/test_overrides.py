@@ -342,7 +342,7 @@ def test_an_override_has_the_signature_of_its_twin():
 def test_the_scratch_has_room_for_some_queries_of_a_key_head_in_every_thread():
     numpy_ops = NumpyOps(Backend(threads=Threads(2)))
     assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=1, context=100) == 2 * 4 * 100
-    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 512 * 100
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 256 * 100
     assert Ops(Backend()).scratch_size(32, 8, 64, 100) == 0
 
 

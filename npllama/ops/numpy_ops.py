@@ -33,9 +33,9 @@ MANY_ROWS = 32
 """Rows from which on a product is cut up among threads that each use BLAS on one core: 1.2 times
 as fast at 512 rows of 768 as BLAS with two threads, whose spinning then disturbs nothing else."""
 
-QUERIES = 128
-"""Tokens whose attention is computed together: what they cannot see, on average half as many
-keys, is computed in vain."""
+QUERIES = 256
+"""Queries of a key head that are computed together, G for each token: fewer are too few for a
+product, and of more tokens' keys more are computed in vain, since the first do not see them."""
 
 IN_CACHE = 256 * 1024
 """Attention scores that are computed at a time: they go through six operations, from the cache."""
@@ -287,7 +287,8 @@ class NumpyOps(Ops):
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """Scores of one key head's queries, a few tokens at a time, for each thread."""
-        queries = n_heads // n_kv_heads * min(chunk, QUERIES)
+        groups = n_heads // n_kv_heads
+        queries = groups * min(chunk, _tokens_at_once(groups))
         return self.backend.threads.most * queries * context
 
     def attention_nbytes(
@@ -343,8 +344,8 @@ class NumpyOps(Ops):
             o[heads, :, some] = part.reshape(few.shape[0], groups, -1, head_dim)
 
         items = []
-        for begin in range(0, n_new, QUERIES):
-            some = slice(begin, min(begin + QUERIES, n_new))
+        for begin in range(0, n_new, _tokens_at_once(groups)):
+            some = slice(begin, min(begin + _tokens_at_once(groups), n_new))
             scores = groups * (some.stop - begin) * n_keys  # of a key head
             at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
             items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
@@ -429,6 +430,10 @@ def _hide_future(scores: np.ndarray) -> None:
 def _later(n: int) -> np.ndarray:
     """(n, n) bool: whether key j comes after query i."""
     return np.triu(np.ones((n, n), dtype=bool), k=1)
+
+
+def _tokens_at_once(groups: int) -> int:
+    return max(1, QUERIES // groups)
 
 
 def _scratch(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
