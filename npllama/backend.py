@@ -110,10 +110,12 @@ def get_backend(name: str = "auto", threads: int | None = None) -> Backend:
         threads: of NumPy; None for as many as there are free cores.
 
     Raises:
-        BackendError: an unknown name, or CuPy asked for where it cannot compute.
+        BackendError: an unknown name, no threads, or CuPy asked for where it cannot compute.
     """
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}: expected at least 1")
     if name == "numpy" or (name == "auto" and cuda_device_count() == 0):
         return Backend(threads=Threads(threads))
     try:

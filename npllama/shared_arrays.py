@@ -97,7 +97,7 @@ class Place:
 
 def can_share() -> bool:
     """Whether shared memory and the places of arrays are to be had here."""
-    return hasattr(os, "memfd_create")
+    return hasattr(os, "memfd_create") and os.path.isdir("/dev/fd")
 
 
 def place_of(array: np.ndarray) -> Place | None:
@@ -166,6 +166,12 @@ def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     return shared
 
 
+def empty_shared(size: int, dtype: str) -> np.ndarray:
+    """(size,) zeros in shared memory, of which only what is written takes any."""
+    memory = SharedMemory.create(size * np.dtype(dtype).itemsize)
+    return np.frombuffer(memory, dtype, size, _HUGE - memory.offset)
+
+
 def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
     """Matrices (N_i, D) that lie one after the other as one view (sum N_i, D), or None."""
     first = arrays[0]
@@ -185,6 +191,10 @@ def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
     if isinstance(memory, mmap.mmap):
         offset = first.ctypes.data - _address(memory)
         return np.frombuffer(memory, first.dtype, prod(shape), offset).reshape(shape)
+    if not isinstance(memory, np.ndarray) or memory.dtype != first.dtype:
+        return None
+    if not memory.flags.c_contiguous:
+        return None
     flat = memory.reshape(-1)  # the array that all of them are views of
     begin = (first.ctypes.data - flat.ctypes.data) // first.itemsize
     return flat[begin : begin + prod(shape)].reshape(shape)

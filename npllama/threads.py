@@ -4,6 +4,7 @@ More threads than free cores is a disaster: threads of BLAS wait for one another
 has lost its core to another program holds up all of them (measured: 31 us become 4 ms).
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -36,14 +37,15 @@ class Threads:
     def __init__(self, n: int | None = None) -> None:
         self._fixed = n
         self.helpers: list[int] = []
-        self._free = None if n else _FreeCores(self.helpers)
+        self._free = _FreeCores(self.helpers) if n is None else None
         self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     @cached_property
     def most(self) -> int:
         if self._fixed is not None:
             return self._fixed
-        return min([usable_cores(), *(library.get_num_threads() for library in self._blas)])
+        return min([usable_cores(), *_blas_limits()])
 
     @property
     def count(self) -> int:
@@ -61,28 +63,36 @@ class Threads:
         at once have different slots below `most`. BLAS has one thread meanwhile."""
         with self.blas(1):
             n = min(self.count, len(items))
-            if n < 2 or not self._lock.acquire(blocking=False):  # also: a map within a map
+            is_free = os.getpid() == self._owner  # a fork has none of this process's threads
+            if n < 2 or not is_free or not self._lock.acquire(blocking=False):  # a map in a map
                 return [function(item, 0) for item in items]
             try:
-                results: list[Any] = [None] * len(items)
-                left = iter(range(len(items)))
-
-                def run(slot: int) -> None:
-                    for i in left:  # one iterator for all, which the interpreter's lock keeps
-                        results[i] = function(items[i], slot)
-
-                futures = [self._pool.submit(run, slot) for slot in range(1, n)]
-                try:
-                    run(0)
-                finally:  # nobody writes to what the caller holds after an error or Ctrl-C
-                    left = iter(())
-                    errors = [future.exception() for future in futures]
-                for error in errors:
-                    if error is not None:
-                        raise error
-                return results
+                return self._map(function, items, n)
             finally:
                 self._lock.release()
+
+    def _map(self, function: Callable[[Any, int], Any], items: Sequence[Any], n: int) -> list[Any]:
+        results: list[Any] = [None] * len(items)
+        left = iter(range(len(items)))  # one for all threads, which the interpreter's lock keeps
+
+        def run(slot: int) -> None:
+            for i in left:
+                results[i] = function(items[i], slot)
+
+        futures = []
+        try:
+            for slot in range(1, n):
+                with contextlib.suppress(RuntimeError):  # no more threads to be had
+                    futures.append(self._pool.submit(run, slot))
+            run(0)
+        finally:  # nobody writes to what the caller holds after an error or Ctrl-C
+            for _ in left:
+                pass
+            errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+        return results
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -98,6 +108,12 @@ def _blas_libraries() -> list[Any]:
     from threadpoolctl import ThreadpoolController  # when first computing, not at --help
 
     return ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+@lru_cache(maxsize=1)
+def _blas_limits() -> list[int]:
+    """As they were when first looked at: what the user's environment asks for."""
+    return [library.get_num_threads() for library in _blas_libraries()]
 
 
 class _BlasThreads:
@@ -131,7 +147,7 @@ class _FreeCores:
     def __init__(self, helpers: Sequence[int]) -> None:
         self._helpers = helpers
         self._cores = usable_cores()
-        self._count = max(1, self._cores - _others_running(helpers))
+        self._count = self._left(os.cpu_count(), _others_running(helpers))
         self._time = time.monotonic()
         self._others = self._seconds_of_others()
 
@@ -140,14 +156,17 @@ class _FreeCores:
         elapsed = now - self._time
         if elapsed >= _INTERVAL:
             others = self._seconds_of_others()
-            busy = 0
             if elapsed > _STALE:  # what ran then says nothing of now
-                busy = _others_running(self._helpers)
+                self._count = self._left(os.cpu_count(), _others_running(self._helpers))
             elif others is not None and self._others is not None:
                 busy = max(0, round((others - self._others) / elapsed))
-            self._count = max(1, self._cores - busy)
+                self._count = self._left(len(os.sched_getaffinity(0)), busy)
             self._time, self._others = now, others
         return self._count
+
+    def _left(self, n_looked_at: int | None, busy: int) -> int:
+        """Of the cores that were looked at, which may be more than this process may use."""
+        return max(1, min(self._cores, (n_looked_at or self._cores) - busy))
 
     def _seconds_of_others(self) -> float | None:
         """Seconds of computing by other programs so far, on the cores that this one may use."""

@@ -93,6 +93,8 @@ def test_the_number_follows_what_other_programs_leave_free(monkeypatch):
 def test_what_helpers_and_this_process_compute_is_not_somebody_elses(monkeypatch):
     """The clock of all cores advances by what this process and its helper computed."""
     monkeypatch.setattr(npllama.threads, "usable_cores", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(npllama.threads, "_others_running", lambda helpers: 0)
     seconds = {"all": 10.0, "helper": 3.0, "now": 100.0, "own": 5.0}
     monkeypatch.setattr(npllama.threads, "_busy_seconds", lambda: seconds["all"])
@@ -109,6 +111,30 @@ def test_what_helpers_and_this_process_compute_is_not_somebody_elses(monkeypatch
     seconds["all"] += 5.0
     seconds["now"] += 0.5
     assert free.count() == 1
+
+
+def test_what_runs_on_cores_that_this_process_may_not_use_takes_none_from_it(monkeypatch):
+    monkeypatch.setattr(npllama.threads, "usable_cores", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for others, free in ((8, 4), (60, 4), (62, 2), (200, 1)):
+        monkeypatch.setattr(npllama.threads, "_others_running", lambda helpers, n=others: n)
+        assert npllama.threads._FreeCores([])._count == free
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_computes_by_itself():
+    code = (
+        "import os\n"
+        "from npllama.threads import Threads\n"
+        "threads = Threads(2)\n"
+        "work = lambda item, slot: item + 1\n"
+        "threads.map(work, range(9))\n"
+        "pid = os.fork()\n"
+        "assert threads.map(work, range(9)) == list(range(1, 10))\n"
+        "if pid: assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, timeout=60).returncode == 0
 
 
 def test_results_do_not_depend_on_how_many_threads_are_free(monkeypatch, rng):

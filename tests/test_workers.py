@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import npllama.ops.numpy_ops as numpy_ops
+import npllama.ops.workers
 from conftest import TINY, make_llama
 from model_directory import write_model
 from npllama.backend import Backend
@@ -76,6 +77,58 @@ def test_they_wake_up_from_sleep(workers, matrices, rng):
         for _ in range(20 if pause < 0.1 else 2):
             time.sleep(pause)
             assert np.array_equal(workers.product(x, 0, 3), want)
+
+
+@pytest.mark.parametrize("at", ["_compute", "_wake"])
+def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, rng, at):
+    made = Workers(2, share(matrices))
+    x = [rng.standard_normal((64, w.shape[1]), dtype="float32") for w in matrices]
+    want = [made.product(x[i], i, 2) for i in range(len(matrices))]
+    owner = made if at == "_wake" else npllama.ops.workers
+    right = getattr(owner, at)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for _ in range(5):
+        for i in (0, 3, 6, 1):
+            if at == "_wake":
+                time.sleep(3 * _SPIN)  # until it sleeps and must be woken
+            monkeypatch.setattr(owner, at, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                made.product(x[i], i, 2)
+            monkeypatch.setattr(owner, at, right)
+            assert np.array_equal(made.product(x[i - 1], i - 1, 2), want[i - 1])
+    made.close()
+
+
+def test_a_fork_computes_by_itself_and_its_end_ends_no_worker():
+    code = (
+        "import numpy as np, os\n"
+        "from npllama.ops.workers import Workers\n"
+        "from npllama.shared_arrays import share\n"
+        "w = Workers(2, share([np.ones((40, 9), dtype='int8')]))\n"
+        "x = np.ones((1, 9), dtype='float32')\n"
+        "w.product(x, 0, 2)\n"
+        "pid = os.fork()\n"
+        "assert (w.product(x, 0, 2) == 9).all()\n"
+        "if pid:\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "    assert (w.product(x, 0, 2) == 9).all()\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def test_a_second_model_of_the_same_ops_has_workers_that_know_it(monkeypatch):
+    monkeypatch.setattr(numpy_ops, "SHARED_SIZE", 1000)
+    ops = NumpyOps(Backend(threads=Threads(2)))
+    got = []
+    for seed in (0, 1, 0):
+        llama = make_llama(ops, BIG, seed=seed, dtype="int8")
+        got.append(llama.generate([1, 2, 3], max_new_tokens=5, temperature=0, ignore_eos=True).ids)
+    assert got[0] == got[2]
+    ops._workers.close()
 
 
 def test_ctrl_c_is_not_for_them(workers):

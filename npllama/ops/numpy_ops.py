@@ -29,9 +29,10 @@ PART = 64 * 1024
 """Numbers of an elementwise operation that are worth a thread of their own: fewer take no longer
 than the thread's waking up."""
 
-MANY_ROWS = 32
-"""Rows from which on a product is cut up among threads that each use BLAS on one core: 1.2 times
-as fast at 512 rows of 768 as BLAS with two threads, whose spinning then disturbs nothing else."""
+MANY_ROWS = 64
+"""Rows from which on a product is cut up among threads that each use BLAS on one core, and all
+else among the same: 1.2 times as fast at 512 rows of 768 as BLAS with two threads, which go on
+spinning for a while and disturb what follows. With fewer rows waking threads up takes longer."""
 
 QUERIES = 256
 """Queries of a key head that are computed together, G for each token: fewer are too few for a
@@ -43,6 +44,10 @@ IN_CACHE = 256 * 1024
 SHARED_SIZE = 512 * 1024
 """Numbers of a narrow matrix from which on worker processes share its product: handing it out
 takes as long as widening some 50,000."""
+
+
+MAX_WORKERS = 16
+"""Processes at most: each takes some 35 MB, and memory's speed is used up before that many."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class NumpyOps(Ops):
             if is_narrow and w.values.size >= SHARED_SIZE and place_of(w.values) is not None:
                 self._shared[id(w.values)] = len(self._shared_values)
                 self._shared_values.append(w.values)
+                self._end_workers()  # those that there are do not know of it
         return part
 
     def computing(self, n_rows: int) -> AbstractContextManager:
@@ -104,10 +110,16 @@ class NumpyOps(Ops):
         """
         threads = self.backend.threads
         if self._shared_values and self._workers is None and threads.most > 1:
-            self._workers = Workers(threads.most, self._shared_values)
+            self._workers = Workers(min(threads.most, MAX_WORKERS), self._shared_values)
             threads.helpers += self._workers.pids
         alone = self._workers is not None or n_rows >= MANY_ROWS
         return threads.blas(1 if alone else threads.count)
+
+    def _end_workers(self) -> None:
+        if self._workers is not None:
+            self.backend.threads.helpers.clear()
+            self._workers.close()
+            self._workers = None
 
     # -- products ------------------------------------------------------------------------------
 
@@ -131,7 +143,7 @@ class NumpyOps(Ops):
                 y = self._workers.product(flat, self._shared[id(values)], n)
         else:
             y = np.empty((n_out, n_rows), dtype="float32")
-            if n_rows < MANY_ROWS and values.dtype == np.float32:
+            if n_rows < MANY_ROWS:
                 product(flat, values, y)
             else:
                 self._in_parts(
@@ -147,8 +159,8 @@ class NumpyOps(Ops):
     def _in_parts(self, function: Callable[[slice, int], None], n: int, size: int) -> None:
         """function(slice of 0 .. n, slot), each of n of `size` numbers, on all cores."""
         most = self.backend.threads.most
-        n_parts = max(1, min(most, n, n * size // PART))
-        if n_parts == 1:
+        n_parts = min(most, n * size // PART)
+        if n_parts < 2 or n < MANY_ROWS:
             function(slice(0, n), 0)
             return
         parts = [slice(n * i // n_parts, n * (i + 1) // n_parts) for i in range(n_parts)]
@@ -349,7 +361,7 @@ class NumpyOps(Ops):
             scores = groups * (some.stop - begin) * n_keys  # of a key head
             at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
             items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
-        if n_heads * n_new * n_keys < PART:
+        if n_new < MANY_ROWS:
             for item in items:
                 attend(item, 0)
         else:

@@ -22,12 +22,13 @@ import threading
 import time
 import weakref
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 from npllama.errors import WorkerError
 from npllama.ops.tiles import product
-from npllama.shared_arrays import Mapped, Place, can_share, place_of, share
+from npllama.shared_arrays import Mapped, Place, can_share, empty_shared, place_of
 
 MAX_ROWS = 127
 """Rows of x at most: more of them are cut up among threads, which then do as well."""
@@ -71,25 +72,29 @@ class Workers:
     """
 
     def __init__(self, n: int, matrices: list[np.ndarray]) -> None:
-        self._matrices = matrices
+        self._matrices = list(matrices)
+        self._unfinished = 1  # parts of a product that an exception left
         self._lock = threading.Lock()
         self._owner = os.getpid()
         widest = max(w.shape[1] for w in matrices)
         longest = max(w.shape[0] for w in matrices)
-        shared = [
-            np.zeros((1 + n) * _LINE, dtype="int64"),
-            np.zeros(MAX_ROWS * widest, dtype="float32"),
-            np.zeros(longest * MAX_ROWS, dtype="float32"),
-        ]
-        shared = share(shared)
-        counters, self._x, self._y = shared
-        self._counters = memoryview(counters)
-        places = [place_of(array) for array in (*shared, *matrices)]
         self._processes: list[subprocess.Popen] = []
         self._stderrs: list = []
-        self._close = weakref.finalize(self, _close, self._processes, self._stderrs)
-        for rank in range(1, n):
-            self._start(_Job(rank, *places[:3], places[3:]))
+        self._close = weakref.finalize(self, _close, self._processes, self._stderrs, self._owner)
+        try:
+            counters, self._x, self._y = (
+                empty_shared((1 + n) * _LINE, "int64"),
+                empty_shared(MAX_ROWS * widest, "float32"),
+                empty_shared(longest * MAX_ROWS, "float32"),
+            )
+            self._counters = memoryview(counters)
+            places = [place_of(array) for array in (counters, self._x, self._y, *matrices)]
+            for rank in range(1, n):
+                self._start(_Job(rank, *places[:3], places[3:]))
+        except OSError as error:
+            raise WorkerError(
+                f"a worker process could not be started ({error.strerror}): use --threads 1"
+            ) from None
 
     @property
     def pids(self) -> list[int]:
@@ -111,6 +116,9 @@ class Workers:
             return y
         with self._lock:
             counters = self._counters
+            for rank in range(1, self._unfinished):  # they may still read x and write y
+                self._wait(rank, counters[_SEQUENCE])
+            self._unfinished = n_parts
             self._x[: x.size] = x.reshape(-1)
             counters[_MATRIX], counters[_N_ROWS], counters[_N_PARTS] = index, n_rows, n_parts
             sequence = counters[_SEQUENCE] + 1
@@ -121,6 +129,7 @@ class Workers:
             _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
             for rank in range(1, n_parts):
                 self._wait(rank, sequence)
+            self._unfinished = 1
             y = self._y[: n_out * n_rows].copy()  # before the next product writes over it
             return y.reshape(n_out, n_rows)
 
@@ -129,34 +138,29 @@ class Workers:
         self._close()
 
     def _start(self, job: _Job) -> None:
-        code = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-        code += f"from {__name__} import serve; serve()"
+        path = [*map(os.path.abspath, sys.path), str(Path(__file__).parents[2])]
+        code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
         stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _close)
         self._stderrs.append(stderr)
         places = (job.counters, job.x, job.y, *job.matrices)
         handed = {int(place.path.removeprefix("/dev/fd/")) for place in places}
         threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, json.dumps(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                bufsize=0,
-                pass_fds=tuple(handed),
-                start_new_session=True,  # Ctrl-C is for this process alone
-                env=dict(os.environ) | dict.fromkeys(threads, "1"),
-            )
-        except OSError as error:
-            raise WorkerError(
-                f"a worker process could not be started ({error.strerror}): use --threads 1"
-            ) from None
+        process = subprocess.Popen(
+            [sys.executable or "python3", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            bufsize=0,
+            pass_fds=tuple(handed),
+            start_new_session=True,  # Ctrl-C is for this process alone
+            env=dict(os.environ) | dict.fromkeys(threads, "1"),
+        )
         self._processes.append(process)
         with contextlib.suppress(BrokenPipeError):  # found out, and told, by _wait
             process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
 
     def _wake(self, rank: int) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended; or all is ending
             self._processes[rank - 1].stdin.write(b"\n")
 
     def _wait(self, rank: int, sequence: int) -> None:
@@ -168,6 +172,8 @@ class Workers:
                 process = self._processes[rank - 1]
                 if process.poll() is not None:
                     raise self._ended(rank, process.returncode)
+                if counters[done - _DONE + _ASLEEP]:  # an exception came before it was woken
+                    self._wake(rank)
                 time.sleep(0)  # the worker may be waiting for this very core
 
     def _ended(self, rank: int, code: int) -> WorkerError:
@@ -176,17 +182,20 @@ class Workers:
         said = stderr.read().decode(errors="replace").split("\n")
         reason = next((line for line in reversed(said) if line), f"exit code {code}")
         if code < 0:
-            reason = f"killed by signal {-code}"
+            reason = f"killed by signal {-code}, as when memory runs out"
         return WorkerError(
-            f"a worker process ended ({reason}): its memory may have run out; load the model "
-            "again, or use --threads 1, which needs no workers"
+            f"a worker process ended ({reason}): load the model again, or use --threads 1, which "
+            "needs no workers"
         )
 
 
-def _close(processes: list[subprocess.Popen], stderrs: list) -> None:
+def _close(processes: list[subprocess.Popen], stderrs: list, owner: int) -> None:
+    if os.getpid() != owner:  # a fork's end is not theirs
+        return
     for process in processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
+        process.terminate()  # it holds nothing that could be lost
     for process in processes:
         process.wait()
     for stderr in stderrs:
@@ -223,9 +232,9 @@ def serve() -> None:
     matrices = [mapped.array(Place(**place)) for place in job["matrices"]]
     rank = job["rank"]
     done, asleep = (rank * _LINE + _LINE + field for field in (_DONE, _ASLEEP))
-    sequence = 0
+    sequence, since = 0, time.perf_counter()
     while True:
-        reads, since = 0, time.perf_counter()
+        reads = 0
         while counters[_SEQUENCE] == sequence:
             reads += 1
             if reads % _LOOK == 0 and time.perf_counter() - since > _SPIN:
@@ -241,3 +250,4 @@ def serve() -> None:
         if rank < n_parts:
             _compute(x, y, matrices, counters[_MATRIX], counters[_N_ROWS], rank, n_parts)
             counters[done] = sequence
+            since = time.perf_counter()
