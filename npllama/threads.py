@@ -9,11 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 _INTERVAL = 0.25
 """Seconds between two looks at what other programs do."""
@@ -95,7 +97,9 @@ class Threads:
         return results
 
     @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pool(self) -> "ThreadPoolExecutor":
+        from concurrent.futures import ThreadPoolExecutor  # not for --help
+
         return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
 
     @property

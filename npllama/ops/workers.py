@@ -14,21 +14,22 @@ order on x86-64 alone, so there are no workers on other processors.
 import contextlib
 import json
 import os
-import platform
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from npllama.errors import WorkerError
 from npllama.ops.tiles import product
 from npllama.shared_arrays import Mapped, Place, can_share, empty_shared, place_of
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 MAX_ROWS = 127
 """Rows of x at most: more of them are cut up among threads, which then do as well."""
@@ -46,7 +47,7 @@ _DONE, _ASLEEP, _LINE = 0, 1, 8
 
 def can_work() -> bool:
     """Whether workers can be had on this machine."""
-    return can_share() and platform.machine() == "x86_64"
+    return can_share() and os.uname().machine == "x86_64"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Workers:
         self._owner = os.getpid()
         widest = max(w.shape[1] for w in matrices)
         longest = max(w.shape[0] for w in matrices)
-        self._processes: list[subprocess.Popen] = []
+        self._processes: list[Popen] = []
         self._stderrs: list = []
         self._close = weakref.finalize(self, _close, self._processes, self._stderrs, self._owner)
         try:
@@ -138,6 +139,9 @@ class Workers:
         self._close()
 
     def _start(self, job: _Job) -> None:
+        import subprocess  # not for --help
+        import tempfile
+
         path = [*map(os.path.abspath, sys.path), str(Path(__file__).parents[2])]
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
         stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _close)
@@ -189,7 +193,7 @@ class Workers:
         )
 
 
-def _close(processes: list[subprocess.Popen], stderrs: list, owner: int) -> None:
+def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
     if os.getpid() != owner:  # a fork's end is not theirs
         return
     for process in processes:
