@@ -9,6 +9,7 @@ roofline is timed: one pass of plain float32 BLAS over all matrices of the model
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -174,6 +175,11 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < bound:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {value}: expected at least {bound}")
+    if options.threads is not None and options.threads > (os.cpu_count() or options.threads):
+        raise InputError(
+            f"--threads is {options.threads}: this machine has {os.cpu_count()} cores, and more "
+            "threads than cores wait for one another"
+        )
     if options.compare is not None:
         check_installed()
 

@@ -286,15 +286,21 @@ class NumpyOps(Ops):
         y = np.empty_like(gate)
 
         def compute(some: slice, _slot: int) -> None:
-            part = y[:, some]
-            np.negative(gate[:, some], out=part)
+            part = y[..., some]
+            np.negative(gate[..., some], out=part)
             with np.errstate(over="ignore"):
                 np.exp(part, out=part)
             part += 1
-            np.divide(gate[:, some], part, out=part)
-            part *= up[:, some]
+            np.divide(gate[..., some], part, out=part)
+            part *= up[..., some]
 
-        self._in_parts(compute, gate.shape[1], gate.size // gate.shape[1])
+        n_tokens, width = gate.shape[1], gate.shape[-1]
+        if n_tokens < MANY_ROWS:
+            compute(slice(0, width), 0)
+        else:  # columns lie one after the other: some at a time, which stay in the cache
+            at_once = max(1, PART // n_tokens)
+            parts = [slice(i, min(i + at_once, width)) for i in range(0, width, at_once)]
+            self.backend.threads.map(compute, parts)
         return y
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
