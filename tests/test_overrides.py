@@ -310,6 +310,17 @@ def test_an_override_computes_what_the_reference_does(dtype, call, ops):
     assert np.abs(got - truth).max() <= tolerance * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("name", ["linear", "embed", "feed_forward", "attention_block"])
+def test_with_one_thread_it_computes_the_same(name):
+    for dtype, label, call in GRIDS[name]():
+        if "B3-T33" in label or "B1-T130" in label:
+            truth = call(Ops(Backend()), lambda a: a.astype("float64"), lambda a: a)
+            ops = NumpyOps(Backend(threads=Threads(1)))
+            got = call(ops, lambda a: a, lambda a: a)
+            tolerance = TOLERANCE["numpy", dtype]
+            assert np.abs(got - truth).max() <= tolerance * np.abs(truth).max()
+
+
 def test_one_ops_serves_several_threads(rng):
     ops = NumpyOps(Backend())
     w = Matrix(rng.standard_normal((2048, 512)).astype("float16"))

@@ -137,6 +137,9 @@ class NumpyOps(Ops):
             return np.dot(values, x.reshape(width)).reshape(*x.shape[:-1], n_out)
         flat = x.reshape(-1, width)  # (..., D) -> (M, D)
         n_rows = len(flat)
+        is_alone = self.backend.threads.most == 1 and values.dtype == np.float32
+        if is_alone and n_rows >= MANY_ROWS:  # as in training, whose derivatives expect rows
+            return (flat @ values.T).reshape(*x.shape[:-1], n_out)
         if id(values) in self._shared and self._workers is not None and n_rows <= MAX_ROWS:
             with self.backend.threads.blas(1):
                 n = self.backend.threads.count
@@ -169,7 +172,9 @@ class NumpyOps(Ops):
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
         """As `linear` leaves it: a long prompt's tokens side by side in memory."""
         x = super().embed(tokens, embedding)
-        return x if tokens.size < MANY_ROWS else np.asarray(x, order="F")
+        if tokens.size < MANY_ROWS or self.backend.threads.most == 1:
+            return x
+        return np.asarray(x, order="F")
 
     # -- blocks --------------------------------------------------------------------------------
 
