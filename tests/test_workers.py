@@ -19,7 +19,7 @@ from npllama.config import LlamaConfig
 from npllama.errors import WorkerError
 from npllama.generate import main
 from npllama.ops import NumpyOps
-from npllama.ops.workers import _SPIN, MAX_ROWS, Workers, can_work
+from npllama.ops.workers import _ASLEEP, _LINE, _SPIN, MAX_ROWS, Workers, can_work
 from npllama.sampling import Sampling
 from npllama.shared_arrays import share
 from npllama.threads import Threads
@@ -50,6 +50,10 @@ def alive(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def asleep(workers):
+    return workers._counters[2 * _LINE + _ASLEEP]
 
 
 def ends(pid, seconds=10):
@@ -92,8 +96,9 @@ def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, r
 
     for _ in range(5):
         for i in (0, 3, 6, 1):
-            if at == "_wake":
-                time.sleep(3 * _SPIN)  # until it sleeps and must be woken
+            until = time.monotonic() + 10
+            while at == "_wake" and not asleep(made) and time.monotonic() < until:
+                time.sleep(_SPIN)  # until it must be woken
             monkeypatch.setattr(owner, at, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 made.product(x[i], i, 2)
