@@ -191,13 +191,14 @@ class Transformer:
         self.check_memory(1, n, more=4 * (maps + 2 * (c.n_layers + 1) * n * c.dim))
         cache = self.new_cache(context=len(ids))
         positions = cache.positions(len(ids))
-        x = ops.embed(tokens[None], self.parameters.embedding)  # (T,) -> (1, T, D)
-        hidden, attention = [to_host(x[0]).copy()], []
-        for layer, layer_cache in zip(self.parameters.layers, cache.layers, strict=True):
-            attention.append(to_host(ops.attention_map(x, layer, positions)))  # (H, T, T)
-            x = ops.attention_block(x, layer, layer_cache, positions)
-            x = ops.feed_forward(x, layer)
-            hidden.append(to_host(x[0]).copy())
+        with ops.computing(len(ids)):
+            x = ops.embed(tokens[None], self.parameters.embedding)  # (T,) -> (1, T, D)
+            hidden, attention = [to_host(x[0]).copy()], []
+            for layer, layer_cache in zip(self.parameters.layers, cache.layers, strict=True):
+                attention.append(to_host(ops.attention_map(x, layer, positions)))  # (H, T, T)
+                x = ops.attention_block(x, layer, layer_cache, positions)
+                x = ops.feed_forward(x, layer)
+                hidden.append(to_host(x[0]).copy())
         return Trace(np.stack(hidden), np.stack(attention))
 
     def to_tokens(self, ids: Sequence[int]) -> Array:

@@ -154,15 +154,13 @@ def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         size = -(-size // _ALIGNMENT) * _ALIGNMENT
         offsets.append(size)
         size += array.nbytes
-    memory = SharedMemory.create(size)
-    begin = _HUGE - memory.offset
+    memory = empty_shared(size, "uint8")
     shared = []
     for array, offset in zip(arrays, offsets, strict=True):
-        flat = np.frombuffer(memory, array.dtype, array.size, begin + offset)
-        copy = flat.reshape(array.shape)
+        copy = memory[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
         copy[...] = array
         shared.append(copy)
-    _make_huge(memory)
+    _make_huge(memory_of(memory))
     return shared
 
 

@@ -6,12 +6,12 @@ has lost its core to another program holds up all of them (measured: 31 us becom
 
 import contextlib
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class Threads:
     def __init__(self, n: int | None = None) -> None:
         self._fixed = n
         self.helpers: list[int] = []
-        self._free = _FreeCores(self.helpers) if n is None else None
         self._lock = threading.Lock()
         self._owner = os.getpid()
 
@@ -52,13 +51,21 @@ class Threads:
     @property
     def count(self) -> int:
         """How many to use now."""
-        if self._free is None:
-            return self.most
-        return min(self.most, self._free.count())
+        return self.most if self._fixed is not None else min(self.most, self._free.count())
 
-    def blas(self, n: int) -> "_BlasThreads":
-        """A context in which products of NumPy's BLAS use n threads."""
-        return _BlasThreads(self._blas, n)
+    @contextlib.contextmanager
+    def blas(self, n: int) -> Iterator[None]:
+        """A context in which products of NumPy's BLAS use n threads; threadpoolctl's own takes
+        50 times as long as the few calls that it makes."""
+        before = [(library, library.get_num_threads()) for library in _blas_libraries()]
+        changed = [(library, number) for library, number in before if number != n]
+        try:
+            for library, _ in changed:
+                library.set_num_threads(n)
+            yield
+        finally:
+            for library, number in changed:
+                library.set_num_threads(number)
 
     def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
         """function(item, slot) for each item, in order, `count` of them at a time; two that run
@@ -97,14 +104,14 @@ class Threads:
         return results
 
     @cached_property
+    def _free(self) -> "_FreeCores":
+        return _FreeCores(self.helpers)
+
+    @cached_property
     def _pool(self) -> "ThreadPoolExecutor":
         from concurrent.futures import ThreadPoolExecutor  # not for --help
 
         return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
-
-    @property
-    def _blas(self) -> list[Any]:
-        return _blas_libraries()
 
 
 @lru_cache(maxsize=1)
@@ -118,31 +125,6 @@ def _blas_libraries() -> list[Any]:
 def _blas_limits() -> list[int]:
     """As they were when first looked at: what the user's environment asks for."""
     return [library.get_num_threads() for library in _blas_libraries()]
-
-
-class _BlasThreads:
-    """threadpoolctl's own context takes 50 times as long as the two calls that it makes."""
-
-    def __init__(self, libraries: list[Any], n: int) -> None:
-        self._libraries = libraries
-        self._n = n
-
-    def __enter__(self) -> None:
-        self._before = [library.get_num_threads() for library in self._libraries]
-        self._set([self._n] * len(self._libraries))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._set(self._before)
-
-    def _set(self, numbers: list[int]) -> None:
-        for library, before, n in zip(self._libraries, self._before, numbers, strict=True):
-            if n != before or self._n != before:
-                library.set_num_threads(n)
 
 
 class _FreeCores:
@@ -195,17 +177,21 @@ def usable_cores() -> int:
 
 def _busy_seconds() -> float | None:
     """Seconds that the usable cores have computed since the machine began; None off Linux."""
-    try:
-        lines = Path("/proc/stat").read_text().splitlines()
-        usable = {f"cpu{i}" for i in os.sched_getaffinity(0)}
-        ticks = 0
-        for name, *fields in map(str.split, filter(None, lines)):
-            if name in usable:
-                user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, fields)
-                ticks += user + nice + system + irq + softirq
-        return ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):
+    statistics = _machine_statistics()
+    if not statistics:
         return None
+    ticks = 0
+    for i in os.sched_getaffinity(0):
+        if fields := statistics.get(f"cpu{i}"):  # a container may hide some
+            user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, fields)
+            ticks += user + nice + system + irq + softirq
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _process_seconds(pid: int) -> float:
+    """Seconds that a process has computed; 0 where it has ended."""
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def _others_running(helpers: Sequence[int]) -> int:
@@ -213,40 +199,34 @@ def _others_running(helpers: Sequence[int]) -> int:
 
     The least of ten looks in 20 ms: what only wakes up for a moment does not count.
     """
-    least = _threads_running_anywhere()
+    least = sys.maxsize
     for _ in range(10):
-        n = _threads_running_anywhere() - sum(map(_threads_running, ("self", *helpers)))
-        least = min(n, least)
+        anywhere = int(_machine_statistics().get("procs_running", ["0"])[0])
+        ours = sum(map(_threads_running, ("self", *helpers)))
+        least = min(least, anywhere - ours)
         if least <= 0:
             return 0
         time.sleep(0.002)
     return least
 
 
-def _threads_running_anywhere() -> int:
-    try:
-        for line in Path("/proc/stat").read_text().splitlines():
-            if line.startswith("procs_running "):
-                return int(line.split()[1])
-    except (OSError, ValueError):
-        pass
-    return 0
-
-
 def _threads_running(pid: int | str) -> int:
     """Threads of a process that run, those of BLAS that wait for more work included."""
-    n = 0
-    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-        try:
-            n += path.read_text().rpartition(")")[2].split()[0] == "R"
-        except (OSError, IndexError):  # it has ended
-            continue
-    return n
+    return sum(_fields(path)[:1] == ["R"] for path in Path(f"/proc/{pid}/task").glob("*/stat"))
 
 
-def _process_seconds(pid: int) -> float:
+def _machine_statistics() -> dict[str, list[str]]:
+    """The lines of /proc/stat by their first word; empty off Linux."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):  # it has ended
-        return 0.0
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: fields for name, *fields in map(str.split, filter(None, lines))}
+
+
+def _fields(path: Path) -> list[str]:
+    """What /proc tells of a process or thread after its name; empty where it has ended."""
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

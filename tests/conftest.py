@@ -2,6 +2,7 @@
 
 import importlib.util
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def make_llama(ops, config=TINY, seed=0, tokenizer=None, dtype="float32") -> Lla
 @pytest.fixture
 def llama(ops) -> Llama:
     return make_llama(ops)
+
+
+def run_script(code):
+    """A Python script in a process of its own, which must end well; warnings are off."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, timeout=60).returncode == 0
 
 
 def data_file(name) -> Path:

@@ -236,8 +236,7 @@ def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
     )
     rival = SimpleNamespace(run=lambda: order.append("rival") or Sample(None, 1.0, None))
     runs = side_by_side(llama, make_task([3], 3, 260), roofline, [rival], 3)
-    one_run = [measure.PAUSE, "npllama", measure.PAUSE, "rival", measure.PAUSE]
-    assert order == [measure.PAUSE, *3 * one_run]  # the first is that of the warm-up
+    assert order == 3 * [measure.PAUSE, "npllama", measure.PAUSE, "rival", measure.PAUSE]
     assert len(runs.npllama) == len(runs.roofline) == len(runs.rivals[0]) == 3
 
 

@@ -279,7 +279,7 @@ GRIDS = {
 # Hooks that describe memory rather than compute; each has its own test where named.
 NOT_MATHEMATICS = {
     "attention_nbytes",  # test_memory.py
-    "scratch_size",  # test_the_scratch_has_room_for_a_token_of_every_head
+    "scratch_size",  # test_the_scratch_has_room_for_some_queries_of_a_key_head_in_every_thread
     "prepare",  # test_weights.py, test_workers.py
     "computing",  # test_workers.py
     "cache_dtype",  # test_the_cache_keeps_the_dtype_that_design_says

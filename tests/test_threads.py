@@ -11,6 +11,10 @@ import pytest
 from threadpoolctl import ThreadpoolController
 
 import npllama.threads
+from conftest import run_script
+from npllama.backend import Backend
+from npllama.ops import NumpyOps
+from npllama.parameters import Matrix
 from npllama.threads import Threads, usable_cores
 
 
@@ -140,15 +144,10 @@ def test_a_fork_computes_by_itself():
         "assert threads.map(work, range(9)) == list(range(1, 10))\n"
         "if pid: assert os.waitpid(pid, 0)[1] == 0\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    assert subprocess.run(command, timeout=60).returncode == 0
+    run_script(code)
 
 
 def test_results_do_not_depend_on_how_many_threads_are_free(monkeypatch, rng):
-    from npllama.backend import Backend
-    from npllama.ops import NumpyOps
-    from npllama.parameters import Matrix
-
     x = rng.standard_normal((1, 200, 300), dtype="float32")
     w = Matrix(rng.standard_normal((500, 300), dtype="float32"))
     got = []

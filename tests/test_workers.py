@@ -12,14 +12,14 @@ import pytest
 
 import npllama.ops.numpy_ops as numpy_ops
 import npllama.ops.workers
-from conftest import TINY, make_llama
+from conftest import TINY, make_llama, run_script
 from model_directory import write_model
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
 from npllama.errors import WorkerError
 from npllama.generate import main
 from npllama.ops import NumpyOps
-from npllama.ops.workers import _ASLEEP, _LINE, _SPIN, MAX_ROWS, Workers, can_work
+from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
 from npllama.sampling import Sampling
 from npllama.shared_arrays import share
 from npllama.threads import Threads
@@ -53,7 +53,7 @@ def alive(pid):
 
 
 def asleep(workers):
-    return workers._counters[2 * _LINE + _ASLEEP]
+    return workers._counters[_of_worker(1, _ASLEEP)]
 
 
 def ends(pid, seconds=10):
@@ -121,8 +121,7 @@ def test_a_fork_computes_by_itself_and_its_end_ends_no_worker():
         "    assert os.waitpid(pid, 0)[1] == 0\n"
         "    assert (w.product(x, 0, 2) == 9).all()\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    assert subprocess.run(command, timeout=60).returncode == 0
+    run_script(code)
 
 
 def test_a_second_model_of_the_same_ops_has_workers_that_know_it(monkeypatch):

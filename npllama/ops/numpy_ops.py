@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from npllama.shared_arrays import neighbours, place_of, share
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
+
+Item = TypeVar("Item")
 
 PART = 64 * 1024
 """Numbers of an elementwise operation that are worth a thread of their own: fewer take no longer
@@ -44,7 +46,6 @@ IN_CACHE = 256 * 1024
 SHARED_SIZE = 512 * 1024
 """Numbers of a narrow matrix from which on worker processes share its product: handing it out
 takes as long as widening some 50,000."""
-
 
 MAX_WORKERS = 16
 """Processes at most: each takes some 35 MB, and memory's speed is used up before that many."""
@@ -68,8 +69,8 @@ class NumpyOps(Ops):
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
         self._joined: dict[int, _Joined] = {}  # by the id of the layer
-        self._shared: dict[int, int] = {}  # id of a matrix's values -> its number
-        self._shared_values: list[np.ndarray] = []
+        # id of a matrix's values -> its number, and the values
+        self._shared: dict[int, tuple[int, np.ndarray]] = {}
         self._workers: Workers | None = None
 
     # -- hooks ---------------------------------------------------------------------------------
@@ -96,8 +97,7 @@ class NumpyOps(Ops):
         for w in matrices:
             is_narrow = w.values.dtype != np.float32
             if is_narrow and w.values.size >= SHARED_SIZE and place_of(w.values) is not None:
-                self._shared[id(w.values)] = len(self._shared_values)
-                self._shared_values.append(w.values)
+                self._shared[id(w.values)] = len(self._shared), w.values
                 self._end_workers()  # those that there are do not know of it
         return part
 
@@ -109,8 +109,9 @@ class NumpyOps(Ops):
         Workers are started here if there are none yet: they do so while a prompt is read.
         """
         threads = self.backend.threads
-        if self._shared_values and self._workers is None and threads.most > 1:
-            self._workers = Workers(min(threads.most, MAX_WORKERS), self._shared_values)
+        if self._shared and self._workers is None and threads.most > 1:
+            values = [values for _number, values in self._shared.values()]
+            self._workers = Workers(min(threads.most, MAX_WORKERS), values)
             threads.helpers += self._workers.pids
         alone = self._workers is not None or n_rows >= MANY_ROWS
         return threads.blas(1 if alone else threads.count)
@@ -141,9 +142,8 @@ class NumpyOps(Ops):
         if is_alone and n_rows >= MANY_ROWS:  # as in training, whose derivatives expect rows
             return (flat @ values.T).reshape(*x.shape[:-1], n_out)
         if id(values) in self._shared and self._workers is not None and n_rows <= MAX_ROWS:
-            with self.backend.threads.blas(1):
-                n = self.backend.threads.count
-                y = self._workers.product(flat, self._shared[id(values)], n)
+            number, _values = self._shared[id(values)]
+            y = self._workers.product(flat, number, self.backend.threads.count)
         else:
             y = np.empty((n_out, n_rows), dtype="float32")
             if n_rows < MANY_ROWS:
@@ -161,13 +161,19 @@ class NumpyOps(Ops):
 
     def _in_parts(self, function: Callable[[slice, int], None], n: int, size: int) -> None:
         """function(slice of 0 .. n, slot), each of n of `size` numbers, on all cores."""
-        most = self.backend.threads.most
-        n_parts = min(most, n * size // PART)
-        if n_parts < 2 or n < MANY_ROWS:
-            function(slice(0, n), 0)
-            return
+        n_parts = max(1, min(self.backend.threads.most, n * size // PART))
+        if n < MANY_ROWS:
+            n_parts = 1
         parts = [slice(n * i // n_parts, n * (i + 1) // n_parts) for i in range(n_parts)]
-        self.backend.threads.map(function, parts)
+        self._for_each(function, parts, n)
+
+    def _for_each(self, function: Callable[[Item, int], None], items: list[Item], n: int) -> None:
+        """function(item, slot) for each; on all cores where n, the tokens, are many."""
+        if n < MANY_ROWS or len(items) == 1:
+            for item in items:
+                function(item, 0)
+        else:
+            self.backend.threads.map(function, items)
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
         """As `linear` leaves it: a long prompt's tokens side by side in memory."""
@@ -299,13 +305,11 @@ class NumpyOps(Ops):
             np.divide(gate[..., some], part, out=part)
             part *= up[..., some]
 
+        # a long prompt's columns lie one after the other: some at a time stay in the cache
         n_tokens, width = gate.shape[1], gate.shape[-1]
-        if n_tokens < MANY_ROWS:
-            compute(slice(0, width), 0)
-        else:  # columns lie one after the other: some at a time, which stay in the cache
-            at_once = max(1, PART // n_tokens)
-            parts = [slice(i, min(i + at_once, width)) for i in range(0, width, at_once)]
-            self.backend.threads.map(compute, parts)
+        at_once = max(1, PART // n_tokens)
+        parts = [slice(i, min(i + at_once, width)) for i in range(0, width, at_once)]
+        self._for_each(compute, parts, n_tokens)
         return y
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
@@ -372,11 +376,7 @@ class NumpyOps(Ops):
             scores = groups * (some.stop - begin) * n_keys  # of a key head
             at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
             items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
-        if n_new < MANY_ROWS:
-            for item in items:
-                attend(item, 0)
-        else:
-            self.backend.threads.map(attend, items[::-1])  # the last see the most keys
+        self._for_each(attend, items[::-1], n_new)  # the last see the most keys
         return o.reshape(q.shape)  # (K, G, T, C) -> (H, T, C)
 
     def sigmoid(self, x: Array) -> Array:

@@ -45,6 +45,11 @@ _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
 _DONE, _ASLEEP, _LINE = 0, 1, 8
 
 
+def _of_worker(rank: int, field: int) -> int:
+    """The counter that a worker tells of itself by."""
+    return (1 + rank) * _LINE + field
+
+
 def can_work() -> bool:
     """Whether workers can be had on this machine."""
     return can_share() and os.uname().machine == "x86_64"
@@ -125,7 +130,7 @@ class Workers:
             sequence = counters[_SEQUENCE] + 1
             counters[_SEQUENCE] = sequence  # last: from here on the workers read
             for rank in range(1, n_parts):
-                if counters[rank * _LINE + _LINE + _ASLEEP]:
+                if counters[_of_worker(rank, _ASLEEP)]:
                     self._wake(rank)
             _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
             for rank in range(1, n_parts):
@@ -168,7 +173,7 @@ class Workers:
             self._processes[rank - 1].stdin.write(b"\n")
 
     def _wait(self, rank: int, sequence: int) -> None:
-        counters, done = self._counters, rank * _LINE + _LINE + _DONE
+        counters, done = self._counters, _of_worker(rank, _DONE)
         reads = 0
         while counters[done] != sequence:
             reads += 1
@@ -176,7 +181,7 @@ class Workers:
                 process = self._processes[rank - 1]
                 if process.poll() is not None:
                     raise self._ended(rank, process.returncode)
-                if counters[done - _DONE + _ASLEEP]:  # an exception came before it was woken
+                if counters[_of_worker(rank, _ASLEEP)]:  # an exception came before it was woken
                     self._wake(rank)
                 time.sleep(0)  # the worker may be waiting for this very core
 
@@ -227,15 +232,14 @@ def _compute(
 
 def serve() -> None:
     """A worker's life: read the job from standard input, then compute until it closes."""
-    line = sys.stdin.buffer.raw.readline()
-    job = json.loads(line)
+    job = json.loads(sys.stdin.buffer.raw.readline())
     mapped = Mapped()
     places = [Place(**job[name]) for name in ("counters", "x", "y")]
     counters, x, y = (mapped.array(place, writable=True) for place in places)
     counters = memoryview(counters)
     matrices = [mapped.array(Place(**place)) for place in job["matrices"]]
     rank = job["rank"]
-    done, asleep = (rank * _LINE + _LINE + field for field in (_DONE, _ASLEEP))
+    done, asleep = _of_worker(rank, _DONE), _of_worker(rank, _ASLEEP)
     sequence, since = 0, time.perf_counter()
     while True:
         reads = 0

@@ -134,6 +134,7 @@ def side_by_side(
     for _ in range(n_runs):
 
         def ours() -> None:
+            time.sleep(PAUSE)
             runs.npllama.append(generate(llama, task))
 
         if roofline is None:
@@ -160,7 +161,6 @@ def roofline_run(
     batch = len(task.prompts)
     decode = sum(roofline.seconds(batch, batch) for _ in range(n_passes // 2))
     prefill = sum(roofline.seconds(length, 1) for length in task.lengths)
-    time.sleep(PAUSE)
     between()
     decode += sum(roofline.seconds(batch, batch) for _ in range(n_passes - n_passes // 2))
     return Sample(
