@@ -301,6 +301,8 @@ class Generation:
         return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
 
     def _uniform(self, rows: list[Row], step: int) -> Array:
+        if self.sampling.temperature == 0:  # nothing is drawn
+            return self.backend.xp.zeros(len(rows))
         return self.backend.to_device(uniforms(self.seed, [row.number for row in rows], step))
 
     def _count(self, seconds: float, n_new: int, is_first: bool) -> None:

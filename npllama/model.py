@@ -16,10 +16,6 @@ from npllama.parameters import Parameters
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: memory grows with PREFILL_CHUNK * context, not context^2."""
 
-LAST = slice(-1, None)
-NONE = slice(0, 0)
-ALL = slice(None)
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -94,41 +90,47 @@ class Transformer:
         tokens: Array,
         cache: KVCache,
         rows: tuple[int, ...] | None = None,
-        wanted: slice = LAST,
+        n_last: int = 1,
     ) -> Array:
         """Logits of the next token, and the cache filled with the new tokens.
 
         Args:
             tokens: (B, T) integers on the device; row b continues row rows[b] of the cache.
             rows: B rows of the cache, each at a position of its own; default all.
-            wanted: the positions among T whose logits are computed; the last by default.
+            n_last: of how many of the T positions, the last ones, logits are computed.
 
         Returns:
-            (B, n, V) float32 for n wanted positions.
+            (B, n_last, V) float32.
 
         Raises:
             InputError: the cache has no room for T more positions.
         """
         positions = cache.positions(tokens.shape[1], rows)
-        logits = self.compute(tokens, cache, positions, wanted)
+        logits = self.compute(tokens, cache, positions, n_last)
         cache.advance(positions)
         return logits
 
     def compute(
-        self, tokens: Array, cache: KVCache, positions: Positions, wanted: slice = LAST
+        self, tokens: Array, cache: KVCache, positions: Positions, n_last: int = 1
     ) -> Array:
         """`forward` between finding the positions and counting them: device work alone, which
-        a captured step may replay."""
+        a captured step may replay.
+
+        Of the last layer, all but the last positions need no more than their keys and values.
+        """
         ops, parameters = self.ops, self.parameters
+        *layers, (layer, layer_cache) = zip(parameters.layers, cache.layers, strict=True)
         with ops.computing(tokens.size):
             x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
-            for layer, layer_cache in zip(parameters.layers, cache.layers, strict=True):
-                x = ops.attention_block(x, layer, layer_cache, positions)
-                x = ops.feed_forward(x, layer)
-            x = x[:, wanted]  # (B, T, D) -> (B, n, D)
-            if x.shape[1] == 0:
-                shape = (*x.shape[:2], self.config.vocab_size)
+            for a_layer, a_layer_cache in layers:
+                x = ops.attention_block(x, a_layer, a_layer_cache, positions)
+                x = ops.feed_forward(x, a_layer)
+            # (B, T, D) -> (B, n, D), n at least 1: no array is empty
+            x = ops.attention_block(x, layer, layer_cache, positions, max(n_last, 1))
+            if n_last == 0:
+                shape = (len(x), 0, self.config.vocab_size)
                 return self.backend.xp.zeros(shape, dtype="float32")
+            x = ops.feed_forward(x, layer)
             return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
 
     def prefill(
@@ -142,7 +144,7 @@ class Transformer:
         for begin in range(0, len(ids), chunk):
             is_last = begin + chunk >= len(ids)
             part = tokens[None, begin : begin + chunk]  # (T,) -> (1, chunk)
-            logits = self.forward(part, cache, (row,), wanted=LAST if is_last else NONE)
+            logits = self.forward(part, cache, (row,), n_last=1 if is_last else 0)
         return logits[:, 0]  # (1, 1, V) -> (1, V)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -166,7 +168,7 @@ class Transformer:
         out = np.empty((len(ids), self.config.vocab_size), dtype="float32")
         for begin in range(0, len(ids), PREFILL_CHUNK):
             part = tokens[None, begin : begin + PREFILL_CHUNK]
-            logits = self.forward(part, cache, wanted=ALL)  # (1, chunk, V)
+            logits = self.forward(part, cache, n_last=part.shape[1])  # (1, chunk, V)
             out[begin : begin + PREFILL_CHUNK] = self.backend.to_host(logits[0])
         return out
 

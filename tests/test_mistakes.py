@@ -69,15 +69,15 @@ MISTAKES = {
     ),
     "norm after instead of before attention": (
         BLOCKS,
-        "return x + self.all_reduce(self.linear(o, layer.wo))",
-        "return self.rms_norm(x + self.all_reduce(self.linear(o, layer.wo)), "
+        "return last(x, n_last) + self.all_reduce(self.linear(o, layer.wo))",
+        "return self.rms_norm(last(x, n_last) + self.all_reduce(self.linear(o, layer.wo)), "
         "layer.attention_norm, layer.norm_eps)",
     ),
     "no norm before attention": (
         BLOCKS,
         "h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)\n"
-        "        q, k, v = self.queries_keys_values(h, layer, positions)\n        cache",
-        "q, k, v = self.queries_keys_values(x, layer, positions)\n        cache",
+        "        q, k, v = self.queries_keys_values(h, layer, positions, n_last)\n        cache",
+        "q, k, v = self.queries_keys_values(x, layer, positions, n_last)\n        cache",
     ),
     "norm after instead of before the feed-forward": (
         BLOCKS,
@@ -91,7 +91,7 @@ MISTAKES = {
     ),
     "no residual around attention": (
         BLOCKS,
-        "return x + self.all_reduce(self.linear(o",
+        "return last(x, n_last) + self.all_reduce(self.linear(o",
         "return self.all_reduce(self.linear(o",
     ),
     "no residual around the feed-forward": (

@@ -6,7 +6,6 @@ import pytest
 from conftest import TINY, make_llama, make_ops
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
-from npllama.model import ALL, NONE
 
 CLOSE = 1e-5  # of the largest logit
 IDS = [1, 100, 7, 259, 3, 42, 42, 8, 200, 11, 12]
@@ -71,21 +70,34 @@ def test_some_rows_of_a_batch_may_go_on_without_the_others(llama, to_device, to_
 def test_a_batch_may_take_several_tokens_at_different_positions(llama, to_device, to_host):
     cache = llama.new_cache(batch=2)
     llama.prefill(IDS[:4], cache, row=1)
-    logits = to_host(llama.forward(to_device(np.array([IDS[:3], IDS[4:7]])), cache, wanted=ALL))
+    logits = to_host(llama.forward(to_device(np.array([IDS[:3], IDS[4:7]])), cache, n_last=3))
     assert_same(logits[0], llama.logits(IDS[:3]))
     assert_same(logits[1], llama.logits(IDS[:7])[4:])
 
 
-def test_the_head_runs_on_the_wanted_positions_alone(llama, to_device, monkeypatch):
+def test_the_last_layer_and_the_head_run_on_the_last_positions_alone(
+    llama, to_device, to_host, monkeypatch
+):
     seen = []
-    head = llama.ops.head
-    monkeypatch.setattr(llama.ops, "head", lambda x, p: seen.append(x.shape[1]) or head(x, p))
+    for name in ("feed_forward", "head"):
+        method = getattr(llama.ops, name)
+        monkeypatch.setattr(
+            llama.ops,
+            name,
+            lambda x, p, name=name, method=method: seen.append((name, x.shape[1])) or method(x, p),
+        )
     tokens = to_device(np.array([IDS[:5]]))
-    shapes = [llama.forward(tokens, llama.new_cache()).shape]
-    shapes.append(llama.forward(tokens, llama.new_cache(), wanted=ALL).shape)
-    shapes.append(llama.forward(tokens, llama.new_cache(), wanted=NONE).shape)
-    assert seen == [1, 5]
-    assert shapes == [(1, n, TINY.vocab_size) for n in (1, 5, 0)]
+    logits = {n: to_host(llama.forward(tokens, llama.new_cache(), n_last=n)) for n in (1, 3, 5, 0)}
+    n_layers = TINY.n_layers
+    assert seen == [
+        *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 1), ("head", 1),
+        *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 3), ("head", 3),
+        *[("feed_forward", 5)] * n_layers, ("head", 5),
+        *[("feed_forward", 5)] * (n_layers - 1),
+    ]  # fmt: skip
+    assert [x.shape for x in logits.values()] == [(1, n, TINY.vocab_size) for n in (1, 3, 5, 0)]
+    for n in (1, 3):
+        assert_same(logits[n], logits[5][:, -n:])
 
 
 def test_prefill_memory_grows_with_the_context_not_its_square():

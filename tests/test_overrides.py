@@ -5,6 +5,7 @@ must be registered in GRIDS with a grid of inputs, or collection fails. Each gri
 implementation, the reference on each backend included, within the tolerance of (backend, dtype).
 """
 
+import functools
 import inspect
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -202,23 +203,27 @@ def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6):
 
 
 def attention_block_grid():
-    """Output, keys and values; ragged rows; prompts short and long enough to be cut up."""
+    """Output, keys and values; ragged rows; prompts short and long enough to be cut up; all
+    tokens' outputs, and the last ones' alone."""
     for t, s, b, g in itertools.product((*T, 130, 200), S, B, G):
         rng = np.random.default_rng(0)
         n_kv_heads = 2 if g < 8 else 1
         x = rng.standard_normal((b, t, n_kv_heads * g * 6), dtype="float32")
 
-        def call(ops, wide, move, x=x, s=s, g=g, n_kv_heads=n_kv_heads):
+        def call(ops, wide, move, x=x, s=s, g=g, n_kv_heads=n_kv_heads, n_last=None):
             heads = (n_kv_heads * g, n_kv_heads)
             layer = make_layer(ops, wide, move, "float32", *heads, apart=s == 1)
             starts = [max(0, s - b) for b in range(len(x))]
             cache = make_cache(ops, wide, move, starts, x.shape[1], *heads)
             positions = cache.positions(x.shape[1])
-            y = ops.attention_block(move(wide(x)), layer, cache.layers[0], positions)
+            y = ops.attention_block(move(wide(x)), layer, cache.layers[0], positions, n_last)
             k, v = cache.layers[0].k, cache.layers[0].v
             return ops.xp.concatenate([a.reshape(-1) for a in (y, k, v)])
 
         yield "float32", f"B{b}-T{t}-S{s}-G{g}", call
+        for n_last in {1, t // 2 + 1} - {t}:
+            some = functools.partial(call, n_last=n_last)
+            yield "float32", f"B{b}-T{t}-S{s}-G{g}-last{n_last}", some
 
 
 def feed_forward_grid():
@@ -238,14 +243,16 @@ def queries_keys_values_grid():
     for dtype, apart, t, b, g in itertools.product(("float32", "int8"), (False, True), T, B, G):
         h = np.random.default_rng(0).standard_normal((b, t, 12 * g), dtype="float32")
 
-        def call(ops, wide, move, h=h, dtype=dtype, apart=apart, g=g):
+        def call(ops, wide, move, h=h, dtype=dtype, apart=apart, g=g, n_last=None):
             layer = make_layer(ops, wide, move, dtype, 2 * g, 2, apart=apart)
             cache = make_cache(ops, wide, move, [5] * len(h), h.shape[1], 2 * g, 2)
             positions = cache.positions(h.shape[1])
-            parts = ops.queries_keys_values(move(wide(h)), layer, positions)
+            parts = ops.queries_keys_values(move(wide(h)), layer, positions, n_last)
             return ops.xp.concatenate([a.reshape(-1) for a in parts])
 
-        yield dtype, f"{dtype}-B{b}-T{t}-G{g}-{'apart' if apart else 'joined'}", call
+        label = f"{dtype}-B{b}-T{t}-G{g}-{'apart' if apart else 'joined'}"
+        yield dtype, label, call
+        yield dtype, f"{label}-last1", functools.partial(call, n_last=1)
 
 
 def embed_grid():
@@ -353,7 +360,7 @@ def test_an_override_has_the_signature_of_its_twin():
 def test_the_scratch_has_room_for_some_queries_of_a_key_head_in_every_thread():
     numpy_ops = NumpyOps(Backend(threads=Threads(2)))
     assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=1, context=100) == 2 * 4 * 100
-    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 256 * 100
+    assert numpy_ops.scratch_size(n_heads=32, n_kv_heads=8, chunk=512, context=100) == 2 * 128 * 100
     assert Ops(Backend()).scratch_size(32, 8, 64, 100) == 0
 
 

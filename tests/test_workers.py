@@ -26,7 +26,7 @@ from npllama.threads import Threads
 
 pytestmark = pytest.mark.skipif(not can_work(), reason="no worker processes on this machine")
 
-DTYPES = ("float16", ml_dtypes.bfloat16, "int8")
+DTYPES = ("float32", "float16", ml_dtypes.bfloat16, "int8")
 SHAPES = ((1000, 700), (3, 64), (1, 5))
 BIG = LlamaConfig(256, 2, 4, 2, 1100, 260)  # gate and up together are 563,200 numbers
 
@@ -216,11 +216,49 @@ def test_a_narrow_model_generates_with_workers_what_it_does_without(dtype, monke
     assert np.abs(got[0][1] - got[1][1]).max() < 1e-4
 
 
-def test_small_and_float32_models_have_no_workers():
-    for config, dtype in ((TINY, "int8"), (BIG, "float32")):
+def test_a_small_float32_model_generates_with_workers_once_they_have_started(monkeypatch):
+    monkeypatch.setattr(numpy_ops, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(numpy_ops, "CACHED_SIZE", 1000)
+    products = []
+    product = Workers.product
+    monkeypatch.setattr(Workers, "product", lambda *a: products.append(a) or product(*a))
+
+    def run(llama):
+        products.clear()
+        batch = llama.generate_batch(
+            [[1, 5, 6, 7], [1, 8], [1, *range(3, 100)]],
+            max_new_tokens=8,
+            sampling=Sampling(temperature=0),
+            ignore_eos=True,
+        )
+        return [c.ids for c in batch], np.array([c.log_probs for c in batch]), len(products)
+
+    alone = run(big_llama("float32", 1)[0])
+    llama, ops = big_llama("float32", 2)
+    with monkeypatch.context() as starting:
+        starting.setattr(Workers, "are_ready", False)
+        before = run(llama)
+    until = time.monotonic() + 10
+    while not ops._workers.are_ready and time.monotonic() < until:
+        time.sleep(0.01)
+    after = run(llama)
+    ops._workers.close()
+    assert (alone[2], before[2]) == (0, 0) and after[2] > 0
+    for ids, log_probs, _n in (before, after):
+        assert ids == alone[0]
+        assert np.abs(log_probs - alone[1]).max() < 1e-4
+
+
+def test_models_without_use_for_workers_have_none(monkeypatch):
+    def check(config, dtype):
         ops = NumpyOps(Backend(threads=Threads(2)))
         make_llama(ops, config, dtype=dtype).generate([1, 2, 3], max_new_tokens=3)
         assert ops._workers is None
+
+    check(TINY, "int8")
+    check(BIG, "float32")  # it stays in the cache
+    monkeypatch.setattr(numpy_ops, "CACHED_SIZE", 1000)
+    check(LlamaConfig(704, 1, 2, 2, 700, 260), "float32")  # of BLAS's own threads
 
 
 def test_a_script_needs_no_main_guard_and_leaves_nobody_behind(tmp_path):

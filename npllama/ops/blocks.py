@@ -36,31 +36,38 @@ class Ops(SamplingEquations, Derivatives):
         return self.embedding(tokens, embedding)
 
     def attention_block(
-        self, x: Array, layer: Layer, cache: "LayerCache", positions: "Positions"
+        self,
+        x: Array,
+        layer: Layer,
+        cache: "LayerCache",
+        positions: "Positions",
+        n_last: int | None = None,
     ) -> Array:
         """x + Attention(RMSNorm(x)) W_o^T, writing the new keys and values to the cache.
 
         Args:
             x: (B, T, D); row b is the cache's row positions.rows[b].
+            n_last: of how many of the T tokens, the last ones, the result is computed (n; all
+                where None). Keys and values are those of all.
 
         Returns:
-            (B, T, D) in x's dtype.
+            (B, n, D) in x's dtype.
 
         Source: Touvron et al. 2023a, section 2.2 (pre-normalization, as in GPT-3).
         """
         h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
-        q, k, v = self.queries_keys_values(h, layer, positions)
+        q, k, v = self.queries_keys_values(h, layer, positions, n_last)
         cache.write(k, v, positions)
         heads = []
         for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
             end = start + positions.n_new  # N = S + T
             k_row, v_row = cache.k[row, :, :end], cache.v[row, :, :end]  # (K, N, C)
-            q_row = q[b].swapaxes(0, 1)  # (T, H, C) -> (H, T, C)
+            q_row = q[b].swapaxes(0, 1)  # (n, H, C) -> (H, n, C)
             o = self.attention(q_row, k_row, v_row, cache.scratch)
-            heads.append(o.swapaxes(0, 1))  # (H, T, C) -> (T, H, C)
-        o = self.xp.stack(heads)  # B x (T, H, C) -> (B, T, H, C)
-        o = o.reshape(*x.shape[:2], -1)  # (B, T, H, C) -> (B, T, H*C)
-        return x + self.all_reduce(self.linear(o, layer.wo))
+            heads.append(o.swapaxes(0, 1))  # (H, n, C) -> (n, H, C)
+        o = self.xp.stack(heads)  # B x (n, H, C) -> (B, n, H, C)
+        o = o.reshape(*o.shape[:2], -1)  # (B, n, H, C) -> (B, n, H*C)
+        return last(x, n_last) + self.all_reduce(self.linear(o, layer.wo))
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """x + SwiGLU(RMSNorm(x)) W_down^T; (B, T, D) -> (B, T, D).
@@ -87,18 +94,21 @@ class Ops(SamplingEquations, Derivatives):
         return self.attention_weights(q[0].swapaxes(0, 1), k[0].swapaxes(0, 1))
 
     def queries_keys_values(
-        self, h: Array, layer: Layer, positions: "Positions"
+        self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
     ) -> tuple[Array, Array, Array]:
         """The normalized stream h (B, T, D), projected and, for q and k, rotated.
 
         Returns:
-            q (B, T, H, C), k (B, T, K, C), v (B, T, K, C) in h's dtype.
+            q (B, n, H, C) of the last n tokens, k (B, T, K, C), v (B, T, K, C) in h's dtype.
         """
-        heads = (*h.shape[:2], -1, 2 * positions.cos.shape[-1])  # (B, T, heads, C)
-        q = self.linear(h, layer.wq).reshape(heads)  # (B, T, H*C) -> (B, T, H, C)
-        k = self.linear(h, layer.wk).reshape(heads)  # (B, T, K*C) -> (B, T, K, C)
-        v = self.linear(h, layer.wv).reshape(heads)
-        q = self.rope(q, positions.cos, positions.sin)
+        head_dim = 2 * positions.cos.shape[-1]
+
+        def heads(x: Array, w: Matrix) -> Array:
+            return self.linear(x, w).reshape(*x.shape[:2], -1, head_dim)
+
+        q = heads(last(h, n_last), layer.wq)  # (B, n, D) -> (B, n, H, C)
+        k, v = heads(h, layer.wk), heads(h, layer.wv)  # (B, T, D) -> (B, T, K, C)
+        q = self.rope(q, last(positions.cos, n_last), last(positions.sin, n_last))
         k = self.rope(k, positions.cos, positions.sin)
         return q, k, v
 
@@ -205,3 +215,8 @@ class Ops(SamplingEquations, Derivatives):
     def all_gather(self, x: Array) -> Array:
         """The shards' slices of the last axis side by side; with one shard x itself."""
         return x
+
+
+def last(x: Array, n: int | None) -> Array:
+    """The last n of T tokens, all where None: (B, T, ...) -> (B, n, ...)."""
+    return x if n is None else x[:, x.shape[1] - n :]

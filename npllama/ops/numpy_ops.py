@@ -7,7 +7,7 @@ everything else, which NumPy computes on one core: here it is cut up for all of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from npllama.backend import Array, Backend
-from npllama.ops.blocks import Ops, Part
+from npllama.ops.blocks import Ops, Part, last
 from npllama.ops.tiles import product
 from npllama.ops.workers import MAX_ROWS, Workers, can_work
 from npllama.parameters import Head, Layer, Matrix
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-PART = 64 * 1024
-"""Numbers of an elementwise operation that are worth a thread of their own: fewer take no longer
-than the thread's waking up."""
+PIECE = 64 * 1024
+"""Numbers of an elementwise operation that are computed at a time, since several ufuncs go over
+them: they stay in a core's own cache, and are worth a thread's waking up."""
 
 MANY_ROWS = 64
 """Rows from which on a product is cut up among threads that each use BLAS on one core, and all
 else among the same: 1.2 times as fast at 512 rows of 768 as BLAS with two threads, which go on
 spinning for a while and disturb what follows. With fewer rows waking threads up takes longer."""
 
-QUERIES = 256
+QUERIES = 128
 """Queries of a key head that are computed together, G for each token: fewer are too few for a
 product, and of more tokens' keys more are computed in vain, since the first do not see them."""
 
@@ -47,8 +47,23 @@ SHARED_SIZE = 512 * 1024
 """Numbers of a narrow matrix from which on worker processes share its product: handing it out
 takes as long as widening some 50,000."""
 
+SMALL_WIDTH = 678
+"""Width D of a model up to which worker processes share products of one row in float32 as well.
+OpenBLAS uses one core for a matrix of fewer than 460,800 numbers, which those of D x D then are:
+1.2 times as fast at D = 288, 1.0 at 640."""
+
+SHARED_SMALL_SIZE = 64 * 1024
+"""Numbers of a float32 matrix of such a model from which on handing it out is worth it."""
+
+CACHED_SIZE = 8 * 1024 * 1024
+"""Numbers of all those matrices below which it is not: they stay in the processor's cache."""
+
 MAX_WORKERS = 16
 """Processes at most: each takes some 35 MB, and memory's speed is used up before that many."""
+
+
+_SIGNS = np.array([[-1], [1]], dtype="float32")
+"""Of the two halves of a head: what sin is multiplied by in RoPE."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +86,17 @@ class NumpyOps(Ops):
         self._joined: dict[int, _Joined] = {}  # by the id of the layer
         # id of a matrix's values -> its number, and the values
         self._shared: dict[int, tuple[int, np.ndarray]] = {}
+        self._shares_narrow, self._n_shared = False, 0
         self._workers: Workers | None = None
+        self._is_helped = False  # by workers, in this forward
 
     # -- hooks ---------------------------------------------------------------------------------
 
     def prepare(self, part: Part) -> Part:
-        """Matrices that lie side by side are joined; large narrow ones are shared with workers.
+        """Matrices that lie side by side are joined; those that workers are to help with, large
+        narrow ones and those of a small model, are shared with them.
 
-        Nothing is copied but narrow matrices that lie in this process's own memory (those that
+        Nothing is copied but such matrices that lie in this process's own memory (those that
         were converted while loading), which move to shared memory.
         """
         part = part.map(self.backend.to_device)
@@ -90,14 +108,17 @@ class NumpyOps(Ops):
             gate_up = _side_by_side(part.w_gate, part.w_up)
             self._joined[id(part)] = _Joined(part, qkv, gate_up)
             matrices += [qkv] if qkv else [part.wq, part.wk, part.wv]
+            matrices += [part.wo]
             matrices += [gate_up] if gate_up else [part.w_gate, part.w_up]
-            matrices += [part.wo, part.w_down]
+            matrices += [part.w_down]
         elif isinstance(part, Head):
             matrices.append(part.lm_head)
         for w in matrices:
-            is_narrow = w.values.dtype != np.float32
-            if is_narrow and w.values.size >= SHARED_SIZE and place_of(w.values) is not None:
+            least = _least_shared(w.values, _width(part))
+            if w.values.size >= least and place_of(w.values) is not None:
                 self._shared[id(w.values)] = len(self._shared), w.values
+                self._shares_narrow |= w.values.dtype != np.float32
+                self._n_shared += w.values.size
                 self._end_workers()  # those that there are do not know of it
         return part
 
@@ -106,15 +127,19 @@ class NumpyOps(Ops):
         among threads of our own, or beside workers: after each product its threads go on
         spinning for some 50 ms, and would take a core from those.
 
-        Workers are started here if there are none yet: they do so while a prompt is read.
+        Workers are started here if there are none yet: they do so while a prompt is read. For
+        narrow matrices they are waited for.
         """
         threads = self.backend.threads
-        if self._shared and self._workers is None and threads.most > 1:
+        is_worth_it = self._shares_narrow or self._n_shared >= CACHED_SIZE
+        if is_worth_it and self._workers is None and threads.most > 1:
             values = [values for _number, values in self._shared.values()]
             self._workers = Workers(min(threads.most, MAX_WORKERS), values)
             threads.helpers += self._workers.pids
-        alone = self._workers is not None or n_rows >= MANY_ROWS
-        return threads.blas(1 if alone else threads.count)
+        workers = self._workers
+        self._is_helped = workers is not None and (self._shares_narrow or workers.are_ready)
+        is_alone = self._is_helped or n_rows >= MANY_ROWS
+        return threads.blas(1 if is_alone else threads.count)
 
     def _end_workers(self) -> None:
         if self._workers is not None:
@@ -134,14 +159,16 @@ class NumpyOps(Ops):
             return super().linear(x, w)
         values = w.values
         n_out, width = values.shape
-        if x.size == width and values.dtype == np.float32:
-            return np.dot(values, x.reshape(width)).reshape(*x.shape[:-1], n_out)
+        is_wide = values.dtype == np.float32
+        is_shared = self._is_helped and id(values) in self._shared
+        if x.size == width and is_wide and not is_shared:
+            return values.dot(x.reshape(width)).reshape(*x.shape[:-1], n_out)
         flat = x.reshape(-1, width)  # (..., D) -> (M, D)
         n_rows = len(flat)
-        is_alone = self.backend.threads.most == 1 and values.dtype == np.float32
-        if is_alone and n_rows >= MANY_ROWS:  # as in training, whose derivatives expect rows
+        if n_rows >= MANY_ROWS and is_wide and self.backend.threads.most == 1:
+            # as in training, whose derivatives expect rows
             return (flat @ values.T).reshape(*x.shape[:-1], n_out)
-        if id(values) in self._shared and self._workers is not None and n_rows <= MAX_ROWS:
+        if is_shared and n_rows <= (MANY_ROWS - 1 if is_wide else MAX_ROWS):
             number, _values = self._shared[id(values)]
             y = self._workers.product(flat, number, self.backend.threads.count)
         else:
@@ -149,8 +176,10 @@ class NumpyOps(Ops):
             if n_rows < MANY_ROWS:
                 product(flat, values, y)
             else:
-                self._in_parts(
-                    lambda some, _slot: product(flat, values[some], y[some]), n_out, width * n_rows
+                most = self.backend.threads.most
+                parts = [slice(n_out * i // most, n_out * (i + 1) // most) for i in range(most)]
+                self._for_each(
+                    lambda some, _slot: product(flat, values[some], y[some]), parts, n_rows
                 )
         if w.scale is not None:
             y *= w.scale[:, None]
@@ -159,21 +188,26 @@ class NumpyOps(Ops):
             y = np.ascontiguousarray(y)
         return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
 
-    def _in_parts(self, function: Callable[[slice, int], None], n: int, size: int) -> None:
-        """function(slice of 0 .. n, slot), each of n of `size` numbers, on all cores."""
-        n_parts = max(1, min(self.backend.threads.most, n * size // PART))
-        if n < MANY_ROWS:
-            n_parts = 1
-        parts = [slice(n * i // n_parts, n * (i + 1) // n_parts) for i in range(n_parts)]
-        self._for_each(function, parts, n)
-
-    def _for_each(self, function: Callable[[Item, int], None], items: list[Item], n: int) -> None:
+    def _for_each(
+        self, function: Callable[[Item, int], None], items: Sequence[Item], n: int
+    ) -> None:
         """function(item, slot) for each; on all cores where n, the tokens, are many."""
         if n < MANY_ROWS or len(items) == 1:
             for item in items:
                 function(item, 0)
         else:
             self.backend.threads.map(function, items)
+
+    def _in_pieces(
+        self, function: Callable[[slice, int], None], n: int, n_tokens: int, width: int = 1
+    ) -> None:
+        """function(slice of 0 .. n, slot) until all of n are done, each of `width` numbers a
+        token: of a prompt some at a time, on all cores."""
+        if n_tokens < MANY_ROWS:
+            return function(slice(None), 0)
+        some = max(1, PIECE // (width * n_tokens))
+        pieces = [slice(i, min(i + some, n)) for i in range(0, n, some)]
+        return self._for_each(function, pieces, n_tokens)
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
         """As `linear` leaves it: a long prompt's tokens side by side in memory."""
@@ -185,23 +219,30 @@ class NumpyOps(Ops):
     # -- blocks --------------------------------------------------------------------------------
 
     def attention_block(
-        self, x: Array, layer: Layer, cache: "LayerCache", positions: "Positions"
+        self,
+        x: Array,
+        layer: Layer,
+        cache: "LayerCache",
+        positions: "Positions",
+        n_last: int | None = None,
     ) -> Array:
-        """Where each row has one new token, in few calls."""
-        if x.shape[1] > 1 or x.dtype != np.float32 or cache.k.dtype != np.float32:
-            return super().attention_block(x, layer, cache, positions)
-        return x + self.all_reduce(self._attend_one(x, layer, cache, positions))
+        """Where each row has one new token in few calls; of one row's prompt on all cores."""
+        batch, n_new, _ = x.shape
+        if x.dtype != np.float32 or cache.k.dtype != np.float32 or (batch > 1 and n_new > 1):
+            return super().attention_block(x, layer, cache, positions, n_last)
+        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
+        q, k, v = self.queries_keys_values(h, layer, positions, n_last)  # (B, n or T, heads, C)
+        attend = self._attend_one if n_new == 1 else self._attend_prompt
+        o = attend(q, k, v, cache, positions)  # (B, n, H*C)
+        return self._plus(last(x, n_last), self.all_reduce(self.linear(o, layer.wo)))
 
     def _attend_one(
-        self, x: Array, layer: Layer, cache: "LayerCache", positions: "Positions"
+        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """Attention(RMSNorm(x)) W_o^T where each row has one new token, x (B, 1, D): it is the
-        last, so it sees all keys, and nothing is hidden from it.
+        """Each row's one new token is the last, so it sees all keys: nothing is hidden from it.
 
         The same equations as `attention`, each in one call on arrays that are already there.
         """
-        h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
-        q, k, v = self.queries_keys_values(h, layer, positions)  # (B, 1, heads, C)
         batch, _, n_heads, head_dim = q.shape
         grouped = (batch, k.shape[2], n_heads // k.shape[2], head_dim)  # (B, K, G, C)
         q = q.reshape(grouped) * np.float32(1 / math.sqrt(head_dim))
@@ -214,7 +255,33 @@ class NumpyOps(Ops):
             np.exp(p, out=p)
             np.matmul(p, values, out=o[b])  # (K, G, N) @ (K, N, C) -> (K, G, C)
             o[b] /= np.add.reduce(p, axis=-1, keepdims=True)
-        return self.linear(o.reshape(batch, 1, -1), layer.wo)
+        return o.reshape(batch, 1, -1)
+
+    def _attend_prompt(
+        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
+    ) -> Array:
+        """T new tokens of one row, queries of the last n: q (1, n, H, C) -> (1, n, H*C)."""
+        (row,), (start,), n_new = positions.rows, positions.starts, positions.n_new
+        end = start + n_new  # N = S + T
+        keys, values = cache.k[row, :, :end], cache.v[row, :, :end]  # (K, N, C)
+
+        def write(head: int, _slot: int) -> None:
+            keys[head, start:], values[head, start:] = k[0, :, head], v[0, :, head]
+
+        self._for_each(write, range(len(keys)), n_new)
+        o = self.attention(q[0].swapaxes(0, 1), keys, values, cache.scratch)  # (H, n, C)
+        return o.swapaxes(0, 1).reshape(1, q.shape[1], -1)  # (H, n, C) -> (1, n, H*C)
+
+    def _plus(self, x: Array, y: Array) -> Array:
+        """x + y, in y's memory."""
+
+        def add(some: slice, _slot: int) -> None:
+            part = y[..., some]
+            part += x[..., some]
+
+        n_tokens, width = x.shape[1:]
+        self._in_pieces(add, width, n_tokens)
+        return y
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """Gate and up in one product."""
@@ -225,15 +292,15 @@ class NumpyOps(Ops):
         both = self.linear(h, joined)  # (B, T, 2 F)
         n = both.shape[-1] // 2
         y = self.swiglu(both[..., :n], both[..., n:])  # (B, T, F)
-        return x + self.all_reduce(self.linear(y, layer.w_down))
+        return self._plus(x, self.all_reduce(self.linear(y, layer.w_down)))
 
     def queries_keys_values(
-        self, h: Array, layer: Layer, positions: "Positions"
+        self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
     ) -> tuple[Array, Array, Array]:
         """One product for q, k and v, of which q and k are rotated together."""
         joined = self._joined_of(layer).qkv
-        if joined is None or h.dtype != np.float32:
-            return super().queries_keys_values(h, layer, positions)
+        if joined is None or h.dtype != np.float32 or n_last not in (None, h.shape[1]):
+            return super().queries_keys_values(h, layer, positions, n_last)
         head_dim = 2 * positions.cos.shape[-1]
         n_q, n_k = layer.wq.shape[0] // head_dim, layer.wk.shape[0] // head_dim
         y = self.linear(h, joined).reshape(*h.shape[:2], -1, head_dim)  # (B, T, H + 2K, C)
@@ -254,21 +321,40 @@ class NumpyOps(Ops):
         width = x.shape[-1]
         if x.size == width:
             flat = x.reshape(-1)
-            y = x * np.float32(1 / math.sqrt(float(flat @ flat) / width + eps))
+            y = x * np.float32(1 / math.sqrt(float(flat.dot(flat)) / width + eps))
             y *= weight
             return y
+        n_tokens = x.shape[1]
+        factor = self._sums_of_squares(x)[..., None]  # (B, T) -> (B, T, 1)
+        factor *= np.float32(1 / width)
+        factor += np.float32(eps)
+        np.reciprocal(np.sqrt(factor, out=factor), out=factor)
         y = np.empty_like(x)
 
         def compute(some: slice, _slot: int) -> None:
-            part = y[:, some]
-            size = _sum_of_squares(x[:, some])[..., None]  # (B, some, D) -> (B, some, 1)
-            size *= np.float32(1 / width)
-            size += np.float32(eps)
-            np.divide(x[:, some], np.sqrt(size, out=size), out=part)
-            part *= weight
+            part = np.multiply(x[..., some], factor, out=y[..., some])
+            part *= weight[some]
 
-        self._in_parts(compute, x.shape[1], x.size // x.shape[1])
+        self._in_pieces(compute, width, n_tokens)
         return y
+
+    def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
+        """sum over the last axis of x^2: (B, T, D) -> (B, T).
+
+        Where tokens lie side by side, 64 numbers of each at a time and then their sums: one
+        after the other they would gather more rounding.
+        """
+        if x.strides[-1] == x.itemsize:
+            return np.vecdot(x, x)
+        batch, n_tokens, width = x.shape
+        sums = np.empty((-(-width // 64), batch, n_tokens), dtype="float32")
+
+        def compute(i: int, _slot: int) -> None:
+            some = x[..., 64 * i : 64 * i + 64]
+            np.einsum("btd,btd->bt", some, some, out=sums[i])
+
+        self._for_each(compute, range(len(sums)), n_tokens)
+        return np.add.reduce(sums, axis=0)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Each pair turned, both halves of a head in one call; the reference has 12."""
@@ -279,16 +365,15 @@ class NumpyOps(Ops):
         half = x.shape[-1] // 2
         halves = x.reshape(*x.shape[:-1], 2, half)  # (B, T, heads, C) -> (B, T, heads, 2, C/2)
         cos, sin = cos[:, :, None, None], sin[:, :, None, None]  # (B, T, C/2) -> (B, T, 1, 1, C/2)
+        sin = sin * _SIGNS  # (B, T, 1, 1, C/2) -> (B, T, 1, 2, C/2)
         y = np.empty_like(halves)
 
         def compute(some: slice, _slot: int) -> None:
-            part = y[:, some]
-            np.multiply(halves[:, some], cos[:, some], out=part)
-            crossed = halves[:, some, :, ::-1] * sin[:, some]
-            part[..., 0, :] -= crossed[..., 0, :]
-            part[..., 1, :] += crossed[..., 1, :]
+            part = np.multiply(halves[:, :, some], cos, out=y[:, :, some])
+            part += halves[:, :, some, ::-1] * sin
 
-        self._in_parts(compute, x.shape[1], x.size // x.shape[1])
+        n_tokens, n_heads = x.shape[1:3]
+        self._in_pieces(compute, n_heads, n_tokens, 2 * half)
         return y.reshape(x.shape)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -305,11 +390,8 @@ class NumpyOps(Ops):
             np.divide(gate[..., some], part, out=part)
             part *= up[..., some]
 
-        # a long prompt's columns lie one after the other: some at a time stay in the cache
-        n_tokens, width = gate.shape[1], gate.shape[-1]
-        at_once = max(1, PART // n_tokens)
-        parts = [slice(i, min(i + at_once, width)) for i in range(0, width, at_once)]
-        self._for_each(compute, parts, n_tokens)
+        n_tokens, width = gate.shape[1:]
+        self._in_pieces(compute, width, n_tokens)
         return y
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
@@ -351,7 +433,8 @@ class NumpyOps(Ops):
         n_kv_heads, n_keys, _ = k.shape
         groups = n_heads // n_kv_heads
         grouped = q.reshape(n_kv_heads, groups, n_new, head_dim)  # (H, T, C) -> (K, G, T, C)
-        o = np.empty(grouped.shape, dtype="float32")
+        o = np.empty((n_new, n_kv_heads, groups, head_dim), dtype="float32")
+        o = o.transpose(1, 2, 0, 3)  # (T, K, G, C), as the next product wants it -> (K, G, T, C)
         room = scratch.size // self.backend.threads.most
 
         def attend(item: tuple[slice, slice], slot: int) -> None:
@@ -425,22 +508,6 @@ class NumpyOps(Ops):
         return dgate, silu
 
 
-def _sum_of_squares(x: np.ndarray) -> np.ndarray:
-    """sum over the last axis of x^2: (..., D) -> (...).
-
-    Where that axis is not the innermost in memory, 64 numbers at a time and then their sums: one
-    after the other they would gather more rounding.
-    """
-    if x.strides[-1] == x.itemsize:
-        return np.vecdot(x, x)
-    squares = x * x
-    whole = squares.shape[-1] // 64 * 64
-    blocks = squares[..., :whole].reshape(*x.shape[:-1], -1, 64)  # (..., D) -> (..., D/64, 64)
-    total = np.add.reduce(np.add.reduce(blocks, axis=-1), axis=-1)
-    total += np.add.reduce(squares[..., whole:], axis=-1)
-    return total
-
-
 def _hide_future(scores: np.ndarray) -> None:
     """Put -inf, in place, where a query of scores (heads, T, N) would see a later key: only the
     T x T corner of new keys has any."""
@@ -475,17 +542,32 @@ def _side_by_side(*matrices: Matrix) -> Matrix | None:
     return Matrix(values, np.concatenate(scales) if scales else None)
 
 
+def _width(part: Part) -> int:
+    """D of the model, of which this is a part."""
+    if isinstance(part, Layer):
+        return part.wq.shape[1]
+    return part.lm_head.shape[1] if isinstance(part, Head) else part.shape[1]
+
+
+def _least_shared(values: np.ndarray, width: int) -> float:
+    """Numbers from which on a matrix of a model of this width is shared with workers."""
+    if values.dtype != np.float32:
+        return SHARED_SIZE
+    return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf
+
+
 def _shareable(part: Part) -> Part:
-    """The part with its narrow matrices where other processes can map them, side by side."""
-    moving: list[np.ndarray] = []
+    """The part with its matrices for workers where other processes can map them, side by side."""
+    width, moving = _width(part), []
 
     def look(array: Array) -> Array:
-        if array.ndim == 2 and array.dtype != np.float32 and place_of(array) is None:
+        if array.ndim == 2 and place_of(array) is None:
             moving.append(array)
         return array
 
     part.map(look)
-    if sum(array.size for array in moving) < SHARED_SIZE:
+    least = max((_least_shared(array, width) for array in moving), default=math.inf)
+    if sum(array.size for array in moving) < least:
         return part
     shared = dict(zip(map(id, moving), share(moving), strict=True))
     return part.map(lambda array: shared.get(id(array), array))

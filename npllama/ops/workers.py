@@ -42,7 +42,7 @@ _LOOK = 2000
 
 # The counters, int64, those of different processes in different cache lines.
 _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
-_DONE, _ASLEEP, _LINE = 0, 1, 8
+_DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
 
 def _of_worker(rank: int, field: int) -> int:
@@ -80,6 +80,7 @@ class Workers:
     def __init__(self, n: int, matrices: list[np.ndarray]) -> None:
         self._matrices = list(matrices)
         self._unfinished = 1  # parts of a product that an exception left
+        self._are_ready = False
         self._lock = threading.Lock()
         self._owner = os.getpid()
         widest = max(w.shape[1] for w in matrices)
@@ -106,6 +107,14 @@ class Workers:
     def pids(self) -> list[int]:
         """Ids of the processes, without this one."""
         return [process.pid for process in self._processes]
+
+    @property
+    def are_ready(self) -> bool:
+        """Whether all of them have started: a product would not wait for that."""
+        if not self._are_ready:
+            ranks = range(1, 1 + len(self._processes))
+            self._are_ready = all(self._counters[_of_worker(rank, _READY)] for rank in ranks)
+        return self._are_ready
 
     def product(self, x: np.ndarray, index: int, n_parts: int) -> np.ndarray:
         """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (N, M) float32.
@@ -240,6 +249,7 @@ def serve() -> None:
     matrices = [mapped.array(Place(**place)) for place in job["matrices"]]
     rank = job["rank"]
     done, asleep = _of_worker(rank, _DONE), _of_worker(rank, _ASLEEP)
+    counters[_of_worker(rank, _READY)] = 1
     sequence, since = 0, time.perf_counter()
     while True:
         reads = 0
