@@ -21,8 +21,8 @@ LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_p
 # what dominates: (config, prompt tokens, batch)
 CASES = {
     "many logits": (LlamaConfig(32, 1, 4, 2, 32, 20_000, 64), 8, 32),
-    "long attention": (LlamaConfig(32, 1, 8, 4, 32, 64, 4096), 3000, 1),
-    "wide feed-forward": (LlamaConfig(256, 1, 4, 4, 4096, 64, 600), 512, 1),
+    "long attention": (LlamaConfig(32, 2, 8, 4, 32, 64, 4096), 3000, 1),
+    "wide feed-forward": (LlamaConfig(256, 2, 4, 4, 4096, 64, 600), 512, 1),
 }
 
 

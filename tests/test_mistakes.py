@@ -140,8 +140,8 @@ MISTAKES = {
     ),
     "NumPy override: turned back": (
         NUMPY,
-        "part[..., 0, :] -= crossed[..., 0, :]",
-        "part[..., 0, :] += crossed[..., 0, :]",
+        "_SIGNS = np.array([[-1], [1]]",
+        "_SIGNS = np.array([[1], [-1]]",
     ),
     "NumPy override: gate and up swapped": (
         NUMPY,
@@ -150,8 +150,8 @@ MISTAKES = {
     ),
     "NumPy override: squares left over forgotten": (
         NUMPY,
-        "total += np.add.reduce(squares[..., whole:], axis=-1)",
-        "pass",
+        "-(-x.shape[-1] // 64)",
+        "max(1, x.shape[-1] // 64)",
     ),
     "float16 a power of two off": (
         TILES,

@@ -199,15 +199,15 @@ class NumpyOps(Ops):
             self.backend.threads.map(function, items)
 
     def _in_pieces(
-        self, function: Callable[[slice, int], None], n: int, n_tokens: int, width: int = 1
+        self, function: Callable[[slice, int], None], n: int, n_rows: int, width: int = 1
     ) -> None:
         """function(slice of 0 .. n, slot) until all of n are done, each of `width` numbers a
-        token: of a prompt some at a time, on all cores."""
-        if n_tokens < MANY_ROWS:
+        row: of many rows some at a time, on all cores."""
+        if n_rows < MANY_ROWS:
             return function(slice(None), 0)
-        some = max(1, PIECE // (width * n_tokens))
+        some = max(1, PIECE // (width * n_rows))
         pieces = [slice(i, min(i + some, n)) for i in range(0, n, some)]
-        return self._for_each(function, pieces, n_tokens)
+        return self._for_each(function, pieces, n_rows)
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
         """As `linear` leaves it: a long prompt's tokens side by side in memory."""
@@ -279,8 +279,7 @@ class NumpyOps(Ops):
             part = y[..., some]
             part += x[..., some]
 
-        n_tokens, width = x.shape[1:]
-        self._in_pieces(add, width, n_tokens)
+        self._in_pieces(add, x.shape[-1], x.size // x.shape[-1])
         return y
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
@@ -324,7 +323,6 @@ class NumpyOps(Ops):
             y = x * np.float32(1 / math.sqrt(float(flat.dot(flat)) / width + eps))
             y *= weight
             return y
-        n_tokens = x.shape[1]
         factor = self._sums_of_squares(x)[..., None]  # (B, T) -> (B, T, 1)
         factor *= np.float32(1 / width)
         factor += np.float32(eps)
@@ -335,7 +333,7 @@ class NumpyOps(Ops):
             part = np.multiply(x[..., some], factor, out=y[..., some])
             part *= weight[some]
 
-        self._in_pieces(compute, width, n_tokens)
+        self._in_pieces(compute, width, x.size // width)
         return y
 
     def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
@@ -346,14 +344,13 @@ class NumpyOps(Ops):
         """
         if x.strides[-1] == x.itemsize:
             return np.vecdot(x, x)
-        batch, n_tokens, width = x.shape
-        sums = np.empty((-(-width // 64), batch, n_tokens), dtype="float32")
+        sums = np.empty((-(-x.shape[-1] // 64), *x.shape[:-1]), dtype="float32")
 
         def compute(i: int, _slot: int) -> None:
             some = x[..., 64 * i : 64 * i + 64]
-            np.einsum("btd,btd->bt", some, some, out=sums[i])
+            np.einsum("...d,...d->...", some, some, out=sums[i])
 
-        self._for_each(compute, range(len(sums)), n_tokens)
+        self._for_each(compute, range(len(sums)), sums[0].size)
         return np.add.reduce(sums, axis=0)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
@@ -372,8 +369,8 @@ class NumpyOps(Ops):
             part = np.multiply(halves[:, :, some], cos, out=y[:, :, some])
             part += halves[:, :, some, ::-1] * sin
 
-        n_tokens, n_heads = x.shape[1:3]
-        self._in_pieces(compute, n_heads, n_tokens, 2 * half)
+        batch, n_tokens, n_heads, head_dim = x.shape
+        self._in_pieces(compute, n_heads, batch * n_tokens, head_dim)
         return y.reshape(x.shape)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
@@ -390,8 +387,7 @@ class NumpyOps(Ops):
             np.divide(gate[..., some], part, out=part)
             part *= up[..., some]
 
-        n_tokens, width = gate.shape[1:]
-        self._in_pieces(compute, width, n_tokens)
+        self._in_pieces(compute, gate.shape[-1], gate.size // gate.shape[-1])
         return y
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
