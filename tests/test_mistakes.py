@@ -153,6 +153,12 @@ MISTAKES = {
         "-(-x.shape[-1] // 64)",
         "max(1, x.shape[-1] // 64)",
     ),
+    "NumPy override: a bound of top-p that is too high": (NUMPY, "logits.shape[-1] / 2", "2"),
+    "NumPy override: a token's place among those left": (
+        NUMPY,
+        "left[super().draw(x[None, left], u)[0]]",
+        "super().draw(x[None, left], u)[0]",
+    ),
     "float16 a power of two off": (
         TILES,
         "_X_EXPONENT, _Y_EXPONENT = 48, 64",

@@ -255,6 +255,38 @@ def queries_keys_values_grid():
         yield dtype, f"{label}-last1", functools.partial(call, n_last=1)
 
 
+def keep_top_p_grid():
+    """Flat and peaked, with equals; p from next to nothing to next to all."""
+    for b, n_vocab, p, sharpness in itertools.product(
+        B, (1, 7, 1000), (1e-6, 0.5, 0.9, 1 - 1e-6), (0, 1, 8)
+    ):
+        rng = np.random.default_rng(0)
+        logits = np.round(rng.standard_normal((b, n_vocab)), 1).astype("float32") * sharpness
+
+        def call(ops, wide, move, logits=logits, p=p):
+            return ops.keep_top_p(move(logits), p)  # a threshold: what it keeps is as it was
+
+        yield "float32", f"B{b}-V{n_vocab}-p{p}-x{sharpness}", call
+
+
+def draw_grid():
+    """From one token left to all of them."""
+    for b, n_vocab, share in itertools.product(B, (1, 7, 1000), (0, 0.1, 1)):
+        rng = np.random.default_rng(0)
+        logits = rng.standard_normal((b, n_vocab), dtype="float32") * 3
+        gone = rng.random((b, n_vocab)) >= share
+        gone[:, n_vocab // 2] = False
+        logits[gone] = -np.inf
+        uniforms = np.linspace(0, 1, 40, endpoint=False)
+
+        def call(ops, wide, move, logits=logits, uniforms=uniforms):
+            x, n = move(wide(logits)), len(logits)
+            ids = [ops.draw(x, move(np.full(n, u))) for u in uniforms]
+            return ops.xp.stack(ids).astype("float32")
+
+        yield "float32", f"B{b}-V{n_vocab}-{share}", call
+
+
 def embed_grid():
     for b, t in itertools.product(B, T):
         rng = np.random.default_rng(0)
@@ -278,6 +310,8 @@ GRIDS = {
     "attention": attention_grid,
     "attention_weights": attention_weights_grid,
     "sigmoid": elementwise_grid("sigmoid", 1),
+    "keep_top_p": keep_top_p_grid,
+    "draw": draw_grid,
     "embedding_backward": embedding_backward_grid,
     "softmax_backward": elementwise_grid("softmax_backward", 2),
     "swiglu_backward": elementwise_grid("swiglu_backward", 3),
@@ -314,6 +348,9 @@ def test_an_override_computes_what_the_reference_does(dtype, call, ops):
     got = ops.backend.to_host(call(ops, lambda a: a, ops.backend.to_device))
     assert got.shape == truth.shape
     assert got.dtype == np.float32
+    gone = np.isneginf(truth)  # where a filter of sampling has been
+    assert np.array_equal(np.isneginf(got), gone)
+    got, truth = np.where(gone, 0, got), np.where(gone, 0, truth)
     assert np.abs(got - truth).max() <= tolerance * np.abs(truth).max()
 
 
