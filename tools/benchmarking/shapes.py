@@ -59,7 +59,8 @@ def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
     """Floating point operations of a forward's matrix products: 2 N D a matrix and row.
 
     Attention over the cache and everything elementwise are left out, so that the count is that
-    of the roofline, which has neither.
+    of the roofline, which has neither. All rows count in all layers, as they do there, though
+    npllama's last layer leaves most of a prompt's out.
 
     Args:
         n_tokens: rows that go through the layers.
