@@ -48,9 +48,9 @@ SHARED_SIZE = 512 * 1024
 takes as long as widening some 50,000."""
 
 SMALL_WIDTH = 678
-"""Width D of a model up to which worker processes share products of one row in float32 as well.
-OpenBLAS uses one core for a matrix of fewer than 460,800 numbers, which those of D x D then are:
-1.2 times as fast at D = 288, 1.0 at 640."""
+"""Width D of a model up to which worker processes share products of few rows in float32 as well.
+For one row OpenBLAS uses one core where a matrix has fewer than 460,800 numbers, as those of D x D
+then have: a decode step is 1.2 to 1.3 times as fast at D = 288, and as fast at 640."""
 
 SHARED_SMALL_SIZE = 64 * 1024
 """Numbers of a float32 matrix of such a model from which on handing it out is worth it."""
@@ -145,7 +145,7 @@ class NumpyOps(Ops):
         if self._workers is not None:
             self.backend.threads.helpers.clear()
             self._workers.close()
-            self._workers = None
+            self._workers, self._is_helped = None, False
 
     # -- products ------------------------------------------------------------------------------
 
