@@ -103,8 +103,10 @@ class Transformer:
             (B, n_last, V) float32.
 
         Raises:
-            InputError: the cache has no room for T more positions.
+            InputError: the cache has no room for T more positions, or n_last is not 0 to T.
         """
+        if not 0 <= n_last <= tokens.shape[1]:
+            raise InputError(f"n_last is {n_last}: expected 0 to the {tokens.shape[1]} new tokens")
         positions = cache.positions(tokens.shape[1], rows)
         logits = self.compute(tokens, cache, positions, n_last)
         cache.advance(positions)
@@ -119,18 +121,18 @@ class Transformer:
         Of the last layer, all but the last positions need no more than their keys and values.
         """
         ops, parameters = self.ops, self.parameters
-        *layers, (layer, layer_cache) = zip(parameters.layers, cache.layers, strict=True)
+        *before, (last_layer, last_cache) = zip(parameters.layers, cache.layers, strict=True)
         with ops.computing(tokens.size):
             x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
-            for a_layer, a_layer_cache in layers:
-                x = ops.attention_block(x, a_layer, a_layer_cache, positions)
-                x = ops.feed_forward(x, a_layer)
+            for layer, layer_cache in before:
+                x = ops.attention_block(x, layer, layer_cache, positions)
+                x = ops.feed_forward(x, layer)
             # (B, T, D) -> (B, n, D), n at least 1: no array is empty
-            x = ops.attention_block(x, layer, layer_cache, positions, max(n_last, 1))
+            x = ops.attention_block(x, last_layer, last_cache, positions, max(n_last, 1))
             if n_last == 0:
                 shape = (len(x), 0, self.config.vocab_size)
                 return self.backend.xp.zeros(shape, dtype="float32")
-            x = ops.feed_forward(x, layer)
+            x = ops.feed_forward(x, last_layer)
             return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
 
     def prefill(

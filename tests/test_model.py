@@ -100,6 +100,14 @@ def test_the_last_layer_and_the_head_run_on_the_last_positions_alone(
         assert_same(logits[n], logits[5][:, -n:])
 
 
+@pytest.mark.parametrize("n_last", [-1, 6])
+def test_more_last_positions_than_there_are_are_refused(llama, to_device, n_last):
+    cache = llama.new_cache()
+    with pytest.raises(InputError, match=rf"n_last is {n_last}: expected 0 to the 5"):
+        llama.forward(to_device(np.array([IDS[:5]])), cache, n_last=n_last)
+    assert cache.lengths == [0]
+
+
 def test_prefill_memory_grows_with_the_context_not_its_square():
     """The scores of one chunk at a time: peak memory at twice the context is about twice."""
     import tracemalloc

@@ -258,7 +258,7 @@ def queries_keys_values_grid():
 def keep_top_p_grid():
     """Flat and peaked, with equals; p from next to nothing to next to all."""
     for b, n_vocab, p, sharpness in itertools.product(
-        B, (1, 7, 1000), (1e-6, 0.5, 0.9, 1 - 1e-6), (0, 1, 8)
+        B, (1, 7, 1000), (1e-6, 0.5, 0.9, 1 - 1e-6, 1 - 1e-7), (0, 1, 8)
     ):
         rng = np.random.default_rng(0)
         logits = np.round(rng.standard_normal((b, n_vocab)), 1).astype("float32") * sharpness

@@ -249,6 +249,18 @@ def test_a_small_float32_model_generates_with_workers_once_they_have_started(mon
         assert np.abs(log_probs - alone[1]).max() < 1e-4
 
 
+def test_a_float32_model_does_without_workers_that_cannot_be_started(monkeypatch):
+    monkeypatch.setattr(numpy_ops, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(numpy_ops, "CACHED_SIZE", 1000)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    got = []
+    for n_threads in (1, 2):
+        llama, ops = big_llama("float32", n_threads)
+        got.append(llama.generate([1, 5], max_new_tokens=5, temperature=0, ignore_eos=True).ids)
+        assert ops._workers is None
+    assert got[0] == got[1]
+
+
 def test_models_without_use_for_workers_have_none(monkeypatch):
     def check(config, dtype):
         ops = NumpyOps(Backend(threads=Threads(2)))

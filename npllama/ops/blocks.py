@@ -47,8 +47,8 @@ class Ops(SamplingEquations, Derivatives):
 
         Args:
             x: (B, T, D); row b is the cache's row positions.rows[b].
-            n_last: of how many of the T tokens, the last ones, the result is computed (n; all
-                where None). Keys and values are those of all.
+            n_last: of how many of the T tokens, the last ones, the result is computed (n, at
+                least 1; all where None). Keys and values are those of all.
 
         Returns:
             (B, n, D) in x's dtype.
@@ -209,7 +209,8 @@ class Ops(SamplingEquations, Derivatives):
         return step
 
     def all_reduce(self, x: Array) -> Array:
-        """Sum of all shards' partial x; with one shard x itself."""
+        """Sum of all shards' partial x, in memory that the caller may write to; with one shard
+        x itself."""
         return x
 
     def all_gather(self, x: Array) -> Array:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from npllama.backend import Array, Backend
+from npllama.errors import WorkerError
 from npllama.ops.blocks import Ops, Part, last
 from npllama.ops.tiles import product
 from npllama.ops.workers import MAX_ROWS, Workers, can_work
@@ -134,8 +135,13 @@ class NumpyOps(Ops):
         is_worth_it = self._shares_narrow or self._n_shared >= CACHED_SIZE
         if is_worth_it and self._workers is None and threads.most > 1:
             values = [values for _number, values in self._shared.values()]
-            self._workers = Workers(min(threads.most, MAX_WORKERS), values)
-            threads.helpers += self._workers.pids
+            try:
+                self._workers = Workers(min(threads.most, MAX_WORKERS), values)
+                threads.helpers += self._workers.pids
+            except WorkerError:
+                if self._shares_narrow:
+                    raise
+                self._n_shared = 0  # float32 does without them, from now on
         workers = self._workers
         self._is_helped = workers is not None and (self._shares_narrow or workers.are_ready)
         is_alone = self._is_helped or n_rows >= MANY_ROWS
@@ -153,7 +159,8 @@ class NumpyOps(Ops):
         """y = x W^T, computed as y^T = W x^T: a long prompt's result has its tokens side by
         side in memory, which the following operations are fastest with.
 
-        A narrow W is widened tile by tile: for few rows by worker processes together.
+        A narrow W is widened tile by tile: for few rows by worker processes together, who
+        multiply few rows by the float32 matrices of a small model as well.
         """
         if x.dtype != np.float32:
             return super().linear(x, w)
@@ -204,10 +211,11 @@ class NumpyOps(Ops):
         """function(slice of 0 .. n, slot) until all of n are done, each of `width` numbers a
         row: of many rows some at a time, on all cores."""
         if n_rows < MANY_ROWS:
-            return function(slice(None), 0)
-        some = max(1, PIECE // (width * n_rows))
-        pieces = [slice(i, min(i + some, n)) for i in range(0, n, some)]
-        return self._for_each(function, pieces, n_rows)
+            function(slice(None), 0)
+        else:
+            at_once = max(1, PIECE // (width * n_rows))
+            pieces = [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
+            self._for_each(function, pieces, n_rows)
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
         """As `linear` leaves it: a long prompt's tokens side by side in memory."""
@@ -226,7 +234,7 @@ class NumpyOps(Ops):
         positions: "Positions",
         n_last: int | None = None,
     ) -> Array:
-        """Where each row has one new token in few calls; of one row's prompt on all cores."""
+        """Where each row has one new token in few calls; of one row's long prompt on all cores."""
         batch, n_new, _ = x.shape
         if x.dtype != np.float32 or cache.k.dtype != np.float32 or (batch > 1 and n_new > 1):
             return super().attention_block(x, layer, cache, positions, n_last)
@@ -479,7 +487,8 @@ class NumpyOps(Ops):
         Measured at V = 32,000, of which 1,000 can: 0.2 of the reference's time.
         """
         probability = self.softmax(logits)
-        bound = (1 - p) / logits.shape[-1] / 2  # half, since the sum of all is rounded
+        # half, since the sum of all is rounded; nothing where 1 - p is as small as that
+        bound = (1 - p) / logits.shape[-1] / 2 if p < 1 - 1e-5 else 0
         kept = np.empty_like(logits)
         for row, likely, x in zip(kept, probability, logits, strict=True):
             falling = -np.sort(-likely[likely >= bound])
@@ -493,7 +502,7 @@ class NumpyOps(Ops):
         ids = np.empty(len(logits), dtype="int64")
         for i, x in enumerate(logits):
             is_left, u = x != -np.inf, uniform[i : i + 1]
-            if np.count_nonzero(is_left) > len(x) // 4:
+            if not 0 < np.count_nonzero(is_left) <= len(x) // 4:
                 ids[i] = super().draw(x[None], u)[0]
             else:
                 left = np.flatnonzero(is_left)
@@ -587,7 +596,8 @@ def _shareable(part: Part) -> Part:
     width, moving = _width(part), []
 
     def look(array: Array) -> Array:
-        if array.ndim == 2 and place_of(array) is None:
+        is_of_use = array.ndim == 2 and _least_shared(array, width) < math.inf
+        if is_of_use and place_of(array) is None:
             moving.append(array)
         return array
 

@@ -2,7 +2,8 @@
 
 Threads cannot: widening a tile takes the interpreter's lock again and again (and bfloat16's cast
 holds it), so two of them compute 0.9 times what float32 BLAS does where two processes compute
-1.3 times (int8, 1.1B, measured on two cores).
+1.3 times (int8, 1.1B, measured on two cores). Float32 matrices too small for OpenBLAS's own
+threads gain as well.
 
 The processes are started by `subprocess` and share memory with this one: the matrices, in files
 or in shared memory; one input, one output; and a few counters, by which a product is handed out
@@ -110,7 +111,9 @@ class Workers:
 
     @property
     def are_ready(self) -> bool:
-        """Whether all of them have started: a product would not wait for that."""
+        """Whether all of them have started: a product would not wait for that. In a fork never."""
+        if os.getpid() != self._owner:
+            return False
         if not self._are_ready:
             ranks = range(1, 1 + len(self._processes))
             self._are_ready = all(self._counters[_of_worker(rank, _READY)] for rank in ranks)
