@@ -17,7 +17,9 @@ from conftest import ROOT
 
 EQUATIONS, BLOCKS = "ops/equations.py", "ops/blocks.py"
 DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
-NUMPY, SAMPLING, CACHE = "ops/numpy_ops.py", "ops/sampling.py", "kv_cache.py"
+SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
+NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
+NUMPY_DERIVATIVES, NUMPY_SAMPLING = "ops/numpy_derivatives.py", "ops/numpy_sampling.py"
 TILES = "ops/tiles.py"
 
 # what is wrong: (file, the right line's part, the mistake)
@@ -122,40 +124,44 @@ MISTAKES = {
         "start = max(start - 1, 0)\n            new = slice(start, start + positions.n_new)",
     ),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
-    "NumPy override: mask off by one": (NUMPY, "k=1)", "k=0)"),
+    "NumPy override: mask off by one": (NUMPY_EQUATIONS, "k=1)", "k=0)"),
     "NumPy override: no 1/sqrt(C)": (
-        NUMPY,
+        NUMPY_EQUATIONS,
         "few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))",
         "few.reshape(*shape[:2], head_dim)",
     ),
     "NumPy override: no 1/sqrt(C) for one token": (
-        NUMPY,
+        NUMPY_BLOCKS,
         "q.reshape(grouped) * np.float32(1 / math.sqrt(head_dim))",
         "q.reshape(grouped)",
     ),
     "NumPy override: a token does not see itself": (
-        NUMPY,
+        NUMPY_BLOCKS,
         "keys[:, start], values[:, start] = k[b, 0], v[b, 0]",
         "values[:, start] = v[b, 0]",
     ),
     "NumPy override: turned back": (
-        NUMPY,
+        NUMPY_EQUATIONS,
         "_SIGNS = np.array([[-1], [1]]",
         "_SIGNS = np.array([[1], [-1]]",
     ),
     "NumPy override: gate and up swapped": (
-        NUMPY,
-        "self.swiglu(both[..., :n], both[..., n:])",
-        "self.swiglu(both[..., n:], both[..., :n])",
+        NUMPY_BLOCKS,
+        "gate, up = both[..., :n], both[..., n:]",
+        "gate, up = both[..., n:], both[..., :n]",
     ),
     "NumPy override: squares left over forgotten": (
-        NUMPY,
+        NUMPY_EQUATIONS,
         "-(-x.shape[-1] // 64)",
         "max(1, x.shape[-1] // 64)",
     ),
-    "NumPy override: a bound of top-p that is too high": (NUMPY, "logits.shape[-1] / 2", "2"),
+    "NumPy override: a bound of top-p that is too high": (
+        NUMPY_SAMPLING,
+        "logits.shape[-1] / 2",
+        "2",
+    ),
     "NumPy override: a token's place among those left": (
-        NUMPY,
+        NUMPY_SAMPLING,
         "left[super().draw(x[None, left], u)[0]]",
         "super().draw(x[None, left], u)[0]",
     ),
@@ -164,19 +170,19 @@ MISTAKES = {
         "_X_EXPONENT, _Y_EXPONENT = 48, 64",
         "_X_EXPONENT, _Y_EXPONENT = 48, 63",
     ),
-    "NumPy override: sigmoid without its 1": (NUMPY, "        s += 1\n", ""),
+    "NumPy override: sigmoid without its 1": (NUMPY_EQUATIONS, "        s += 1\n", ""),
     "NumPy override: a token's last place alone": (
-        NUMPY,
+        NUMPY_DERIVATIVES,
         "np.add.reduceat(rows, begins, axis=0)",
         "rows[begins]",
     ),
     "NumPy override: softmax's own derivative forgotten": (
-        NUMPY,
+        NUMPY_DERIVATIVES,
         "dx = dp - np.vecdot(dp, p)[..., None]",
         "dx = dp.copy()",
     ),
     "NumPy override: SiLU's derivative without its second part": (
-        NUMPY,
+        NUMPY_DERIVATIVES,
         "        dgate *= silu\n        dgate += s\n",
         "        dgate = s\n",
     ),
@@ -225,7 +231,7 @@ MISTAKES = {
         "layers=tuple(reversed(dlayers))",
         "layers=tuple(dlayers)",
     ),
-    "NumPy override: scale forgotten": (NUMPY, "y *= w.scale[:, None]", "pass"),
+    "NumPy override: scale forgotten": (NUMPY_EQUATIONS, "y *= w.scale[:, None]", "pass"),
     "top-p drops the token that crosses p": (
         SAMPLING,
         "before <= p, falling",
@@ -256,7 +262,10 @@ SUITES = {
     DERIVATIVES: ("derivatives",),
     GRADIENTS: ("gradients",),
     CACHE: ("kv_cache", "model", "blocks"),
-    NUMPY: ("blocks", "overrides"),
+    NUMPY_EQUATIONS: ("blocks", "overrides"),
+    NUMPY_BLOCKS: ("blocks", "overrides"),
+    NUMPY_DERIVATIVES: ("overrides",),
+    NUMPY_SAMPLING: ("overrides",),
     TILES: ("overrides",),
     SAMPLING: ("sampling",),
 }

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import npllama.ops.numpy_ops as numpy_ops
+import npllama.ops.shared_products as shared_products
 import npllama.ops.workers
 from conftest import TINY, make_llama, run_script
 from model_directory import write_model
@@ -125,14 +125,14 @@ def test_a_fork_computes_by_itself_and_its_end_ends_no_worker():
 
 
 def test_a_second_model_of_the_same_ops_has_workers_that_know_it(monkeypatch):
-    monkeypatch.setattr(numpy_ops, "SHARED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
     ops = NumpyOps(Backend(threads=Threads(2)))
     got = []
     for seed in (0, 1, 0):
         llama = make_llama(ops, BIG, seed=seed, dtype="int8")
         got.append(llama.generate([1, 2, 3], max_new_tokens=5, temperature=0, ignore_eos=True).ids)
     assert got[0] == got[2]
-    ops._workers.close()
+    ops.shared.workers.close()
 
 
 def test_ctrl_c_is_not_for_them(workers):
@@ -200,7 +200,7 @@ def big_llama(dtype, n_threads):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_a_narrow_model_generates_with_workers_what_it_does_without(dtype, monkeypatch):
-    monkeypatch.setattr(numpy_ops, "SHARED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
     prompts = [[1, 5, 6, 7], [1, 8], [1, *range(3, 200)]]
     got = []
     for n_threads in (1, 2):
@@ -209,16 +209,16 @@ def test_a_narrow_model_generates_with_workers_what_it_does_without(dtype, monke
             prompts, max_new_tokens=8, sampling=Sampling(temperature=0), ignore_eos=True
         )
         got.append(([c.ids for c in batch], np.array([c.log_probs for c in batch])))
-        assert (ops._workers is not None) == (n_threads == 2)
-        if ops._workers is not None:
-            ops._workers.close()
+        assert (ops.shared.workers is not None) == (n_threads == 2)
+        if ops.shared.workers is not None:
+            ops.shared.workers.close()
     assert got[0][0] == got[1][0]
     assert np.abs(got[0][1] - got[1][1]).max() < 1e-4
 
 
 def test_a_small_float32_model_generates_with_workers_once_they_have_started(monkeypatch):
-    monkeypatch.setattr(numpy_ops, "SHARED_SMALL_SIZE", 1000)
-    monkeypatch.setattr(numpy_ops, "CACHED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
     products = []
     product = Workers.product
     monkeypatch.setattr(Workers, "product", lambda *a: products.append(a) or product(*a))
@@ -239,10 +239,10 @@ def test_a_small_float32_model_generates_with_workers_once_they_have_started(mon
         starting.setattr(Workers, "are_ready", False)
         before = run(llama)
     until = time.monotonic() + 10
-    while not ops._workers.are_ready and time.monotonic() < until:
+    while not ops.shared.workers.are_ready and time.monotonic() < until:
         time.sleep(0.01)
     after = run(llama)
-    ops._workers.close()
+    ops.shared.workers.close()
     assert (alone[2], before[2]) == (0, 0) and after[2] > 0
     for ids, log_probs, _n in (before, after):
         assert ids == alone[0]
@@ -250,14 +250,14 @@ def test_a_small_float32_model_generates_with_workers_once_they_have_started(mon
 
 
 def test_a_float32_model_does_without_workers_that_cannot_be_started(monkeypatch):
-    monkeypatch.setattr(numpy_ops, "SHARED_SMALL_SIZE", 1000)
-    monkeypatch.setattr(numpy_ops, "CACHED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     got = []
     for n_threads in (1, 2):
         llama, ops = big_llama("float32", n_threads)
         got.append(llama.generate([1, 5], max_new_tokens=5, temperature=0, ignore_eos=True).ids)
-        assert ops._workers is None
+        assert ops.shared.workers is None
     assert got[0] == got[1]
 
 
@@ -265,11 +265,11 @@ def test_models_without_use_for_workers_have_none(monkeypatch):
     def check(config, dtype):
         ops = NumpyOps(Backend(threads=Threads(2)))
         make_llama(ops, config, dtype=dtype).generate([1, 2, 3], max_new_tokens=3)
-        assert ops._workers is None
+        assert ops.shared.workers is None
 
     check(TINY, "int8")
     check(BIG, "float32")  # it stays in the cache
-    monkeypatch.setattr(numpy_ops, "CACHED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
     check(LlamaConfig(704, 1, 2, 2, 700, 260), "float32")  # of BLAS's own threads
 
 
@@ -280,7 +280,7 @@ def test_a_script_needs_no_main_guard_and_leaves_nobody_behind(tmp_path):
         "import npllama\n"
         f"llama = npllama.load({str(model)!r}, backend='numpy', threads=2)\n"
         "llama.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True)\n"
-        "print(*llama.ops._workers.pids)\n"
+        "print(*llama.ops.shared.workers.pids)\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

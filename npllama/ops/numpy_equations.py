@@ -1,0 +1,251 @@
+"""What NumPy does better than equations.py: fewer bytes moved, fewer calls, all cores.
+
+A decode step is bound by reading the weights, and then by the number of NumPy calls: after each
+pass over gigabytes of weights the interpreter's own code and data are out of the cache, and a
+call on a few hundred numbers takes 5 to 10 us. A prompt is bound by the products, and then by
+everything else, which NumPy computes on one core: here it is cut up for all of them.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from npllama.backend import Array, Backend
+from npllama.ops.equations import Equations
+from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
+from npllama.ops.shared_products import SharedProducts
+from npllama.ops.tiles import product
+from npllama.parameters import Matrix
+
+QUERIES = 128
+"""Queries of a key head that are computed together, G for each token: fewer are too few for a
+product, and of more tokens' keys more are computed in vain, since the first do not see them."""
+
+IN_CACHE = 256 * 1024
+"""Attention scores that are computed at a time: they go through six operations, from the cache."""
+
+_SIGNS = np.array([[-1], [1]], dtype="float32")
+"""Of the two halves of a head: what sin is multiplied by in RoPE."""
+
+
+class NumpyEquations(Equations):
+    """Overrides; each computes what the method of the same name in Equations does.
+
+    Attributes:
+        shared: the products that worker processes share.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.shared = SharedProducts(backend.threads)
+
+    def linear(self, x: Array, w: Matrix) -> Array:
+        """y = x W^T, computed as y^T = W x^T: a long prompt's result has its tokens side by
+        side in memory, which the following operations are fastest with.
+
+        A narrow W is widened tile by tile: for few rows by worker processes together, who
+        multiply few rows by the float32 matrices of a small model as well.
+        """
+        if x.dtype != np.float32:
+            return super().linear(x, w)
+        values = w.values
+        n_out, width = values.shape
+        is_wide = values.dtype == np.float32
+        is_shared = self.shared.has(values)
+        if x.size == width and is_wide and not is_shared:
+            return values.dot(x.reshape(width)).reshape(*x.shape[:-1], n_out)
+        flat = x.reshape(-1, width)  # (..., D) -> (M, D)
+        n_rows = len(flat)
+        threads = self.backend.threads
+        if n_rows >= MANY_ROWS and is_wide and threads.most == 1:
+            # as in training, whose derivatives expect rows
+            return (flat @ values.T).reshape(*x.shape[:-1], n_out)
+        if is_shared and n_rows <= self.shared.most_rows(values):
+            y = self.shared.product(flat, values)
+        else:
+            y = np.empty((n_out, n_rows), dtype="float32")
+            n_parts = threads.most if n_rows >= MANY_ROWS else 1
+            parts = [
+                slice(n_out * i // n_parts, n_out * (i + 1) // n_parts) for i in range(n_parts)
+            ]
+            for_each(
+                threads, lambda some, _slot: product(flat, values[some], y[some]), parts, n_rows
+            )
+        if w.scale is not None:
+            y *= w.scale[:, None]
+        y = y.T  # (N, M) -> (M, N)
+        if n_rows < MANY_ROWS:
+            y = np.ascontiguousarray(y)
+        return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight, in 3 calls for one row and 7 for several; the
+        reference has 8, one of them (mean) written in Python."""
+        if x.dtype != np.float32:
+            return super().rms_norm(x, weight, eps)
+        width = x.shape[-1]
+        if x.size == width:
+            flat = x.reshape(-1)
+            y = x * np.float32(1 / math.sqrt(float(flat.dot(flat)) / width + eps))
+            y *= weight
+            return y
+        factor = self._sums_of_squares(x)[..., None]  # (B, T) -> (B, T, 1)
+        factor *= np.float32(1 / width)
+        factor += np.float32(eps)
+        np.reciprocal(np.sqrt(factor, out=factor), out=factor)
+        y = np.empty_like(x)
+
+        def compute(some: slice, _slot: int) -> None:
+            part = np.multiply(x[..., some], factor, out=y[..., some])
+            part *= weight[some]
+
+        in_pieces(self.backend.threads, compute, width, x.size // width)
+        return y
+
+    def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
+        """sum over the last axis of x^2: (B, T, D) -> (B, T).
+
+        Where tokens lie side by side, 64 numbers of each at a time and then their sums: one
+        after the other they would gather more rounding.
+        """
+        if x.strides[-1] == x.itemsize:
+            return np.vecdot(x, x)
+        sums = np.empty((-(-x.shape[-1] // 64), *x.shape[:-1]), dtype="float32")
+
+        def compute(i: int, _slot: int) -> None:
+            some = x[..., 64 * i : 64 * i + 64]
+            np.einsum("...d,...d->...", some, some, out=sums[i])
+
+        for_each(self.backend.threads, compute, range(len(sums)), sums[0].size)
+        return np.add.reduce(sums, axis=0)
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Each pair turned, both halves of a head in one call; the reference has 12."""
+        if x.dtype != np.float32:
+            return super().rope(x, cos, sin)
+        if x.strides[-1] != x.itemsize:
+            cos, sin = np.asarray(cos, order="F"), np.asarray(sin, order="F")
+        half = x.shape[-1] // 2
+        halves = x.reshape(*x.shape[:-1], 2, half)  # (B, T, heads, C) -> (B, T, heads, 2, C/2)
+        cos, sin = cos[:, :, None, None], sin[:, :, None, None]  # (B, T, C/2) -> (B, T, 1, 1, C/2)
+        sin = sin * _SIGNS  # (B, T, 1, 1, C/2) -> (B, T, 1, 2, C/2)
+        y = np.empty_like(halves)
+
+        def compute(some: slice, _slot: int) -> None:
+            part = np.multiply(halves[:, :, some], cos, out=y[:, :, some])
+            part += halves[:, :, some, ::-1] * sin
+
+        batch, n_tokens, n_heads, head_dim = x.shape
+        in_pieces(self.backend.threads, compute, n_heads, batch * n_tokens, head_dim)
+        return y.reshape(x.shape)
+
+    def attention_weights(self, q: Array, k: Array) -> Array:
+        """softmax(q k^T / sqrt(C) + mask), in one array of all scores; the reference has four."""
+        n_heads, n_new, head_dim = q.shape
+        n_kv_heads, n_keys, _ = k.shape
+        k = k.astype(q.dtype, copy=False)
+        grouped = q.reshape(n_kv_heads, -1, head_dim)  # (H, T, C) -> (K, G*T, C)
+        scores = grouped @ k.swapaxes(1, 2)  # (K, G*T, C) @ (K, C, N) -> (K, G*T, N)
+        p = scores.reshape(n_heads, n_new, n_keys)  # -> (H, T, N)
+        p *= p.dtype.type(1 / math.sqrt(head_dim))
+        _hide_future(p)
+        p -= p.max(axis=-1, keepdims=True)
+        np.exp(p, out=p)
+        p /= p.sum(axis=-1, keepdims=True)
+        return p
+
+    def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
+        """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`: a few tokens at a time over
+        the keys up to theirs, and as many heads as the processor's cache has room for; the
+        reference would allocate four arrays of all scores.
+        """
+        if scratch is None or q.dtype != np.float32 or k.dtype != np.float32:
+            return super().attention(q, k, v)
+        n_heads, n_new, head_dim = q.shape
+        n_kv_heads, n_keys, _ = k.shape
+        groups = n_heads // n_kv_heads
+        grouped = q.reshape(n_kv_heads, groups, n_new, head_dim)  # (H, T, C) -> (K, G, T, C)
+        o = np.empty((n_new, n_kv_heads, groups, head_dim), dtype="float32")
+        o = o.transpose(1, 2, 0, 3)  # (T, K, G, C), as the next product wants it -> (K, G, T, C)
+        room = scratch.size // self.backend.threads.most
+
+        def attend(item: tuple[slice, slice], slot: int) -> None:
+            heads, some = item
+            end = n_keys - n_new + some.stop
+            few = grouped[heads, :, some]  # (K, G, T, C) -> (some K, G, few, C)
+            shape = (few.shape[0], groups * few.shape[2], end)  # (some K, G*few, N)
+            scores = _scratch(scratch[slot * room : slot * room + room], shape)
+            few = few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))
+            np.matmul(few, k[heads, :end].swapaxes(1, 2), out=scores)
+            _hide_future(scores.reshape(-1, some.stop - some.start, end))
+            scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            total = np.add.reduce(scores, axis=-1, keepdims=True)
+            part = np.matmul(scores, v[heads, :end])  # (some K, G*few, N) @ (some K, N, C)
+            part /= total
+            o[heads, :, some] = part.reshape(few.shape[0], groups, -1, head_dim)
+
+        items = []
+        for begin in range(0, n_new, tokens_at_once(groups)):
+            some = slice(begin, min(begin + tokens_at_once(groups), n_new))
+            scores = groups * (some.stop - begin) * n_keys  # of a key head
+            at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
+            items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
+        for_each(self.backend.threads, attend, items[::-1], n_new)  # the last see the most keys
+        return o.reshape(q.shape)  # (K, G, T, C) -> (H, T, C)
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + e^-x) in one array: where e^-x overflows to infinity, the result is its 0.
+
+        Measured at 800 x 512 in float32 on one core: 0.2 of the reference's time, most of which
+        is its `where`.
+        """
+        s = np.negative(x, out=np.empty_like(x))
+        with np.errstate(over="ignore"):
+            np.exp(s, out=s)
+        s += 1
+        return np.reciprocal(s, out=s)
+
+    def swiglu(self, gate: Array, up: Array) -> Array:
+        """gate / (1 + e^-gate) * up in one new array: where e^-gate overflows to infinity, the
+        result is its 0."""
+        y = np.empty_like(gate)
+
+        def compute(some: slice, _slot: int) -> None:
+            part = y[..., some]
+            np.negative(gate[..., some], out=part)
+            with np.errstate(over="ignore"):
+                np.exp(part, out=part)
+            part += 1
+            np.divide(gate[..., some], part, out=part)
+            part *= up[..., some]
+
+        in_pieces(self.backend.threads, compute, gate.shape[-1], gate.size // gate.shape[-1])
+        return y
+
+
+def _hide_future(scores: np.ndarray) -> None:
+    """Put -inf, in place, where a query of scores (heads, T, N) would see a later key: only the
+    T x T corner of new keys has any."""
+    n_new, n_keys = scores.shape[1:]
+    if n_new > 1:
+        np.copyto(scores[..., n_keys - n_new :], -np.inf, where=_later(n_new))
+
+
+@lru_cache(maxsize=8)
+def _later(n: int) -> np.ndarray:
+    """(n, n) bool: whether key j comes after query i."""
+    return np.triu(np.ones((n, n), dtype=bool), k=1)
+
+
+def tokens_at_once(groups: int) -> int:
+    """Tokens whose queries of one key head, G of each, are computed together."""
+    return max(1, QUERIES // groups)
+
+
+def _scratch(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of `shape` in `scratch`, or a new one where that is too small."""
+    size = math.prod(shape)
+    flat = scratch[:size] if size <= scratch.size else np.empty(size, dtype="float32")
+    return flat.reshape(shape)

@@ -1,0 +1,45 @@
+"""One operation on many tokens, cut up: in pieces that stay in a core's cache, on all cores."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from npllama.threads import Threads
+
+Item = TypeVar("Item")
+
+PIECE = 64 * 1024
+"""Numbers of an elementwise operation that are computed at a time, since several ufuncs go over
+them: they stay in a core's own cache, and are worth a thread's waking up."""
+
+MANY_ROWS = 64
+"""Rows from which on a product is cut up among threads that each use BLAS on one core, and all
+else among the same: 1.2 times as fast at 512 rows of 768 as BLAS with two threads, which go on
+spinning for a while and disturb what follows. With fewer rows waking threads up takes longer."""
+
+
+def for_each(
+    threads: Threads, function: Callable[[Item, int], None], items: Sequence[Item], n_rows: int
+) -> None:
+    """function(item, slot) for each; on all cores where the rows, tokens, are many."""
+    if n_rows < MANY_ROWS or len(items) == 1:
+        for item in items:
+            function(item, 0)
+    else:
+        threads.map(function, items)
+
+
+def in_pieces(
+    threads: Threads,
+    function: Callable[[slice, int], None],
+    n: int,
+    n_rows: int,
+    width: int = 1,
+) -> None:
+    """function(slice of 0 .. n, slot) until all of n are done, each of `width` numbers a row: of
+    many rows some at a time, on all cores."""
+    if n_rows < MANY_ROWS:
+        function(slice(None), 0)
+    else:
+        at_once = max(1, PIECE // (width * n_rows))
+        pieces = [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
+        for_each(threads, function, pieces, n_rows)
