@@ -103,35 +103,47 @@ def test_the_hooks_of_the_reference_change_nothing(ops, to_device, rng):
     assert ops.compile(step) is step
 
 
-def test_a_layer_split_over_two_shards_adds_up_to_the_whole(ops, to_device, to_host, rng):
-    """H, K and F may be local counts: the sum of two half layers' outputs is the layer's."""
-    host, layer = random_layer(rng, to_device, dim=24, n_heads=4, n_kv_heads=2, ffn_dim=10)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_layer_split_over_two_shards_is_the_whole(
+    ops, to_device, to_host, rng, monkeypatch, dtype
+):
+    """H, K and F may be local counts: with the shards' partial sums added up by `all_reduce`, and
+    nothing else exchanged, a half layer's output is the layer's."""
+    host, layer = random_layer(rng, to_device, 24, n_heads=4, n_kv_heads=2, ffn_dim=10, dtype=dtype)
 
     def half(i):
         def rows(w):
             n = w.shape[0] // 2
-            return Matrix(to_device(w[i * n : i * n + n]))
+            return Matrix(to_device(w[i * n : i * n + n].astype(dtype)))
 
         def columns(w):
-            return Matrix(to_device(w.reshape(w.shape[0], 2, -1)[:, i].copy()))
+            return Matrix(to_device(w.reshape(w.shape[0], 2, -1)[:, i].astype(dtype)))
 
         split = {name: rows(host[name]) for name in ("wq", "wk", "wv", "w_gate", "w_up")}
         split |= {name: columns(host[name]) for name in ("wo", "w_down")}
-        norms = {name: to_device(host[name]) for name in ("attention_norm", "ffn_norm")}
+        norms = {
+            name: to_device(host[name].astype(dtype)) for name in ("attention_norm", "ffn_norm")
+        }
         return Layer(**split, **norms, norm_eps=1e-3)
 
-    x = rng.standard_normal((1, 5, 24))
+    x = rng.standard_normal((1, 5, 24)).astype(dtype)
 
-    def run(part, n_kv_heads):
-        cache = make_cache(ops, 6, n_kv_heads)
-        positions = cache.positions(5)
-        a = ops.attention_block(to_device(x), part, cache.layers[0], positions)
-        f = ops.feed_forward(to_device(x), part)
-        return to_host(a) - x, to_host(f) - x
+    def run(part, n_kv_heads, all_reduce):
+        monkeypatch.setattr(ops, "all_reduce", all_reduce)
+        cache = make_cache(ops, 6, n_kv_heads, dtype=dtype)
+        part = ops.prepare(part)
+        a = ops.attention_block(to_device(x), part, cache.layers[0], cache.positions(5))
+        return to_host(a), to_host(ops.feed_forward(to_device(x), part))
 
-    halves = [run(half(i), 1) for i in range(2)]
-    for got, truth in zip(map(sum, zip(*halves, strict=True)), run(layer, 2), strict=True):
-        assert_close(got, truth, 10 * EXACT)
+    partial = []  # of attention and feed-forward, of one half and the other
+    for i in range(2):
+        run(half(i), 1, lambda y: partial.append(to_host(y).copy()) or y)
+    truth = run(layer, 2, lambda y: y)
+    for i in range(2):
+        sums = map(to_device, [partial[0] + partial[2], partial[1] + partial[3]])
+        parts = run(half(i), 1, lambda _, sums=sums: next(sums))
+        for got, want in zip(parts, truth, strict=True):
+            assert_close(got, want, 10 * EXACT if dtype == "float64" else 2e-6)
 
 
 def test_the_model_is_its_blocks_in_order(ops, to_host):

@@ -28,6 +28,16 @@ def run(llama, prompts, **options):
     return completions
 
 
+def test_no_random_numbers_are_made_where_nothing_is_drawn(llama, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("asked for random numbers")
+
+    monkeypatch.setattr("npllama.generation.uniforms", refuse)
+    assert len(llama.generate([1, 5], max_new_tokens=3, temperature=0, ignore_eos=True).ids) == 3
+    with pytest.raises(AssertionError, match="random numbers"):
+        llama.generate([1, 5], max_new_tokens=3, temperature=1)
+
+
 def test_greedy_takes_the_likeliest_token_each_time(llama):
     ids = [1, 100, 7]
     completion = llama.generate(ids, max_new_tokens=6, temperature=0, ignore_eos=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +20,7 @@ from npllama.config import LlamaConfig
 from npllama.errors import WorkerError
 from npllama.generate import main
 from npllama.ops import NumpyOps
+from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
 from npllama.sampling import Sampling
 from npllama.shared_arrays import share
@@ -198,6 +200,13 @@ def big_llama(dtype, n_threads):
     return make_llama(ops, BIG, dtype=dtype), ops
 
 
+def wait_until_ready(ops):
+    until = time.monotonic() + 10
+    while not ops.shared.workers.are_ready and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ops.shared.workers.are_ready
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_a_narrow_model_generates_with_workers_what_it_does_without(dtype, monkeypatch):
     monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
@@ -238,15 +247,66 @@ def test_a_small_float32_model_generates_with_workers_once_they_have_started(mon
     with monkeypatch.context() as starting:
         starting.setattr(Workers, "are_ready", False)
         before = run(llama)
-    until = time.monotonic() + 10
-    while not ops.shared.workers.are_ready and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until_ready(ops)
     after = run(llama)
     ops.shared.workers.close()
     assert (alone[2], before[2]) == (0, 0) and after[2] > 0
     for ids, log_probs, _n in (before, after):
         assert ids == alone[0]
         assert np.abs(log_probs - alone[1]).max() < 1e-4
+
+
+def test_of_a_small_float32_model_they_share_what_is_not_cut_up_among_threads(monkeypatch):
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
+    alone, (llama, ops) = big_llama("float32", 1)[0], big_llama("float32", 2)
+    llama.logits([1])
+    wait_until_ready(ops)
+    rows = []
+    product = Workers.product
+    monkeypatch.setattr(
+        Workers, "product", lambda s, x, *a: rows.append(len(x)) or product(s, x, *a)
+    )
+    for n in (1, 2, MANY_ROWS - 1, MANY_ROWS, MAX_ROWS, MAX_ROWS + 1):
+        ids = list(range(3, 3 + n))
+        rows.clear()
+        got, want = llama.logits(ids), alone.logits(ids)
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+        assert set(rows) == ({n} if n < MANY_ROWS else set())
+    ops.shared.workers.close()
+
+
+def test_a_fork_of_a_small_float32_model_computes_by_itself():
+    code = (
+        "import os, sys\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_workers import big_llama, shared_products, wait_until_ready\n"
+        "shared_products.SHARED_SMALL_SIZE = shared_products.CACHED_SIZE = 1000\n"
+        "llama, ops = big_llama('float32', 2)\n"
+        "ids = lambda: llama.generate([1, 5], max_new_tokens=5, temperature=0).ids\n"
+        "want = ids()\n"
+        "wait_until_ready(ops)\n"
+        "assert ids() == want\n"
+        "pid = os.fork()\n"
+        "assert ids() == want\n"
+        "if pid:\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "    assert ids() == want\n"
+    )
+    run_script(code)
+
+
+def test_threads_that_begin_at_once_start_them_once(monkeypatch):
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
+    llama, ops = big_llama("int8", 2)
+    made = []
+    start = Workers._start
+    monkeypatch.setattr(Workers, "_start", lambda *a: made.append(a) or start(*a))
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda _: llama.logits([1, 5]), range(8)))
+    assert len(made) == 1
+    assert all(np.array_equal(logits, got[0]) for logits in got)
+    ops.shared.workers.close()
 
 
 def test_a_float32_model_does_without_workers_that_cannot_be_started(monkeypatch):
