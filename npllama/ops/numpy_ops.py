@@ -117,15 +117,18 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def queries_keys_values(
         self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
     ) -> tuple[Array, Array, Array]:
-        """One product for q, k and v, of which q and k are rotated together."""
+        """One product for q, k and v, of which q and k are rotated together. Of few rows also
+        where the last ones' q is enough: W is read once whatever their number."""
         joined = self._joined_of(layer).qkv
-        if joined is None or h.dtype != np.float32 or n_last not in (None, h.shape[1]):
+        batch, n_new, _ = h.shape
+        is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
+        if joined is None or h.dtype != np.float32 or not is_all:
             return super().queries_keys_values(h, layer, positions, n_last)
         head_dim = 2 * positions.cos.shape[-1]
         n_q, n_k = layer.wq.shape[0] // head_dim, layer.wk.shape[0] // head_dim
-        y = self.linear(h, joined).reshape(*h.shape[:2], -1, head_dim)  # (B, T, H + 2K, C)
+        y = self.linear(h, joined).reshape(batch, n_new, -1, head_dim)  # (B, T, H + 2K, C)
         qk = self.rope(y[:, :, : n_q + n_k], positions.cos, positions.sin)
-        return qk[:, :, :n_q], qk[:, :, n_q:], y[:, :, n_q + n_k :]
+        return last(qk[:, :, :n_q], n_last), qk[:, :, n_q:], y[:, :, n_q + n_k :]
 
     def _plus(self, x: Array, y: Array) -> Array:
         """x + y, in y's memory."""
