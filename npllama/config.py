@@ -229,7 +229,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_small_file(path, MAX_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
+        other = "; tools/convert.py makes one" if path.with_name("params.json").exists() else ""
+        raise ConfigError(
+            f"{path} does not exist: expected a model directory with it{other}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -304,8 +304,6 @@ def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[i
         return llama.encode(prompt)
     llama.encode("")  # says what is missing where there is no tokenizer
     messages = [{"role": "user", "content": prompt}]
-    if args.model == "":
-        raise InputError("--model is empty: expected a model directory")
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return encode_chat(llama.tokenizer, messages)

@@ -194,7 +194,9 @@ class Llama(Transformer):
         [3, 3]
         """
         if not is_integer(max_new_tokens) or max_new_tokens < 0:
-            raise InputError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number")
+            raise InputError(
+                f"max_new_tokens is {max_new_tokens!r}: expected a whole number from 0"
+            )
         if not isinstance(sampling, Sampling):
             raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
         stops = _checked_stops(stop)

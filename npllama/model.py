@@ -227,6 +227,6 @@ class Transformer:
         if n > self.context:
             raise InputError(
                 f"{n} tokens do not fit the context of {self.context}: "
-                "shorten the prompt, or plan for a longer context where the model has one"
+                "shorten the prompt, or load the model with a longer one, where it has that"
             )
         return self.backend.to_device(np.asarray(ids, dtype="int32"))

@@ -41,9 +41,11 @@ class Sampling:
             "top_k",
             self.top_k,
             is_integer(self.top_k) and self.top_k >= 0,
-            "a whole number, 0 for all",
+            "a whole number from 0, 0 for all",
         )
-        _require_between("temperature", self.temperature, 0, sys.float_info.max, "0 or above")
+        _require_between(
+            "temperature", self.temperature, 0, sys.float_info.max, "0 or above, finite"
+        )
         _require_between("top_p", self.top_p, sys.float_info.min, 1, "above 0 and at most 1")
         _require_between("min_p", self.min_p, 0, 1, "from 0 to 1")
         penalty = self.repetition_penalty

@@ -20,7 +20,7 @@ from benchmarking.machine import n_threads
 from benchmarking.measure import Sample, generate, make_task, open_model, roofline_run, side_by_side
 from benchmarking.peak_memory import PeakMemory, resident_bytes
 from benchmarking.rivals import Command, Transformers, printed_speed
-from benchmarking.roofline import roofline_nbytes, roofline_of
+from benchmarking.roofline import Roofline, roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, forward_flops, prompt_lengths, random_llama
 from benchmarking.step_profile import OUTSIDE, profile, watched
 from conftest import ROOT, TINY, make_llama
@@ -28,6 +28,7 @@ from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
 from npllama.ops import Ops
+from npllama.threads import Threads
 
 GB = 10**9
 
@@ -392,6 +393,20 @@ def test_threads_are_limited_for_everything_and_given_back(monkeypatch, capsys):
             assert benchmark.main(["--shape", "15m", *options]) == 2
         assert n_threads() == 2
     assert seen == [1, 2]
+
+
+def test_the_roofline_has_as_many_threads_as_npllama(monkeypatch):
+    seen = []
+    dot = np.dot
+    monkeypatch.setattr(np, "dot", lambda *a, **out: seen.append(n_threads()) or dot(*a, **out))
+    w = np.ones((3, 2), dtype="float32")
+    with threadpool_limits(2, user_api="blas"):
+        if n_threads() != 2:
+            pytest.skip("this BLAS has one thread")
+        for n in (1, 2):
+            Roofline(Backend(threads=Threads(n)), [w], w).seconds(1, 1)
+        assert n_threads() == 2
+    assert seen == [1, 1, 2, 2]
 
 
 # -- other programs ----------------------------------------------------------------------------

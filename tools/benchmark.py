@@ -92,6 +92,12 @@ def benchmark(options: argparse.Namespace) -> Report:
             remarks.append(f"{transformers.name}: {transformers.versions}, random weights")
         bar = stack.enter_context(tqdm(total=options.runs, unit="run", disable=None, leave=False))
         runs = side_by_side(llama, task, roofline, rivals, options.runs, bar.update)
+    threads = llama.backend.threads
+    if llama.backend.xp is np and threads.count < threads.most:
+        remarks.append(
+            f"other programs kept cores busy: npllama and its roofline used {threads.count} of "
+            f"{threads.most} threads, at least in the end; --threads keeps the number"
+        )
     name = f"npllama {llama.dtype}"
     programs = [
         program(
@@ -154,9 +160,10 @@ def as_markdown(report: Report) -> str:
     prompts = f"prompt {lengths[0]} tokens"
     if len(lengths) > 1:
         prompts = f"{len(lengths)} prompts of {lengths[-1]} to {lengths[0]} tokens"
+    runs = "1 run" if t["runs"] == 1 else f"{t['runs']} runs"
     parts = [
         f"{m['name']} ({m['parameters']:,} parameters, {m['dtype']}); {prompts}, "
-        f"{t['new_tokens']} new tokens, {t['runs']} runs; {c['device']} ({c['processor']}), "
+        f"{t['new_tokens']} new tokens, {runs}; {c['device']} ({c['processor']}), "
         f"threads {c['threads']} ({c['blas']}), NumPy {c['numpy']}",
         programs_table(report.programs),
     ]

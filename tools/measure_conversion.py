@@ -58,8 +58,13 @@ def main() -> None:
     p.add_argument("--dtype", help="of convert.py; as stored unless given")
     p.add_argument("--repeat", type=int, default=1, metavar="N", help="times (default: 1)")
     args = p.parse_args()
-    if not args.source.exists() or not args.folder.is_dir():
-        p.error(f"{args.source} and {args.folder}: expected a checkpoint and a directory")
+    for wrong in (
+        f"{args.source} does not exist: expected a checkpoint" * (not args.source.exists()),
+        f"{args.folder} is no directory: expected one" * (not args.folder.is_dir()),
+        f"--repeat is {args.repeat}: expected at least 1" * (args.repeat < 1),
+    ):
+        if wrong:
+            p.exit(2, f"measure_conversion: error: {wrong}\n")
     options = ["--dtype", args.dtype] if args.dtype else []
     for _ in range(args.repeat):
         with tempfile.TemporaryDirectory(dir=args.folder) as name:

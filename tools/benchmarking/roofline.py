@@ -51,15 +51,17 @@ class Roofline:
         dot = self.backend.xp.dot
         layers = [self._product(w, n_tokens) for w in self.layers]
         head = self._product(self.head, n_logits)
-        self._wait()
-        begin = time.perf_counter()
-        for a, b, out in layers:
-            dot(a, b, out=out)
-        self._wait()
-        middle = time.perf_counter()
-        dot(*head[:2], out=head[2])
-        self._wait()
-        return (middle - begin) * self.scale + time.perf_counter() - middle
+        threads = self.backend.threads
+        with threads.blas(threads.count):  # as many as npllama would use now
+            self._wait()
+            begin = time.perf_counter()
+            for a, b, out in layers:
+                dot(a, b, out=out)
+            self._wait()
+            middle = time.perf_counter()
+            dot(*head[:2], out=head[2])
+            self._wait()
+            return (middle - begin) * self.scale + time.perf_counter() - middle
 
     def _product(self, w: Array, n_rows: int) -> tuple[Array, Array, Array]:
         """(a, b, out) of a @ b: W x for one row, W x^T for a few, x W^T for more."""

@@ -9,12 +9,12 @@ _UNKNOWN = "–"
 
 _COLUMNS: list[tuple[str, Callable[[Program], str]]] = [
     ("prefill tokens/s", lambda p: of_runs(p.prefill_tokens_per_second)),
-    ("of roofline", lambda p: of_runs(p.prefill_of_roofline, 2)),
-    ("GFLOP/s", lambda p: of_median(p.prefill_gigaflops)),
+    ("prefill of roofline", lambda p: of_runs(p.prefill_of_roofline, 2)),
+    ("prefill GFLOP/s", lambda p: of_median(p.prefill_gigaflops)),
     ("decode tokens/s", lambda p: of_runs(p.decode_tokens_per_second)),
-    ("of roofline", lambda p: of_runs(p.decode_of_roofline, 2)),
-    ("GB/s", lambda p: of_median(p.decode_gigabytes_per_second)),
-    ("GFLOP/s", lambda p: of_median(p.decode_gigaflops)),
+    ("decode of roofline", lambda p: of_runs(p.decode_of_roofline, 2)),
+    ("decode GB/s", lambda p: of_median(p.decode_gigabytes_per_second)),
+    ("decode GFLOP/s", lambda p: of_median(p.decode_gigaflops)),
     ("first token ms", lambda p: of_median(p.first_token_seconds, 1e3)),
     ("load s", lambda p: one(p.load_seconds)),
     ("load to first token s", lambda p: one(p.load_to_first_token_seconds)),
