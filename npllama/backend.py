@@ -182,7 +182,8 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    """Bytes left under a container's limit (cgroup v2, then v1); page cache counts as free."""
+    """Bytes left under a container's limit (cgroup v2, then v1); page cache counts as free, but not
+    what of it is shared memory, as converted weights are."""
     for folder, limit_file, usage_file in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -195,8 +196,9 @@ def _cgroup_left() -> int | None:
             statistics = dict(
                 line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines()
             )
-            reclaimable = int(statistics.get("file", statistics.get("total_cache", 0)))
-            return max(0, int(limit) - used + reclaimable)
+            cached = int(statistics.get("file", statistics.get("total_cache", 0)))
+            shared = int(statistics.get("shmem" if "file" in statistics else "total_shmem", 0))
+            return max(0, int(limit) - used + cached - shared)
         except (OSError, ValueError):
             continue
     return None

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from npllama.backend import Array
 from npllama.config import LlamaConfig
 from npllama.errors import OutOfMemoryError
 from npllama.kv_cache import KVCache
@@ -63,16 +62,9 @@ def workspace_nbytes(config: LlamaConfig, ops: Ops, batch: int, context: int, ch
 
 def mapped_nbytes(parameters: Parameters) -> int:
     """Bytes of the weights that are views of memory-mapped files."""
-    total = 0
-
-    def count(array: Array) -> Array:
-        nonlocal total
-        total += array.nbytes if isinstance(memory_of(array), MappedFile) else 0
-        return array
-
-    for part in (parameters.embedding, *parameters.layers, parameters.head):
-        part.map(count)
-    return total
+    parts = (parameters.embedding, *parameters.layers, parameters.head)
+    arrays = [array for part in parts for array in part.arrays()]
+    return sum(array.nbytes for array in arrays if isinstance(memory_of(array), MappedFile))
 
 
 def _gb(n_bytes: int) -> str:

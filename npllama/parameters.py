@@ -4,7 +4,7 @@ Shapes: D width, H query heads, K key-value heads, C head width, F ffn width, V 
 Every matrix maps its last axis to its first, (N_out, N_in), as Hugging Face stores it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -26,6 +26,15 @@ class _Mapped:
             elif hasattr(value, "shape"):
                 changed[field.name] = move(value)
         return replace(self, **changed)  # type: ignore[type-var]
+
+    def arrays(self) -> Iterator[Array]:
+        """Each of its arrays, in the same order."""
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, _Mapped):
+                yield from value.arrays()
+            elif hasattr(value, "shape"):
+                yield value
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,6 @@ class Parameters:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in their storage dtype; a tied head counts once."""
-        arrays: dict[int, int] = {}
-
-        def count(array: Array) -> Array:
-            arrays[id(array)] = array.nbytes
-            return array
-
-        for part in (self.embedding, *self.layers, self.head):
-            part.map(count)
-        return sum(arrays.values())
+        parts = (self.embedding, *self.layers, self.head)
+        nbytes = {id(array): array.nbytes for part in parts for array in part.arrays()}
+        return sum(nbytes.values())

@@ -21,6 +21,17 @@ _MADV_COLLAPSE = 25
 _ALIGNMENT = 64
 
 
+def _duplicate(fd: int) -> int:
+    """Another descriptor of the same file, above those of the standard streams: a child has its
+    own in those places, also where ours are closed."""
+    low = []
+    while (new := os.dup(fd)) <= 2:
+        low.append(new)
+    for each in low:
+        os.close(each)
+    return new
+
+
 class MappedFile(mmap.mmap):
     """A memory-mapped file, read-only, which another process that is handed its descriptor maps
     by its path: this very file, whatever has come in its place since.
@@ -35,7 +46,7 @@ class MappedFile(mmap.mmap):
 
     def __new__(cls, file: BinaryIO) -> "MappedFile":
         made = super().__new__(cls, file.fileno(), 0, access=mmap.ACCESS_READ)
-        fd = os.dup(file.fileno())
+        fd = _duplicate(file.fileno())
         weakref.finalize(made, os.close, fd)
         made.path = f"/dev/fd/{fd}"
         return made
@@ -56,7 +67,9 @@ class SharedMemory(mmap.mmap):
     @classmethod
     def create(cls, n_bytes: int) -> "SharedMemory":
         """Writable memory with at least `n_bytes` from the file's byte _HUGE on."""
-        fd = os.memfd_create("npllama")
+        first = os.memfd_create("npllama")
+        fd = _duplicate(first)
+        os.close(first)
         os.ftruncate(fd, (-(-n_bytes // _HUGE) + 2) * _HUGE)
         made = cls.of(f"/dev/fd/{fd}", writable=True)
         weakref.finalize(made, os.close, fd)

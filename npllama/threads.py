@@ -56,16 +56,25 @@ class Threads:
     @contextlib.contextmanager
     def blas(self, n: int) -> Iterator[None]:
         """A context in which products of NumPy's BLAS use n threads; threadpoolctl's own takes
-        50 times as long as the few calls that it makes."""
-        before = [(library, library.get_num_threads()) for library in _blas_libraries()]
-        changed = [(library, number) for library, number in before if number != n]
+        50 times as long as the few calls that it makes.
+
+        BLAS is the whole process's: of contexts that overlap in several threads the last that
+        was entered counts, and when all have been left it is as it was before the first.
+        """
+        mine = [n]
+        with _blas_lock:
+            if not _blas_wanted:
+                _blas_limits()  # looked at before anything is changed
+                _blas_before[:] = [library.get_num_threads() for library in _blas_libraries()]
+            _blas_wanted.append(mine)
+            _set_blas([n] * len(_blas_before))
         try:
-            for library, _ in changed:
-                library.set_num_threads(n)
             yield
         finally:
-            for library, number in changed:
-                library.set_num_threads(number)
+            with _blas_lock:
+                _blas_wanted[:] = [each for each in _blas_wanted if each is not mine]
+                last = [_blas_wanted[-1][0]] * len(_blas_before) if _blas_wanted else _blas_before
+                _set_blas(last)
 
     def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
         """function(item, slot) for each item, in order, `count` of them at a time; two that run
@@ -112,6 +121,17 @@ class Threads:
         from concurrent.futures import ThreadPoolExecutor  # not for --help
 
         return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
+
+
+_blas_lock = threading.Lock()
+_blas_wanted: list[list[int]] = []  # [threads] of each context that has been entered
+_blas_before: list[int] = []  # threads of each library before the first of them
+
+
+def _set_blas(numbers: Sequence[int]) -> None:
+    for library, number in zip(_blas_libraries(), numbers, strict=True):
+        if library.get_num_threads() != number:
+            library.set_num_threads(number)
 
 
 @lru_cache(maxsize=1)

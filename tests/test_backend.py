@@ -253,16 +253,17 @@ def meminfo(kib):
     return f"MemTotal: 1000000 kB\nMemFree: 5 kB\nMemAvailable: {kib} kB\nCached: 7 kB"
 
 
-def cgroup_v2(limit, used, cached):
+def cgroup_v2(limit, used, cached, shared=0):
     return {
         "v2_max": limit,
         "v2_current": used,
-        "v2_stat": f"anon 12345\nfile {cached}\nkernel 7",
+        "v2_stat": f"anon 12345\nfile {cached}\nkernel 7\nshmem {shared}",
     }
 
 
-def cgroup_v1(limit, used, cached):
-    return {"v1_limit": limit, "v1_usage": used, "v1_stat": f"cache 3\ntotal_cache {cached}"}
+def cgroup_v1(limit, used, cached, shared=0):
+    statistics = f"cache 3\nshmem 1\ntotal_cache {cached}\ntotal_shmem {shared}"
+    return {"v1_limit": limit, "v1_usage": used, "v1_stat": statistics}
 
 
 AVAILABLE = 800_000 * 1024
@@ -284,6 +285,12 @@ def test_free_memory_is_the_least_of_the_machines_and_the_control_groups(
 ):
     system_files(meminfo=meminfo(800_000), **cgroup(limit, used, cached))
     assert Backend().free_bytes() == free
+
+
+@pytest.mark.parametrize("cgroup", [cgroup_v2, cgroup_v1])
+def test_shared_memory_counts_as_page_cache_and_is_not_given_back(system_files, cgroup):
+    system_files(meminfo=meminfo(800_000), **cgroup(1000 * MB, 700 * MB, 650 * MB, shared=600 * MB))
+    assert Backend().free_bytes() == 350 * MB
 
 
 def test_without_a_limit_free_memory_is_the_machines(system_files):

@@ -23,7 +23,7 @@ from benchmarking.rivals import Command, Transformers, printed_speed
 from benchmarking.roofline import Roofline, roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, forward_flops, prompt_lengths, random_llama
 from benchmarking.step_profile import OUTSIDE, profile, watched
-from conftest import ROOT, TINY, make_llama
+from conftest import ROOT, TINY, make_llama, make_ops
 from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
@@ -230,6 +230,7 @@ def test_passes_bracket_the_run_that_they_are_compared_with(llama):
 
 def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
     order = []
+    monkeypatch.setattr(llama.backend, "threads", Threads(2))  # which looks at nobody else
     monkeypatch.setattr(time, "sleep", lambda seconds: order.append(seconds))
     roofline, _ = roofline_of(llama, 1, 64)
     llama.generation = lambda *args, original=llama.generation, **kwargs: (
@@ -293,6 +294,12 @@ def test_shares_of_a_profile_sum_to_one_and_all_ops_are_counted(llama):
     assert calls["next_token"] == 1
     assert lines[-1].op == OUTSIDE
     assert not {"linear", "rms_norm"} & vars(llama.ops).keys()  # as it was
+
+
+def test_attention_has_its_line_with_numpys_overrides_too():
+    llama = make_llama(make_ops("numpy"))
+    calls = {line.op: line.calls for line in profile(llama, make_task([5, 4], 6, 260))}
+    assert calls["attention"] == 2 * TINY.n_layers
 
 
 def test_an_op_that_calls_another_counts_its_own_time_alone(clock):

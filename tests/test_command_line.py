@@ -332,6 +332,19 @@ def test_help_and_import_are_quick():
     began = time.perf_counter()
     assert run("--help").returncode == 0
     assert time.perf_counter() - began < 3
+    later = ("subprocess", "concurrent.futures", "threadpoolctl", "multiprocessing")
+    code = f"import sys, npllama; print([m for m in {later} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "[]\n"
+
+
+def test_slow_weights_are_told_of_in_one_line(tmp_path, capsys):
+    for dtype, is_slow in (("float16", True), ("bfloat16", False)):
+        model = str(write_model(tmp_path / dtype, CONFIG, dtype=dtype))
+        command = ("--model", model, "--backend", "numpy", "--prompt", "a", *GREEDY)
+        code, _out, err = call(capsys, *command)
+        assert code == 0
+        assert (err.count("\n"), "bfloat16" in err, "int8" in err) == (is_slow,) * 3
 
 
 # -- wrong input: one line, exit code 2, nothing on stdout

@@ -20,7 +20,7 @@ DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
 SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
 NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
 NUMPY_DERIVATIVES, NUMPY_SAMPLING = "ops/numpy_derivatives.py", "ops/numpy_sampling.py"
-TILES = "ops/tiles.py"
+TILES, PIECES = "ops/tiles.py", "ops/pieces.py"
 
 # what is wrong: (file, the right line's part, the mistake)
 MISTAKES = {
@@ -131,9 +131,9 @@ MISTAKES = {
         "few.reshape(*shape[:2], head_dim)",
     ),
     "NumPy override: no 1/sqrt(C) for one token": (
-        NUMPY_BLOCKS,
-        "q.reshape(grouped) * np.float32(1 / math.sqrt(head_dim))",
-        "q.reshape(grouped)",
+        NUMPY_EQUATIONS,
+        "q.reshape(n_kv_heads, groups, head_dim) * np.float32(1 / math.sqrt(head_dim))",
+        "q.reshape(n_kv_heads, groups, head_dim)",
     ),
     "NumPy override: a token does not see itself": (
         NUMPY_BLOCKS,
@@ -170,7 +170,7 @@ MISTAKES = {
         "_X_EXPONENT, _Y_EXPONENT = 48, 64",
         "_X_EXPONENT, _Y_EXPONENT = 48, 63",
     ),
-    "NumPy override: sigmoid without its 1": (NUMPY_EQUATIONS, "        s += 1\n", ""),
+    "NumPy override: sigmoid without its 1": (NUMPY_EQUATIONS, "    out += 1\n", ""),
     "NumPy override: a token's last place alone": (
         NUMPY_DERIVATIVES,
         "np.add.reduceat(rows, begins, axis=0)",
@@ -231,7 +231,17 @@ MISTAKES = {
         "layers=tuple(reversed(dlayers))",
         "layers=tuple(dlayers)",
     ),
-    "NumPy override: scale forgotten": (NUMPY_EQUATIONS, "y *= w.scale[:, None]", "pass"),
+    "NumPy override: scale forgotten": (NUMPY_EQUATIONS, "y *= w.scale", "pass"),
+    "NumPy override: the last columns forgotten": (
+        PIECES,
+        "range(0, n_columns, at_once)",
+        "range(0, n_columns - at_once, at_once)",
+    ),
+    "NumPy override: a column computed twice": (
+        PIECES,
+        "slice(begin, min(begin + at_once, n_columns))",
+        "slice(begin, min(begin + at_once + 1, n_columns))",
+    ),
     "top-p drops the token that crosses p": (
         SAMPLING,
         "before <= p, falling",
@@ -267,6 +277,7 @@ SUITES = {
     NUMPY_DERIVATIVES: ("overrides",),
     NUMPY_SAMPLING: ("overrides",),
     TILES: ("overrides",),
+    PIECES: ("pieces", "overrides"),
     SAMPLING: ("sampling",),
 }
 

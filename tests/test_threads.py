@@ -44,6 +44,24 @@ def test_blas_has_one_thread_within_a_map_and_as_many_as_before_after_it():
         assert all(n == 2 for n in blas_threads())
 
 
+def test_blas_is_as_it_was_after_contexts_that_overlap():
+    threads = Threads(2)
+    before = blas_threads()
+    one, two = threads.blas(1), threads.blas(2)
+    one.__enter__()
+    two.__enter__()
+    assert set(blas_threads()) == {2}
+    one.__exit__(None, None, None)
+    assert set(blas_threads()) == {2}
+    two.__exit__(None, None, None)
+    assert blas_threads() == before
+    with threads.blas(1):
+        with threads.blas(2):
+            assert set(blas_threads()) == {2}
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == before
+
+
 def test_a_map_within_a_map_is_computed_by_the_thread_that_asks():
     threads = Threads(2)
     inner = threads.map(

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
 import npllama.ops.shared_products as shared_products
 import npllama.ops.workers
@@ -23,7 +24,7 @@ from npllama.ops import NumpyOps
 from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
 from npllama.sampling import Sampling
-from npllama.shared_arrays import share
+from npllama.shared_arrays import place_of, share
 from npllama.threads import Threads
 
 pytestmark = pytest.mark.skipif(not can_work(), reason="no worker processes on this machine")
@@ -109,6 +110,25 @@ def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, r
     made.close()
 
 
+def test_a_product_after_one_that_ended_before_it_was_handed_out_waits_for_nobody():
+    """Part 3 took none of the product before, and so never tells that that one is done."""
+    code = (
+        "import numpy as np\n"
+        "from npllama.ops.workers import Workers\n"
+        "from npllama.shared_arrays import share\n"
+        "class Interrupted:\n"
+        "    def __setitem__(self, *args): raise KeyboardInterrupt\n"
+        "w = Workers(3, share([np.ones((96, 9), dtype='int8')]))\n"
+        "x = np.ones((1, 9), dtype='float32')\n"
+        "for n_parts in (3, 2): w.product(x, 0, n_parts)\n"
+        "right, w._x = w._x, Interrupted()\n"
+        "try: w.product(x, 0, 3)\n"
+        "except KeyboardInterrupt: w._x = right\n"
+        "assert (w.product(x, 0, 3) == 9).all()\n"
+    )
+    run_script(code)
+
+
 def test_a_fork_computes_by_itself_and_its_end_ends_no_worker():
     code = (
         "import numpy as np, os\n"
@@ -170,6 +190,51 @@ def test_they_leave_when_their_parent_is_killed():
     parent.wait()
     parent.stdout.close()
     assert all(map(ends, pids))
+
+
+def test_they_leave_when_their_parent_is_killed_and_a_fork_of_it_lives_on():
+    code = (
+        "import numpy as np, os, time\n"
+        "from npllama.ops.workers import Workers\n"
+        "from npllama.shared_arrays import share\n"
+        "w = Workers(2, share([np.ones((9, 9), dtype='int8')]))\n"
+        "w.product(np.ones((1, 9), dtype='float32'), 0, 2)\n"
+        "fork = os.fork()\n"
+        "if fork: print(fork, *w.pids, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True
+    )
+    fork, worker = map(int, parent.stdout.readline().split())
+    time.sleep(0.2)  # until the fork has begun
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    try:
+        assert ends(worker) and alive(fork)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+def test_they_work_for_a_program_without_standard_streams():
+    code = (
+        "import numpy as np, sys\n"
+        "from npllama.ops.workers import Workers\n"
+        "from npllama.shared_arrays import share\n"
+        "w = Workers(2, share([np.ones((40, 9), dtype='int8')]))\n"
+        "assert (w.product(np.ones((1, 9), dtype='float32'), 0, 2) == 9).all()\n"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def test_one_that_was_stopped_ends_as_well(matrices):
+    made = Workers(2, share(matrices[:1]))
+    (pid,) = made.pids
+    os.kill(pid, signal.SIGSTOP)
+    made.close()
+    assert not alive(pid)
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
@@ -319,6 +384,59 @@ def test_a_float32_model_does_without_workers_that_cannot_be_started(monkeypatch
         got.append(llama.generate([1, 5], max_new_tokens=5, temperature=0, ignore_eos=True).ids)
         assert ops.shared.workers is None
     assert got[0] == got[1]
+
+
+def test_a_float32_model_goes_on_without_workers_that_end(monkeypatch):
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
+    llama, ops = big_llama("float32", 2)
+    want = llama.logits([1, 5])
+    wait_until_ready(ops)
+    assert np.abs(llama.logits([1, 5]) - want).max() <= 1e-5 * np.abs(want).max()
+    (pid,) = ops.shared.workers.pids
+    os.kill(pid, signal.SIGKILL)
+    for _ in range(3):
+        assert np.abs(llama.logits([1, 5]) - want).max() <= 1e-5 * np.abs(want).max()
+    assert ops.shared.workers is None and not ops.backend.threads.helpers
+
+
+def test_a_part_that_is_prepared_twice_is_shared_once(monkeypatch):
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
+    llama, ops = big_llama("int8", 2)
+    ops.prepare(llama.parameters.head)
+    more = make_llama(ops, BIG, seed=1, dtype="int8")
+    alone = make_llama(big_llama("int8", 1)[1], BIG, seed=1, dtype="int8")
+    got, want = more.logits([1, 5]), alone.logits([1, 5])
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    ops.shared.workers.close()
+
+
+def test_one_thread_from_some_moment_on_means_no_workers(monkeypatch):
+    """As when training, where each core has a micro-batch of its own."""
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
+    ops = NumpyOps(Backend(threads=Threads(2)))
+    ops.backend.threads = Threads(1)
+    llama = make_llama(ops, BIG)
+    llama.logits([1, 5])
+    assert ops.shared.workers is None
+    assert not any(place_of(array) for array in llama.parameters.layers[0].arrays())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_rows", "n_threads"),
+    [("float32", 1, 2), ("float32", MANY_ROWS - 1, 2), ("float32", MANY_ROWS, 1), ("int8", 1, 1)],
+)
+def test_blas_has_one_thread_beside_workers_and_where_many_rows_are_cut_up(
+    dtype, n_rows, n_threads, monkeypatch
+):
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
+    _, ops = big_llama(dtype, 2)
+    with ops.computing(n_rows):
+        libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+        assert {library.get_num_threads() for library in libraries} == {n_threads}
+    if ops.shared.workers is not None:
+        ops.shared.workers.close()
 
 
 def test_models_without_use_for_workers_have_none(monkeypatch):

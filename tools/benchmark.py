@@ -9,7 +9,6 @@ roofline is timed: one pass of plain float32 BLAS over all matrices of the model
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from command_line import Parser, exit_code, say
 from npllama.backend import BACKENDS, get_backend
 from npllama.errors import InputError
 from npllama.llama import Llama
+from npllama.threads import usable_cores
 from npllama.weights import STORAGE_DTYPES
 
 
@@ -182,9 +182,9 @@ def _check(options: argparse.Namespace) -> None:
         if value is not None and value < bound:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {value}: expected at least {bound}")
-    if options.threads is not None and options.threads > (os.cpu_count() or options.threads):
+    if options.threads is not None and options.threads > usable_cores():
         raise InputError(
-            f"--threads is {options.threads}: this machine has {os.cpu_count()} cores, and more "
+            f"--threads is {options.threads}: {usable_cores()} cores can be used here, and more "
             "threads than cores wait for one another"
         )
     if options.compare is not None:

@@ -1,6 +1,5 @@
 """What NumPy does better than blocks.py: joined products, and all cores for a prompt."""
 
-import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from npllama.ops.numpy_derivatives import NumpyDerivatives
 from npllama.ops.numpy_equations import NumpyEquations, tokens_at_once
 from npllama.ops.numpy_sampling import NumpySampling
 from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
+from npllama.ops.shared_products import SharedProducts
 from npllama.parameters import Head, Layer, Matrix
 from npllama.shared_arrays import neighbours
 
@@ -33,10 +33,15 @@ _APART = _Joined(layer=None, qkv=None, gate_up=None)
 
 
 class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
-    """Overrides for the CPU; each computes what the method of the same name in Ops does."""
+    """Overrides for the CPU; each computes what the method of the same name in Ops does.
+
+    The bases stand before Ops, so that what NumPy does better goes before the reference, for the
+    callers in Ops too, and `super()` in each of them is the reference.
+    """
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
+        self.shared = SharedProducts(backend)
         self._joined: dict[int, _Joined] = {}  # by the id of the layer
 
     # -- blocks --------------------------------------------------------------------------------
@@ -69,23 +74,13 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def _attend_one(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """Each row's one new token is the last, so it sees all keys: nothing is hidden from it.
-
-        The same equations as `attention`, each in one call on arrays that are already there.
-        """
-        batch, _, n_heads, head_dim = q.shape
-        grouped = (batch, k.shape[2], n_heads // k.shape[2], head_dim)  # (B, K, G, C)
-        q = q.reshape(grouped) * np.float32(1 / math.sqrt(head_dim))
-        o = np.empty(grouped, dtype="float32")
+        """One new token a row: q (B, 1, H, C), k and v (B, 1, K, C) -> (B, 1, H*C)."""
+        o = np.empty((q.shape[0], 1, q.shape[2] * q.shape[3]), dtype="float32")
         for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
             keys, values = cache.k[row, :, : start + 1], cache.v[row, :, : start + 1]  # (K, N, C)
             keys[:, start], values[:, start] = k[b, 0], v[b, 0]
-            p = np.matmul(q[b], keys.swapaxes(1, 2))  # (K, G, C) @ (K, C, N) -> (K, G, N)
-            p -= np.maximum.reduce(p, axis=-1, keepdims=True)
-            np.exp(p, out=p)
-            np.matmul(p, values, out=o[b])  # (K, G, N) @ (K, N, C) -> (K, G, C)
-            o[b] /= np.add.reduce(p, axis=-1, keepdims=True)
-        return o.reshape(batch, 1, -1)
+            o[b] = self.attention(q[b].swapaxes(0, 1), keys, values, cache.scratch).reshape(1, -1)
+        return o
 
     def _attend_prompt(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
@@ -117,8 +112,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def queries_keys_values(
         self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
     ) -> tuple[Array, Array, Array]:
-        """One product for q, k and v, of which q and k are rotated together. Of few rows also
-        where the last ones' q is enough: W is read once whatever their number."""
+        """One product for q, k and v, of which q and k are rotated together: h (B, T, D) ->
+        (B, n, H, C), (B, T, K, C) twice. Of few rows also where the last ones' q is enough: W is
+        read once whatever their number."""
         joined = self._joined_of(layer).qkv
         batch, n_new, _ = h.shape
         is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
@@ -131,9 +127,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return last(qk[:, :, :n_q], n_last), qk[:, :, n_q:], y[:, :, n_q + n_k :]
 
     def _plus(self, x: Array, y: Array) -> Array:
-        """x + y, in y's memory."""
+        """x + y, both (B, T, D), in y's memory."""
 
-        def add(some: slice, _slot: int) -> None:
+        def add(some: slice) -> None:
             part = y[..., some]
             part += x[..., some]
 
@@ -149,7 +145,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def prepare(self, part: Part) -> Part:
         """Matrices that lie side by side are joined; with worker processes those are shared that
         it is worth it for, which moves them to shared memory where they are not in a file."""
-        part = self.shared.movable(part.map(self.backend.to_device))
+        part = self.shared.moved(part.map(self.backend.to_device))
         if isinstance(part, Layer):
             qkv = _side_by_side(part.wq, part.wk, part.wv)
             gate_up = _side_by_side(part.w_gate, part.w_up)
@@ -171,9 +167,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         """BLAS has as many threads as there are free cores; or one where many rows are cut up
         among threads of our own, or beside workers: after each product its threads go on
         spinning for some 50 ms, and would take a core from those."""
-        is_alone = self.shared.begin() or n_rows >= MANY_ROWS
+        is_helped = self.shared.begin()
         threads = self.backend.threads
-        return threads.blas(1 if is_alone else threads.count)
+        return threads.blas(1 if is_helped or n_rows >= MANY_ROWS else threads.count)
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """Scores of one key head's queries, a few tokens at a time, for each thread."""

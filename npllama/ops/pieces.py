@@ -30,16 +30,17 @@ def for_each(
 
 def in_pieces(
     threads: Threads,
-    function: Callable[[slice, int], None],
-    n: int,
+    function: Callable[[slice], None],
+    n_columns: int,
     n_rows: int,
     width: int = 1,
 ) -> None:
-    """function(slice of 0 .. n, slot) until all of n are done, each of `width` numbers a row: of
-    many rows some at a time, on all cores."""
+    """function(slice of columns) until all are done, where a column has `width` numbers in each
+    row, a token: of many rows some columns at a time, on all cores."""
     if n_rows < MANY_ROWS:
-        function(slice(None), 0)
+        function(slice(None))
     else:
         at_once = max(1, PIECE // (width * n_rows))
-        pieces = [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
-        for_each(threads, function, pieces, n_rows)
+        begins = range(0, n_columns, at_once)
+        pieces = [slice(begin, min(begin + at_once, n_columns)) for begin in begins]
+        for_each(threads, lambda piece, _slot: function(piece), pieces, n_rows)

@@ -5,13 +5,13 @@ import threading
 
 import numpy as np
 
-from npllama.backend import Array
+from npllama.backend import Backend
 from npllama.errors import WorkerError
 from npllama.ops.pieces import MANY_ROWS
+from npllama.ops.tiles import product
 from npllama.ops.workers import MAX_ROWS, Workers, can_work
-from npllama.parameters import Head, Layer, Matrix
+from npllama.parameters import Head, Layer, Matrix, Part
 from npllama.shared_arrays import place_of, share
-from npllama.threads import Threads
 
 SHARED_SIZE = 512 * 1024
 """Numbers of a narrow matrix from which on worker processes share its product: handing it out
@@ -42,50 +42,46 @@ class SharedProducts:
         workers: None until they are of use.
     """
 
-    def __init__(self, threads: Threads) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.workers: Workers | None = None
-        self._threads = threads
-        # id of a matrix's values -> its number, and the values
-        self._matrices: dict[int, tuple[int, np.ndarray]] = {}
+        self._backend = backend
+        self._matrices: dict[int, np.ndarray] = {}  # by their id, which they keep while here
+        self._numbers: dict[int, int] = {}  # of those matrices that the workers know
         self._has_narrow = False
         self._n_wide = 0  # numbers of all float32 matrices
-        self._can_start = True
+        self._can_work = True  # unless they cannot be started, or have ended
         self._is_helped = False  # by workers, in this forward
         self._lock = threading.Lock()
 
-    def movable(self, part: Matrix | Layer | Head) -> Matrix | Layer | Head:
+    def moved(self, part: Part) -> Part:
         """The part with its matrices where other processes can map them, side by side.
 
         Nothing is copied but matrices in this process's own memory, those that were converted
         while loading.
         """
-        width, moving = _width(part), []
-        if not can_work() or self._threads.most == 1:
+        if not can_work() or self._backend.threads.most == 1:
             return part
-
-        def look(array: Array) -> Array:
-            if array.ndim == 2 and place_of(array) is None:
-                moving.append(array)
-            return array
-
-        part.map(look)
-        least = max((_least(array, width) for array in moving), default=math.inf)
-        if sum(array.size for array in moving) < least:
+        width = _width(part)
+        moving = [a for a in part.arrays() if a.ndim == 2 and place_of(a) is None]
+        moving = [a for a in moving if _least(a, width) < math.inf]
+        if not moving or sum(a.size for a in moving) < max(_least(a, width) for a in moving):
             return part
         shared = dict(zip(map(id, moving), share(moving), strict=True))
         return part.map(lambda array: shared.get(id(array), array))
 
     def add(self, matrices: list[Matrix], part: Layer | Head) -> None:
         """Share the products with these matrices of a part, where that is worth it."""
+        width = _width(part)
         for values in (w.values for w in matrices):
-            if values.size < _least(values, _width(part)) or place_of(values) is None:
+            is_known = id(values) in self._matrices
+            if is_known or values.size < _least(values, width) or place_of(values) is None:
                 continue
-            self._matrices[id(values)] = len(self._matrices), values
+            self._matrices[id(values)] = values
             if values.dtype == np.float32:
                 self._n_wide += values.size
             else:
                 self._has_narrow = True
-            self._can_start = True
+            self._can_work = True
             self._end()  # those workers that there are do not know of it
 
     def begin(self) -> bool:
@@ -97,40 +93,58 @@ class SharedProducts:
             WorkerError: a process could not be started; float32 goes on without.
         """
         is_of_use = self._has_narrow or self._n_wide >= CACHED_SIZE
-        with self._lock:  # one of several threads starts them
-            if is_of_use and self._can_start and self.workers is None and self._threads.most > 1:
-                self._start()
-            workers = self.workers
+        is_possible = self._can_work and self._backend.threads.most > 1
+        if is_of_use and is_possible and self.workers is None:
+            with self._lock:  # one of several threads starts them
+                if self.workers is None:
+                    self._start()
+        workers = self.workers
         self._is_helped = workers is not None and (self._has_narrow or workers.are_ready)
         return self._is_helped
 
     def has(self, values: np.ndarray) -> bool:
         """Whether a product of few rows with these values is shared in this forward."""
-        return self._is_helped and id(values) in self._matrices
+        return self._is_helped and id(values) in self._numbers
 
     def most_rows(self, values: np.ndarray) -> int:
         """Rows of x up to which that is worth it: of float32 more are cut up among threads."""
         return MANY_ROWS - 1 if values.dtype == np.float32 else MAX_ROWS
 
     def product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """y^T = W x^T: x (M, D) float32 -> (N, M) float32, for values W that it `has`."""
-        number, _values = self._matrices[id(values)]
-        return self.workers.product(x, number, self._threads.count)
+        """y^T = W x^T: x (M, D) float32 -> (N, M) float32, for values W that it `has`.
 
-    def _start(self) -> None:
-        values = [values for _number, values in self._matrices.values()]
+        Raises:
+            WorkerError: a process ended; float32 goes on without.
+        """
         try:
-            self.workers = Workers(min(self._threads.most, MAX_WORKERS), values)
+            number = self._numbers[id(values)]
+            return self.workers.product(x, number, self._backend.threads.count)
         except WorkerError:
             if self._has_narrow:
                 raise
-            self._can_start = False
-        else:
-            self._threads.helpers += self.workers.pids
+            self._can_work = False
+            self._end()
+            y = np.empty((len(values), len(x)), dtype="float32")
+            product(x, values, y)
+            return y
+
+    def _start(self) -> None:
+        try:
+            most = min(self._backend.threads.most, MAX_WORKERS)
+            workers = Workers(most, list(self._matrices.values()))
+        except WorkerError:
+            if self._has_narrow:
+                raise
+            self._can_work = False
+            return
+        self._numbers = {key: number for number, key in enumerate(self._matrices)}
+        self._backend.threads.helpers += workers.pids
+        self.workers = workers
 
     def _end(self) -> None:
         if self.workers is not None:
-            self._threads.helpers.clear()
+            helpers, pids = self._backend.threads.helpers, self.workers.pids
+            helpers[:] = [pid for pid in helpers if pid not in pids]
             self.workers.close()
             self.workers, self._is_helped = None, False
 

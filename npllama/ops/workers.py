@@ -80,13 +80,14 @@ class Workers:
 
     def __init__(self, n: int, matrices: list[np.ndarray]) -> None:
         self._matrices = list(matrices)
-        self._unfinished = 1  # parts of a product that an exception left
+        self._finished = 0  # the last product that all parts of are done
         self._are_ready = False
         self._lock = threading.Lock()
         self._owner = os.getpid()
         widest = max(w.shape[1] for w in matrices)
         longest = max(w.shape[0] for w in matrices)
         self._processes: list[Popen] = []
+        _living.add(self)
         self._stderrs: list = []
         self._close = weakref.finalize(self, _close, self._processes, self._stderrs, self._owner)
         try:
@@ -134,9 +135,9 @@ class Workers:
             return y
         with self._lock:
             counters = self._counters
-            for rank in range(1, self._unfinished):  # they may still read x and write y
-                self._wait(rank, counters[_SEQUENCE])
-            self._unfinished = n_parts
+            if counters[_SEQUENCE] != self._finished:  # an exception left it to those who compute
+                for rank in range(1, counters[_N_PARTS]):
+                    self._wait(rank, counters[_SEQUENCE])
             self._x[: x.size] = x.reshape(-1)
             counters[_MATRIX], counters[_N_ROWS], counters[_N_PARTS] = index, n_rows, n_parts
             sequence = counters[_SEQUENCE] + 1
@@ -147,7 +148,7 @@ class Workers:
             _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
             for rank in range(1, n_parts):
                 self._wait(rank, sequence)
-            self._unfinished = 1
+            self._finished = sequence
             y = self._y[: n_out * n_rows].copy()  # before the next product writes over it
             return y.reshape(n_out, n_rows)
 
@@ -210,13 +211,27 @@ class Workers:
         )
 
 
+_living: "weakref.WeakSet[Workers]" = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    """In a fork: the pipes are the parent's, whose end is to end the workers."""
+    for workers in _living:
+        for process in workers._processes:
+            process.stdin.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
     if os.getpid() != owner:  # a fork's end is not theirs
         return
     for process in processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
-        process.terminate()  # it holds nothing that could be lost
+        process.kill()  # it holds nothing that could be lost, and may have been stopped
     for process in processes:
         process.wait()
     for stderr in stderrs:

@@ -14,9 +14,10 @@ from npllama.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 
-PAUSE = 0.25
+PAUSE = 0.3
 """Seconds between programs: threads of BLAS and OpenMP wait for more work by spinning, for some
-25 to 200 ms, and would take a core from the next program's first forward."""
+25 to 200 ms, and would take a core from the next program's first forward. And npllama counts the
+free cores by what ran in the last quarter of a second."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def side_by_side(
         for rival, samples in zip(rivals, runs.rivals, strict=True):
             time.sleep(PAUSE)
             samples.append(rival.run())
+            llama.backend.threads.count  # noqa: B018 (the look after this one is at the pause)
         if rivals:
             time.sleep(PAUSE)
         done()

@@ -24,8 +24,8 @@ class Roofline:
 
     No matrix is used twice in a pass, so the processor's cache helps no more than it helps the
     model. Inputs and outputs are allocated before the clock starts. A few rows go in as W x^T, in
-    which order OpenBLAS is faster up to about 16 (see NumpyOps): a roof must not be lower than
-    need be.
+    which order OpenBLAS is faster up to about 16 (see npllama/ops/tiles.py): a roof must not be
+    lower than need be.
 
     Args:
         backend: whose array module multiplies.

@@ -1,0 +1,33 @@
+"""Work that is cut up: every column once, whatever the size of a piece."""
+
+import pytest
+
+import npllama.ops.pieces as pieces
+from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
+from npllama.threads import Threads
+
+
+@pytest.mark.parametrize("width", [1, 7, 1000])
+@pytest.mark.parametrize("n_columns", [1, 2, 63, 64, 100])
+@pytest.mark.parametrize("n_rows", [1, MANY_ROWS - 1, MANY_ROWS, 1000, 100_000])
+def test_every_column_is_computed_once(n_rows, n_columns, width):
+    seen = []
+    everything = list(range(n_columns))
+    in_pieces(Threads(2), lambda some: seen.append(everything[some]), n_columns, n_rows, width)
+    assert sorted(column for piece in seen for column in piece) == everything
+    if n_rows >= MANY_ROWS:
+        numbers = max(map(len, seen)) * width * n_rows
+        assert numbers <= pieces.PIECE or max(map(len, seen)) == 1
+
+
+def test_few_rows_are_one_piece():
+    seen = []
+    in_pieces(Threads(2), seen.append, 10**6, MANY_ROWS - 1)
+    assert seen == [slice(None)]
+
+
+@pytest.mark.parametrize("n_rows", [1, MANY_ROWS])
+def test_each_item_is_computed_once(n_rows):
+    seen = []
+    for_each(Threads(2), lambda item, _slot: seen.append(item), range(20), n_rows)
+    assert sorted(seen) == list(range(20))
