@@ -88,13 +88,8 @@ class NumpyEquations(Equations):
         factor *= np.float32(1 / width)
         factor += np.float32(eps)
         np.reciprocal(np.sqrt(factor, out=factor), out=factor)
-        y = np.empty_like(x)
-
-        def compute(some: slice) -> None:
-            part = np.multiply(x[..., some], factor, out=y[..., some])
-            part *= weight[some]
-
-        in_pieces(self.backend.threads, compute, width, x.size // width)
+        y = x * factor
+        y *= weight
         return y
 
     def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
@@ -107,11 +102,9 @@ class NumpyEquations(Equations):
             return np.vecdot(x, x)
         sums = np.empty((-(-x.shape[-1] // 64), *x.shape[:-1]), dtype="float32")
 
-        def compute(i: int, _slot: int) -> None:
+        for i in range(len(sums)):
             some = x[..., 64 * i : 64 * i + 64]
             np.einsum("...d,...d->...", some, some, out=sums[i])
-
-        for_each(self.backend.threads, compute, range(len(sums)), sums[0].size)
         return np.add.reduce(sums, axis=0)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
