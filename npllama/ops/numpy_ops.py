@@ -11,7 +11,7 @@ from npllama.ops.blocks import Ops, Part, last
 from npllama.ops.numpy_derivatives import NumpyDerivatives
 from npllama.ops.numpy_equations import NumpyEquations, tokens_at_once
 from npllama.ops.numpy_sampling import NumpySampling
-from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
+from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.shared_products import SharedProducts
 from npllama.parameters import Head, Layer, Matrix
 from npllama.shared_arrays import neighbours
@@ -69,7 +69,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         q, k, v = self.queries_keys_values(h, layer, positions, n_last)  # (B, n or T, heads, C)
         attend = self._attend_one if n_new == 1 else self._attend_prompt
         o = attend(q, k, v, cache, positions)  # (B, n, H*C)
-        return self._plus(last(x, n_last), self.all_reduce(self.linear(o, layer.wo)))
+        y = self.all_reduce(self.linear(o, layer.wo))
+        y += last(x, n_last)
+        return y
 
     def _attend_one(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
@@ -87,13 +89,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     ) -> Array:
         """T new tokens of one row, queries of the last n: q (1, n, H, C) -> (1, n, H*C)."""
         (row,), (start,), n_new = positions.rows, positions.starts, positions.n_new
+        cache.write(k, v, positions)
         end = start + n_new  # N = S + T
         keys, values = cache.k[row, :, :end], cache.v[row, :, :end]  # (K, N, C)
-
-        def write(head: int, _slot: int) -> None:
-            keys[head, start:], values[head, start:] = k[0, :, head], v[0, :, head]
-
-        for_each(self.backend.threads, write, range(len(keys)), n_new)
         o = self.attention(q[0].swapaxes(0, 1), keys, values, cache.scratch)  # (H, n, C)
         return o.swapaxes(0, 1).reshape(1, q.shape[1], -1)  # (H, n, C) -> (1, n, H*C)
 
@@ -107,7 +105,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         n = both.shape[-1] // 2
         gate, up = both[..., :n], both[..., n:]  # (B, T, 2 F) -> (B, T, F) each
         y = self.swiglu(gate, up)
-        return self._plus(x, self.all_reduce(self.linear(y, layer.w_down)))
+        y = self.all_reduce(self.linear(y, layer.w_down))
+        y += x
+        return y
 
     def queries_keys_values(
         self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
@@ -125,16 +125,6 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         y = self.linear(h, joined).reshape(batch, n_new, -1, head_dim)  # (B, T, H + 2K, C)
         qk = self.rope(y[:, :, : n_q + n_k], positions.cos, positions.sin)
         return last(qk[:, :, :n_q], n_last), qk[:, :, n_q:], y[:, :, n_q + n_k :]
-
-    def _plus(self, x: Array, y: Array) -> Array:
-        """x + y, both (B, T, D), in y's memory."""
-
-        def add(some: slice) -> None:
-            part = y[..., some]
-            part += x[..., some]
-
-        in_pieces(self.backend.threads, add, x.shape[-1], x.size // x.shape[-1])
-        return y
 
     def _joined_of(self, layer: Layer) -> _Joined:
         found = self._joined.get(id(layer))
