@@ -61,42 +61,24 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         positions: "Positions",
         n_last: int | None = None,
     ) -> Array:
-        """Where each row has one new token in few calls; of one row's long prompt on all cores."""
-        batch, n_new, _ = x.shape
-        if x.dtype != np.float32 or cache.k.dtype != np.float32 or (batch > 1 and n_new > 1):
+        """Where each row has one new token, (B, 1, D), in fewer calls: a decode step at D = 288 is
+        1.03 times as fast (two cores); one at D = 768 is not any more."""
+        if x.shape[1] > 1 or x.dtype != np.float32 or cache.k.dtype != np.float32:
             return super().attention_block(x, layer, cache, positions, n_last)
         h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
-        q, k, v = self.queries_keys_values(h, layer, positions, n_last)  # (B, n or T, heads, C)
-        attend = self._attend_one if n_new == 1 else self._attend_prompt
-        o = attend(q, k, v, cache, positions)  # (B, n, H*C)
-        y = self.all_reduce(self.linear(o, layer.wo))
-        y += last(x, n_last)
-        return y
-
-    def _attend_one(
-        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
-    ) -> Array:
-        """One new token a row: q (B, 1, H, C), k and v (B, 1, K, C) -> (B, 1, H*C)."""
-        o = np.empty((q.shape[0], 1, q.shape[2] * q.shape[3]), dtype="float32")
+        q, k, v = self.queries_keys_values(h, layer, positions)  # (B, 1, H or K, C)
+        o = np.empty((x.shape[0], 1, q.shape[2] * q.shape[3]), dtype="float32")  # (B, 1, H*C)
         for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
             keys, values = cache.k[row, :, : start + 1], cache.v[row, :, : start + 1]  # (K, N, C)
             keys[:, start], values[:, start] = k[b, 0], v[b, 0]
             o[b] = self.attention(q[b].swapaxes(0, 1), keys, values, cache.scratch).reshape(1, -1)
-        return o
-
-    def _attend_prompt(
-        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
-    ) -> Array:
-        """T new tokens of one row, queries of the last n: q (1, n, H, C) -> (1, n, H*C)."""
-        (row,), (start,), n_new = positions.rows, positions.starts, positions.n_new
-        cache.write(k, v, positions)
-        end = start + n_new  # N = S + T
-        keys, values = cache.k[row, :, :end], cache.v[row, :, :end]  # (K, N, C)
-        o = self.attention(q[0].swapaxes(0, 1), keys, values, cache.scratch)  # (H, n, C)
-        return o.swapaxes(0, 1).reshape(1, q.shape[1], -1)  # (H, n, C) -> (1, n, H*C)
+        y = self.all_reduce(self.linear(o, layer.wo))
+        y += x
+        return y
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
-        """Gate and up in one product."""
+        """Gate and up in one product, the residual in place: at 512 tokens of D = 768 on two cores
+        0.8 of the reference's time."""
         joined = self._joined_of(layer).gate_up
         if joined is None or x.dtype != np.float32:
             return super().feed_forward(x, layer)
@@ -114,7 +96,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     ) -> tuple[Array, Array, Array]:
         """One product for q, k and v, of which q and k are rotated together: h (B, T, D) ->
         (B, n, H, C), (B, T, K, C) twice. Of few rows also where the last ones' q is enough: W is
-        read once whatever their number."""
+        read once whatever their number. At D = 768 on two cores 0.8 of the reference's time."""
         joined = self._joined_of(layer).qkv
         batch, n_new, _ = h.shape
         is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
