@@ -240,6 +240,7 @@ def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
     runs = side_by_side(llama, make_task([3], 3, 260), roofline, [rival], 3)
     assert order == 3 * [measure.PAUSE, "npllama", measure.PAUSE, "rival", measure.PAUSE]
     assert len(runs.npllama) == len(runs.roofline) == len(runs.rivals[0]) == 3
+    assert runs.threads == [2, 2, 2]
 
 
 # -- memory ------------------------------------------------------------------------------------

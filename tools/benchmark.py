@@ -92,11 +92,11 @@ def benchmark(options: argparse.Namespace) -> Report:
             remarks.append(f"{transformers.name}: {transformers.versions}, random weights")
         bar = stack.enter_context(tqdm(total=options.runs, unit="run", disable=None, leave=False))
         runs = side_by_side(llama, task, roofline, rivals, options.runs, bar.update)
-    threads = llama.backend.threads
-    if llama.backend.xp is np and threads.count < threads.most:
+    fewest, most = min(runs.threads), llama.backend.threads.most
+    if fewest < most:
         remarks.append(
-            f"other programs kept cores busy: npllama and its roofline used {threads.count} of "
-            f"{threads.most} threads, at least in the end; --threads keeps the number"
+            f"other programs kept cores busy: a run began with {fewest} of {most} threads, npllama "
+            "and its roofline alike; --threads N fixes the number"
         )
     name = f"npllama {llama.dtype}"
     programs = [

@@ -81,11 +81,13 @@ class Runs:
     Attributes:
         roofline: empty where there is none.
         rivals: of each, in the order they were given.
+        threads: how many npllama began each run with.
     """
 
     npllama: list[Sample] = field(default_factory=list)
     roofline: list[Sample] = field(default_factory=list)
     rivals: list[list[Sample]] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
 
 
 def make_task(lengths: Sequence[int], new_tokens: int, n_ids: int) -> Task:
@@ -136,6 +138,7 @@ def side_by_side(
 
         def ours() -> None:
             time.sleep(PAUSE)
+            runs.threads.append(llama.backend.threads.count)
             runs.npllama.append(generate(llama, task))
 
         if roofline is None:
