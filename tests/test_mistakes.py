@@ -78,8 +78,8 @@ MISTAKES = {
     "no norm before attention": (
         BLOCKS,
         "h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)\n"
-        "        q, k, v = self.queries_keys_values(h, layer, positions, n_last)\n        cache",
-        "q, k, v = self.queries_keys_values(x, layer, positions, n_last)\n        cache",
+        "        q, k, v = self.queries_keys_values(h, layer, positions, n_last)\n        o = ",
+        "q, k, v = self.queries_keys_values(x, layer, positions, n_last)\n        o = ",
     ),
     "norm after instead of before the feed-forward": (
         BLOCKS,

@@ -226,6 +226,25 @@ def attention_block_grid():
             yield "float32", f"B{b}-T{t}-S{s}-G{g}-last{n_last}", some
 
 
+def cached_attention_grid():
+    """Output, keys and values; ragged rows; all tokens' queries, and the last one's alone."""
+    for t, s, b, g in itertools.product(T, S, B, G):
+        rng = np.random.default_rng(0)
+        q = rng.standard_normal((b, t, 2 * g, 6), dtype="float32")
+        k, v = rng.standard_normal((2, b, t, 2, 6), dtype="float32")
+
+        def call(ops, wide, move, q=q, k=k, v=v, s=s, g=g, n_last=None):
+            starts = [max(0, s - b) for b in range(len(q))]
+            cache = make_cache(ops, wide, move, starts, k.shape[1], 2 * g, 2)
+            new = [move(wide(a)) for a in (q if n_last is None else q[:, -n_last:], k, v)]
+            o = ops.cached_attention(*new, cache.layers[0], cache.positions(k.shape[1]))
+            kept = cache.layers[0]
+            return ops.xp.concatenate([a.reshape(-1) for a in (o, kept.k, kept.v)])
+
+        yield "float32", f"B{b}-T{t}-S{s}-G{g}", call
+        yield "float32", f"B{b}-T{t}-S{s}-G{g}-last1", functools.partial(call, n_last=1)
+
+
 def feed_forward_grid():
     for dtype, apart, t, b in itertools.product(
         ("float32", "int8"), (False, True), (*T, 130, 200), B
@@ -304,6 +323,7 @@ GRIDS = {
     "rms_norm": rms_norm_grid,
     "rope": rope_grid,
     "attention_block": attention_block_grid,
+    "cached_attention": cached_attention_grid,
     "feed_forward": feed_forward_grid,
     "queries_keys_values": queries_keys_values_grid,
     "swiglu": elementwise_grid("swiglu", 2),
@@ -342,7 +362,7 @@ def cases():
     for cls, name in found:
         assert hasattr(Ops, name), f"{cls.__name__}.{name} overrides nothing in Ops"
         assert name in GRIDS, f"{cls.__name__}.{name} overrides Ops without a grid of inputs"
-    for name in sorted({name for _, name in found}):
+    for name in sorted(GRIDS):
         for dtype, label, call in GRIDS[name]():
             yield pytest.param(dtype, call, id=f"{name}-{label}")
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 CONVERT = Path(__file__).with_name("convert.py")
 KIB = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
@@ -50,6 +51,11 @@ def convert(source: Path, dest: Path, options: list[str]) -> tuple[float, int]:
     return time.perf_counter() - began, usage.ru_maxrss * KIB
 
 
+def _refuse(message: str) -> NoReturn:
+    print(f"measure_conversion: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main() -> None:
     """Measure what the command line names."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -58,13 +64,12 @@ def main() -> None:
     p.add_argument("--dtype", help="of convert.py; as stored unless given")
     p.add_argument("--repeat", type=int, default=1, metavar="N", help="times (default: 1)")
     args = p.parse_args()
-    for wrong in (
-        f"{args.source} does not exist: expected a checkpoint" * (not args.source.exists()),
-        f"{args.folder} is no directory: expected one" * (not args.folder.is_dir()),
-        f"--repeat is {args.repeat}: expected at least 1" * (args.repeat < 1),
-    ):
-        if wrong:
-            p.exit(2, f"measure_conversion: error: {wrong}\n")
+    if not args.source.exists():
+        _refuse(f"{args.source} does not exist: expected a checkpoint")
+    if not args.folder.is_dir():
+        _refuse(f"{args.folder} is no directory: expected one")
+    if args.repeat < 1:
+        _refuse(f"--repeat is {args.repeat}: expected at least 1")
     options = ["--dtype", args.dtype] if args.dtype else []
     for _ in range(args.repeat):
         with tempfile.TemporaryDirectory(dir=args.folder) as name:

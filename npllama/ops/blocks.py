@@ -57,6 +57,21 @@ class Ops(SamplingEquations, Derivatives):
         """
         h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
         q, k, v = self.queries_keys_values(h, layer, positions, n_last)
+        o = self.cached_attention(q, k, v, cache, positions)  # (B, n, H*C)
+        return last(x, n_last) + self.all_reduce(self.linear(o, layer.wo))
+
+    def cached_attention(
+        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
+    ) -> Array:
+        """Write the new keys and values to the cache, and attend to all of each row's.
+
+        Args:
+            q: (B, n, H, C), of the last n of T tokens.
+            k, v: (B, T, K, C); row b is the cache's row positions.rows[b].
+
+        Returns:
+            (B, n, H*C) in q's dtype.
+        """
         cache.write(k, v, positions)
         heads = []
         for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
@@ -66,8 +81,7 @@ class Ops(SamplingEquations, Derivatives):
             o = self.attention(q_row, k_row, v_row, cache.scratch)
             heads.append(o.swapaxes(0, 1))  # (H, n, C) -> (n, H, C)
         o = self.xp.stack(heads)  # B x (n, H, C) -> (B, n, H, C)
-        o = o.reshape(*o.shape[:2], -1)  # (B, n, H, C) -> (B, n, H*C)
-        return last(x, n_last) + self.all_reduce(self.linear(o, layer.wo))
+        return o.reshape(*o.shape[:2], -1)  # (B, n, H, C) -> (B, n, H*C)
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """x + SwiGLU(RMSNorm(x)) W_down^T; (B, T, D) -> (B, T, D).

@@ -62,8 +62,8 @@ class SharedProducts:
         if not can_work() or self._backend.threads.most == 1:
             return part
         width = _width(part)
-        moving = [a for a in part.arrays() if a.ndim == 2 and place_of(a) is None]
-        moving = [a for a in moving if _least(a, width) < math.inf]
+        matrices = [a for a in part.arrays() if a.ndim == 2 and _least(a, width) < math.inf]
+        moving = [a for a in matrices if place_of(a) is None]
         if not moving or sum(a.size for a in moving) < max(_least(a, width) for a in moving):
             return part
         shared = dict(zip(map(id, moving), share(moving), strict=True))
@@ -124,9 +124,7 @@ class SharedProducts:
                 raise
             self._can_work = False
             self._end()
-            y = np.empty((len(values), len(x)), dtype="float32")
-            product(x, values, y)
-            return y
+            return product(x, values)
 
     def _start(self) -> None:
         try:

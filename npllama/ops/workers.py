@@ -130,9 +130,7 @@ class Workers:
         n_out = len(self._matrices[index])
         n_parts = min(n_parts, 1 + len(self._processes))
         if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
-            y = np.empty((n_out, n_rows), dtype="float32")
-            product(x, self._matrices[index], y)
-            return y
+            return product(x, self._matrices[index])
         with self._lock:
             counters = self._counters
             if counters[_SEQUENCE] != self._finished:  # an exception left it to those who compute
