@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,41 +54,41 @@ class Threads:
         """How many to use now."""
         return self.most if self._fixed is not None else min(self.most, self._free.count())
 
+    def turn(self) -> AbstractContextManager:
+        """A context that one thread of the program is in at a time; others wait for it.
+
+        BLAS has one number of threads for the whole process, and two forwards at once would take
+        the cores from each other. Contexts of one thread nest.
+        """
+        return _turn
+
     @contextlib.contextmanager
     def blas(self, n: int) -> Iterator[None]:
-        """A context in which products of NumPy's BLAS use n threads; threadpoolctl's own takes
-        50 times as long as the few calls that it makes.
-
-        BLAS is the whole process's: of contexts that overlap in several threads the last that
-        was entered counts, and when all have been left it is as it was before the first.
-        """
-        mine = [n]
-        with _blas_lock:
-            if not _blas_wanted:
-                _blas_limits()  # looked at before anything is changed
-                _blas_before[:] = [library.get_num_threads() for library in _blas_libraries()]
-            _blas_wanted.append(mine)
-            _set_blas([n] * len(_blas_before))
-        try:
-            yield
-        finally:
-            with _blas_lock:
-                _blas_wanted[:] = [each for each in _blas_wanted if each is not mine]
-                last = [_blas_wanted[-1][0]] * len(_blas_before) if _blas_wanted else _blas_before
-                _set_blas(last)
+        """A `turn` in which products of NumPy's BLAS use n threads; it restores their number."""
+        with self.turn():
+            _blas_limits()  # what the environment asks for, read before anything is changed
+            libraries = _blas_libraries()
+            before = [library.get_num_threads() for library in libraries]
+            for library in libraries:
+                _set_blas(library, n)
+            try:
+                yield
+            finally:
+                for library, number in zip(libraries, before, strict=True):
+                    _set_blas(library, number)
 
     def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
         """function(item, slot) for each item, in order, `count` of them at a time; two that run
-        at once have different slots below `most`. BLAS has one thread meanwhile."""
-        with self.blas(1):
-            n = min(self.count, len(items))
-            is_free = os.getpid() == self._owner  # a fork has none of this process's threads
-            if n < 2 or not is_free or not self._lock.acquire(blocking=False):  # a map in a map
-                return [function(item, 0) for item in items]
-            try:
+        at once have different slots below `most`, and BLAS has one thread meanwhile."""
+        n = min(self.count, len(items))
+        is_free = os.getpid() == self._owner  # a fork has none of this process's threads
+        if n < 2 or not is_free or not self._lock.acquire(blocking=False):  # a map in a map
+            return [function(item, 0) for item in items]
+        try:
+            with self.blas(1):
                 return self._map(function, items, n)
-            finally:
-                self._lock.release()
+        finally:
+            self._lock.release()
 
     def _map(self, function: Callable[[Any, int], Any], items: Sequence[Any], n: int) -> list[Any]:
         results: list[Any] = [None] * len(items)
@@ -123,15 +124,31 @@ class Threads:
         return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
 
 
-_blas_lock = threading.Lock()
-_blas_wanted: list[list[int]] = []  # [threads] of each context that has been entered
-_blas_before: list[int] = []  # threads of each library before the first of them
+_turn = threading.RLock()
 
 
-def _set_blas(numbers: Sequence[int]) -> None:
-    for library, number in zip(_blas_libraries(), numbers, strict=True):
-        if library.get_num_threads() != number:
-            library.set_num_threads(number)
+def _new_turn() -> None:
+    """In a fork: the thread that had the turn may not exist here."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_turn)
+
+
+def _set_blas(library: Any, n: int) -> None:
+    """Set BLAS's threads from whichever thread calls.
+
+    threadpoolctl (3.8 and later) lets the first thread that sets the number of OpenBLAS control
+    it, and ignores all others without a word. Our threads take turns, so each takes control, and
+    gives it up for those who use threadpoolctl themselves.
+    """
+    if library.get_num_threads() != n:
+        give_up_control = getattr(library, "clear_controlling_thread", lambda force: None)
+        give_up_control(force=True)
+        library.set_num_threads(n)
+        give_up_control(force=True)
 
 
 @lru_cache(maxsize=1)

@@ -5,10 +5,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import npllama.threads
 from conftest import run_script
@@ -44,22 +45,80 @@ def test_blas_has_one_thread_within_a_map_and_as_many_as_before_after_it():
         assert all(n == 2 for n in blas_threads())
 
 
-def test_blas_is_as_it_was_after_contexts_that_overlap():
+def test_contexts_of_one_thread_nest():
     threads = Threads(2)
     before = blas_threads()
-    one, two = threads.blas(1), threads.blas(2)
-    one.__enter__()
-    two.__enter__()
-    assert set(blas_threads()) == {2}
-    one.__exit__(None, None, None)
-    assert set(blas_threads()) == {2}
-    two.__exit__(None, None, None)
-    assert blas_threads() == before
     with threads.blas(1):
         with threads.blas(2):
             assert set(blas_threads()) == {2}
         assert set(blas_threads()) == {1}
     assert blas_threads() == before
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def test_blas_obeys_any_thread_whichever_was_first():
+    """threadpoolctl 3.8 lets the first thread that sets the number control it, and no other."""
+    threads = Threads(2)
+
+    def inside(n):
+        with threads.blas(n):
+            return set(blas_threads())
+
+    def main_and_others():
+        for n in (1, 2, 1):
+            assert inside(n) == {n}
+            assert in_a_thread(lambda n=n: inside(n)) == {n}
+
+    main_and_others()
+    in_a_thread(main_and_others)
+
+
+def test_a_thread_that_has_computed_leaves_control_of_blas_to_the_program():
+    with ThreadPoolExecutor(1) as pool:  # its thread lives on
+        with Threads(2).blas(2):
+            pass
+        pool.submit(lambda: Threads(2).map(lambda item, _slot: item, range(4))).result()
+        with threadpool_limits(1, user_api="blas"):
+            assert set(blas_threads()) == {1}
+
+
+def test_threads_take_turns():
+    threads, inside, most = Threads(2), [], []
+
+    def work(i):
+        with threads.blas(1 + i % 2):
+            inside.append(i)
+            most.append(len(inside))
+            time.sleep(0.001)
+            assert set(blas_threads()) == {1 + i % 2}
+            inside.remove(i)
+
+    before = blas_threads()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(40)))
+    assert max(most) == 1 and blas_threads() == before
+
+
+def test_a_fork_does_not_wait_for_a_thread_that_it_has_not():
+    code = (
+        "import os, threading\n"
+        "from npllama.threads import Threads\n"
+        "threads, entered, done = Threads(2), threading.Event(), threading.Event()\n"
+        "def hold():\n"
+        "    with threads.blas(1): entered.set(); done.wait()\n"
+        "other = threading.Thread(target=hold)\n"
+        "other.start()\n"
+        "entered.wait()\n"
+        "pid = os.fork()\n"
+        "if pid: assert os.waitpid(pid, 0)[1] == 0; done.set()\n"
+        "else:\n"
+        "    with threads.blas(2): os._exit(0)\n"
+    )
+    run_script(code)
 
 
 def test_a_map_within_a_map_is_computed_by_the_thread_that_asks():

@@ -1,9 +1,13 @@
 """Worker processes: the same products, and an end with whom they work for."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -59,7 +63,7 @@ def asleep(workers):
     return workers._counters[_of_worker(1, _ASLEEP)]
 
 
-def ends(pid, seconds=10):
+def ends(pid, seconds=60):
     until = time.monotonic() + seconds
     while alive(pid) and time.monotonic() < until:
         time.sleep(0.01)
@@ -86,6 +90,34 @@ def test_they_wake_up_from_sleep(workers, matrices, rng):
             assert np.array_equal(workers.product(x, 0, 3), want)
 
 
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def state(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+@contextlib.contextmanager
+def stopped_in_its_sleep(workers):
+    """The first worker says that it sleeps, and cannot wake up meanwhile."""
+    (pid, *_) = workers.pids
+    wait_until(lambda: asleep(workers))
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state(pid) == "T")
+    yield
+    os.kill(pid, signal.SIGCONT)
+
+
+def unread_bytes(workers):
+    n = fcntl.ioctl(workers._processes[0].stdin, termios.FIONREAD, b"1234")
+    return int.from_bytes(n, sys.byteorder)
+
+
 @pytest.mark.parametrize("at", ["_compute", "_wake"])
 def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, rng, at):
     made = Workers(2, share(matrices))
@@ -99,14 +131,39 @@ def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, r
 
     for _ in range(5):
         for i in (0, 3, 6, 1):
-            until = time.monotonic() + 10
-            while at == "_wake" and not asleep(made) and time.monotonic() < until:
-                time.sleep(_SPIN)  # until it must be woken
             monkeypatch.setattr(owner, at, interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            asleep = stopped_in_its_sleep(made) if at == "_wake" else contextlib.nullcontext()
+            with asleep, pytest.raises(KeyboardInterrupt):
                 made.product(x[i], i, 2)
             monkeypatch.setattr(owner, at, right)
             assert np.array_equal(made.product(x[i - 1], i - 1, 2), want[i - 1])
+    made.close()
+
+
+def test_surplus_bytes_wake_nobody(matrices):
+    made = Workers(2, share(matrices))
+    x = np.ones((1, 700), dtype="float32")
+    want = made.product(x, 0, 2)
+    wait_until(lambda: asleep(made))
+    for _ in range(20):
+        made._wake(1)
+        wait_until(lambda: unread_bytes(made) == 0)
+        assert asleep(made)
+    assert np.array_equal(made.product(x, 0, 2), want)
+    made.close()
+
+
+def test_waiting_for_one_that_does_not_run_fills_no_pipe(matrices):
+    made = Workers(2, share(matrices))
+    x = np.ones((1, 700), dtype="float32")
+    want = made.product(x, 0, 2)
+    with ThreadPoolExecutor(1) as pool:
+        with stopped_in_its_sleep(made):
+            product = pool.submit(made.product, x, 0, 2)
+            wait_until(lambda: unread_bytes(made) > 0)
+            time.sleep(0.05)  # a hundred looks at a worker that sleeps
+            assert unread_bytes(made) <= 2
+        assert np.array_equal(product.result(), want)
     made.close()
 
 
@@ -251,6 +308,18 @@ def test_a_dead_worker_is_one_clear_line(matrices, kill):
     made.close()
 
 
+def test_they_need_no_folder_that_can_be_written(matrices, monkeypatch):
+    def no_folder(*args, **kwargs):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", no_folder)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", no_folder)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    made = Workers(2, share(matrices))
+    assert (made.product(np.zeros((1, 700), dtype="float32"), 0, 2) == 0).all()
+    made.close()
+
+
 def test_a_worker_that_cannot_be_started_is_one_clear_line(matrices, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(WorkerError, match=r"could not be started.*--threads 1"):
@@ -266,10 +335,7 @@ def big_llama(dtype, n_threads):
 
 
 def wait_until_ready(ops):
-    until = time.monotonic() + 10
-    while not ops.shared.workers.are_ready and time.monotonic() < until:
-        time.sleep(0.01)
-    assert ops.shared.workers.are_ready
+    wait_until(lambda: ops.shared.workers.are_ready)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])

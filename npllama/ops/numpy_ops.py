@@ -1,6 +1,7 @@
 """What NumPy does better than blocks.py: joined products, and all cores for a prompt."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,13 +126,18 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
             self.shared.add([part.lm_head], part)
         return part
 
-    def computing(self, n_rows: int) -> AbstractContextManager:
-        """BLAS has as many threads as there are free cores; or one where many rows are cut up
-        among threads of our own, or beside workers: after each product its threads go on
-        spinning for some 50 ms, and would take a core from those."""
-        is_helped = self.shared.begin()
+    @contextmanager
+    def computing(self, n_rows: int) -> Iterator[None]:
+        """One forward at a time, with as many threads of BLAS as there are free cores.
+
+        BLAS has one thread where many rows are cut up among threads of our own, and beside
+        workers: its threads spin for some 50 ms after a product and would take their cores.
+        """
         threads = self.backend.threads
-        return threads.blas(1 if is_helped or n_rows >= MANY_ROWS else threads.count)
+        with threads.turn():
+            is_helped = self.shared.begin()
+            with threads.blas(1 if is_helped or n_rows >= MANY_ROWS else threads.count):
+                yield
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """Scores of one key head's queries, a few tokens at a time, for each thread."""

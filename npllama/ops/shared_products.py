@@ -1,7 +1,6 @@
 """Which products worker processes share, and those workers: started when first of use."""
 
 import math
-import threading
 
 import numpy as np
 
@@ -51,7 +50,6 @@ class SharedProducts:
         self._n_wide = 0  # numbers of all float32 matrices
         self._can_work = True  # unless they cannot be started, or have ended
         self._is_helped = False  # by workers, in this forward
-        self._lock = threading.Lock()
 
     def moved(self, part: Part) -> Part:
         """The part with its matrices where other processes can map them, side by side.
@@ -85,9 +83,12 @@ class SharedProducts:
             self._end()  # those workers that there are do not know of it
 
     def begin(self) -> bool:
-        """Start workers where they are of use and there are none; whether they help in the
-        forward that begins now. They start while a prompt is read; only for narrow matrices are
-        they waited for.
+        """Start workers where they are of use and there are none. Call it in a `Threads.turn`.
+
+        They start while a prompt is read; only narrow matrices wait for them.
+
+        Returns:
+            Whether they help in the forward that begins now.
 
         Raises:
             WorkerError: a process could not be started; float32 goes on without.
@@ -95,9 +96,7 @@ class SharedProducts:
         is_of_use = self._has_narrow or self._n_wide >= CACHED_SIZE
         is_possible = self._can_work and self._backend.threads.most > 1
         if is_of_use and is_possible and self.workers is None:
-            with self._lock:  # one of several threads starts them
-                if self.workers is None:
-                    self._start()
+            self._start()
         workers = self.workers
         self._is_helped = workers is not None and (self._has_narrow or workers.are_ready)
         return self._is_helped

@@ -156,11 +156,10 @@ class Workers:
 
     def _start(self, job: _Job) -> None:
         import subprocess  # not for --help
-        import tempfile
 
         path = [*map(os.path.abspath, sys.path), str(Path(__file__).parents[2])]
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
-        stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _close)
+        stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # needs no folder
         self._stderrs.append(stderr)
         places = (job.counters, job.x, job.y, *job.matrices)
         handed = {int(place.path.removeprefix("/dev/fd/")) for place in places}
@@ -185,15 +184,16 @@ class Workers:
 
     def _wait(self, rank: int, sequence: int) -> None:
         counters, done = self._counters, _of_worker(rank, _DONE)
-        reads = 0
+        reads, is_woken = 0, False
         while counters[done] != sequence:
             reads += 1
             if reads % _LOOK == 0:
                 process = self._processes[rank - 1]
                 if process.poll() is not None:
                     raise self._ended(rank, process.returncode)
-                if counters[_of_worker(rank, _ASLEEP)]:  # an exception came before it was woken
-                    self._wake(rank)
+                if counters[_of_worker(rank, _ASLEEP)] and not is_woken:
+                    self._wake(rank)  # an exception may have come before it was woken
+                    is_woken = True  # one byte is enough, and a full pipe would block
                 time.sleep(0)  # the worker may be waiting for this very core
 
     def _ended(self, rank: int, code: int) -> WorkerError:
@@ -275,8 +275,9 @@ def serve() -> None:
                 counters[asleep] = 1
                 # a product handed out before that was visible is found when it has become so
                 time.sleep(0.0001)
-                if counters[_SEQUENCE] == sequence and not os.read(0, 1):
-                    return
+                while counters[_SEQUENCE] == sequence:  # a byte may belong to an earlier product
+                    if not os.read(0, 4096):
+                        return
                 counters[asleep] = 0
                 since = time.perf_counter()
         sequence = counters[_SEQUENCE]

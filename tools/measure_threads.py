@@ -1,0 +1,111 @@
+"""Compare generating in other threads of a program with generating in its main thread.
+
+    python tools/measure_threads.py --shape 15m --dtype int8
+    python tools/measure_threads.py --model DIR --requests 8
+
+A web server or a GUI calls npllama from threads of its own. Two ratios of seconds, each the median
+of its runs, with 1.00 as the aim: the same request in another thread to one in the main thread;
+and N requests at once, a thread each, to the same N one after the other in one thread.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import npllama
+from benchmarking.measure import Task, generate, make_task
+from benchmarking.shapes import SHAPES, random_llama
+from command_line import Parser, exit_code, say
+from npllama.backend import get_backend
+from npllama.errors import InputError
+from npllama.llama import Llama
+from npllama.weights import STORAGE_DTYPES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    return exit_code("measure_threads", lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    for name in ("prompt_tokens", "new_tokens", "requests", "runs"):
+        if getattr(options, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is {getattr(options, name)}: expected at least 1")
+    llama = _open(options)
+    n_ids = llama.config.vocab_size if llama.tokenizer is None else llama.tokenizer.vocab_size
+    task = make_task([options.prompt_tokens], options.new_tokens, n_ids)
+    main_thread, other = one_request(llama, task, options.runs)
+    say(f"one request: {main_thread:.3f} s in the main thread, {other:.3f} s in another one,")
+    say(f"    ratio {other / main_thread:.2f}")
+    in_turn, at_once = many_requests(llama, task, options.requests, options.runs)
+    say(f"{options.requests} requests: {in_turn:.3f} s in turn, {at_once:.3f} s at once,")
+    say(f"    ratio {at_once / in_turn:.2f}")
+
+
+def one_request(llama: Llama, task: Task, n_runs: int) -> tuple[float, float]:
+    """Median seconds of a request in this thread and in another one, run by run in turn."""
+    with ThreadPoolExecutor(1) as pool:
+        return _side_by_side(
+            lambda: generate(llama, task),
+            lambda: pool.submit(generate, llama, task).result(),
+            n_runs,
+        )
+
+
+def many_requests(llama: Llama, task: Task, n: int, n_runs: int) -> tuple[float, float]:
+    """Median seconds of n requests one after the other, and of n at once, a thread each."""
+    with ThreadPoolExecutor(n) as pool:
+        return _side_by_side(
+            lambda: [generate(llama, task) for _ in range(n)],
+            lambda: list(pool.map(lambda _: generate(llama, task), range(n))),
+            n_runs,
+        )
+
+
+def _side_by_side(
+    one: Callable[[], object], two: Callable[[], object], n_runs: int
+) -> tuple[float, float]:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for run in range(n_runs + 1):
+        for function, times in zip((one, two), seconds, strict=True):
+            begin = time.perf_counter()
+            function()
+            if run > 0:  # the first warms up
+                times.append(time.perf_counter() - begin)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def _open(options: argparse.Namespace) -> Llama:
+    if options.model is not None:
+        return npllama.load(options.model, "numpy", options.dtype, threads=options.threads)
+    config = SHAPES[options.shape]
+    backend = get_backend("numpy", options.threads)
+    return random_llama(config, backend, options.dtype or "float32", config.context_length)
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = Parser("measure_threads", __doc__.split("\n")[0])
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="DIR", help="a model directory")
+    which.add_argument("--shape", choices=tuple(SHAPES), help="random weights in memory")
+    p.add_argument(
+        "--dtype",
+        choices=tuple(STORAGE_DTYPES),
+        help="of the weights in memory (default: as stored; float32 for a shape)",
+    )
+    p.add_argument("--threads", type=int, metavar="N", help="(default: all free cores)")
+    for name, default in (("prompt-tokens", 32), ("new-tokens", 32), ("requests", 4), ("runs", 5)):
+        p.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)"
+        )
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())
