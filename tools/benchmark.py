@@ -32,6 +32,7 @@ from benchmarking.step_profile import OpTime, profile
 from benchmarking.table import profile_table, programs_table, ratio_line
 from command_line import Parser, exit_code, say
 from npllama.backend import BACKENDS, get_backend
+from npllama.console import open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.threads import usable_cores
@@ -61,6 +62,7 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    open_streams()
     options = _parser().parse_args(arguments)
     return exit_code("benchmark", lambda: _print_report(options))
 
