@@ -77,11 +77,7 @@ def tell(line: str) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What an error of the system says: the file if it names one, and what is wrong.
-
-    >>> reason(FileNotFoundError(2, "No such file or directory", "a.txt"))
-    'a.txt: No such file or directory'
-    """
+    """What an error of the system says: the file if it names one, and what is wrong."""
     said = error.strerror or str(error) or type(error).__name__
     names = [
         os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -341,6 +342,14 @@ def print_log_probs(llama: Llama, completion: Completion) -> None:
         tell(f"{id_:>6} {log_prob:>9.4f}  {piece!r}")
 
 
+def finish_reasons(completions: Sequence[Completion]) -> str:
+    """Why the completions ended: "eos" of one, "120 eos, 80 length" of many."""
+    counts = Counter(completion.finish_reason for completion in completions)
+    if len(completions) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{n} {name}" for name, n in counts.most_common())
+
+
 def print_stats(llama: Llama, generation: Generation) -> None:
     """Speed, memory, and what is needed to have the same text again."""
     t = generation.timings
@@ -349,6 +358,8 @@ def print_stats(llama: Llama, generation: Generation) -> None:
     memory = f"weights {llama.parameters.nbytes / 1e6:.1f} MB"
     if peak is not None:
         memory += f", peak {peak / 1e6:.1f} MB"
+        if peak < llama.parameters.nbytes:  # mapped, such as the embedding's other rows
+            memory += " (some weights were never read)"
     rows = {
         "time to first token": f"{t.first_token_seconds * 1e3:.1f} ms",
         "prefill": f"{t.prompt_tokens} tokens, {t.prefill_tokens_per_second:.1f} tokens/s, "
@@ -358,7 +369,7 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "memory": memory,
         "backend": f"{llama.backend.name} ({llama.backend.device_name()})",
         "dtype": llama.dtype,
-        "finish": ", ".join(c.finish_reason for c in generation.completions()),
+        "finish": finish_reasons(generation.completions()),
         "seed": str(generation.seed),
     }
     for name, value in rows.items():

@@ -18,7 +18,7 @@ from benchmarking import measure, rivals
 from benchmarking.figures import Program
 from benchmarking.machine import n_threads
 from benchmarking.measure import Sample, generate, make_task, open_model, roofline_run, side_by_side
-from benchmarking.peak_memory import PeakMemory, resident_bytes
+from benchmarking.peak_memory import PeakMemory
 from benchmarking.rivals import Command, Transformers, printed_speed
 from benchmarking.roofline import Roofline, roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, forward_flops, prompt_lengths, random_llama
@@ -28,6 +28,7 @@ from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
 from npllama.ops import Ops
+from npllama.process_memory import resident_bytes
 from npllama.threads import Threads
 
 GB = 10**9
