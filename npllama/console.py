@@ -51,6 +51,12 @@ def utf8(argument: str) -> str:
         raise argparse.ArgumentTypeError("the text is not UTF-8") from None
 
 
+def check_output() -> None:
+    """Raise InputError where standard output is closed, before work that nobody could read."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed: there is nowhere to write the text")
+
+
 def write(text: str) -> None:
     """Write `text` to standard output at once.
 
@@ -58,8 +64,7 @@ def write(text: str) -> None:
         ReaderLeftError: the other end of a pipe is closed.
         InputError: it cannot be written: closed, or a full disk.
     """
-    if sys.stdout is None:
-        raise InputError("standard output is closed: there is nowhere to write the text")
+    check_output()
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from npllama.backend import BACKENDS
 from npllama.chat import check_chat_template, encode_chat
-from npllama.console import ReaderLeftError, open_streams, reason, tell, utf8, write
+from npllama.console import ReaderLeftError, check_output, open_streams, reason, tell, utf8, write
 from npllama.errors import InputError, NpllamaError
 from npllama.generation import Completion, Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     args = parser().parse_args(argv)
     try:
-        write("")  # before minutes of work for text that nobody can read
+        check_output()
         return run(args)
     except ReaderLeftError:
         return 0

@@ -116,6 +116,7 @@ def test_every_program_opens_the_streams_first(path):
 
 def test_a_tool_without_standard_output_says_so(model, text, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(perplexity, "score_texts", None)  # it is not reached
     assert perplexity.main(["--model", model, "--text", text]) == 2
     assert "perplexity: error: standard output is closed" in capsys.readouterr().err
 

@@ -33,7 +33,7 @@ from benchmarking.table import profile_table, programs_table, ratio_line
 from benchmarking.text import paragraph, profile_text, programs_text
 from command_line import Parser, exit_code, say
 from npllama.backend import BACKENDS, get_backend
-from npllama.console import open_streams
+from npllama.console import check_output, open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.threads import usable_cores
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_report(options: argparse.Namespace) -> None:
+    check_output()
     _check(options)
     with threadpool_limits(limits=options.threads, user_api="blas"):
         report = benchmark(options)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import npllama
 from command_line import Parser, exit_code, say
 from npllama.backend import Backend
-from npllama.console import open_streams, tell
+from npllama.console import check_output, open_streams, tell
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.ops import Ops
@@ -105,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print_score(options: argparse.Namespace) -> None:
+    check_output()
     texts = read_stories(options.text)
     if options.limit is not None:
         if options.limit < 1:
