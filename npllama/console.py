@@ -84,10 +84,8 @@ def tell(line: str) -> None:
 def reason(error: OSError) -> str:
     """What an error of the system says: the file if it names one, and what is wrong."""
     said = error.strerror or str(error) or type(error).__name__
-    names = [
-        os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)
-    ]
-    return ": ".join([" -> ".join(names), said]) if names else said
+    name = error.filename
+    return f"{os.fsdecode(name)}: {said}" if isinstance(name, str | bytes) else said
 
 
 def _drop_stdout() -> None:

@@ -1087,7 +1087,7 @@ def test_a_stored_tie_is_not_read_by_an_inspection(tmp_path, monkeypatch, capsys
         raise AssertionError("numbers were read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("converting.source.np.fromfile", read)
+        patch.setattr("converting.source._read_into", read)
         assert convert_main([str(source), "--inspect"]) == 0
     assert convert(source, tmp_path / "out").returncode == 0
     tensors[EMBEDDING][1, 1] = tensors[LM_HEAD][1, 1] = np.nan
