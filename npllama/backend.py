@@ -7,7 +7,6 @@ module (`numpy` or `cupy`), and moves arrays in and out through the backend alon
 import ctypes
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from npllama import process_memory
 from npllama.errors import BackendError
 from npllama.threads import Threads
 
@@ -60,8 +60,8 @@ class Backend:
         return _free_host_bytes()
 
     def peak_bytes(self) -> int | None:
-        """The most memory this process has held, or None where unknown."""
-        return _peak_host_bytes()
+        """The most memory held, worker processes included, or None where unknown."""
+        return process_memory.peak_bytes()
 
     def memory_name(self) -> str:
         """What free_bytes counts, in the words of an error message."""
@@ -151,21 +151,6 @@ def _free_host_bytes() -> int | None:
     limits = [_meminfo_available(), _cgroup_left()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
-
-
-def _peak_host_bytes() -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def _meminfo_available() -> int | None:

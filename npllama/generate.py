@@ -5,10 +5,10 @@ that cannot be served (one line says why), 130 after Ctrl-C.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from npllama.backend import BACKENDS
 from npllama.chat import check_chat_template, encode_chat
+from npllama.console import ReaderLeftError, check_output, open_streams, reason, tell, utf8, write
 from npllama.errors import InputError, NpllamaError
 from npllama.generation import Completion, Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
@@ -29,14 +30,6 @@ class _Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             message += "; a text that begins with a dash is given as --prompt=TEXT"
         self.exit(2, f"npllama: error: {message} (--help lists all options)\n")
-
-
-def _utf8(argument: str) -> str:
-    """An argument as UTF-8, whatever the locale made of its bytes."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompt",
-        type=_utf8,
+        type=utf8,
         metavar="TEXT",
         help='the text to continue; "" starts from nothing, "-" reads all of standard input',
     )
@@ -76,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     length.add_argument(
         "--stop",
-        type=_utf8,
+        type=utf8,
         action="append",
         default=[],
         metavar="TEXT",
@@ -142,9 +135,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
     )
-    chat.add_argument(
-        "--system", type=_utf8, metavar="TEXT", help="how the assistant should behave"
-    )
+    chat.add_argument("--system", type=utf8, metavar="TEXT", help="how the assistant should behave")
 
     machine = p.add_argument_group("how it is computed")
     machine.add_argument(
@@ -185,36 +176,24 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # text is, whatever the locale
+    open_streams()
     args = parser().parse_args(argv)
     try:
-        if sys.stdout is None:
-            raise InputError("standard output is closed: there is nowhere to write the text")
+        check_output()
         return run(args)
+    except ReaderLeftError:
+        return 0
     except NpllamaError as error:
-        print(f"npllama: error: {error}", file=sys.stderr)
+        tell(f"npllama: error: {error}")
         return 2
     except MemoryError:  # also CuPy's
-        print("npllama: error: out of memory: use a shorter --context", file=sys.stderr)
+        tell("npllama: error: out of memory: use a shorter --context")
         return 2
     except KeyboardInterrupt:  # before there was any text
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout left, as `head` does
-        _drop_stdout()
-        return 0
     except OSError as error:
-        _drop_stdout()
-        print(
-            f"npllama: error: standard output cannot be written: {error.strerror or error}",
-            file=sys.stderr,
-        )
+        tell(f"npllama: error: {reason(error)}")
         return 2
-
-
-def _drop_stdout() -> None:
-    """What is still buffered goes nowhere, or Python would fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -232,9 +211,7 @@ def run(args: argparse.Namespace) -> int:
     llama = load(args.model, args.backend, args.dtype, args.context, args.threads)
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
-        print(
-            f"npllama: {llama.dtype} weights are slow to compute with here: {hint}", file=sys.stderr
-        )
+        tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
     generation = llama.generation(
         [encode_prompt(llama, prompt, args) for prompt in prompts],
         max_new_tokens=args.max_new_tokens,
@@ -259,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     completions = generation.completions()
     if args.json:
         for prompt, completion in zip(prompts, completions, strict=True):
-            print(as_json(prompt, completion, llama, args.logprobs), flush=True)
+            write(as_json(prompt, completion, llama, args.logprobs) + "\n")
     elif args.logprobs:
         for completion in completions:
             print_log_probs(llama, completion)
@@ -275,7 +252,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             return [args.prompt]
         if sys.stdin is None:
             raise InputError("standard input is closed: give the prompt with --prompt TEXT")
-        return [_decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
+        try:
+            content = sys.stdin.buffer.read()
+        except OSError as error:
+            raise InputError(f"standard input cannot be read: {reason(error)}") from None
+        return [_decoded(content, "standard input").removesuffix("\n")]
     try:
         content = Path(args.prompt_file).read_bytes()
     except OSError as error:
@@ -337,8 +318,7 @@ _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd
 
 def _write(text: str) -> None:
     if text:
-        sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
+        write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
@@ -356,10 +336,18 @@ def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:
     """A table of id, log-probability and piece."""
-    print(f"{'id':>6} {'log p':>9}  piece", file=sys.stderr)
+    tell(f"{'id':>6} {'log p':>9}  piece")
     for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
         piece = llama.tokenizer.piece(id_)
-        print(f"{id_:>6} {log_prob:>9.4f}  {piece!r}", file=sys.stderr)
+        tell(f"{id_:>6} {log_prob:>9.4f}  {piece!r}")
+
+
+def finish_reasons(completions: Sequence[Completion]) -> str:
+    """Why the completions ended: "eos" of one, "120 eos, 80 length" of many."""
+    counts = Counter(completion.finish_reason for completion in completions)
+    if len(completions) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
 
 def print_stats(llama: Llama, generation: Generation) -> None:
@@ -370,6 +358,8 @@ def print_stats(llama: Llama, generation: Generation) -> None:
     memory = f"weights {llama.parameters.nbytes / 1e6:.1f} MB"
     if peak is not None:
         memory += f", peak {peak / 1e6:.1f} MB"
+        if peak < llama.parameters.nbytes:  # mapped, such as the embedding's other rows
+            memory += " (some weights were never read)"
     rows = {
         "time to first token": f"{t.first_token_seconds * 1e3:.1f} ms",
         "prefill": f"{t.prompt_tokens} tokens, {t.prefill_tokens_per_second:.1f} tokens/s, "
@@ -379,11 +369,11 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "memory": memory,
         "backend": f"{llama.backend.name} ({llama.backend.device_name()})",
         "dtype": llama.dtype,
-        "finish": ", ".join(c.finish_reason for c in generation.completions()),
+        "finish": finish_reasons(generation.completions()),
         "seed": str(generation.seed),
     }
     for name, value in rows.items():
-        print(f"{name:<20} {value}", file=sys.stderr)
+        tell(f"{name:<20} {value}")
 
 
 if __name__ == "__main__":

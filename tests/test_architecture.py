@@ -14,8 +14,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports only from floors below its own.
 FLOORS = [
-    ["errors", "small_file", "threads", "shared_arrays"],
-    ["backend", "config", "sentencepiece_model"],
+    ["errors", "small_file", "threads", "shared_arrays", "process_memory"],
+    ["backend", "config", "sentencepiece_model", "console"],
     ["parameters", "ops.tiles", "tokenizer", "sampling", "quantization"],
     ["ops.equations", "chat", "safetensors_file"],
     ["ops.sampling", "ops.derivatives", "ops.workers", "ops.pieces"],

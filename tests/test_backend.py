@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import npllama
-from npllama import backend
+from npllama import backend, process_memory
 from npllama.backend import Backend, CupyBackend, cuda_device_count, get_backend
 from npllama.errors import BackendError
 
@@ -222,6 +222,15 @@ def test_peak_memory_counts_what_was_touched():
     array = np.ones(200 * MB, dtype="uint8")
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert array.nbytes < Backend().peak_bytes() <= installed
+
+
+@pytest.mark.parametrize(
+    ("own", "resident", "peak"), [(5, 7, 7), (7, 5, 7), (7, None, 7), (None, None, None)]
+)
+def test_peak_memory_counts_other_processes_too(monkeypatch, own, resident, peak):
+    monkeypatch.setattr(process_memory, "_own_peak", lambda: own)
+    monkeypatch.setattr(process_memory, "resident_bytes", lambda: resident)
+    assert Backend().peak_bytes() == peak
 
 
 @pytest.fixture

@@ -15,19 +15,21 @@ from threadpoolctl import threadpool_limits
 
 import benchmark
 from benchmarking import measure, rivals
-from benchmarking.figures import Program
+from benchmarking.figures import Program, Spread
 from benchmarking.machine import n_threads
 from benchmarking.measure import Sample, generate, make_task, open_model, roofline_run, side_by_side
-from benchmarking.peak_memory import PeakMemory, resident_bytes
+from benchmarking.peak_memory import PeakMemory
 from benchmarking.rivals import Command, Transformers, printed_speed
 from benchmarking.roofline import Roofline, roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, forward_flops, prompt_lengths, random_llama
 from benchmarking.step_profile import OUTSIDE, profile, watched
+from benchmarking.table import COLUMNS
 from conftest import ROOT, TINY, make_llama, make_ops
 from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
 from npllama.ops import Ops
+from npllama.process_memory import resident_bytes
 from npllama.threads import Threads
 
 GB = 10**9
@@ -343,7 +345,7 @@ def test_table_and_json_tell_the_same(directory, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "benchmark", lambda _options: fixed)
     assert benchmark.main([*options, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert benchmark.main(options) == 0
+    assert benchmark.main([*options, "--markdown"]) == 0
     text = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     rows = [row for row in rows if row]
@@ -374,6 +376,35 @@ def test_table_and_json_tell_the_same(directory, tmp_path, capsys, monkeypatch):
     assert f"Of {command}: decode {ratio['decode']['median']:,.2f} (" in text
     peak = figures["programs"][0]["peak_bytes"]
     assert peak is None or peak > figures["model"]["bytes"]
+
+
+def test_text_has_the_figures_of_the_table_in_80_columns(directory, capsys, monkeypatch):
+    options = ["--model", str(directory), "--prompt-tokens", "20", "--new-tokens", "4"]
+    options += ["--runs", "2", "--profile", "--context", "48"]
+    report_ = report(*options)
+    wide = Spread(123456.0, 101234.0, 145678.0)
+    long = replace(report_.programs[0], name="./run stories110M.bin -t 0 " * 3)
+    programs = [*report_.programs, long, replace(long, name="w" * 90, decode_gigaflops=wide)]
+    programs.append(replace(long, name="wide", prefill_tokens_per_second=wide))
+    ratio = replace(benchmark.ratio("x", *2 * [[Sample(1.0, 2.0, 3.0)]]), to=long.name)
+    remarks = ["other programs kept cores busy " * 5]
+    report_ = replace(report_, programs=programs, ratios=[ratio], remarks=remarks)
+    monkeypatch.setattr(benchmark, "benchmark", lambda _options: report_)
+    assert benchmark.main(options) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert text.isascii()
+    shown = {title: [] for title, _ in COLUMNS}
+    for line in lines:
+        title = next((title for title in shown if line.startswith(f"{title}  ")), None)
+        if title is not None:
+            shown[title] += re.split("  +", line.removeprefix(title).strip())
+    for title, cell in COLUMNS:
+        assert shown[title] == [cell(p).replace("–", "-") for p in programs], title
+    for p in programs:  # names go on below
+        assert all(word[:24] in text for word in p.name.split())
+    assert all(any(line.startswith(one.op) for line in lines) for one in report_.profile)
 
 
 def test_the_readme_names_every_option():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 
 from conftest import TINY
 from model_directory import write_model
-from npllama import load
+from npllama import load, process_memory
 from npllama.config import LlamaConfig
-from npllama.generate import main, parser
+from npllama.generate import finish_reasons, main, parser
+from npllama.generation import Completion, Timings
 
 CONFIG = LlamaConfig(**{**vars(TINY), "context_length": 512})
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"]
@@ -257,6 +259,25 @@ def test_stats_show_speed_memory_and_the_seed(model, capsys):
         assert "GB/s" in rows[name]
     assert rows["time to first token"].endswith("ms")
     assert rows["memory"].startswith("weights")
+
+
+def test_stats_count_the_memory_of_worker_processes(model, capsys, monkeypatch):
+    monkeypatch.setattr(process_memory, "resident_bytes", lambda: 10**15)
+    args = ("--model", model, "--backend", "numpy", "--prompt", "a", "--stats", *GREEDY)
+    assert ", peak 1000000000.0 MB\n" in call(capsys, *args)[2]
+    monkeypatch.setattr(process_memory, "peak_bytes", lambda: 1000)
+    assert ", peak 0.0 MB (some weights were never read)\n" in call(capsys, *args)[2]
+
+
+def test_stats_of_a_batch_sum_up_why_rows_ended(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\n" * 7)
+    code, _, err = call(capsys, "--model", model, "--prompt-file", str(file), "--stats", *GREEDY)
+    assert code == 0
+    assert re.search(r"^finish +7 length$", err, re.M)
+    completions = [Completion("", [], [], end, Timings(), 0) for end in ("length", "eos", "eos")]
+    assert finish_reasons(completions) == "2 eos, 1 length"
+    assert finish_reasons(completions[:1]) == "length"
 
 
 def test_the_random_seed_that_stats_shows_reproduces_the_text(model, capsys):

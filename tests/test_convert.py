@@ -25,11 +25,12 @@ from conftest import DATA, FIXTURES, ROOT, TINY, data_file, make_llama
 from convert import main as convert_main
 from converting.conversion import convert as convert_in_process
 from converting.recognition import read_source
+from converting.source import read_numbers
 from converting.tokenizers import read_tokenizer
 from model_directory import BYTE_PIECES, random_tensors, write_model
 from npllama import load
 from npllama.config import LlamaConfig
-from npllama.errors import NpllamaError
+from npllama.errors import NpllamaError, WeightsError
 from npllama.llama import Llama
 from npllama.quantization import quantize
 from npllama.safetensors_file import SafetensorsFile
@@ -908,7 +909,7 @@ def test_a_size_beyond_the_memory_is_one_line(tmp_path, monkeypatch):
         raise MemoryError
 
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
-    monkeypatch.setattr("converting.source.np.fromfile", too_large)
+    monkeypatch.setattr("converting.source._read_into", too_large)
     assert "more than the memory holds" in error_line(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
 
@@ -1086,7 +1087,7 @@ def test_a_stored_tie_is_not_read_by_an_inspection(tmp_path, monkeypatch, capsys
         raise AssertionError("numbers were read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("converting.source.np.fromfile", read)
+        patch.setattr("converting.source._read_into", read)
         assert convert_main([str(source), "--inspect"]) == 0
     assert convert(source, tmp_path / "out").returncode == 0
     tensors[EMBEDDING][1, 1] = tensors[LM_HEAD][1, 1] = np.nan
@@ -1123,3 +1124,11 @@ def test_a_closed_pipe_is_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "standard output cannot be written" in result.stderr
+
+
+def test_an_error_of_the_disk_is_not_taken_for_the_end_of_a_file():
+    unreadable = Path("/proc/self/mem")
+    if not unreadable.exists():
+        pytest.skip("this system has no file whose first bytes cannot be read")
+    with pytest.raises(WeightsError, match="/proc/self/mem cannot be read: Input/output error"):
+        read_numbers(unreadable, np.dtype("float32"), 4, 0, "tensor w")

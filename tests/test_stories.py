@@ -36,6 +36,20 @@ def test_stories_are_parted_by_lines_of_the_separator(tmp_path):
     assert read_stories(write(tmp_path, text)) == ["One.\nTwo.", "Three <|endoftext|> four."]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A cat.\n{s}\nA dog.",
+        "A cat.\n{s}\n{s}\nA dog.\n",
+        "{s}\n{s}\nA cat.\n{s}\n{s}\n{s}\n\n{s}\nA dog.\n{s}\n{s}",
+        "A cat.\r\n{s}\r\n{s}\r\nA dog.\r\n",
+    ],
+)
+def test_empty_stories_are_left_out(tmp_path, text):
+    path = write(tmp_path, text.format(s="<|endoftext|>"))
+    assert read_stories(path) == ["A cat.", "A dog."]
+
+
 def test_a_text_without_a_separator_is_one_story(tmp_path):
     assert read_stories(write(tmp_path, "a\n\nb\n")) == ["a\n\nb"]
 

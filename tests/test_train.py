@@ -1,7 +1,9 @@
 """tools/train.py as a program: it learns, resumes to the bit, and refuses what is wrong."""
 
 import csv
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +18,8 @@ import train
 from conftest import ROOT, TINY, data_file, make_ops
 from npllama.llama import SHIPPED, Llama
 from npllama.untrained import random_parameters
+from test_console import Broken
+from test_file_system import refuse_locks
 from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint
@@ -36,8 +40,10 @@ CONFIG = {
 
 
 @pytest.fixture
-def place(tmp_path):
-    """A folder with a config and a text; the arguments that every run of it has."""
+def place(tmp_path, monkeypatch):
+    """A folder with a config and a text; the machine's speed, half a second's work, is not
+    measured."""
+    monkeypatch.setattr("training.progress.sgemm_rate", lambda run: 1e9)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text(f"{SENTENCE}\n<|endoftext|>\n" * 8)
     return tmp_path
@@ -158,6 +164,12 @@ def test_a_run_may_be_given_its_tokenizer_and_be_packed(place):
 def test_samples_are_shown_on_the_way(place, capsys):
     assert train.main(arguments(place, "--sample", "The quick", "--valid-every", "6")) == 0
     assert capsys.readouterr().err.count("'The quick") == 2
+
+
+def test_a_sample_is_utf8_whatever_the_locale_made_of_it(place, capsys):
+    as_ascii = "größe".encode().decode("ascii", "surrogateescape")
+    assert train.main(arguments(place, "--sample", as_ascii)) == 0
+    assert "'größe" in capsys.readouterr().err
 
 
 def test_the_curve_is_drawn_where_asked(place):
@@ -357,3 +369,101 @@ def test_an_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
     monkeypatch.setattr(Run, "step", interrupted)
     assert train.main(arguments(place)) == 130
     assert "before the first checkpoint; the same command begins anew" in capsys.readouterr().err
+
+
+def interrupt_at(monkeypatch, step, *numbers):
+    """Signals that come in the midst of a step."""
+    step_of_run = Run.step
+
+    def interrupted(self):
+        if self.steps_done == step - 1:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return step_of_run(self)
+
+    monkeypatch.setattr(Run, "step", interrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_bit(
+    place, capsys, monkeypatch, number, code
+):
+    often = ("--report-every", "5", "--valid-every", "5", "--valid", place / "text.txt")
+    assert train.main(arguments(place, *often)) == 0
+    whole, curve = weights_of(place), without_seconds(curve_of(place))
+    (place / "run").rename(place / "never-stopped")
+    capsys.readouterr()
+    interrupt_at(monkeypatch, 5, number)
+    assert train.main(arguments(place, *often)) == code
+    said = capsys.readouterr().err
+    assert "interrupted; saves a checkpoint after this step" in said
+    checkpoint = place / "run" / "checkpoint.npz"
+    line = f"train: interrupted; the same command goes on after step 5 ({checkpoint})\n"
+    assert said.endswith(line)
+    assert load_checkpoint(checkpoint)[1]["steps_done"] == 5
+    assert not (place / "run" / "model").exists()
+    monkeypatch.undo()
+    assert train.main(arguments(place, *often)) == 0
+    assert "train: goes on after step 5\n" in capsys.readouterr().err
+    assert weights_of(place) == whole
+    assert without_seconds(curve_of(place)) == curve
+
+
+def test_an_interrupt_in_the_last_step_loses_nothing(place, monkeypatch):
+    interrupt_at(monkeypatch, 12, signal.SIGINT)
+    assert train.main(arguments(place)) == 130
+    assert load_checkpoint(place / "run" / "checkpoint.npz")[1]["steps_done"] == 12
+
+
+def test_a_second_interrupt_ends_at_once(place, monkeypatch, capsys):
+    interrupt_at(monkeypatch, 5, signal.SIGINT, signal.SIGINT)
+    assert train.main(arguments(place, "--checkpoint-every", "3")) == 130
+    assert "goes on after step 3 (" in capsys.readouterr().err
+    assert load_checkpoint(place / "run" / "checkpoint.npz")[1]["steps_done"] == 3
+
+
+# -- one run at a time
+
+
+def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):
+    refused = []
+    step_of_run = Run.step
+
+    def step(self):
+        if not refused:  # a run that begins while this one is under way
+            refused.append(train.main(arguments(place)))
+        return step_of_run(self)
+
+    monkeypatch.setattr(Run, "step", step)
+    assert train.main(arguments(place)) == 0
+    assert refused == [2]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "error" in line] == [
+        f"train: error: {place / 'run'} is being written by another training run: wait for its "
+        "end, or choose another --out"
+    ]
+    assert not (place / "run" / ".train.lock").exists()
+
+
+def test_a_lock_file_of_a_killed_run_is_no_lock(place):
+    (place / "run").mkdir()
+    (place / "run" / ".train.lock").touch()
+    assert train.main(arguments(place)) == 0
+    assert not (place / "run" / ".train.lock").exists()
+
+
+def test_without_locks_a_run_goes_on(place, monkeypatch):
+    refuse_locks(monkeypatch, errno.ENOLCK)
+    assert train.main(arguments(place)) == 0
+    assert not (place / "run" / ".train.lock").exists()
+
+
+def test_an_out_that_cannot_be_made_is_one_line(place, capsys):
+    (place / "run").touch()
+    assert train.main(arguments(place)) == 2
+    assert "run cannot be written: " in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(place, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Broken(errno.EIO))
+    assert train.main(arguments(place, "--report-every", "3", "--sample", "The")) == 0

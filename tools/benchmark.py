@@ -30,8 +30,10 @@ from benchmarking.roofline import roofline_nbytes, roofline_of
 from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
 from benchmarking.step_profile import OpTime, profile
 from benchmarking.table import profile_table, programs_table, ratio_line
+from benchmarking.text import paragraph, profile_text, programs_text
 from command_line import Parser, exit_code, say
 from npllama.backend import BACKENDS, get_backend
+from npllama.console import check_output, open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.threads import usable_cores
@@ -61,15 +63,20 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    open_streams()
     options = _parser().parse_args(arguments)
     return exit_code("benchmark", lambda: _print_report(options))
 
 
 def _print_report(options: argparse.Namespace) -> None:
+    check_output()
     _check(options)
     with threadpool_limits(limits=options.threads, user_api="blas"):
         report = benchmark(options)
-    say(json.dumps(asdict(report)) if options.json else as_markdown(report))
+    if options.json:
+        say(json.dumps(asdict(report)))
+    else:
+        say(as_markdown(report) if options.markdown else as_text(report))
 
 
 def benchmark(options: argparse.Namespace) -> Report:
@@ -153,26 +160,42 @@ def benchmark(options: argparse.Namespace) -> Report:
     )
 
 
+def as_text(report: Report) -> str:
+    """The report for a terminal: what was measured, the figures, ratios, remarks, the profile."""
+    parts = [paragraph(_what(report)), programs_text(report.programs)]
+    if notes := _notes(report):
+        parts.append("\n".join(map(paragraph, notes)))
+    if report.profile is not None:
+        parts.append(profile_text(report.profile))
+    return "\n\n".join(parts)
+
+
 def as_markdown(report: Report) -> str:
-    """The report for a README: what was measured, the table, ratios, remarks, the profile."""
+    """The same for a README."""
+    parts = [_what(report), programs_table(report.programs)]
+    if notes := _notes(report):
+        parts.append("\n".join(notes))
+    if report.profile is not None:
+        parts.append(profile_table(report.profile))
+    return "\n\n".join(parts)
+
+
+def _what(report: Report) -> str:
     m, t, c = report.model, report.task, report.machine
     lengths = t["prompt_tokens"]
     prompts = f"prompt {lengths[0]} tokens"
     if len(lengths) > 1:
         prompts = f"{len(lengths)} prompts of {lengths[-1]} to {lengths[0]} tokens"
     runs = "1 run" if t["runs"] == 1 else f"{t['runs']} runs"
-    parts = [
+    return (
         f"{m['name']} ({m['parameters']:,} parameters, {m['dtype']}); {prompts}, "
         f"{t['new_tokens']} new tokens, {runs}; {c['device']} ({c['processor']}), "
-        f"threads {c['threads']} ({c['blas']}), NumPy {c['numpy']}",
-        programs_table(report.programs),
-    ]
-    told = [ratio_line(r) for r in report.ratios] + [f"Note: {r}." for r in report.remarks]
-    if told:
-        parts.append("\n".join(told))
-    if report.profile is not None:
-        parts.append(profile_table(report.profile))
-    return "\n\n".join(parts)
+        f"threads {c['threads']} ({c['blas']}), NumPy {c['numpy']}"
+    )
+
+
+def _notes(report: Report) -> list[str]:
+    return [ratio_line(r) for r in report.ratios] + [f"Note: {r}." for r in report.remarks]
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -285,7 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--profile", action="store_true", help="where a decode step's time goes, op by op"
     )
-    p.add_argument("--json", action="store_true", help="print all figures as JSON")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print a table for a README")
+    form.add_argument("--json", action="store_true", help="print all figures as JSON")
     return p
 
 

@@ -1,12 +1,11 @@
 """What every tool's command line has in common: errors of one line, and exit codes."""
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from npllama.errors import InputError, NpllamaError
+from npllama.console import reason, tell, write
+from npllama.errors import NpllamaError
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
@@ -26,30 +25,29 @@ def say(text: str) -> None:
     """A line on standard output.
 
     Raises:
-        InputError: it cannot be written, as a closed pipe or a full disk.
+        InputError: it cannot be written: closed, a pipe without a reader, or a full disk.
     """
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
-        raise InputError(f"standard output cannot be written: {error.strerror}") from None
+    write(text + "\n")
 
 
 def exit_code(
     tool: str, work: Callable[[], None], interrupted: Callable[[], str] = lambda: "interrupted"
 ) -> int:
-    """Do the work; the exit code: 0, 2 after input that cannot be served, 130 after Ctrl-C, the
-    last two with one line on stderr that says why."""
+    """Do the work; the exit code: 0, 2 after an error, 130 after Ctrl-C (or that of another
+    signal), the last two with one line on stderr that says why."""
     try:
         work()
     except NpllamaError as error:
-        print(f"{tool}: error: {error}", file=sys.stderr)
+        tell(f"{tool}: error: {error}")
         return WRONG_INPUT
     except MemoryError as error:
-        reason = f" ({error})" if str(error) else ""
-        print(f"{tool}: error: out of memory{reason}: use a smaller model", file=sys.stderr)
+        why = f" ({error})" if str(error) else ""
+        tell(f"{tool}: error: out of memory{why}: use a smaller model")
         return WRONG_INPUT
-    except KeyboardInterrupt:
-        print(f"{tool}: {interrupted()}", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        tell(f"{tool}: {interrupted()}")
+        return getattr(error, "exit_code", INTERRUPTED)
+    except OSError as error:
+        tell(f"{tool}: error: {reason(error)}")
+        return WRONG_INPUT
     return 0

@@ -24,6 +24,7 @@ from converting.description import description, dry_run
 from converting.interruption import Interrupted, interruptible
 from converting.new_directory import check_dest, identity, names_beside, resolved
 from converting.recognition import read_source
+from npllama.console import open_streams, reason, tell
 from npllama.errors import InputError, NpllamaError
 from npllama.weights import STORAGE_DTYPES
 
@@ -32,6 +33,7 @@ MAX_SHARD_SIZE = "4GB"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
+    open_streams()
     args = _parser().parse_args(argv)
     before = None
     try:
@@ -41,17 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 before = identity(args.dest)
             _run(args)
     except NpllamaError as error:
-        print(f"convert: error: {error}", file=sys.stderr)
+        tell(f"convert: error: {error}")
         return WRONG_INPUT
     except MemoryError:  # a size that is absurd, or a tensor of more than the memory
-        print("convert: error: SOURCE needs more memory than there is", file=sys.stderr)
+        tell("convert: error: SOURCE needs more memory than there is")
+        return WRONG_INPUT
+    except OSError as error:
+        tell(f"convert: error: {reason(error)}")
         return WRONG_INPUT
     except Interrupted as interrupted:
-        told = "convert: interrupted"
+        said = "convert: interrupted"
         if args.dest is not None:
             is_same = identity(args.dest) == before
-            told += f": {args.dest} is {'as it was' if is_same else 'complete'}"
-        print(told, file=sys.stderr)
+            said += f": {args.dest} is {'as it was' if is_same else 'complete'}"
+        tell(said)
         return interrupted.exit_code
     return 0
 
@@ -62,7 +67,7 @@ def _run(args: argparse.Namespace) -> None:
     max_shard_size = _bytes(args.max_shard_size)
     source = read_source(args.source)
     for note in source.notes:
-        print(f"convert: {note}", file=sys.stderr)
+        tell(f"convert: {note}")
     if args.inspect or args.dry_run:
         say(description(replace(source, tokenizer=args.tokenizer or source.tokenizer)))
     if args.inspect:

@@ -9,11 +9,12 @@ strict test arrays have the methods listed here and no others.
 import inspect
 import json
 import re
-import sys
 import types
 from pathlib import Path
 
 import cupy
+
+from npllama.console import open_streams, tell
 
 DEST = Path(__file__).parent.parent / "tests" / "cupy_api.json"
 
@@ -43,6 +44,7 @@ def public(owner: object, prefix: str = "") -> dict[str, list[str] | None]:
 
 def main() -> None:
     """Write the list."""
+    open_streams()
     api = {
         "version": cupy.__version__,
         "functions": public(cupy)
@@ -51,7 +53,7 @@ def main() -> None:
         "ndarray": public(cupy.ndarray),
     }
     DEST.write_text(json.dumps(api, indent=0) + "\n")
-    print(f"wrote {DEST}: CuPy {api['version']}", file=sys.stderr)
+    tell(f"wrote {DEST}: CuPy {api['version']}")
 
 
 if __name__ == "__main__":

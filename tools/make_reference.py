@@ -23,7 +23,6 @@ import argparse
 import importlib.util
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +34,8 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import convert
+from command_line import say
+from npllama.console import open_streams, tell
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 PROMPT_TOKENS = 24
@@ -389,7 +390,7 @@ def check() -> None:
         error = np.abs(found["logits"] - expected["logits"]).max()
         assert error <= 1e-6 * np.abs(expected["logits"]).max(), (directory.name, error)
         assert np.array_equal(found["greedy"], expected["greedy"]), directory.name
-        print(f"{directory.name}: transformers opens it, logits within {error:.1e}")
+        say(f"{directory.name}: transformers opens it, logits within {error:.1e}")
     check_int8_is_refused()
 
 
@@ -405,16 +406,17 @@ def check_int8_is_refused() -> None:
                 assert "quant_method" in str(error), error
             else:
                 raise AssertionError(f"{opened_by.__name__} opens int8, and misreads it")
-    print("int8: transformers refuses it")
+    say("int8: transformers refuses it")
 
 
 def main() -> None:
     """Write what the command line names."""
+    open_streams()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("what", choices=("hf", "torch", "gradients", "check"))
     p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
     args = p.parse_args()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}", file=sys.stderr)
+    tell(f"torch {torch.__version__}, transformers {transformers.__version__}")
     if args.what == "check":
         check()
     elif args.what == "hf":
@@ -429,7 +431,7 @@ def main() -> None:
         spec.loader.exec_module(script)
         make_torch(script)
     size = sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file())
-    print(f"{FIXTURES} holds {size / 1e6:.2f} MB", file=sys.stderr)
+    tell(f"{FIXTURES} holds {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

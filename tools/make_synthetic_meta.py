@@ -27,6 +27,7 @@ from converting.interruption import interruptible
 from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
 from converting.new_directory import new_directory, resolved
 from npllama.config import LlamaConfig
+from npllama.console import open_streams, tell
 from npllama.weights import layer_name, tensor_shapes
 
 TINY_LLAMA = LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048)
@@ -112,6 +113,7 @@ def write_meta(dest: Path, config: LlamaConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write what the command line names; the exit code."""
+    open_streams()
     p = Parser("make_synthetic_meta", __doc__.split("\n")[0])
     p.add_argument("size", help="7B, 13B, 34B, 70B, or 1.1B (TinyLlama's shape)")
     p.add_argument("dest", type=Path, help="the directory to make")
@@ -127,7 +129,7 @@ def _make(args: argparse.Namespace) -> None:
     n_bytes = 2 * config.n_parameters
     with interruptible(), new_directory(resolved(args.dest), n_bytes, False) as partial:
         write_meta(partial, config)
-    print(f"wrote {args.dest}: {config.n_parameters:,} parameters in bfloat16", file=sys.stderr)
+    tell(f"wrote {args.dest}: {config.n_parameters:,} parameters in bfloat16")
 
 
 if __name__ == "__main__":

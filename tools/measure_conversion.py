@@ -5,7 +5,8 @@
 
 Each is timed until its bytes are on the disk, and removed again. The copy goes first, and reads
 the source into the machine's memory if it fits; with --repeat 2 the second line has both read it
-from there. This program imports nothing large: a process counts its parent's peak as its own.
+from there. This program imports no more than convert.py: a process counts its parent's peak as its
+own.
 """
 
 import argparse
@@ -15,8 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from command_line import Parser, exit_code, say
+from npllama.console import open_streams
+from npllama.errors import InputError
 
 CONVERT = Path(__file__).with_name("convert.py")
 KIB = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
@@ -51,25 +56,25 @@ def convert(source: Path, dest: Path, options: list[str]) -> tuple[float, int]:
     return time.perf_counter() - began, usage.ru_maxrss * KIB
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"measure_conversion: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def main() -> None:
-    """Measure what the command line names."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the command line names; the exit code."""
+    open_streams()
+    p = Parser("measure_conversion", __doc__.split("\n")[0])
     p.add_argument("source", type=Path, help="what tools/convert.py takes")
     p.add_argument("folder", type=Path, help="where to write, on the disk to be measured")
     p.add_argument("--dtype", help="of convert.py; as stored unless given")
     p.add_argument("--repeat", type=int, default=1, metavar="N", help="times (default: 1)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
+    return exit_code("measure_conversion", lambda: _measure(args))
+
+
+def _measure(args: argparse.Namespace) -> None:
     if not args.source.exists():
-        _refuse(f"{args.source} does not exist: expected a checkpoint")
+        raise InputError(f"{args.source} does not exist: expected a checkpoint")
     if not args.folder.is_dir():
-        _refuse(f"{args.folder} is no directory: expected one")
+        raise InputError(f"{args.folder} is no directory: expected one")
     if args.repeat < 1:
-        _refuse(f"--repeat is {args.repeat}: expected at least 1")
+        raise InputError(f"--repeat is {args.repeat}: expected at least 1")
     options = ["--dtype", args.dtype] if args.dtype else []
     for _ in range(args.repeat):
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -77,11 +82,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             converting, peak = convert(args.source, Path(name) / "model", options)
         copied, converted = n_bytes / copying / 1e6, n_bytes / converting / 1e6
-        print(
+        say(
             f"{n_bytes / 1e9:.2f} GB: copied at {copied:.0f} MB/s, converted at {converted:.0f} "
             f"MB/s ({converted / copied:.2f} of it), peak {peak / 1e6:.0f} MB"
         )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

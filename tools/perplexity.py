@@ -22,6 +22,7 @@ from tqdm import tqdm
 import npllama
 from command_line import Parser, exit_code, say
 from npllama.backend import Backend
+from npllama.console import check_output, open_streams, tell
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.ops import Ops
@@ -98,11 +99,13 @@ def score_texts(llama: Llama, texts: Sequence[str], each: Map = map) -> Score:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    open_streams()
     options = _parser().parse_args(arguments)
     return exit_code("perplexity", lambda: _print_score(options))
 
 
 def _print_score(options: argparse.Namespace) -> None:
+    check_output()
     texts = read_stories(options.text)
     if options.limit is not None:
         if options.limit < 1:
@@ -132,7 +135,7 @@ def _print_score(options: argparse.Namespace) -> None:
             f"{total.bits_per_byte:.4f} bits per byte "
             f"({len(texts):,} texts, {total.n_tokens:,} tokens, {total.n_bytes:,} bytes)"
         )
-    print(f"perplexity: {total.n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    tell(f"perplexity: {total.n_tokens / seconds:,.0f} tokens/s")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,12 +11,17 @@ import hashlib
 import math
 import os
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from command_line import Parser, exit_code
+from converting.interruption import deferred, interruptible
+from converting.new_directory import parents_of
 from converting.tokenizers import read_tokenizer
+from file_system import locked
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
+from npllama.console import open_streams, reason, tell, utf8
 from npllama.errors import ConfigError, InputError
 from npllama.llama import Llama
 from npllama.ops import ops_for
@@ -37,21 +42,49 @@ from training.tokenizer import train_tokenizer
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    open_streams()
     options = _parser().parse_args(arguments)
 
     def interrupted() -> str:
-        if (options.out / "checkpoint.npz").exists():
-            return f"interrupted; the same command goes on from the checkpoint in {options.out}"
+        checkpoint = options.out / "checkpoint.npz"
+        with suppress(InputError):
+            if checkpoint.exists():
+                step = load_facts(checkpoint)["steps_done"]
+                return f"interrupted; the same command goes on after step {step:,} ({checkpoint})"
         return "interrupted before the first checkpoint; the same command begins anew"
 
-    return exit_code("train", lambda: train(options), interrupted)
+    def work() -> None:
+        with interruptible():
+            train(options)
+
+    return exit_code("train", work, interrupted)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train to the last step, from the checkpoint in `options.out` where there is one."""
+    """Train to the last step, from the checkpoint in `options.out` where there is one.
+
+    Raises:
+        InputError: wrong options or files, or another run writes to `options.out`.
+        Interrupted: a signal came; the steps so far are saved.
+    """
     _check(options)
     if options.plot:
         check_matplotlib()
+    with ExitStack() as stack:
+        lock = options.out / ".train.lock"
+        message = (
+            f"{options.out} is being written by another training run: wait for its end, or "
+            "choose another --out"
+        )
+        try:
+            stack.enter_context(parents_of(lock))
+            stack.enter_context(locked(lock, message))
+        except OSError as error:
+            raise InputError(f"{options.out} cannot be written: {reason(error)}") from None
+        _train(options)
+
+
+def _train(options: argparse.Namespace) -> None:
     out: Path = options.out
     config = _config(options.config)
     stories = read_stories(options.text)
@@ -68,19 +101,18 @@ def train(options: argparse.Namespace) -> None:
         progress = Progress(run, out / "loss.csv", options.steps)
         if checkpoint.exists():
             _restore(run, progress, checkpoint)
-            print(f"train: goes on after step {run.steps_done:,}", file=sys.stderr)
-        print(
+            tell(f"train: goes on after step {run.steps_done:,}")
+        tell(
             f"train: {config.n_parameters:,} parameters; an epoch has "
             f"{run.batches.steps_per_epoch:,} steps of {run.batches.batch} rows; "
-            f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s on {run.workers.n} threads",
-            file=sys.stderr,
+            f"sgemm {progress.sgemm / 1e9:,.0f} GFLOP/s on {run.workers.n} threads"
         )
         with progress:
             _steps(run, progress, options, identity, valid)
     write_model(run.model, tokenizer, out / "model")
     if options.plot:
         draw_curve(out / "loss.csv", out / "loss.png")
-    print(f"train: wrote {out / 'model'}", file=sys.stderr)
+    tell(f"train: wrote {out / 'model'}")
 
 
 def _run(
@@ -119,22 +151,30 @@ def _steps(
     def is_due(step: int, every: int) -> bool:
         return step % every == 0 or step == options.steps
 
-    while run.steps_done < options.steps:
-        progress.step()
-        if is_due(run.steps_done, options.valid_every):
-            score = score_texts(run.model, valid, run.workers.map) if valid else None
-            progress.report(score)
-        elif is_due(run.steps_done, options.report_every):
-            progress.report()
-        if is_due(run.steps_done, options.checkpoint_every):
-            facts = {
-                "identity": identity,
-                "steps_done": run.steps_done,
-                "progress": progress.state(),
-            }
-            save_checkpoint(options.out / "checkpoint.npz", run.state(), facts)
-        if options.sample is not None and is_due(run.steps_done, options.valid_every):
-            progress.write(f"  {_sample(run.model, options.sample)}")
+    def save() -> None:
+        facts = {"identity": identity, "steps_done": run.steps_done, "progress": progress.state()}
+        save_checkpoint(options.out / "checkpoint.npz", run.state(), facts)
+
+    def interrupt() -> None:
+        tell("\ntrain: interrupted; saves a checkpoint after this step; Ctrl-C again ends at once")
+
+    # A signal waits for the end of the step: in its midst the weights are half updated
+    with deferred(interrupt) as signal:
+        while run.steps_done < options.steps:
+            progress.step()
+            if is_due(run.steps_done, options.valid_every):
+                score = score_texts(run.model, valid, run.workers.map) if valid else None
+                progress.report(score)
+            elif is_due(run.steps_done, options.report_every):
+                progress.report()
+            if options.sample is not None and is_due(run.steps_done, options.valid_every):
+                progress.write(f"  {_sample(run.model, options.sample)}")
+            came = signal.number is not None
+            if came or is_due(run.steps_done, options.checkpoint_every):
+                save()
+            if came:
+                break
+        signal.check()
 
 
 def _restore(run: Run, progress: Progress, checkpoint: Path) -> None:
@@ -275,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--valid-every", type=int, default=250, metavar="N", help="steps between validations")
     add("--valid-stories", type=int, default=100, metavar="N", help="stories of --valid to use")
     add("--checkpoint-every", type=int, default=250, metavar="N", help="steps between checkpoints")
-    add("--sample", metavar="PROMPT", help="continue this at each validation")
+    add("--sample", type=utf8, metavar="PROMPT", help="continue this at each validation")
     add("--plot", action="store_true", help="draw RUN/loss.png at the end (extra [plot])")
     return p
 

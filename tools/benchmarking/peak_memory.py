@@ -1,24 +1,11 @@
 """The most memory that a process and its children hold at once."""
 
 import threading
-from pathlib import Path
 from types import TracebackType
 
+from npllama.process_memory import resident_bytes
+
 _INTERVAL = 0.05
-
-
-def resident_bytes(pid: int | str = "self") -> int | None:
-    """Bytes of memory of a process and all its descendants, or None where the system won't say.
-
-    The sum of their proportional set sizes (Linux): a page that n processes share counts 1/n in
-    each, so once in all. Pages of a memory-mapped file count when they have been read.
-    """
-    total = _proportional_set_size(pid)
-    if total is None:
-        return None
-    for child in _children(pid):
-        total += resident_bytes(child) or 0  # one that has just ended holds nothing
-    return total
 
 
 class PeakMemory:
@@ -56,23 +43,3 @@ class PeakMemory:
         now = resident_bytes(self._pid)
         if now is not None:
             self.nbytes = max(now, self.nbytes or 0)
-
-
-def _proportional_set_size(pid: int | str) -> int | None:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _children(pid: int | str) -> list[str]:
-    children: list[str] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children += path.read_text().split()
-        except OSError:  # the thread has just ended
-            continue
-    return children

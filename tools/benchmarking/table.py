@@ -1,13 +1,13 @@
-"""The figures as markdown."""
+"""The figures as Markdown, and what stands in each of its columns."""
 
 from collections.abc import Callable, Sequence
 
 from benchmarking.figures import Program, Ratio, Spread
 from benchmarking.step_profile import OpTime
 
-_UNKNOWN = "–"
+UNKNOWN = "–"
 
-_COLUMNS: list[tuple[str, Callable[[Program], str]]] = [
+COLUMNS: list[tuple[str, Callable[[Program], str]]] = [
     ("prefill tokens/s", lambda p: of_runs(p.prefill_tokens_per_second)),
     ("prefill of roofline", lambda p: of_runs(p.prefill_of_roofline, 2)),
     ("prefill GFLOP/s", lambda p: of_median(p.prefill_gigaflops)),
@@ -20,12 +20,13 @@ _COLUMNS: list[tuple[str, Callable[[Program], str]]] = [
     ("load to first token s", lambda p: one(p.load_to_first_token_seconds)),
     ("memory MB", lambda p: one(p.peak_bytes, 1e-6)),
 ]
+PROFILE_TITLES = ("op", "calls", "us", "share")
 
 
 def programs_table(programs: Sequence[Program]) -> str:
     """A row for each program; where there were several runs, "median (min to max)"."""
-    titles = [title for title, _ in _COLUMNS]
-    rows = [[p.name.replace("|", "\\|"), *(cell(p) for _, cell in _COLUMNS)] for p in programs]
+    titles = [title for title, _ in COLUMNS]
+    rows = [[p.name.replace("|", "\\|"), *(cell(p) for _, cell in COLUMNS)] for p in programs]
     return markdown(["", *titles], rows)
 
 
@@ -39,13 +40,18 @@ def ratio_line(ratio: Ratio) -> str:
 
 def profile_table(lines: Sequence[OpTime]) -> str:
     """A row for each op of a decode step, and their sum."""
+    return markdown(PROFILE_TITLES, profile_rows(lines))
+
+
+def profile_rows(lines: Sequence[OpTime]) -> list[list[str]]:
+    """The cells of PROFILE_TITLES for each op, and for their sum."""
     rows = [
         [line.op, f"{line.calls:g}", f"{line.seconds * 1e6:,.1f}", f"{line.share:.1%}"]
         for line in lines
     ]
     step = sum(line.seconds for line in lines)
     rows.append(["decode step", "", f"{step * 1e6:,.1f}", f"{sum(x.share for x in lines):.1%}"])
-    return markdown(["op", "calls", "us", "share"], rows)
+    return rows
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -57,7 +63,7 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def of_runs(figure: Spread | None, digits: int | None = None) -> str:
     """ "53.1 (52.0 to 54.2)"; the median alone where all runs agree."""
     if figure is None:
-        return _UNKNOWN
+        return UNKNOWN
     median, least, most = (number(x, digits) for x in (figure.median, figure.min, figure.max))
     return median if least == most else f"{median} ({least} to {most})"
 
@@ -69,7 +75,7 @@ def of_median(figure: Spread | None, factor: float = 1.0) -> str:
 
 def one(value: float | None, factor: float = 1.0) -> str:
     """A number in another unit, or a dash."""
-    return _UNKNOWN if value is None else number(value * factor)
+    return UNKNOWN if value is None else number(value * factor)
 
 
 def number(value: float, digits: int | None = None) -> str:

@@ -1,7 +1,6 @@
 """A source becomes a model directory, one tensor at a time."""
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.tokenizers import read_tokenizer
 from converting.writer import Entry, index_files, plan, to_json, write_shards
+from npllama.console import tell
 from npllama.errors import InputError, WeightsError
 from npllama.quantization import quantize
 from npllama.small_file import MAX_TOKENIZER, read_small_file
@@ -68,7 +68,7 @@ def convert(
 
 
 def _say(line: str) -> None:
-    print(f"convert: {line}", file=sys.stderr)
+    tell(f"convert: {line}")
 
 
 def other_files(source: Source, dtype: str | None, tokenizer: Path | None) -> dict[str, bytes]:

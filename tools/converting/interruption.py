@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # not every system has all three
@@ -30,6 +30,41 @@ def interruptible() -> Iterator[None]:
 
     with _handled_by(interrupt):
         yield
+
+
+class Pending:
+    """Whether one of the signals has come.
+
+    Attributes:
+        number: of the signal; None before.
+    """
+
+    number: int | None = None
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+@contextmanager
+def deferred(came: Callable[[], object]) -> Iterator[Pending]:
+    """The first of the signals waits until the block checks for it; a second one raises
+    Interrupted at once.
+
+    Args:
+        came: called when the first one comes.
+    """
+    pending = Pending()
+
+    def note(number: int, _frame: object) -> None:
+        pending.check()
+        pending.number = number
+        with suppress(RuntimeError):  # it came in the middle of another line of standard error
+            came()
+
+    with _handled_by(note):
+        yield pending
 
 
 @contextmanager

@@ -11,12 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converting.interruption import uninterrupted
+from file_system import locked, sync
 from npllama.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two conversions to one DEST are not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 _COMPLETE = "config.json"  # without it no directory is a model
 
@@ -38,8 +34,12 @@ def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
             writing it, it cannot be written, or too little disk space.
     """
     partial, aside = _beside(dest, "partial"), _beside(dest, "replaced")
+    busy = (
+        f"{dest} is being written by another conversion: wait for its end, or choose another "
+        "directory"
+    )
     try:
-        with _parents_of(dest), _lock(dest):
+        with parents_of(dest), locked(_beside(dest, "lock"), busy):
             _recover(dest)
             check_dest(dest, overwrite)
             if partial.exists():
@@ -58,7 +58,7 @@ def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
                     if dest.exists():
                         os.rename(dest, aside)
                     os.rename(partial, dest)
-                    _sync(dest.parent)
+                    sync(dest.parent)
                     if aside.exists():
                         shutil.rmtree(aside)
             except BaseException:
@@ -151,7 +151,7 @@ def _recover(dest: Path) -> None:
 
 
 @contextmanager
-def _parents_of(dest: Path) -> Iterator[None]:
+def parents_of(dest: Path) -> Iterator[None]:
     """Make the directories above `dest`; those that were missing go again if the block fails."""
     missing = [parent for parent in dest.parents if not parent.exists()]
     try:
@@ -164,50 +164,7 @@ def _parents_of(dest: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _lock(dest: Path) -> Iterator[None]:
-    """One process at a time; the system gives the lock back, however a process ends."""
-    if fcntl is None:
-        yield
-        return
-    path = _beside(dest, "lock")
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(path)):
-                    break
-        except BlockingIOError:
-            os.close(file)
-            raise InputError(
-                f"{dest} is being written by another conversion: wait for its end, or choose "
-                "another directory"
-            ) from None
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # it was removed by the process that held the lock until now
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()  # while it is still locked
-        os.close(file)
-
-
 def _sync_content(directory: Path) -> None:
     for path in directory.iterdir():
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    if fcntl is None and path.is_dir():  # Windows cannot
-        return
-    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        sync(path)
+    sync(directory)

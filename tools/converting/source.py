@@ -90,15 +90,26 @@ def read_numbers(path: Path, dtype: np.dtype, count: int, offset: int, where: st
         WeightsError: the file cannot be read, or ends before.
     """
     try:
-        values = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+        values = np.empty(count, dtype=dtype)
+        n_read = _read_into(values, path, offset)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
     except MemoryError:
         n_bytes = count * np.dtype(dtype).itemsize
         raise WeightsError(f"{where} has {n_bytes:,} bytes, more than the memory holds") from None
-    if values.size != count:
+    if n_read != values.nbytes:
         raise WeightsError(f"{where} is truncated: get the file again")
     return values
+
+
+def _read_into(values: np.ndarray, path: Path, offset: int) -> int:
+    """Bytes that were read; not by np.fromfile, which takes an error of the disk for the end."""
+    rest = memoryview(values.view("uint8"))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while n := file.readinto(rest):
+            rest = rest[n:]
+    return values.nbytes - rest.nbytes
 
 
 def file_tensor(

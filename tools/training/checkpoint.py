@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from file_system import sync
 from npllama.errors import InputError
 
 
@@ -22,8 +23,7 @@ def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, 
     try:
         with open(partial, "wb") as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(partial)
         os.replace(partial, path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
 
     def step(self) -> None:
         """Take one step of the run."""
@@ -71,8 +73,9 @@ class Progress:
         self._losses.append(self._last.loss)
         self._targets += self._last.n_targets
         self.tokens += self._last.n_targets
-        self.bar.update()
-        self.bar.set_postfix_str(f"loss {self._last.loss:.3f}, {self._speed()}")
+        with suppress(OSError):  # the terminal may be gone, and the run is not to end with it
+            self.bar.update()
+            self.bar.set_postfix_str(f"loss {self._last.loss:.3f}, {self._speed()}")
 
     def report(self, score: Score | None = None) -> None:
         """A line, and a point of the curve, of the steps since the last one."""
@@ -99,7 +102,8 @@ class Progress:
 
     def write(self, line: str) -> None:
         """A line above the bar."""
-        self.bar.write(line, file=sys.stderr)
+        with suppress(OSError):
+            self.bar.write(line, file=sys.stderr)
 
     def _speed(self) -> str:
         flops = 6 * self.run.model.config.n_parameters * self._targets / self._busy

@@ -1,5 +1,6 @@
 """A text file as stories, and stories as sequences of token ids."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,14 @@ from npllama.errors import InputError
 from npllama.tokenizer import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
+_SEPARATOR_LINE = re.compile(f"^{re.escape(SEPARATOR)}$", re.MULTILINE)
 _SENTENCE_ENDS = (".", "!", "?")
 _CLOSING = "\"'\u201d\u2019)"
 
 
 def read_stories(path: Path) -> list[str]:
-    """The stories of a UTF-8 text file, parted by lines of SEPARATOR; a file without one is a
-    single story. Line ends around a story are not part of it.
+    """The stories of a UTF-8 text file, separated by lines of SEPARATOR; a file without one is a
+    single story. Line ends around a story are not part of it; empty stories are left out.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or holds no text.
@@ -27,7 +29,7 @@ def read_stories(path: Path) -> list[str]:
         raise InputError(
             f"{path} is not UTF-8 at byte {error.start}: save the text as UTF-8"
         ) from None
-    parts = f"\n{text}\n".split(f"\n{SEPARATOR}\n")
+    parts = _SEPARATOR_LINE.split(text)
     stories = [story for story in (part.strip("\n") for part in parts) if story]
     if not stories:
         raise InputError(f"{path} holds no text: expected stories parted by lines of {SEPARATOR}")

@@ -1,0 +1,96 @@
+"""The three standard streams of a program: opened where closed, UTF-8, with errors of their own.
+
+A program whose standard error is closed has None as sys.stderr, and `print(..., file=None)`
+writes to standard output. The next file that it opens gets the free descriptor, and whatever
+writes to standard error then writes into that file.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+
+from npllama.errors import InputError
+
+
+class ReaderLeftError(InputError):
+    """Who read standard output has closed it, as `head` does once it has its lines."""
+
+
+def open_streams() -> None:
+    """Make the standard streams usable; every program's first call.
+
+    A closed descriptor among 0, 1 and 2 is opened on the null device, so that no other file gets
+    its number. sys.stdin and sys.stdout stay None where they were closed, for the program to
+    refuse. Text is UTF-8 whatever the locale, and names of files go out as the bytes they are.
+    """
+    with contextlib.suppress(OSError):  # no null device, as in a bare chroot
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+            os.set_inheritable(fd, True)
+        os.close(fd)
+    if sys.stderr is None:
+        try:
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (never closed)
+        except OSError:
+            sys.stderr = io.StringIO()
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def utf8(argument: str) -> str:
+    """A command line's argument as UTF-8, whatever the locale made of its bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not UTF-8.
+    """
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+
+
+def check_output() -> None:
+    """Raise InputError where standard output is closed, before work that nobody could read."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed: there is nowhere to write the text")
+
+
+def write(text: str) -> None:
+    """Write `text` to standard output at once.
+
+    Raises:
+        ReaderLeftError: the other end of a pipe is closed.
+        InputError: it cannot be written: closed, or a full disk.
+    """
+    check_output()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_stdout()
+        kind = ReaderLeftError if isinstance(error, BrokenPipeError) else InputError
+        raise kind(f"standard output cannot be written: {error.strerror or error}") from None
+
+
+def tell(line: str) -> None:
+    """Write a line to standard error; a line that cannot be written is lost."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def reason(error: OSError) -> str:
+    """What an error of the system says: the file if it names one, and what is wrong."""
+    said = error.strerror or str(error) or type(error).__name__
+    name = error.filename
+    return f"{os.fsdecode(name)}: {said}" if isinstance(name, str | bytes) else said
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere, or Python would fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

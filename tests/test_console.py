@@ -1,0 +1,200 @@
+"""Standard streams that are closed, full, or of another locale; errors as what they are."""
+
+import ast
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import command_line
+import convert
+import perplexity
+from conftest import ROOT, TINY
+from model_directory import write_model
+from npllama import console, generate
+from npllama.console import ReaderLeftError, open_streams, reason, tell, utf8, write
+from npllama.errors import InputError
+
+PROGRAMS = [ROOT / "npllama" / "generate.py", *sorted((ROOT / "tools").glob("*.py"))]
+
+
+class Broken(io.StringIO):
+    """A stream on which every write that reaches it fails."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_model(tmp_path_factory.mktemp("model"), TINY))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("One.\n<|endoftext|>\nTwo.\n")
+    return str(path)
+
+
+@pytest.fixture
+def closed_stderr(monkeypatch):
+    opened = []
+
+    def noting(*args, **options):
+        opened.append(open(*args, **options))  # noqa: SIM115
+        return opened[-1]
+
+    monkeypatch.setattr(console, "open", noting, raising=False)
+    monkeypatch.setattr(sys, "stderr", None)
+    yield
+    for file in opened:  # which a program leaves open to its end
+        file.close()
+
+
+# -- closed streams
+
+
+def test_closed_descriptors_are_opened_where_no_file_can_land_on_them(tmp_path):
+    code = (
+        "import json, os, sys\n"
+        "from npllama.console import open_streams, tell\n"
+        "open_streams(); tell('nowhere'); print('nowhere', file=sys.stderr)\n"
+        "os.write(2, b'nowhere')\n"
+        "devices = [os.fstat(fd).st_rdev == os.stat(os.devnull).st_rdev for fd in range(3)]\n"
+        "inherited = [os.get_inheritable(fd) for fd in range(3)]\n"
+        "with open(sys.argv[1], 'w') as file:\n"
+        "    are_none = sys.stdin is sys.stdout is None\n"
+        "    json.dump([devices, inherited, file.fileno(), are_none], file)\n"
+    )
+    told = tmp_path / "told.json"
+    shell = 'exec "$0" -c "$1" "$2" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", shell, sys.executable, code, str(told)], check=True, timeout=60)
+    devices, inherited, fd, are_none = json.loads(told.read_text())
+    assert (devices, inherited, are_none) == ([True] * 3, [True] * 3, True)
+    assert fd > 2
+
+
+def test_nothing_changes_where_streams_are_open():
+    before = os.listdir("/dev/fd")
+    open_streams()
+    assert os.listdir("/dev/fd") == before
+
+
+def test_with_standard_error_closed_standard_output_has_the_text_alone(
+    model, capsys, closed_stderr
+):
+    args = ["--model", model, "--prompt", "Once", "--max-new-tokens", "3", "--no-echo"]
+    assert generate.main([*args, "--stats", "--logprobs", "--dtype", "float16", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["finish_reason"] == "length"
+    assert out.count("\n") == 1
+    assert generate.main(["--model", "/nowhere", "--prompt", "a"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_with_standard_error_closed_a_tool_with_a_bar_works(model, text, capsys, closed_stderr):
+    assert perplexity.main(["--model", model, "--text", text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["texts"] == 2
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_opens_the_streams_first(path):
+    tree = ast.parse(path.read_text())
+    mains = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+    assert all(ast.unparse(main.body[1]) == "open_streams()" for main in mains)
+    assert bool(mains) == ("__main__" in path.read_text())
+
+
+def test_a_tool_without_standard_output_says_so(model, text, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(perplexity, "score_texts", None)  # it is not reached
+    assert perplexity.main(["--model", model, "--text", text]) == 2
+    assert "perplexity: error: standard output is closed" in capsys.readouterr().err
+
+
+# -- errors, each as what it is
+
+
+def test_what_cannot_be_written_is_an_input_error(monkeypatch):
+    for number, kind in ((errno.ENOSPC, InputError), (errno.EPIPE, ReaderLeftError)):
+        monkeypatch.setattr(sys, "stdout", Broken(number))
+        with pytest.raises(kind, match=f"cannot be written: {os.strerror(number)}"):
+            write("text")
+
+
+def test_a_line_that_standard_error_cannot_take_is_lost(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Broken(errno.ENOSPC))
+    tell("lost")
+
+
+def test_an_error_of_the_system_is_reported_as_what_it_is(capsys, monkeypatch):
+    def fail(*_args):
+        raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+
+    monkeypatch.setattr(generate, "load", fail)
+    assert generate.main(["--prompt", "a"]) == 2
+    line = "error: model.safetensors: Input/output error\n"
+    assert capsys.readouterr() == ("", f"npllama: {line}")
+    assert command_line.exit_code("train", fail) == 2
+    assert capsys.readouterr().err == f"train: {line}"
+    monkeypatch.setattr(convert, "read_source", fail)
+    assert convert.main(["source", "--inspect"]) == 2
+    assert capsys.readouterr().err == f"convert: {line}"
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_an_error(capsys, monkeypatch):
+    def fail(*_args):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(generate, "load", fail)
+    assert generate.main(["--prompt", "a"]) == 2
+    assert capsys.readouterr().err == "npllama: error: Broken pipe\n"
+
+
+def test_standard_input_that_cannot_be_read_is_one_line(capsys, monkeypatch):
+    class Unreadable:
+        def read(self):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Unreadable()}))
+    assert generate.main(["--prompt", "-"]) == 2
+    assert "standard input cannot be read: Input/output error" in capsys.readouterr().err
+
+
+def test_the_reason_of_an_error_names_its_file():
+    assert reason(OSError(errno.ENOENT, "No such file", b"a.txt")) == "a.txt: No such file"
+    assert reason(OSError("made by hand")) == "made by hand"
+    assert reason(OSError()) == "OSError"
+
+
+# -- any locale
+
+
+def test_streams_are_utf8_and_names_of_files_go_out_as_they_are(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    open_streams()
+    write("größe " + os.fsdecode(b"\xff"))
+    tell("größe \udcff")
+    assert out.buffer.getvalue() == "größe ".encode() + b"\xff"
+    assert err.buffer.getvalue() == "größe \\udcff\n".encode()
+
+
+def test_an_argument_is_utf8_whatever_the_locale_made_of_it(monkeypatch):
+    monkeypatch.setattr(
+        console.os, "fsencode", lambda text: text.encode("ascii", "surrogateescape")
+    )
+    as_ascii = "größe".encode().decode("ascii", "surrogateescape")
+    assert utf8(as_ascii) == "größe"
+    with pytest.raises(console.argparse.ArgumentTypeError, match="not UTF-8"):
+        utf8(b"\xff".decode("ascii", "surrogateescape"))
