@@ -21,6 +21,7 @@ from benchmarking.measure import Task, generate, make_task
 from benchmarking.shapes import SHAPES, random_llama
 from command_line import Parser, exit_code, say
 from npllama.backend import get_backend
+from npllama.console import open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.weights import STORAGE_DTYPES
@@ -28,6 +29,7 @@ from npllama.weights import STORAGE_DTYPES
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    open_streams()
     options = _parser().parse_args(arguments)
     return exit_code("measure_threads", lambda: _measure(options))
 
