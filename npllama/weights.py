@@ -122,7 +122,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.config = config
         self.dtype = None if dtype is None else STORAGE_DTYPES[dtype]
-        self._file_of = _open_files(self.directory)
+        self._file_of = _open_files(self.directory, config.tie_embeddings)
         self._check()
 
     @property
@@ -230,6 +230,8 @@ class Checkpoint:
 def read_index(path: Path) -> dict[str, str]:
     """An index's weight_map: tensor name -> name of a file beside the index.
 
+    Rotary tables are left out: older indexes name them, and newer shards do not hold them.
+
     Raises:
         ConfigError, WeightsError: it is damaged, or names a file elsewhere.
     """
@@ -239,17 +241,20 @@ def read_index(path: Path) -> dict[str, str]:
         for shard in weight_map.values()
     ):
         raise WeightsError(f"{path}: weight_map does not name a file for each tensor")
-    return weight_map
+    return {name: shard for name, shard in weight_map.items() if not is_rotary_table(name)}
 
 
-def check_index(index: Path, tensors_of: Mapping[str, Container[str]]) -> None:
+def check_index(index: Path, tensors_of: Mapping[str, Container[str]], is_tied: bool) -> None:
     """Hold an index against the names of the tensors in each file.
+
+    Args:
+        is_tied: the head is the embedding, and may be missing whatever the index says.
 
     Raises:
         WeightsError: a tensor is not in the file that the index names for it.
     """
     for name, shard in read_index(index).items():
-        if name not in tensors_of[shard]:
+        if name not in tensors_of[shard] and not (is_tied and name == LM_HEAD):
             raise WeightsError(
                 f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there"
             )
@@ -280,12 +285,13 @@ def is_rotary_table(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq")
 
 
-def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
+def _open_files(directory: Path, is_tied: bool) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it."""
     files = {path.name: SafetensorsFile(path) for path in shard_files(directory)}
     file_of = {name: file for file in files.values() for name in file.tensors}
     if SINGLE not in files:
-        check_index(directory / INDEX, {shard: file.tensors for shard, file in files.items()})
+        tensors_of = {shard: file.tensors for shard, file in files.items()}
+        check_index(directory / INDEX, tensors_of, is_tied)
     for shard, file in files.items():
         twice = next((name for name in file.tensors if file_of[name] is not file), None)
         if twice is not None:

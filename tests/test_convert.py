@@ -457,6 +457,33 @@ def test_an_index_is_held_against_the_files(tmp_path, case):
         assert message in error_line(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("case", ["safetensors", "bin"])
+def test_a_directory_that_loads_converts(tmp_path, case):
+    """Old spellings, fields that mean nothing, an index of more than the shards hold."""
+    if case == "bin":
+        source, index = copy_of("bin-sharded", tmp_path), "pytorch_model.bin.index.json"
+    else:
+        source, index = write_model(tmp_path / "hf", TINY, shards=2), INDEX
+    assert convert(source, tmp_path / "plain").returncode == 0
+    config = json.loads((source / "config.json").read_text()) | {
+        "architectures": ["LLaMAForCausalLM"],
+        "quantization_config": {},
+        "rope_scaling": {"type": "linear", "factor": 1.0},
+        "eos_token_id": -1,
+        "hidden_act": None,
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    files = json.loads((source / index).read_text())["weight_map"]
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": min(files.values())}
+    (source / index).write_text(json.dumps({"weight_map": files | table}))
+    (source / "generation_config.json").unlink(missing_ok=True)
+    result = convert(source, tmp_path / "old")
+    assert result.returncode == 0, result.stderr
+    plain, old = load(tmp_path / "plain"), load(tmp_path / "old")
+    assert old.config.eos_ids == () and plain.config.eos_ids == (2,)
+    assert np.array_equal(plain.logits([1, 5, 9]), old.logits([1, 5, 9]))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_file_that_cannot_be_read_is_named_rather_than_dest(tmp_path, name):
     source = write_model(tmp_path / "hf", TINY)
