@@ -19,7 +19,8 @@ LARGEST = 127
 def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """W (N, D) in any float dtype -> values (N, D) int8 and scale (N,) float32.
 
-    A row of zeros has scale 0 and stays zeros.
+    A row of zeros has scale 0 and stays zeros. A row with an infinity or a NaN has that as its
+    scale, and zeros: each product with it is NaN.
     """
     values = np.empty(w.shape, dtype="int8")
     scale = np.empty(w.shape[0], dtype="float32")
@@ -28,8 +29,9 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         some = slice(begin, begin + rows)
         part = w[some].astype("float32")  # (rows, D)
         step = np.abs(part).max(axis=1) / LARGEST  # (rows, D) -> (rows,)
-        part[step == 0] = 0  # also where the step is too small for float32
-        part /= np.where(step == 0, 1, step)[:, None]
+        has_scale = np.isfinite(step) & (step > 0)
+        part[~has_scale] = 0  # also where the step is too small for float32
+        part /= np.where(has_scale, step, 1)[:, None]
         np.rint(part, out=part)
         values[some] = np.clip(part, -LARGEST, LARGEST)  # a subnormal step is not exact
         scale[some] = step

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config"]
+MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config", "npllama.rope_scaling"]
 
 
 @pytest.mark.parametrize("name", MODULES)

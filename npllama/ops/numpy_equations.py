@@ -8,15 +8,16 @@ all of them, since waking a thread takes a quarter of that.
 """
 
 import math
+import weakref
 from functools import lru_cache
 
 import numpy as np
 
-from npllama.backend import Array
+from npllama.backend import Array, Backend
 from npllama.ops.equations import Equations
 from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
 from npllama.ops.shared_products import SharedProducts
-from npllama.ops.tiles import product
+from npllama.ops.tiles import is_finite, product
 from npllama.parameters import Matrix
 
 QUERIES = 128
@@ -39,12 +40,17 @@ class NumpyEquations(Equations):
 
     shared: SharedProducts
 
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        # float16 matrices that have been checked, by id: the array, and what came of it
+        self._checked: dict[int, tuple[weakref.ref, bool]] = {}
+
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., N); a long prompt's has its tokens side by side in memory,
         which the following operations are fastest with."""
-        if x.dtype != np.float32:
-            return super().linear(x, w)
         values = w.values
+        if x.dtype != np.float32 or not self._can_be_widened(values):
+            return super().linear(x, w)
         n_out, width = values.shape
         if x.size == width and values.dtype == np.float32 and not self.shared.has(values):
             y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (N,)
@@ -53,6 +59,22 @@ class NumpyEquations(Equations):
         if w.scale is not None:
             y *= w.scale
         return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
+
+    def _can_be_widened(self, values: np.ndarray) -> bool:
+        """Whether tiles widen this matrix right: a float16 matrix with an infinity or a NaN is
+        left to the reference, so that it ends in the same NumericalError as in other dtypes.
+
+        Checked at the first product, not while loading, which would read the whole file: that
+        product reads the matrix anyway.
+        """
+        if values.dtype != np.float16:
+            return True
+        array, result = self._checked.get(id(values), (None, False))
+        if array is None or array() is not values:
+            parts = np.array_split(values, self.backend.threads.most)
+            result = all(self.backend.threads.map(lambda part, _slot: is_finite(part), parts))
+            self._checked[id(values)] = weakref.ref(values), result
+        return result
 
     def _product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
         """x (M, D) float32, values (N, D) in their storage dtype -> (M, N) float32.
