@@ -82,7 +82,8 @@ class Llama(Transformer):
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
 
         Raises:
-            InputError: a prompt that does not fit the context, or an argument out of range.
+            InputError: a prompt that does not fit the context (of several by its number, from 1),
+                or an argument out of range.
             TokenizerError: text asked of a model without a tokenizer.
 
         >>> llama = load()
@@ -206,8 +207,8 @@ class Llama(Transformer):
             raise InputError("prompts is not a list of at least one prompt")
         rows = []
         for number, prompt in enumerate(prompts):
-            ids = self.encode(prompt)
-            self.to_tokens(ids)
+            where = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
+            ids = self._checked_ids(prompt, where)
             rows.append(
                 Row(
                     number=number,
@@ -223,6 +224,14 @@ class Llama(Transformer):
         self.check_memory(len(rows), longest)
         n_tokens = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
         return Generation(self, rows, sampling, checked_seed(seed), n_tokens)
+
+    def _checked_ids(self, prompt: Prompt, where: str) -> list[int]:
+        try:
+            ids = self.encode(prompt)
+            self.to_tokens(ids)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from None
+        return ids
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, BOS first; ids are taken as they are.

@@ -89,4 +89,5 @@ def _require_between(name: str, value: object, least: float, most: float, expect
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise InputError(f"{name} is {value}: expected {expected}")
+        shown = repr(value) if isinstance(value, str) else value  # NumPy's have a long repr
+        raise InputError(f"{name} is {shown}: expected {expected}")

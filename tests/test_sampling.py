@@ -458,18 +458,20 @@ def test_uniforms_are_below_1_and_even():
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        *itertools.product(["temperature"], [-0.1, math.inf, math.nan], ["0 or above"]),
-        *itertools.product(["top_k"], [-1, 2.0, 1.5, True], ["whole number"]),
-        *itertools.product(["top_p"], [0, -0.1, 1.1, math.nan], ["above 0 and at most 1"]),
-        *itertools.product(["min_p"], [-0.1, 1.1, math.nan], ["from 0 to 1"]),
-        *itertools.product(["repetition_penalty"], [0, -1, math.inf, math.nan], ["1 for none"]),
+        *itertools.product(["temperature"], [-0.1, math.inf, math.nan, "0"], ["0 or above"]),
+        *itertools.product(["top_k"], [-1, 2.0, 1.5, True, "5"], ["whole number"]),
+        *itertools.product(["top_p"], [0, -0.1, 1.1, math.nan, "1"], ["above 0 and at most 1"]),
+        *itertools.product(["min_p"], [-0.1, 1.1, math.nan, "0.5"], ["from 0 to 1"]),
+        *itertools.product(
+            ["repetition_penalty"], [0, -1, math.inf, math.nan, "1"], ["1 for none"]
+        ),
     ],
 )
 def test_numbers_out_of_range_are_refused(name, value, expected):
     with pytest.raises(InputError) as error:
         Sampling(**{name: value})
     message = str(error.value)
-    assert message.startswith(f"{name} is {value}: expected ") and expected in message
+    assert message.startswith(f"{name} is {value!r}: expected ") and expected in message
     assert "\n" not in message
 
 
@@ -500,7 +502,13 @@ def test_a_seed_that_is_none_is_refused(seed):
     with pytest.raises(InputError) as error:
         checked_seed(seed)
     message = str(error.value)
-    assert message.startswith(f"seed is {seed}: expected a whole number") and "\n" not in message
+    assert message.startswith(f"seed is {seed!r}: expected a whole number")
+    assert "\n" not in message
+
+
+def test_a_number_of_numpys_is_shown_as_a_number():
+    with pytest.raises(InputError, match=r"^temperature is -1\.5: expected"):
+        Sampling(np.float64(-1.5))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, np.int64(7), np.uint64(2**64 - 1)])
