@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npllama.errors import ConfigError
+from npllama.not_a_model import content_instead
 from npllama.rope_scaling import scaled_by
 from npllama.small_file import MAX_JSON, parse_json, read_small_file
 
@@ -233,13 +234,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_small_file(path, MAX_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
-        other = "; tools/convert.py makes one" if path.with_name("params.json").exists() else ""
-        raise ConfigError(
-            f"{path} does not exist: expected a model directory with it{other}"
-        ) from None
+        raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        if (what := content_instead(path)) is not None:
+            raise ConfigError(f"{path} {what}") from None
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} is not valid JSON ({reason}): get the file again") from None
     if not isinstance(value, dict):

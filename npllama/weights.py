@@ -14,6 +14,7 @@ import numpy as np
 from npllama.backend import Array
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
+from npllama.not_a_model import directory_instead, unfinished_download
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
 from npllama.quantization import dequantize, quantize
@@ -269,14 +270,17 @@ def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> li
     if (directory / single).exists():
         return [directory / single]
     if not (directory / index).exists():
-        raise WeightsError(
-            f"{directory} has neither {single} nor {index}: expected a Hugging Face model "
-            "directory; tools/convert.py makes one from other formats"
+        what = (
+            f"has neither {single} nor {index}: expected a Hugging Face model directory; "
+            "tools/convert.py makes one from other formats"
         )
+        raise WeightsError(f"{directory} {directory_instead(directory) or what}")
     paths = [directory / shard for shard in sorted(set(read_index(directory / index).values()))]
     for path in paths:
         if not os.path.exists(path):  # False, not an error, for a name that is too long
-            raise WeightsError(f"{path} is missing: {index} names it")
+            unfinished = unfinished_download(directory)
+            hint = f"; {unfinished} is an unfinished download, run it again" if unfinished else ""
+            raise WeightsError(f"{path} is missing: {index} names it{hint}")
     return paths
 
 

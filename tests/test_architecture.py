@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports only from floors below its own.
 FLOORS = [
-    ["errors", "small_file", "rope_scaling", "threads", "shared_arrays"],
+    ["errors", "small_file", "rope_scaling", "not_a_model", "threads", "shared_arrays"],
     ["backend", "config", "sentencepiece_model"],
     ["parameters", "ops.tiles", "tokenizer", "sampling", "quantization"],
     ["ops.equations", "chat", "safetensors_file"],

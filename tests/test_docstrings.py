@@ -5,7 +5,8 @@ import importlib
 
 import pytest
 
-MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config", "npllama.rope_scaling"]
+MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config"]
+MODULES += ["npllama.rope_scaling", "npllama.not_a_model"]
 
 
 @pytest.mark.parametrize("name", MODULES)
