@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=Sampling.top_p,
         metavar="P",
-        help="choose among the fewest tokens whose probabilities reach P; 1 for all "
+        help="choose among the fewest tokens whose probabilities exceed P; 1 for all "
         "(default: %(default)s)",
     )
     choice.add_argument(
