@@ -1,6 +1,6 @@
 """Weight-only int8: symmetric, one scale an output row.
 
-    scale[n] = max_d |W[n, d]| / 127        values[n, d] = round(W[n, d] / scale[n])
+    scale[o] = max_d |W[o, d]| / 127        values[o, d] = round(W[o, d] / scale[o])
 
 Why this scheme: the scale of a row is a factor of that row's output, so y = (x values^T) * scale
 needs no widened W and one multiplication an output, on any backend; rows of a trained matrix
@@ -17,7 +17,7 @@ LARGEST = 127
 
 
 def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """W (N, D) in any float dtype -> values (N, D) int8 and scale (N,) float32.
+    """W (O, D) in any float dtype -> values (O, D) int8 and scale (O,) float32.
 
     A row of zeros has scale 0 and stays zeros. A row with an infinity or a NaN has that as its
     scale, and zeros: each product with it is NaN.
@@ -39,7 +39,7 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """values (N, D) int8 and scale (N,) float32 -> W (N, D) float32; a damaged scale gives inf."""
+    """values (O, D) int8 and scale (O,) float32 -> W (O, D) float32; a damaged scale gives inf."""
     w = values.astype("float32")
     with np.errstate(over="ignore", invalid="ignore"):
         w *= scale[:, None]

@@ -52,7 +52,7 @@ def layer_name(index: int, field: str) -> str:
 
 
 def scale_name(name: str) -> str:
-    """The tensor beside an int8 matrix `name` that holds its rows' scales, (N,) float32."""
+    """The tensor beside an int8 matrix `name` that holds its rows' scales, (O,) float32."""
     return f"{name}.scale"
 
 

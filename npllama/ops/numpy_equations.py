@@ -46,19 +46,19 @@ class NumpyEquations(Equations):
         self._checked: dict[int, tuple[weakref.ref, bool]] = {}
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T: (..., D) -> (..., N); a long prompt's has its tokens side by side in memory,
+        """y = x W^T: (..., D) -> (..., O); a long prompt's has its tokens side by side in memory,
         which the following operations are fastest with."""
         values = w.values
         if x.dtype != np.float32 or not self._can_be_widened(values):
             return super().linear(x, w)
         n_out, width = values.shape
         if x.size == width and values.dtype == np.float32 and not self.shared.has(values):
-            y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (N,)
+            y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (O,)
         else:
-            y = self._product(x.reshape(-1, width), values)  # (..., D) -> (M, D) -> (M, N)
+            y = self._product(x.reshape(-1, width), values)  # (..., D) -> (M, D) -> (M, O)
         if w.scale is not None:
             y *= w.scale
-        return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
+        return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
 
     def _can_be_widened(self, values: np.ndarray) -> bool:
         """Whether tiles widen this matrix right: a float16 matrix with an infinity or a NaN is
@@ -77,7 +77,7 @@ class NumpyEquations(Equations):
         return result
 
     def _product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """x (M, D) float32, values (N, D) in their storage dtype -> (M, N) float32.
+        """x (M, D) float32, values (O, D) in their storage dtype -> (M, O) float32.
 
         Computed as y^T = W x^T. Narrow values are widened tile by tile: for few rows by worker
         processes together, who multiply few rows by a small model's float32 matrices as well.
@@ -94,7 +94,7 @@ class NumpyEquations(Equations):
             n = threads.most if is_cut_up else 1
             parts = [slice(n_out * i // n, n_out * (i + 1) // n) for i in range(n)]
             for_each(threads, lambda some, _slot: product(x, values[some], y[some]), parts, n_rows)
-        return y.T if is_cut_up else np.ascontiguousarray(y.T)  # (N, M) -> (M, N)
+        return y.T if is_cut_up else np.ascontiguousarray(y.T)  # (O, M) -> (M, O)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight, in 3 calls for one row and 7 for several; the

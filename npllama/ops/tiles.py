@@ -16,7 +16,7 @@ TILE = 512 * 1024
 
 
 def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """y^T = W x^T: x (M, D) float32, W (N, D) in any storage dtype -> (N, M) float32, in `out`
+    """y^T = W x^T: x (M, D) float32, W (O, D) in any storage dtype -> (O, M) float32, in `out`
     where that is given.
 
     In this order of operands OpenBLAS was faster than in the other for any M; for M = 2 it takes
@@ -27,7 +27,7 @@ def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.n
         if len(x) == 2:
             out[:, 0], out[:, 1] = w @ x[0], w @ x[1]
         else:
-            np.dot(w, x.T, out=out)  # (N, D) @ (D, M) -> (N, M)
+            np.dot(w, x.T, out=out)  # (O, D) @ (D, M) -> (O, M)
         return out
     width = x.shape[1]
     rows = max(1, TILE // width // 16 * 16)
