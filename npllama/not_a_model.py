@@ -5,6 +5,7 @@ more than its caller. Callers ask once they have found that something cannot be 
 decides what is.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -61,13 +62,7 @@ def content_instead(path: Path) -> str | None:
     ...     print(content_instead(file)[:13])
     is a web page
     """
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return None
-        with open(path, "rb") as file:
-            begin = file.read(_FIRST_BYTES).lstrip().lower()
-    except OSError:
-        return None
+    begin = _first_bytes(path).lstrip().lower()
     return next((what for start, what in _BEGINNINGS.items() if begin.startswith(start)), None)
 
 
@@ -115,9 +110,12 @@ def directory_instead(directory: Path, is_converting: bool = False) -> str | Non
         is_converting: as for `file_instead`.
     """
     try:
-        names = sorted(os.listdir(directory))
-    except OSError:
+        return _directory_instead(directory, sorted(os.listdir(directory)), is_converting)
+    except OSError:  # something in it cannot be read: the caller says what it lacks
         return None
+
+
+def _directory_instead(directory: Path, names: list[str], is_converting: bool) -> str | None:
     for kind in _DIRECTORIES:
         if (what := kind(directory, names)) is not None:
             return what
@@ -135,7 +133,7 @@ def directory_instead(directory: Path, is_converting: bool = False) -> str | Non
 def unfinished_download(directory: Path) -> str | None:
     """The name of an unfinished download's file in a directory, or where hf download keeps it."""
     for folder in (directory, directory / ".cache" / "huggingface" / "download"):
-        if folder.is_dir():
+        with contextlib.suppress(OSError):
             for name in sorted(os.listdir(folder)):
                 if name.endswith(_UNFINISHED):
                     return name
@@ -209,21 +207,26 @@ _DIRECTORIES: tuple[Callable[[Path, list[str]], str | None], ...] = (
 )
 
 
+def _first_bytes(path: Path) -> bytes:
+    """How a file begins; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a pipe would be waited for
+            with open(path, "rb") as file:
+                return file.read(_FIRST_BYTES)
+    return b""
+
+
 def _convert(path: Path) -> str:
     return f"python tools/convert.py {shlex.quote(str(path))} DEST makes a model directory of it"
 
 
 def _is_llama2c(path: Path) -> bool:
     """Whether a file begins as a llama2.c checkpoint: with seven counts, or the magic number."""
-    try:
-        with open(path, "rb") as file:
-            header = file.read(28)
-    except OSError:
-        return False
+    header = _first_bytes(path)
     if len(header) < 28:
         return False
     if header.startswith(_LLAMA2C_MAGIC):
         return True
-    counts = struct.unpack("<7i", header)  # D, F, L, H, K, V (negative where untied), context
+    counts = struct.unpack("<7i", header[:28])  # D, F, L, H, K, V (negative where untied), context
     # float32 weights, read as integers, are far larger than any count
     return all(0 < abs(n) < 2**24 for n in counts) and counts[0] % counts[3] == 0

@@ -248,6 +248,14 @@ def test_other_paths_are_no_names_on_the_hub(lines, given, tmp_path, monkeypatch
     assert not any("hf download" in line for line in lines(given))
 
 
+def test_a_pipe_is_not_waited_for(tmp_path, lines):
+    os.mkfifo(tmp_path / "model.bin")
+    assert all(line.startswith(f"{tmp_path}") for line in lines(tmp_path))
+    loading, converting = lines(tmp_path / "model.bin")
+    assert "is a file: expected a model directory" in loading
+    assert "does not exist or is no file" in converting
+
+
 def test_what_is_nothing_known_keeps_its_message(tmp_path, lines):
     loading, converting = lines(tmp_path)
     assert (
