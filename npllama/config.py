@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from npllama.errors import ConfigError
+from npllama.not_a_model import content_instead
+from npllama.rope_scaling import scaled_by
 from npllama.small_file import MAX_JSON, parse_json, read_small_file
 
 # Fields of a Hugging Face config that change the mathematics, each with the only values this
@@ -19,9 +21,10 @@ _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
-    "quantization_config": (None, {"format": "npllama-int8"}),
+    "quantization_config": (None, {}, {"format": "npllama-int8"}),
     "is_encoder_decoder": (False, None),
 }
+_ARCHITECTURE = "LlamaForCausalLM"
 
 _MAX_DEPTH = 64  # of nested lists and objects in a JSON file
 
@@ -154,7 +157,11 @@ class LlamaConfig:
     def from_hf(
         cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None
     ) -> "LlamaConfig":
-        """From the fields of Hugging Face's config.json and generation_config.json."""
+        """From the fields of Hugging Face's config.json and generation_config.json.
+
+        A field that is null counts as absent.
+        """
+        hf = {name: value for name, value in hf.items() if value is not None}
         _refuse_other_mathematics(hf)
         for name in (
             "hidden_size",
@@ -165,20 +172,19 @@ class LlamaConfig:
         ):
             if name not in hf:
                 raise ConfigError(f"{name} is missing: expected a Hugging Face LLaMA config")
-        n_kv_heads = hf.get("num_key_value_heads")
         config = cls(
             dim=hf["hidden_size"],
             n_layers=hf["num_hidden_layers"],
             n_heads=hf["num_attention_heads"],
-            n_kv_heads=hf["num_attention_heads"] if n_kv_heads is None else n_kv_heads,
+            n_kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
             ffn_dim=hf["intermediate_size"],
             vocab_size=hf["vocab_size"],
-            context_length=hf.get("max_position_embeddings", 2048),
+            context_length=_context_length(hf),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope_theta=_rope_theta(hf),
             tie_embeddings=hf.get("tie_word_embeddings") or False,
-            bos_id=_first_given(1, hf.get("bos_token_id")),
-            eos_ids=_ids(_first_given(2, hf.get("eos_token_id"))),
+            bos_id=_bos_id(hf, 1),
+            eos_ids=_eos_ids(hf, (2,)),
         )
         head_dim = hf.get("head_dim")
         if head_dim is not None and head_dim != config.head_dim:
@@ -194,9 +200,8 @@ class LlamaConfig:
         Raises:
             ConfigError: an id that is none.
         """
-        bos = _first_given(self.bos_id, generation.get("bos_token_id"))
-        eos = _first_given(list(self.eos_ids), generation.get("eos_token_id"))
-        return replace(self, bos_id=bos, eos_ids=_ids(eos))
+        bos_id, eos_ids = _bos_id(generation, self.bos_id), _eos_ids(generation, self.eos_ids)
+        return replace(self, bos_id=bos_id, eos_ids=eos_ids)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The fields of a Hugging Face config.json that opens as LlamaForCausalLM."""
@@ -229,13 +234,12 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_small_file(path, MAX_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
-        other = "; tools/convert.py makes one" if path.with_name("params.json").exists() else ""
-        raise ConfigError(
-            f"{path} does not exist: expected a model directory with it{other}"
-        ) from None
+        raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        if (what := content_instead(path)) is not None:
+            raise ConfigError(f"{path} {what}") from None
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path} is not valid JSON ({reason}): get the file again") from None
     if not isinstance(value, dict):
@@ -251,43 +255,65 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
-    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise ConfigError(f"architectures is {architectures!r}: expected LlamaForCausalLM")
+    architectures = hf.get("architectures") or [_ARCHITECTURE]
+    if not _is_llama(architectures):
+        raise ConfigError(f"architectures is {architectures!r}: expected {_ARCHITECTURE}")
     for name, implemented in _ONLY_IMPLEMENTED.items():
         if name in hf and hf[name] not in implemented:
             raise ConfigError(f"{name} is {hf[name]!r}: only {implemented[0]!r} is implemented")
     for name in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise ConfigError(f"{name} is {rope!r}: expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        part = rope.get("partial_rotary_factor", 1)
-        if part not in _ONLY_IMPLEMENTED["partial_rotary_factor"]:
-            raise ConfigError(f"{name}.partial_rotary_factor is {part!r}: only 1 is implemented")
-        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if kind != "default" or not rope.keys() <= known:
-            kind = sorted(rope.keys() - known)[0] if kind == "default" else kind
-            raise ConfigError(
-                f"{name} asks for {kind!r} scaling of the rotary embeddings: "
-                "only plain rotary embeddings ('default') are implemented"
-            )
+        _refuse_scaling(name, hf.get(name, {}), _context_length(hf))
+
+
+def _is_llama(architectures: object) -> bool:
+    """Early conversions say LLaMAForCausalLM."""
+    names = architectures if isinstance(architectures, list) else [architectures]
+    return len(names) == 1 and str(names[0]).lower() == _ARCHITECTURE.lower()
+
+
+def _refuse_scaling(name: str, rope: object, context: object) -> None:
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{name} is {rope!r}: expected an object")
+    part = rope.get("partial_rotary_factor")
+    if part not in _ONLY_IMPLEMENTED["partial_rotary_factor"]:
+        raise ConfigError(f"{name}.partial_rotary_factor is {part!r}: only 1 is implemented")
+    scaling = scaled_by(rope, context)
+    if scaling is not None:
+        raise ConfigError(
+            f"{name} asks for {scaling} scaling of the rotary embeddings: only plain rotary "
+            "embeddings ('default', or a factor of 1.0) are implemented"
+        )
+
+
+def _context_length(hf: Mapping[str, Any]) -> Any:
+    return hf.get("max_position_embeddings", 2048)
 
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
     """`rope_parameters.rope_theta` (transformers 5), then `rope_theta` (older), then 10000."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    return _first_given(10000.0, rope.get("rope_theta"), hf.get("rope_theta"))
+    theta = rope.get("rope_theta")
+    return hf.get("rope_theta", 10000.0) if theta is None else theta
 
 
-def _first_given(default: Any, *values: Any) -> Any:
-    return next((value for value in values if value is not None), default)
+def _bos_id(fields: Mapping[str, Any], default: int) -> int:
+    """bos_token_id; null and -1 name none, and the default stays."""
+    given = fields.get("bos_token_id")
+    return default if given is None or _is_none(given) else given
 
 
-def _ids(given: Any) -> tuple[int, ...]:
-    return tuple(given) if isinstance(given, list) else (given,)
+def _eos_ids(fields: Mapping[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:
+    """eos_token_id, an id or a list; null is the default, -1 is no id: nothing ends a text."""
+    given = fields.get("eos_token_id")
+    if given is None:
+        return default
+    return tuple(
+        id_ for id_ in (given if isinstance(given, list) else [given]) if not _is_none(id_)
+    )
+
+
+def _is_none(id_: object) -> bool:
+    return isinstance(id_, int) and id_ == -1  # as sentencepiece says that there is no such id
 
 
 LLAMA_2 = {

@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=Sampling.top_p,
         metavar="P",
-        help="choose among the fewest tokens whose probabilities reach P; 1 for all "
+        help="choose among the fewest tokens whose probabilities exceed P; 1 for all "
         "(default: %(default)s)",
     )
     choice.add_argument(
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
     generation = llama.generation(
-        [encode_prompt(llama, prompt, args) for prompt in prompts],
+        encode_prompts(llama, prompts, args),
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=args.seed,
@@ -277,6 +277,24 @@ def _decoded(content: bytes, name: str) -> str:
         raise InputError(
             f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again"
         ) from None
+
+
+def encode_prompts(llama: Llama, prompts: Sequence[str], args: argparse.Namespace) -> list:
+    """Each prompt's ids.
+
+    Raises:
+        InputError: a prompt that cannot be served; of --prompt-file its line is named.
+    """
+    if args.prompt_file is None:
+        return [encode_prompt(llama, prompt, args) for prompt in prompts]
+    encoded = []
+    for line, prompt in enumerate(prompts, start=1):
+        try:
+            encoded.append(encode_prompt(llama, prompt, args))
+            llama.to_tokens(encoded[-1])
+        except InputError as error:
+            raise InputError(f"{args.prompt_file}, line {line}: {error}") from None
+    return encoded
 
 
 def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[int]:

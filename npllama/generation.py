@@ -4,6 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -268,8 +269,8 @@ class Generation:
 
     def _prefill(self, rows: list[Row], cache: KVCache) -> tuple[Array, Array, Array | None]:
         """Feed every prompt; the first new token of each row, (B,), and its log-probability."""
-        xp = self.backend.xp
-        logits = [self.model.prefill(row.prompt_ids, cache, row.number) for row in rows]
+        with _unwarned():
+            logits = [self.model.prefill(row.prompt_ids, cache, row.number) for row in rows]
         self.timings.prefill_forwards = sum(
             math.ceil(len(row.prompt_ids) / PREFILL_CHUNK) for row in rows
         )
@@ -279,13 +280,12 @@ class Generation:
             for i, row in enumerate(rows):
                 host[i, row.prompt_ids] = True
             seen = self.backend.to_device(host)
-        tokens, log_probs = self.ops.next_token(
-            xp.concatenate(logits),  # B x (1, V) -> (B, V)
-            self._uniform(rows, 0),
-            self.sampling,
-            seen,
-            self.n_tokens,
-        )
+        logits = self.backend.xp.concatenate(logits)  # B x (1, V) -> (B, V)
+        uniform = self._uniform(rows, 0)
+        with _unwarned():
+            tokens, log_probs = self.ops.next_token(
+                logits, uniform, self.sampling, seen, self.n_tokens
+            )
         return tokens, log_probs, seen
 
     def _step(
@@ -297,8 +297,9 @@ class Generation:
         positions: Positions,
     ) -> tuple[Array, Array]:
         """One decode step, from tokens (B,) to the next tokens (B,) and their log-probabilities."""
-        logits = self.model.compute(tokens[:, None], cache, positions)  # (B, 1) -> (B, 1, V)
-        return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
+        with _unwarned():
+            logits = self.model.compute(tokens[:, None], cache, positions)  # (B, 1) -> (B, 1, V)
+            return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
 
     def _uniform(self, rows: list[Row], step: int) -> Array:
         if self.sampling.temperature == 0:  # nothing is drawn
@@ -313,3 +314,9 @@ class Generation:
         else:
             timings.decode_seconds += seconds
             timings.decode_tokens += n_new
+
+
+def _unwarned() -> AbstractContextManager:
+    """NumPy's warnings of infinities and NaNs are off: each token's log-probability is checked,
+    and the NumericalError says more."""
+    return np.errstate(over="ignore", invalid="ignore")

@@ -10,6 +10,12 @@ from npllama.errors import InputError, TokenizerError
 from npllama.generation import Completion, Generation, Row, StopFilter
 from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK, Transformer
+from npllama.not_a_model import (
+    content_instead,
+    directory_instead,
+    file_instead,
+    missing_instead,
+)
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
 from npllama.sampling import Sampling, checked_seed, is_integer
@@ -82,7 +88,8 @@ class Llama(Transformer):
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
 
         Raises:
-            InputError: a prompt that does not fit the context, or an argument out of range.
+            InputError: a prompt that does not fit the context (of several by its number, from 1),
+                or an argument out of range.
             TokenizerError: text asked of a model without a tokenizer.
 
         >>> llama = load()
@@ -206,8 +213,8 @@ class Llama(Transformer):
             raise InputError("prompts is not a list of at least one prompt")
         rows = []
         for number, prompt in enumerate(prompts):
-            ids = self.encode(prompt)
-            self.to_tokens(ids)
+            where = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
+            ids = self._checked_ids(prompt, where)
             rows.append(
                 Row(
                     number=number,
@@ -223,6 +230,14 @@ class Llama(Transformer):
         self.check_memory(len(rows), longest)
         n_tokens = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
         return Generation(self, rows, sampling, checked_seed(seed), n_tokens)
+
+    def _checked_ids(self, prompt: Prompt, where: str) -> list[int]:
+        try:
+            ids = self.encode(prompt)
+            self.to_tokens(ids)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from None
+        return ids
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, BOS first; ids are taken as they are.
@@ -298,7 +313,7 @@ def load(
     ops = ops_for(get_backend(backend, _checked_threads(threads)))
     tokenizer = None
     if (directory / "tokenizer.model").exists():
-        tokenizer = Tokenizer(directory / "tokenizer.model")
+        tokenizer = Tokenizer(_checked_content(directory / "tokenizer.model"))
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
@@ -308,11 +323,19 @@ def load(
 
 def _checked_directory(path: Path) -> Path:
     if not os.path.exists(path):  # False, not an error, for a name that is too long
-        raise InputError(f"{path} does not exist: expected a model directory with a config.json")
+        what = "does not exist: expected a model directory with a config.json"
+        raise InputError(f"{path} {missing_instead(path) or what}")
     if not path.is_dir():
-        raise InputError(
-            f"{path} is a file: expected a model directory; tools/convert.py makes one"
-        )
+        what = "is a file: expected a model directory; tools/convert.py makes one"
+        raise InputError(f"{path} {file_instead(path) or what}")
+    if not (path / "config.json").exists() and (what := directory_instead(path)) is not None:
+        raise InputError(f"{path} {what}")
+    return path
+
+
+def _checked_content(path: Path) -> Path:
+    if (what := content_instead(path)) is not None:
+        raise TokenizerError(f"{path} {what}")
     return path
 
 

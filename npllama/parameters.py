@@ -1,7 +1,8 @@
 """The model's parameters as plain data: what the equations are given, and nothing that acts.
 
-Shapes: D width, H query heads, K key-value heads, C head width, F ffn width, V vocabulary.
-Every matrix maps its last axis to its first, (N_out, N_in), as Hugging Face stores it.
+Shapes: D width, H query heads, K key-value heads, C head width, F ffn width, V vocabulary,
+O outputs of any matrix. Every matrix maps its last axis to its first, (O, D), as Hugging Face
+stores it.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,11 +40,11 @@ class _Mapped:
 
 @dataclass(frozen=True)
 class Matrix(_Mapped):
-    """A weight in its storage dtype: W[n, d] = values[n, d] * scale[n].
+    """A weight in its storage dtype: W[o, d] = values[o, d] * scale[o].
 
     Attributes:
-        values: (N, D) in float32, float16, bfloat16 or int8.
-        scale: (N,) float32, one factor an output row; None means 1.
+        values: (O, D) in float32, float16, bfloat16 or int8.
+        scale: (O,) float32, one factor an output row; None means 1.
     """
 
     values: Array

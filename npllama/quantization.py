@@ -1,6 +1,6 @@
 """Weight-only int8: symmetric, one scale an output row.
 
-    scale[n] = max_d |W[n, d]| / 127        values[n, d] = round(W[n, d] / scale[n])
+    scale[o] = max_d |W[o, d]| / 127        values[o, d] = round(W[o, d] / scale[o])
 
 Why this scheme: the scale of a row is a factor of that row's output, so y = (x values^T) * scale
 needs no widened W and one multiplication an output, on any backend; rows of a trained matrix
@@ -17,9 +17,10 @@ LARGEST = 127
 
 
 def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """W (N, D) in any float dtype -> values (N, D) int8 and scale (N,) float32.
+    """W (O, D) in any float dtype -> values (O, D) int8 and scale (O,) float32.
 
-    A row of zeros has scale 0 and stays zeros.
+    A row of zeros has scale 0 and stays zeros. A row with an infinity or a NaN has that as its
+    scale, and zeros: each product with it is NaN.
     """
     values = np.empty(w.shape, dtype="int8")
     scale = np.empty(w.shape[0], dtype="float32")
@@ -28,8 +29,9 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         some = slice(begin, begin + rows)
         part = w[some].astype("float32")  # (rows, D)
         step = np.abs(part).max(axis=1) / LARGEST  # (rows, D) -> (rows,)
-        part[step == 0] = 0  # also where the step is too small for float32
-        part /= np.where(step == 0, 1, step)[:, None]
+        has_scale = np.isfinite(step) & (step > 0)
+        part[~has_scale] = 0  # also where the step is too small for float32
+        part /= np.where(has_scale, step, 1)[:, None]
         np.rint(part, out=part)
         values[some] = np.clip(part, -LARGEST, LARGEST)  # a subnormal step is not exact
         scale[some] = step
@@ -37,7 +39,7 @@ def quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """values (N, D) int8 and scale (N,) float32 -> W (N, D) float32; a damaged scale gives inf."""
+    """values (O, D) int8 and scale (O,) float32 -> W (O, D) float32; a damaged scale gives inf."""
     w = values.astype("float32")
     with np.errstate(over="ignore", invalid="ignore"):
         w *= scale[:, None]

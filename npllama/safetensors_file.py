@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from npllama.errors import WeightsError
+from npllama.not_a_model import content_instead
 from npllama.shared_arrays import MappedFile
 from npllama.small_file import MAX_JSON, parse_json
 
@@ -125,4 +126,6 @@ class SafetensorsFile:
         return TensorInfo(dtype, shape, data_begin + begin, data_begin + end)
 
     def _damaged(self, what: str) -> WeightsError:
+        if (instead := content_instead(self.path)) is not None:
+            return WeightsError(f"{self.path} {instead}")
         return WeightsError(f"{self.path} is damaged or truncated ({what}): get the file again")

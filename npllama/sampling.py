@@ -21,7 +21,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token (greedy); logits are divided by it otherwise.
         top_k: only the k likeliest; 0 for all.
-        top_p: only the fewest whose probabilities reach p; 1 for all.
+        top_p: only the fewest likeliest whose probabilities exceed p together; 1 for all.
         min_p: only those at least this times as likely as the likeliest; 0 for all.
         repetition_penalty: above 1, tokens of the prompt and the text so far become less
             likely; 1 for none.
@@ -89,4 +89,5 @@ def _require_between(name: str, value: object, least: float, most: float, expect
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise InputError(f"{name} is {value}: expected {expected}")
+        shown = repr(value) if isinstance(value, str) else value  # NumPy's have a long repr
+        raise InputError(f"{name} is {shown}: expected {expected}")

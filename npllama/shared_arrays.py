@@ -184,7 +184,7 @@ def empty_shared(size: int, dtype: str) -> np.ndarray:
 
 
 def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Matrices (N_i, D) that lie one after the other as one view (sum N_i, D), or None."""
+    """Matrices (O_i, D) that lie one after the other as one view (sum O_i, D), or None."""
     first = arrays[0]
     end = first.ctypes.data
     memory = memory_of(first)

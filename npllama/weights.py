@@ -14,6 +14,7 @@ import numpy as np
 from npllama.backend import Array
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import WeightsError
+from npllama.not_a_model import directory_instead, unfinished_download
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
 from npllama.quantization import dequantize, quantize
@@ -51,7 +52,7 @@ def layer_name(index: int, field: str) -> str:
 
 
 def scale_name(name: str) -> str:
-    """The tensor beside an int8 matrix `name` that holds its rows' scales, (N,) float32."""
+    """The tensor beside an int8 matrix `name` that holds its rows' scales, (O,) float32."""
     return f"{name}.scale"
 
 
@@ -122,7 +123,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.config = config
         self.dtype = None if dtype is None else STORAGE_DTYPES[dtype]
-        self._file_of = _open_files(self.directory)
+        self._file_of = _open_files(self.directory, config.tie_embeddings)
         self._check()
 
     @property
@@ -230,6 +231,8 @@ class Checkpoint:
 def read_index(path: Path) -> dict[str, str]:
     """An index's weight_map: tensor name -> name of a file beside the index.
 
+    Rotary tables are left out: older indexes name them, and newer shards do not hold them.
+
     Raises:
         ConfigError, WeightsError: it is damaged, or names a file elsewhere.
     """
@@ -239,17 +242,20 @@ def read_index(path: Path) -> dict[str, str]:
         for shard in weight_map.values()
     ):
         raise WeightsError(f"{path}: weight_map does not name a file for each tensor")
-    return weight_map
+    return {name: shard for name, shard in weight_map.items() if not is_rotary_table(name)}
 
 
-def check_index(index: Path, tensors_of: Mapping[str, Container[str]]) -> None:
+def check_index(index: Path, tensors_of: Mapping[str, Container[str]], is_tied: bool) -> None:
     """Hold an index against the names of the tensors in each file.
+
+    Args:
+        is_tied: the head is the embedding, and may be missing whatever the index says.
 
     Raises:
         WeightsError: a tensor is not in the file that the index names for it.
     """
     for name, shard in read_index(index).items():
-        if name not in tensors_of[shard]:
+        if name not in tensors_of[shard] and not (is_tied and name == LM_HEAD):
             raise WeightsError(
                 f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there"
             )
@@ -264,14 +270,17 @@ def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> li
     if (directory / single).exists():
         return [directory / single]
     if not (directory / index).exists():
-        raise WeightsError(
-            f"{directory} has neither {single} nor {index}: expected a Hugging Face model "
-            "directory; tools/convert.py makes one from other formats"
+        what = (
+            f"has neither {single} nor {index}: expected a Hugging Face model directory; "
+            "tools/convert.py makes one from other formats"
         )
+        raise WeightsError(f"{directory} {directory_instead(directory) or what}")
     paths = [directory / shard for shard in sorted(set(read_index(directory / index).values()))]
     for path in paths:
         if not os.path.exists(path):  # False, not an error, for a name that is too long
-            raise WeightsError(f"{path} is missing: {index} names it")
+            unfinished = unfinished_download(directory)
+            hint = f"; {unfinished} is an unfinished download, run it again" if unfinished else ""
+            raise WeightsError(f"{path} is missing: {index} names it{hint}")
     return paths
 
 
@@ -280,12 +289,13 @@ def is_rotary_table(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq")
 
 
-def _open_files(directory: Path) -> dict[str, SafetensorsFile]:
+def _open_files(directory: Path, is_tied: bool) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it."""
     files = {path.name: SafetensorsFile(path) for path in shard_files(directory)}
     file_of = {name: file for file in files.values() for name in file.tensors}
     if SINGLE not in files:
-        check_index(directory / INDEX, {shard: file.tensors for shard, file in files.items()})
+        tensors_of = {shard: file.tensors for shard, file in files.items()}
+        check_index(directory / INDEX, tensors_of, is_tied)
     for shard, file in files.items():
         twice = next((name for name in file.tensors if file_of[name] is not file), None)
         if twice is not None:

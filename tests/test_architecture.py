@@ -14,7 +14,15 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up; a module imports only from floors below its own.
 FLOORS = [
-    ["errors", "small_file", "threads", "shared_arrays", "process_memory"],
+    [
+        "errors",
+        "small_file",
+        "rope_scaling",
+        "not_a_model",
+        "threads",
+        "shared_arrays",
+        "process_memory",
+    ],
     ["backend", "config", "sentencepiece_model", "console"],
     ["parameters", "ops.tiles", "tokenizer", "sampling", "quantization"],
     ["ops.equations", "chat", "safetensors_file"],

@@ -398,7 +398,15 @@ def test_errors_of_the_arguments(capsys, model):
     assert "a stop text is empty" in line("--stop", "")
     assert "trained for 512" in line("--context", "513")
     assert "context is 0" in line("--context", "0")
-    assert "5 tokens do not fit the context of 4" in line("--context", "4")
+    assert "error: 5 tokens do not fit the context of 4" in line("--context", "4")
+
+
+def test_the_line_of_a_prompt_that_is_too_long_is_named(capsys, model, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n\n" + "long" * 250 + "\nb\n")
+    for chat, n in ((), 1002), (("--chat",), 1017):
+        line = error_line(capsys, "--model", model, "--prompt-file", str(file), *chat)
+        assert f"{file}, line 3: {n} tokens do not fit the context of 512" in line
 
 
 def test_errors_of_the_model_directory(capsys, tmp_path, model):

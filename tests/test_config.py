@@ -198,11 +198,41 @@ def test_fields_that_do_not_change_the_result_are_ignored(field):
     assert LlamaConfig.from_hf(hf(**field)) == LLAMA_2["7B"]
 
 
-def test_null_fields_that_mean_nothing_are_ignored():
-    null = dict.fromkeys(
-        ("head_dim", "sliding_window", "quantization_config", "num_key_value_heads")
-    )
-    assert LlamaConfig.from_hf(LLAMA_2_7B | null) == LLAMA_2["7B"]
+REQUIRED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in LLAMA_2_7B if name not in REQUIRED),
+        *("head_dim", "sliding_window", "quantization_config", "is_encoder_decoder", "mlp_bias"),
+        *("attention_bias", "partial_rotary_factor", "rope_parameters", "rope_theta"),
+    ],
+)
+def test_a_field_that_is_null_counts_as_absent(name):
+    fields = LLAMA_2_7B | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    absent = {key: value for key, value in fields.items() if key != name}
+    assert LlamaConfig.from_hf(fields | {name: None}) == LlamaConfig.from_hf(absent)
+
+
+@pytest.mark.parametrize(
+    "architectures",
+    [["LLaMAForCausalLM"], ["LlaMaForCausalLM"], "LlamaForCausalLM", [], None],
+    ids=str,
+)
+def test_every_spelling_of_the_architecture_is_read(architectures):
+    config = LlamaConfig.from_hf(LLAMA_2_7B | {"architectures": architectures})
+    assert config == LLAMA_2["7B"]
+
+
+def test_an_empty_quantization_quantizes_nothing():
+    assert LlamaConfig.from_hf(hf(quantization_config={})) == LLAMA_2["7B"]
 
 
 # -- refusing other mathematics
@@ -245,6 +275,69 @@ def test_every_scaling_of_the_rotary_embeddings_is_refused(field, spelling, kind
     assert field in message and repr(kind) in message and "default" in message
 
 
+ONES = [1.0] * 64
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "factor": 1.0},
+        {"factor": 1},
+        {"rope_type": None, "factor": None},
+        {"type": "linear", "factor": 1.0},
+        {"rope_type": "linear", "factor": 1},
+        {"type": "dynamic", "factor": 1.0},
+        {"type": "dynamic", "factor": 1.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "llama3", "factor": 1.0, **LLAMA3},
+        {"rope_type": "yarn", "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
+        {"rope_type": "yarn", "factor": 1.0, "mscale": 0.7, "attention_factor": 1.0},
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "longrope", "factor": 1.0, "short_factor": ONES, "long_factor": ONES},
+    ],
+)
+def test_a_scaling_that_changes_no_angle_is_plain(field, rope):
+    assert LlamaConfig.from_hf(hf(**{field: rope})) == LLAMA_2["7B"]
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"type": "linear"}, "linear"),
+        ({"type": "linear", "factor": None}, "linear"),
+        ({"type": "linear", "factor": True}, "linear"),
+        ({"type": "linear", "factor": "1.0"}, "linear"),
+        ({"type": "linear", "factor": 1.0000001}, "linear"),
+        ({"type": "linear", "factor": 1.0, "alpha": 1000.0}, "alpha"),
+        ({"type": "dynamic", "factor": 1.0, "alpha": 1000.0}, "alpha"),
+        (
+            {"type": "dynamic", "factor": 1.0, "original_max_position_embeddings": 2048},
+            "original_max_position_embeddings",
+        ),
+        ({"type": "yarn", "factor": 1.0, "attention_factor": 1.2}, "attention_factor"),
+        (
+            {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 2048},
+            "original_max_position_embeddings",
+        ),
+        ({"type": "longrope", "factor": 1.0, "long_factor": ONES}, "short_factor"),
+        (
+            {"type": "longrope", "factor": 1.0, "short_factor": ONES, "long_factor": [2.0]},
+            "long_factor",
+        ),
+        (
+            {"type": "longrope", "factor": 1.0, "short_factor": ONES, "long_factor": "ones"},
+            "long_factor",
+        ),
+        ({"type": "su", "factor": 1.0}, "su"),
+        ({"type": ["linear"], "factor": 1.0}, "linear"),
+    ],
+)
+def test_a_factor_of_1_does_not_excuse_what_moves_an_angle(rope, named):
+    message = refused(hf(rope_scaling=rope))
+    assert "rope_scaling" in message and named in message and "default" in message
+
+
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("value", ["linear", [], 2.0, True])
 def test_a_rotary_field_that_is_no_object_is_refused(field, value):
@@ -271,6 +364,11 @@ def test_partial_rotation_inside_rope_parameters_is_refused_by_its_name():
         (3, {"temperature": 0.6}, (3,)),
         (None, {"eos_token_id": 0}, (0,)),
         (None, {}, (2,)),
+        (-1, None, ()),
+        ([2, -1], None, (2,)),
+        ([], None, ()),
+        (2, {"eos_token_id": -1}, ()),
+        (-1, {"eos_token_id": 2}, (2,)),
     ],
 )
 def test_ids_that_end_a_text_come_from_the_generation_config_first(
@@ -282,9 +380,11 @@ def test_ids_that_end_a_text_come_from_the_generation_config_first(
 def test_the_id_that_begins_a_text_comes_from_the_generation_config_first():
     assert LlamaConfig.from_hf(hf(bos_token_id=5), {"bos_token_id": 0}).bos_id == 0
     assert LlamaConfig.from_hf(hf(bos_token_id=5), {}).bos_id == 5
+    assert LlamaConfig.from_hf(hf(bos_token_id=-1), {}).bos_id == 1  # -1 names none
+    assert LlamaConfig.from_hf(hf(bos_token_id=5), {"bos_token_id": -1}).bos_id == 5
 
 
-@pytest.mark.parametrize("value", [-1, "2", 2.0, True, [2, "3"], [2, -3], [[2]], {}])
+@pytest.mark.parametrize("value", [-2, "2", 2.0, -1.0, True, [2, "3"], [2, -3], [[2]], {}])
 @pytest.mark.parametrize("where", ["config", "generation"])
 def test_a_damaged_end_of_text_id_is_refused(where, value):
     generation = {"eos_token_id": value} if where == "generation" else None
@@ -292,7 +392,7 @@ def test_a_damaged_end_of_text_id_is_refused(where, value):
     assert "eos id" in message and "token id" in message
 
 
-@pytest.mark.parametrize("value", [-1, "1", 1.5, True, [1]])
+@pytest.mark.parametrize("value", [-2, "1", 1.5, -1.0, True, [1]])
 def test_a_damaged_begin_of_text_id_is_refused(value):
     message = refused(hf(bos_token_id=value))
     assert "bos id" in message and repr(value) in message
@@ -399,8 +499,8 @@ DAMAGED = {
     "": "JSON",
     "{": "JSON",
     '{"hidden_size": 4096,}': "JSON",
-    "<html>\n<body>Not Found</body>\n</html>": "JSON",
-    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": "JSON",
+    "<html>\n<body>Not Found</body>\n</html>": "web page",
+    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": "Git LFS pointer",
     "[" * 100_000: "JSON",
     "[1]": "list",
     "null": "NoneType",

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import converting.numbers as numbers
 from conftest import DATA, FIXTURES, ROOT, TINY, data_file, make_llama
 from convert import main as convert_main
 from converting.conversion import convert as convert_in_process
@@ -458,6 +459,33 @@ def test_an_index_is_held_against_the_files(tmp_path, case):
         assert message in error_line(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize("case", ["safetensors", "bin"])
+def test_a_directory_that_loads_converts(tmp_path, case):
+    """Old spellings, fields that mean nothing, an index of more than the shards hold."""
+    if case == "bin":
+        source, index = copy_of("bin-sharded", tmp_path), "pytorch_model.bin.index.json"
+    else:
+        source, index = write_model(tmp_path / "hf", TINY, shards=2), INDEX
+    assert convert(source, tmp_path / "plain").returncode == 0
+    config = json.loads((source / "config.json").read_text()) | {
+        "architectures": ["LLaMAForCausalLM"],
+        "quantization_config": {},
+        "rope_scaling": {"type": "linear", "factor": 1.0},
+        "eos_token_id": -1,
+        "hidden_act": None,
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    files = json.loads((source / index).read_text())["weight_map"]
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": min(files.values())}
+    (source / index).write_text(json.dumps({"weight_map": files | table}))
+    (source / "generation_config.json").unlink(missing_ok=True)
+    result = convert(source, tmp_path / "old")
+    assert result.returncode == 0, result.stderr
+    plain, old = load(tmp_path / "plain"), load(tmp_path / "old")
+    assert old.config.eos_ids == () and plain.config.eos_ids == (2,)
+    assert np.array_equal(plain.logits([1, 5, 9]), old.logits([1, 5, 9]))
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_file_that_cannot_be_read_is_named_rather_than_dest(tmp_path, name):
     source = write_model(tmp_path / "hf", TINY)
@@ -555,23 +583,76 @@ def test_a_tied_head_of_a_training_checkpoint_is_known_without_reading_it(monkey
 # -- dtypes, and what they lose
 
 
-def test_a_conversion_says_what_it_changed(tmp_path):
+def test_a_conversion_says_what_it_lost(tmp_path):
     tensors = random_tensors(TINY)
     w = tensors[EMBEDDING]
     w[:] = 1.0
-    w[0, :3] = 1.0 + 2.0**-12, 1e-6, 3e-8  # rounded; a subnormal; nothing (in float16)
     for name in tensors:
         if name != EMBEDDING:
             tensors[name][:] = 0.5
-    source = write_llama2c(tmp_path / "model.bin", TINY, tensors)
-    result = convert(source, tmp_path / "half", "--dtype", "float16")
-    assert "3 of 55,152 numbers changed (0.01 %), 2 of them too small" in result.stderr
-    assert "changed" not in convert(source, tmp_path / "same").stderr
+
+    def said(dtype, *numbers):
+        w[0, : len(numbers)] = numbers
+        source = write_llama2c(tmp_path / "model.bin", TINY, tensors)
+        result = convert(source, tmp_path / "out", "--dtype", dtype, "--overwrite")
+        assert result.returncode == 0, result.stderr
+        lines = result.stderr.splitlines()
+        assert lines[0].startswith("convert: wrote") and "no tokenizer" in lines[-1]
+        return [line.removeprefix("convert: ") for line in lines[1:-1]]
+
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert said(dtype, 1.5, -0.25, 0.0) == []
+    # 2^-12 of 1 + 2^-12 is 0.0244 %
+    rounded = "largest relative error by rounding: 0.0244 %"
+    assert said("float16", 1.0 + 2.0**-12) == [rounded]
+    assert said("float16", -1.0 - 2.0**-12, 1e-6, 3e-8, -1e-9, 0.0) == [  # subnormal, 2^-24, 0
+        rounded,
+        "numbers too small for the new format's full precision: 3, of which 1 became 0",
+    ]
+    assert said("bfloat16", 3.0 + 2.0**-7, 1.0, 1.0, 1.0) == [
+        f"largest relative error by rounding: {100 * 2.0**-7 / (3 + 2.0**-7):.3g} %"
+    ]
+    assert said("bfloat16", 1e-40, 1.0) == [
+        "numbers too small for the new format's full precision: 1, of which 0 became 0"
+    ]
+    w[0, :] = 127.0
+    assert said("int8", 1.0, -63.0) == []
+    assert said("int8", 5.25, 6.0) == [
+        f"largest error by rounding to int8: {100 * 0.25 / 127:.3g} % of the largest number in "
+        "the same row"
+    ]
     w[1, 1] = 70000.0
     source = write_llama2c(tmp_path / "model.bin", TINY, tensors)
     line = error_line(source, tmp_path / "over", "--dtype", "float16")
     assert "embed_tokens.weight holds 1 or more numbers beyond float16's range" in line
     assert convert(source, tmp_path / "over", "--dtype", "bfloat16").returncode == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_what_a_conversion_lost_is_measured_over_all_numbers(rng, dtype, monkeypatch):
+    monkeypatch.setattr(numbers, "_CHUNK", 100)
+    w = rng.standard_normal((7, 53)).astype("float32")
+    w[:, 3] *= 1e-5
+    loss = numbers.Loss()
+    if dtype == "int8":
+        values, scale = numbers.as_int8(w, loss)
+        error = np.abs(values * scale[:, None] - w).max(axis=1) / np.abs(w).max(axis=1)
+        assert loss.int8_error == pytest.approx(error.max(), rel=1e-4)
+        assert 0.3 * 0.5 / 127 < loss.int8_error < 1.01 * 0.5 / 127
+        return
+    after = numbers.as_dtype(w, np.dtype(dtype), "here", loss).astype("float32")
+    is_small = np.abs(after) < (2.0**-14 if dtype == "float16" else 1e-37)
+    error = np.abs((after - w) / w)[~is_small]
+    assert loss.relative_error == pytest.approx(error.max(), rel=1e-4)
+    assert loss.underflowed == is_small.sum() and (loss.underflowed > 0) == (dtype == "float16")
+
+
+def test_a_row_of_zeros_and_one_that_scales_to_nothing_lose_nothing_and_all():
+    loss = numbers.Loss()
+    numbers.as_int8(np.zeros((2, 3), dtype="float32"), loss)
+    assert loss.lines() == []
+    numbers.as_int8(np.full((1, 3), 1e-45, dtype="float32"), loss)
+    assert loss.int8_error == 1
 
 
 def test_int8_is_one_scale_a_row_and_runs(tmp_path):

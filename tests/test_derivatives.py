@@ -156,7 +156,7 @@ def test_cross_entropy_backward(ops, rng):
 
 # -- the blocks
 
-D, FFN, V, C, N = 12, 7, 11, 2, 5
+D, FFN, V, C, T = 12, 7, 11, 2, 5
 NAMES = {
     "attention_norm": (D,), "wq": (6 * C, D), "wk": (3 * C, D), "wv": (3 * C, D), "wo": (D, 6 * C),
     "ffn_norm": (D,), "w_gate": (FFN, D), "w_up": (FFN, D), "w_down": (D, FFN),
@@ -169,24 +169,24 @@ def layer_of(arrays):
 
 
 def layer_inputs(rng):
-    return [rng.standard_normal((2, N, D)), *(rng.standard_normal(s) for s in NAMES.values())]
+    return [rng.standard_normal((2, T, D)), *(rng.standard_normal(s) for s in NAMES.values())]
 
 
 def cache_of(ops):
-    table = ops.rope_table(N, C, 100.0, "float64")
+    table = ops.rope_table(T, C, 100.0, "float64")
     return KVCache(
         ops.backend, table,
-        n_layers=1, n_kv_heads=3, head_dim=C, batch=2, context=N, dtype="float64",
+        n_layers=1, n_kv_heads=3, head_dim=C, batch=2, context=T, dtype="float64",
     )  # fmt: skip
 
 
 def test_attention_block_backward(ops, rng):
     def forward(o, x, *arrays):
         cache = cache_of(o)
-        return o.attention_block(x, layer_of(arrays), cache.layers[0], cache.positions(N))
+        return o.attention_block(x, layer_of(arrays), cache.layers[0], cache.positions(T))
 
     def backward(o, dy, x, *arrays):
-        dx, d = o.attention_block_backward(dy, x, layer_of(arrays), cache_of(o).positions(N))
+        dx, d = o.attention_block_backward(dy, x, layer_of(arrays), cache_of(o).positions(T))
         return dx, *(d.get(name, o.xp.zeros(shape)) for name, shape in NAMES.items())
 
     check(ops, forward, backward, layer_inputs(rng))

@@ -6,6 +6,7 @@ import importlib
 import pytest
 
 MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config"]
+MODULES += ["npllama.rope_scaling", "npllama.not_a_model"]
 
 
 @pytest.mark.parametrize("name", MODULES)

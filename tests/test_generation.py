@@ -241,6 +241,18 @@ def test_prompts_of_another_kind_are_refused(llama):
         llama.generate_batch(["abc"], sampling=None)
 
 
+def test_the_prompt_of_a_batch_that_cannot_be_served_is_named(llama):
+    too_long = [5] * (TINY.context_length + 1)
+    with pytest.raises(InputError, match=r"^prompt 2 of 3: 65 tokens do not fit the context of 64"):
+        llama.generate_batch([[1], too_long, too_long])
+    with pytest.raises(InputError, match=r"^prompt 3 of 3: token id 260 at position 1"):
+        llama.generate_batch(["a", "", [1, 260]])
+    with pytest.raises(InputError, match=r"^prompt 1 of 2: the prompt is None"):
+        llama.generate_batch([None, "a"])
+    with pytest.raises(InputError, match=r"^65 tokens do not fit"):
+        llama.generate_batch([too_long])
+
+
 def test_numpy_integers_are_integers(llama):
     options = {"max_new_tokens": np.int64(3), "top_k": np.int32(5), "seed": np.int64(1)}
     assert len(llama.generate(np.array([1, 5]), ignore_eos=True, **options).ids) == 3

@@ -247,6 +247,16 @@ MISTAKES = {
         "before <= p, falling",
         "before + falling <= p, falling",
     ),
+    "top-p drops the token after a sum of p": (
+        SAMPLING,
+        "before <= p, falling",
+        "before < p, falling",
+    ),
+    "NumPy override: top-p drops the token after a sum of p": (
+        NUMPY_SAMPLING,
+        "falling[before <= p]",
+        "falling[before < p]",
+    ),
     "temperature multiplies": (SAMPLING, "/ temperature", "* temperature"),
     "top-k keeps one too many": (
         SAMPLING,
@@ -275,7 +285,7 @@ SUITES = {
     NUMPY_EQUATIONS: ("blocks", "overrides"),
     NUMPY_BLOCKS: ("blocks", "overrides"),
     NUMPY_DERIVATIVES: ("overrides",),
-    NUMPY_SAMPLING: ("overrides",),
+    NUMPY_SAMPLING: ("sampling", "overrides"),
     TILES: ("overrides",),
     PIECES: ("pieces", "overrides"),
     SAMPLING: ("sampling",),

@@ -1,5 +1,9 @@
 """Work that is cut up: every column once, whatever the size of a piece."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 import npllama.ops.pieces as pieces
@@ -31,3 +35,15 @@ def test_each_item_is_computed_once(n_rows):
     seen = []
     for_each(Threads(2), lambda item, _slot: seen.append(item), range(20), n_rows)
     assert sorted(seen) == list(range(20))
+
+
+def test_numpys_error_state_is_the_callers_in_every_thread():
+    def on_a_thread(function, items):
+        with ThreadPoolExecutor(1) as pool:
+            list(pool.map(lambda item: function(item, 0), items))
+
+    threads = SimpleNamespace(map=on_a_thread)
+    states = []
+    with np.errstate(over="ignore", invalid="print"):
+        for_each(threads, lambda _item, _slot: states.append(np.geterr()), range(2), MANY_ROWS)
+        assert states == [np.geterr()] * 2

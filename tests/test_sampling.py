@@ -81,7 +81,7 @@ def test_top_k_keeps_the_k_largest(ops, to_device, to_host, rng, shape, k, dtype
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_top_p_keeps_the_fewest_that_reach_p(ops, to_device, to_host, rng, shape, p, dtype):
+def test_top_p_keeps_the_fewest_that_exceed_p(ops, to_device, to_host, rng, shape, p, dtype):
     x = (rng.standard_normal(shape) * 2).astype(dtype)
     y = to_host(ops.keep_top_p(to_device(x), p))
     assert y.dtype == dtype
@@ -117,6 +117,18 @@ def test_the_token_that_crosses_p_is_kept(ops, to_device, to_host):
     for p, n_kept in [(0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4)]:
         y = to_host(ops.keep_top_p(to_device(x), p))
         assert np.isfinite(y[0]).tolist() == [i < n_kept for i in range(4)], p
+
+
+@pytest.mark.parametrize(("p", "n_kept"), [(0.5, 2), (0.75, 3), (0.875, 5)])
+def test_where_a_sum_is_p_exactly_the_next_token_is_kept(
+    ops, to_device, to_host, monkeypatch, p, n_kept
+):
+    probability = np.array([[0.5, 0.25, 0.125, 0.0625, 0.0625]], dtype="float32")
+    monkeypatch.setattr(ops, "softmax", lambda x: to_device(probability))  # no rounding
+    x = to_device(np.log(probability))
+    for at, kept in ((p, n_kept), (np.nextafter(p, 0), n_kept - 1 if p < 0.875 else 3)):
+        y = to_host(ops.keep_top_p(x, float(at)))
+        assert np.isfinite(y[0]).tolist() == [i < kept for i in range(5)]
 
 
 def test_equals_stay_together(ops, to_device, to_host):
@@ -458,18 +470,20 @@ def test_uniforms_are_below_1_and_even():
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        *itertools.product(["temperature"], [-0.1, math.inf, math.nan], ["0 or above"]),
-        *itertools.product(["top_k"], [-1, 2.0, 1.5, True], ["whole number"]),
-        *itertools.product(["top_p"], [0, -0.1, 1.1, math.nan], ["above 0 and at most 1"]),
-        *itertools.product(["min_p"], [-0.1, 1.1, math.nan], ["from 0 to 1"]),
-        *itertools.product(["repetition_penalty"], [0, -1, math.inf, math.nan], ["1 for none"]),
+        *itertools.product(["temperature"], [-0.1, math.inf, math.nan, "0"], ["0 or above"]),
+        *itertools.product(["top_k"], [-1, 2.0, 1.5, True, "5"], ["whole number"]),
+        *itertools.product(["top_p"], [0, -0.1, 1.1, math.nan, "1"], ["above 0 and at most 1"]),
+        *itertools.product(["min_p"], [-0.1, 1.1, math.nan, "0.5"], ["from 0 to 1"]),
+        *itertools.product(
+            ["repetition_penalty"], [0, -1, math.inf, math.nan, "1"], ["1 for none"]
+        ),
     ],
 )
 def test_numbers_out_of_range_are_refused(name, value, expected):
     with pytest.raises(InputError) as error:
         Sampling(**{name: value})
     message = str(error.value)
-    assert message.startswith(f"{name} is {value}: expected ") and expected in message
+    assert message.startswith(f"{name} is {value!r}: expected ") and expected in message
     assert "\n" not in message
 
 
@@ -500,7 +514,13 @@ def test_a_seed_that_is_none_is_refused(seed):
     with pytest.raises(InputError) as error:
         checked_seed(seed)
     message = str(error.value)
-    assert message.startswith(f"seed is {seed}: expected a whole number") and "\n" not in message
+    assert message.startswith(f"seed is {seed!r}: expected a whole number")
+    assert "\n" not in message
+
+
+def test_a_number_of_numpys_is_shown_as_a_number():
+    with pytest.raises(InputError, match=r"^temperature is -1\.5: expected"):
+        Sampling(np.float64(-1.5))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, np.int64(7), np.uint64(2**64 - 1)])

@@ -517,6 +517,23 @@ def test_a_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path):
     assert NORM in message and other in message and INDEX in message
 
 
+@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
+def test_an_index_may_name_what_no_shard_holds_and_no_model_needs(tmp_path, config):
+    write_model(tmp_path, config, shards=2)
+    weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    first = min(weight_map.values())
+    surplus = dict.fromkeys(ROTARY_TABLES, first)
+    surplus[ROTARY_TABLES[0]] = "model-00003-of-00002.safetensors"  # not even there
+    if config.tie_embeddings:
+        surplus[LM_HEAD] = first
+    expected = by_name(load(tmp_path, make_ops("numpy"), config))
+    write_index(tmp_path, weight_map | surplus)
+    arrays = by_name(load(tmp_path, make_ops("numpy"), config))
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+    write_index(tmp_path, weight_map | {"model.layers.0.self_attn.q_proj.bias": first})
+    assert "q_proj.bias, which" in refused(tmp_path, config)
+
+
 def test_a_tensor_in_two_shards_is_refused_by_name(tmp_path):
     write_model(tmp_path, TINY, shards=2)
     path = tmp_path / "model-00001-of-00002.safetensors"

@@ -73,8 +73,9 @@ def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
     parts, begin, scored = [], 0, 1
     while scored < len(ids):
         window = ids[begin : begin + llama.context + 1]
-        logits = llama.logits(window[:-1])  # (T, V); row t foretells window[t + 1]
-        surprise = _OPS.cross_entropy(logits, np.array(window[1:]))  # (T,)
+        with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
+            logits = llama.logits(window[:-1])  # (T, V); row t foretells window[t + 1]
+            surprise = _OPS.cross_entropy(logits, np.array(window[1:]))  # (T,)
         parts.append(surprise[scored - begin - 1 :])
         scored = begin + len(window)
         begin += (llama.context + 1) // 2

@@ -20,9 +20,9 @@ class CupyOps(Ops):
         is_16_bit = w.values.dtype.itemsize == 2
         dtype = w.values.dtype if is_16_bit else x.dtype
         flat = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)  # (..., D) -> (M, D)
-        y = flat @ w.values.astype(dtype, copy=False).T  # (M, D) @ (D, N) -> (M, N)
+        y = flat @ w.values.astype(dtype, copy=False).T  # (M, D) @ (D, O) -> (M, O)
         y = y.astype(x.dtype, copy=False)
-        y = y.reshape(*x.shape[:-1], w.shape[0])  # (M, N) -> (..., N)
+        y = y.reshape(*x.shape[:-1], w.shape[0])  # (M, O) -> (..., O)
         return y if w.scale is None else y * w.scale.astype(x.dtype)
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:

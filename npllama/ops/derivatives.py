@@ -21,7 +21,7 @@ class Derivatives(Equations):
     # -- embedding and projections ---------------------------------------------------------
 
     def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
-        """x = E W with E[n, v] = 1 where token n is v, else 0; so  dW = E^T dx.
+        """x = E W with E[m, v] = 1 where token m is v, else 0; so  dW = E^T dx.
 
         A row of dW is the sum of dx over the places where its token stands.
 
@@ -42,19 +42,19 @@ class Derivatives(Equations):
         """y = x W^T, so  dx = dy W  and  dW = dy^T x, summed over all tokens.
 
         Args:
-            dy: (..., N).
+            dy: (..., O).
             x: (..., D).
-            w: (N, D).
+            w: (O, D).
 
         Returns:
-            dx (..., D), dW (N, D).
+            dx (..., D), dW (O, D).
 
         Source: Rumelhart et al. 1986, equations 4 to 7, without the nonlinearity.
         """
         n_out, width = w.shape
-        dy, flat = dy.reshape(-1, n_out), x.reshape(-1, width)  # (..., N) -> (M, N)
-        dx = dy @ w.values  # (M, N) @ (N, D) -> (M, D)
-        dw = dy.T @ flat  # (N, M) @ (M, D) -> (N, D)
+        dy, flat = dy.reshape(-1, n_out), x.reshape(-1, width)  # (..., O) -> (M, O)
+        dx = dy @ w.values  # (M, O) @ (O, D) -> (M, D)
+        dw = dy.T @ flat  # (O, M) @ (M, D) -> (O, D)
         return dx.reshape(x.shape), dw  # (M, D) -> (..., D)
 
     # -- normalization -----------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The paper, line by line: every equation of LLaMA-2 in plain array calls, once for any `xp`.
 
-Letters: B batch, T new tokens, S cached positions, N = S + T, D width, H query heads,
-K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers.
+Letters: B batch, T new tokens, S cached positions, N = S + T keys, D width, H query heads,
+K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers; of a plain matrix
+product M rows and O outputs.
 
 dtypes: every function computes in the dtype of the activations it is given (float32 in
 the model, float64 in the tests), and widens a weight from its storage dtype to that.
@@ -44,15 +45,15 @@ class Equations:
 
         Args:
             x: (..., D).
-            w: (N, D) in any storage dtype, widened whole to x's; a scale multiplies the
-                N outputs, since it is one factor a row of W.
+            w: (O, D) in any storage dtype, widened whole to x's; a scale multiplies the
+                O outputs, since it is one factor a row of W.
 
         Returns:
-            (..., N) in x's dtype.
+            (..., O) in x's dtype.
 
         Source: Vaswani et al. 2017, section 3.2.2 (the W of "projections").
         """
-        y = x @ w.values.astype(x.dtype, copy=False).T  # (..., D) @ (D, N) -> (..., N)
+        y = x @ w.values.astype(x.dtype, copy=False).T  # (..., D) @ (D, O) -> (..., O)
         return y if w.scale is None else y * w.scale.astype(x.dtype)
 
     # -- normalization -----------------------------------------------------------------------

@@ -8,15 +8,16 @@ all of them, since waking a thread takes a quarter of that.
 """
 
 import math
+import weakref
 from functools import lru_cache
 
 import numpy as np
 
-from npllama.backend import Array
+from npllama.backend import Array, Backend
 from npllama.ops.equations import Equations
 from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
 from npllama.ops.shared_products import SharedProducts
-from npllama.ops.tiles import product
+from npllama.ops.tiles import is_finite, product
 from npllama.parameters import Matrix
 
 QUERIES = 128
@@ -39,23 +40,44 @@ class NumpyEquations(Equations):
 
     shared: SharedProducts
 
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        # float16 matrices that have been checked, by id: the array, and what came of it
+        self._checked: dict[int, tuple[weakref.ref, bool]] = {}
+
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T: (..., D) -> (..., N); a long prompt's has its tokens side by side in memory,
+        """y = x W^T: (..., D) -> (..., O); a long prompt's has its tokens side by side in memory,
         which the following operations are fastest with."""
-        if x.dtype != np.float32:
-            return super().linear(x, w)
         values = w.values
+        if x.dtype != np.float32 or not self._can_be_widened(values):
+            return super().linear(x, w)
         n_out, width = values.shape
         if x.size == width and values.dtype == np.float32 and not self.shared.has(values):
-            y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (N,)
+            y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (O,)
         else:
-            y = self._product(x.reshape(-1, width), values)  # (..., D) -> (M, D) -> (M, N)
+            y = self._product(x.reshape(-1, width), values)  # (..., D) -> (M, D) -> (M, O)
         if w.scale is not None:
             y *= w.scale
-        return y.reshape(*x.shape[:-1], n_out)  # (M, N) -> (..., N)
+        return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
+
+    def _can_be_widened(self, values: np.ndarray) -> bool:
+        """Whether tiles widen this matrix right: a float16 matrix with an infinity or a NaN is
+        left to the reference, so that it ends in the same NumericalError as in other dtypes.
+
+        Checked at the first product, not while loading, which would read the whole file: that
+        product reads the matrix anyway.
+        """
+        if values.dtype != np.float16:
+            return True
+        array, result = self._checked.get(id(values), (None, False))
+        if array is None or array() is not values:
+            parts = np.array_split(values, self.backend.threads.most)
+            result = all(self.backend.threads.map(lambda part, _slot: is_finite(part), parts))
+            self._checked[id(values)] = weakref.ref(values), result
+        return result
 
     def _product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """x (M, D) float32, values (N, D) in their storage dtype -> (M, N) float32.
+        """x (M, D) float32, values (O, D) in their storage dtype -> (M, O) float32.
 
         Computed as y^T = W x^T. Narrow values are widened tile by tile: for few rows by worker
         processes together, who multiply few rows by a small model's float32 matrices as well.
@@ -72,7 +94,7 @@ class NumpyEquations(Equations):
             n = threads.most if is_cut_up else 1
             parts = [slice(n_out * i // n, n_out * (i + 1) // n) for i in range(n)]
             for_each(threads, lambda some, _slot: product(x, values[some], y[some]), parts, n_rows)
-        return y.T if is_cut_up else np.ascontiguousarray(y.T)  # (N, M) -> (M, N)
+        return y.T if is_cut_up else np.ascontiguousarray(y.T)  # (O, M) -> (M, O)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight, in 3 calls for one row and 7 for several; the

@@ -11,7 +11,7 @@ class NumpySampling(SamplingEquations):
 
     def keep_top_p(self, logits: Array, p: float) -> Array:
         """Only what can be among the kept is sorted: all tokens less likely than (1 - p) / V
-        together are less likely than 1 - p, so those before them exceed p.
+        together are less likely than 1 - p, so those before them exceed p and they are dropped.
 
         Measured at V = 32,000, of which 1,000 can: 0.2 of the reference's time.
         """

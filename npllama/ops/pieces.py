@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from npllama.threads import Threads
 
 Item = TypeVar("Item")
@@ -20,12 +22,19 @@ spinning for a while and disturb what follows. With fewer rows waking threads up
 def for_each(
     threads: Threads, function: Callable[[Item, int], None], items: Sequence[Item], n_rows: int
 ) -> None:
-    """function(item, slot) for each; on all cores where the rows, tokens, are many."""
+    """function(item, slot) for each; on all cores where the rows, tokens, are many. NumPy's error
+    state is the caller's in every thread."""
     if n_rows < MANY_ROWS or len(items) == 1:
         for item in items:
             function(item, 0)
     else:
-        threads.map(function, items)
+        state = np.geterr()
+
+        def compute(item: Item, slot: int) -> None:
+            with np.errstate(**state):
+                function(item, slot)
+
+        threads.map(compute, items)
 
 
 def in_pieces(

@@ -53,10 +53,11 @@ class SamplingEquations(Equations):
         return self.xp.where(logits < kth, -math.inf, logits)
 
     def keep_top_p(self, logits: Array, p: float) -> Array:
-        """The fewest most likely tokens whose probabilities reach p, the rest -inf.
+        """The fewest most likely tokens whose probabilities exceed p together, the rest -inf.
 
-        (B, V) -> (B, V). The token that crosses p is kept: one is dropped where those before it
-        exceed p.
+        (B, V) -> (B, V). A token is dropped where the sum of those more likely exceeds p. The
+        token that crosses p is kept. Where a sum is exactly p, the next token is kept too, as in
+        Meta's code, which drops where cumsum - p_i > p; the paper's ">= p" would keep one less.
 
         Source: Holtzman et al. 2019 (nucleus sampling), equation 2.
         """

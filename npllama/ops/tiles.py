@@ -16,7 +16,7 @@ TILE = 512 * 1024
 
 
 def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """y^T = W x^T: x (M, D) float32, W (N, D) in any storage dtype -> (N, M) float32, in `out`
+    """y^T = W x^T: x (M, D) float32, W (O, D) in any storage dtype -> (O, M) float32, in `out`
     where that is given.
 
     In this order of operands OpenBLAS was faster than in the other for any M; for M = 2 it takes
@@ -27,7 +27,7 @@ def product(x: np.ndarray, w: np.ndarray, out: np.ndarray | None = None) -> np.n
         if len(x) == 2:
             out[:, 0], out[:, 1] = w @ x[0], w @ x[1]
         else:
-            np.dot(w, x.T, out=out)  # (N, D) @ (D, M) -> (N, M)
+            np.dot(w, x.T, out=out)  # (O, D) @ (D, M) -> (O, M)
         return out
     width = x.shape[1]
     rows = max(1, TILE // width // 16 * 16)
@@ -72,7 +72,7 @@ def widen(narrow: np.ndarray, tile: np.ndarray) -> None:
 
     NumPy converts float16 number by number (0.4 G a second and core); three integer operations
     over a tile in the cache, which it has vector code for, are five times as fast. Infinity and
-    NaN, which no weight is, read as 2^16 and above.
+    NaN would read as 2^16 and above: a matrix that is not `is_finite` must not come here.
     """
     if narrow.dtype != np.float16:
         np.copyto(tile, narrow, casting="unsafe")
@@ -82,3 +82,21 @@ def widen(narrow: np.ndarray, tile: np.ndarray) -> None:
     np.left_shift(bits, 13, out=bits)
     bits = tile.view("uint32")
     np.bitwise_and(bits, _SIGN_EXPONENT_FRACTION, out=bits)
+
+
+# As signed integers the positive infinity and NaNs are the largest numbers of float16; as unsigned
+# ones the negative.
+_INFINITY, _MINUS_INFINITY = 0x7C00, 0xFC00
+
+
+def is_finite(narrow: np.ndarray) -> bool:
+    """Whether no number of a float16 matrix (rows, D) is infinite or NaN: two passes of integers,
+    without a copy."""
+    rows = max(1, TILE // max(1, narrow.shape[1]))
+    for begin in range(0, len(narrow), rows):
+        some = narrow[begin : begin + rows]
+        if some.view("int16").max(initial=0) >= _INFINITY:
+            return False
+        if some.view("uint16").max(initial=0) >= _MINUS_INFINITY:
+            return False
+    return True

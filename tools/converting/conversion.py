@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from converting.new_directory import new_directory
-from converting.numbers import Loss, as_dtype, check_finite
+from converting.numbers import Loss, as_dtype, as_int8, check_finite
 from converting.source import Source, Tensor
 from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
@@ -16,7 +16,6 @@ from converting.tokenizers import read_tokenizer
 from converting.writer import Entry, index_files, plan, to_json, write_shards
 from npllama.console import tell
 from npllama.errors import InputError, WeightsError
-from npllama.quantization import quantize
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.weights import EMBEDDING, INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
 
@@ -55,8 +54,8 @@ def convert(
             (partial / name).write_bytes(content)
     n_parameters = source.config.n_parameters
     _say(f"wrote {dest}: {n_parameters:,} parameters, {total / 1e6:,.1f} MB")
-    if loss.changed:
-        _say(str(loss))
+    for line in loss.lines():
+        _say(line)
     left_out = [path.name for path in source.copied if path not in _copied(source, tokenizer)]
     if left_out:
         _say(f"left out, since --tokenizer replaces what they describe: {', '.join(left_out)}")
@@ -151,7 +150,7 @@ def _converted(
         return [(name, as_dtype(values, target, tensor.where, loss))]
     if values.dtype == np.float64:  # scales are float32
         values = as_dtype(values, _FLOAT32, tensor.where, Loss())
-    values, scale = quantize(values)
+    values, scale = as_int8(values, loss)
     return [(scale_name(name), scale), (name, values)]
 
 

@@ -49,7 +49,7 @@ def read_hugging_face(directory: Path) -> Source:
     paths = shard_files(directory, single, index)
     files = {path.name: read_file(path) for path in paths}
     if single not in files:
-        check_index(directory / index, files)
+        check_index(directory / index, files, config.tie_embeddings)
     tensors: dict[str, Tensor] = {}
     for of_file in files.values():
         for name, tensor in of_file.items():

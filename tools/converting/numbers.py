@@ -1,4 +1,4 @@
-"""Changing the dtype of a tensor's numbers, and noticing what that loses."""
+"""Changing the dtype of a tensor's numbers, and measuring what that loses."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from npllama.errors import WeightsError
+from npllama.quantization import dequantize, quantize
 
 _CHUNK = 2**20  # numbers at a time: temporaries stay in the cache, and small
 _UNSIGNED = {2: np.dtype("uint16"), 4: np.dtype("uint32"), 8: np.dtype("uint64")}
@@ -21,18 +22,38 @@ _WIDE = (np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))  # --dtypes of a lar
 
 @dataclass
 class Loss:
-    """What a conversion changed: numbers in all, rounded, and rounded to 0 or a subnormal."""
+    """What a conversion lost.
 
-    total: int = 0
-    changed: int = 0
+    Attributes:
+        relative_error: largest |new - old| / |old| of the numbers that float dtypes rounded to a
+            normal number.
+        underflowed: numbers that they changed to 0 or to a subnormal number, of less precision.
+        zeroed: those of them that became 0.
+        int8_error: largest |new - old| of the numbers rounded to int8, as a part of the largest
+            |old| in its row.
+    """
+
+    relative_error: float = 0.0
     underflowed: int = 0
+    zeroed: int = 0
+    int8_error: float = 0.0
 
-    def __str__(self) -> str:
-        share = 100 * self.changed / max(1, self.total)
-        text = f"{self.changed:,} of {self.total:,} numbers changed ({share:.2f} %)"
+    def lines(self) -> list[str]:
+        """What a user is told; nothing where nothing was lost."""
+        lines = []
+        if self.relative_error:
+            lines.append(f"largest relative error by rounding: {100 * self.relative_error:.3g} %")
         if self.underflowed:
-            text += f", {self.underflowed:,} of them too small for the new format's full precision"
-        return text
+            lines.append(
+                f"numbers too small for the new format's full precision: {self.underflowed:,}, "
+                f"of which {self.zeroed:,} became 0"
+            )
+        if self.int8_error:
+            lines.append(
+                f"largest error by rounding to int8: {100 * self.int8_error:.3g} % of the largest "
+                "number in the same row"
+            )
+        return lines
 
 
 def check_finite(values: np.ndarray, where: str) -> None:
@@ -53,12 +74,11 @@ def check_finite(values: np.ndarray, where: str) -> None:
 
 
 def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.ndarray:
-    """`values` in another float dtype, counting in `loss` the numbers that this changes.
+    """`values` in another float dtype, noting in `loss` what this loses.
 
     Raises:
         WeightsError: numbers that would become infinite, and the dtypes that hold them.
     """
-    loss.total += values.size
     if values.dtype == dtype:
         return values
     out = np.empty(values.shape, dtype)
@@ -79,10 +99,35 @@ def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.
                 f"{where} holds {n} or more numbers beyond {dtype}'s range of {largest:g}: "
                 f"{_what_to_do(values)}"
             )
-        is_changed = before != after
-        loss.changed += int(is_changed.sum())
-        loss.underflowed += int((is_changed & (np.abs(after) < smallest)).sum())
+        _note(before, after, smallest, loss)
     return out
+
+
+def as_int8(w: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray]:
+    """W (O, D) in a float dtype -> values (O, D) int8 and scale (O,) float32, see
+    npllama.quantization; noting in `loss` what this loses."""
+    values, scale = quantize(w)
+    rows = max(1, _CHUNK // max(1, w.shape[1]))
+    for begin in range(0, len(w), rows):
+        some = slice(begin, begin + rows)
+        before = w[some].astype("float32")  # (rows, D)
+        error = dequantize(values[some], scale[some])
+        error -= before
+        largest = np.abs(before, out=before).max(axis=1, initial=0)  # (rows, D) -> (rows,)
+        error = np.abs(error, out=error).max(axis=1, initial=0)
+        part = np.divide(error, largest, out=np.zeros_like(error), where=largest > 0)
+        loss.int8_error = max(loss.int8_error, float(part.max(initial=0)))
+    return values, scale
+
+
+def _note(before: np.ndarray, after: np.ndarray, smallest: float, loss: Loss) -> None:
+    """Note in `loss` what became of some numbers; `smallest` is the smallest normal one."""
+    is_normal = np.abs(after) >= smallest
+    error = np.abs(after - before)
+    loss.underflowed += np.count_nonzero(error[~is_normal])
+    loss.zeroed += np.count_nonzero(before[after == 0])
+    np.divide(error, np.abs(before), out=error, where=is_normal)
+    loss.relative_error = max(loss.relative_error, float(error.max(where=is_normal, initial=0)))
 
 
 def _what_to_do(values: np.ndarray) -> str:

@@ -9,6 +9,7 @@ from converting.numbers import FLOATS
 from converting.source import Source
 from converting.torch_file import is_torch_file
 from npllama.errors import InputError, WeightsError
+from npllama.not_a_model import directory_instead, file_instead, missing_instead
 from npllama.weights import check_none_missing, tensor_shapes
 
 
@@ -43,14 +44,10 @@ def read_source(path: Path) -> Source:
     return source
 
 
-def is_part(path: Path) -> bool:
-    """Whether a file is, by its name, one of a directory's weights."""
-    return path.name.startswith(("consolidated.", "pytorch_model"))
-
-
 def _recognized(path: Path) -> Source:
     if not path.is_file() and not path.is_dir():
-        raise InputError(f"{path} does not exist or is no file: expected a checkpoint")
+        what = missing_instead(path) if not path.exists() else None
+        raise InputError(f"{path} {what or 'does not exist or is no file: expected a checkpoint'}")
     if is_hugging_face(path):
         source = read_hugging_face(path)
         if is_meta(path):
@@ -58,18 +55,14 @@ def _recognized(path: Path) -> Source:
         return source
     if is_meta(path):
         return read_meta(path)
-    if path.is_dir() and (path / "config.json").exists():
-        for kind in ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"):
-            for shard in sorted(path.glob(kind))[:1]:
-                index = f"{shard.name.partition('-')[0]}{shard.suffix}.index.json"
-                raise InputError(f"{path} has shards and no {index}: get that file as well")
-    if path.suffix == ".safetensors" or (path.suffix in (".pth", ".bin") and is_part(path)):
-        raise InputError(f"{path} is a part of a checkpoint: give its directory, {path.parent}")
     if path.is_dir():
-        raise InputError(
-            f"{path} holds no checkpoint: expected Meta's params.json and consolidated.*.pth, or "
+        what = (
+            "holds no checkpoint: expected Meta's params.json and consolidated.*.pth, or "
             "Hugging Face's config.json and safetensors or pytorch_model.bin"
         )
+        raise InputError(f"{path} {directory_instead(path, is_converting=True) or what}")
+    if (what := file_instead(path, is_converting=True)) is not None:
+        raise InputError(f"{path} {what}")
     if is_torch_file(path):
         return read_llama2c_training(path)
     if is_llama2c_bin(path):

@@ -24,7 +24,7 @@ class Tensor:
         where: file and name, for messages.
         dtype: of what `read` gives.
         read: the values in `dtype` and `shape`; each call reads the file again.
-        read_int8: values (N, D) int8 and scale (N,) float32, where the file holds such.
+        read_int8: values (O, D) int8 and scale (O,) float32, where the file holds such.
         parts: what the file holds, where `read` makes the values of it: int8 and scales.
         place: where in a file the numbers lie; two names of one tensor share it.
     """

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npllama.errors import TokenizerError
+from npllama.not_a_model import content_instead
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer import Tokenizer
@@ -35,6 +36,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
         content = read_small_file(path, MAX_TOKENIZER)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    if (what := content_instead(path)) is not None:
+        raise TokenizerError(f"{path} {what}")
     if path.suffix == ".bin":
         content = from_tokenizer_bin(content, path)
     else:

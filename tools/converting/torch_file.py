@@ -22,6 +22,7 @@ import numpy as np
 
 from converting.source import Tensor, read_numbers
 from npllama.errors import WeightsError
+from npllama.not_a_model import content_instead
 
 _STORAGES = {
     "FloatStorage": np.dtype("float32"),
@@ -110,6 +111,10 @@ def read_torch_file(path: Path) -> Any:
         WeightsError: a damaged file, one that would call other globals, or a tensor that
             reaches outside its storage.
     """
+    if (what := content_instead(path)) is not None:
+        raise WeightsError(f"{path} {what}")
+    if (what := content_instead(path)) is not None:
+        raise WeightsError(f"{path} {what}")
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
