@@ -130,8 +130,7 @@ class Row:
         self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)
         if self._decoder is not None and not self.fresh_text:
             for id_ in self.prompt_ids:  # the completion continues the prompt's text
-                if id_ < self.tokenizer.vocab_size:
-                    self._decoder.push(id_)
+                self._decoder.push(id_)
         if self.limit == 0:
             self.finish_reason = "length"
 
@@ -179,10 +178,17 @@ class Generation:
         sampling: how tokens are chosen.
         seed: an integer.
         n_tokens: only ids below it are chosen.
+        allowed: (n_tokens,) bool on the device, the ids that are; None for all of them.
     """
 
     def __init__(
-        self, model: Transformer, rows: list[Row], sampling: Sampling, seed: int, n_tokens: int
+        self,
+        model: Transformer,
+        rows: list[Row],
+        sampling: Sampling,
+        seed: int,
+        n_tokens: int,
+        allowed: Array | None = None,
     ) -> None:
         self.model = model
         self.backend = model.backend
@@ -191,6 +197,7 @@ class Generation:
         self.sampling = sampling
         self.seed = seed
         self.n_tokens = n_tokens
+        self.allowed = allowed
         self._began = False
         self.timings = Timings(prompt_tokens=sum(len(row.prompt_ids) for row in rows))
 
@@ -285,6 +292,7 @@ class Generation:
             self.sampling,
             seen,
             self.n_tokens,
+            self.allowed,
         )
         return tokens, log_probs, seen
 
@@ -298,7 +306,9 @@ class Generation:
     ) -> tuple[Array, Array]:
         """One decode step, from tokens (B,) to the next tokens (B,) and their log-probabilities."""
         logits = self.model.compute(tokens[:, None], cache, positions)  # (B, 1) -> (B, 1, V)
-        return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
+        return self.ops.next_token(
+            logits[:, 0], uniform, self.sampling, seen, self.n_tokens, self.allowed
+        )
 
     def _uniform(self, rows: list[Row], step: int) -> Array:
         if self.sampling.temperature == 0:  # nothing is drawn

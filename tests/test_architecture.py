@@ -16,8 +16,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     ["errors", "small_file", "threads", "shared_arrays"],
     ["backend", "config", "sentencepiece_model"],
-    ["parameters", "ops.tiles", "tokenizer", "sampling", "quantization"],
-    ["ops.equations", "chat", "safetensors_file"],
+    ["parameters", "ops.tiles", "tokenizer_json", "sampling", "quantization"],
+    ["tokenizer"],
+    ["ops.equations", "chat", "tokenizer_files", "safetensors_file"],
     ["ops.sampling", "ops.derivatives", "ops.workers", "ops.pieces"],
     ["ops.blocks", "ops.shared_products", "ops.numpy_sampling", "ops.numpy_derivatives"],
     ["ops.numpy_equations"],

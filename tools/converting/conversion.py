@@ -36,7 +36,8 @@ def convert(
     Args:
         dest: by its real name (new_directory.resolved).
         dtype: of the matrices; None keeps each tensor's own.
-        tokenizer: tokenizer.model or tokenizer.bin; None takes the one beside the source.
+        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin; None takes the one beside
+            the source.
 
     Raises:
         NpllamaError: broken weights, a `dest` in the way, too little disk space.
@@ -62,8 +63,8 @@ def convert(
         _say(f"left out, since --tokenizer replaces what they describe: {', '.join(left_out)}")
     if "tokenizer.model" not in others:
         _say(
-            "no tokenizer was found beside the source: the model takes token ids only; "
-            "--tokenizer FILE adds one"
+            "no tokenizer was found beside the source that can be read: the model takes token "
+            "ids only; --tokenizer FILE adds one"
         )
 
 

@@ -58,7 +58,7 @@ class Source:
         format: its name, for --inspect.
         config: the model's shape.
         tensors: Hugging Face name -> Tensor.
-        tokenizer: tokenizer.model or tokenizer.bin beside the weights, if any.
+        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin beside the weights, if any.
         hf_config, generation_config: the source's own files, kept where it has them.
         copied: further files that DEST gets as they are.
         notes: what a user should know of the choices that were made.

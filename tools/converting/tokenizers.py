@@ -1,4 +1,4 @@
-"""Tokenizers: a tokenizer.model as it is, and llama2.c's tokenizer.bin rewritten as one."""
+"""Tokenizers: a tokenizer.model as it is; tokenizer.json and llama2.c's tokenizer.bin as one."""
 
 import struct
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from npllama.errors import TokenizerError
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer import Tokenizer
+from npllama.tokenizer_json import sentencepiece_from_json
 
 CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -29,7 +30,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
     """The contents of a tokenizer.model for a model of `vocab_size`.
 
     Raises:
-        TokenizerError: neither format, or more pieces than the model has embeddings.
+        TokenizerError: none of the formats, or more pieces than the model has embeddings.
     """
     try:
         content = read_small_file(path, MAX_TOKENIZER)
@@ -37,6 +38,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     if path.suffix == ".bin":
         content = from_tokenizer_bin(content, path)
+    elif path.suffix == ".json":
+        content = sentencepiece_from_json(path)
     else:
         Tokenizer(path)  # raises where it is none
     n_pieces = Tokenizer.from_bytes(content).vocab_size
