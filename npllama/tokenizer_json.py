@@ -58,8 +58,7 @@ def sentencepiece_from_json(path: Path) -> bytes:
     except _OtherKindError as error:
         raise TokenizerError(
             f"{path} {error}: only a BPE with byte fallback that was made from a sentencepiece "
-            "model, such as Llama 2's, can be read; get the model's tokenizer.model, or pass "
-            "token ids"
+            "model, such as Llama 2's, can be read; get tokenizer.model, or pass token ids"
         ) from None
 
 

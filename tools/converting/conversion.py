@@ -11,9 +11,8 @@ from tqdm import tqdm
 from converting.new_directory import new_directory
 from converting.numbers import Loss, as_dtype, check_finite
 from converting.source import Source, Tensor
-from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
-from converting.tokenizers import read_tokenizer
+from converting.tokenizers import read_tokenizer, tokenizer_config
 from converting.writer import Entry, index_files, plan, to_json, write_shards
 from npllama.errors import InputError, WeightsError
 from npllama.quantization import quantize
@@ -62,10 +61,7 @@ def convert(
     if left_out:
         _say(f"left out, since --tokenizer replaces what they describe: {', '.join(left_out)}")
     if "tokenizer.model" not in others:
-        _say(
-            "no tokenizer was found beside the source that can be read: the model takes token "
-            "ids only; --tokenizer FILE adds one"
-        )
+        _say(f"{source.no_tokenizer}; the model takes token ids only; --tokenizer FILE adds one")
 
 
 def _say(line: str) -> None:
@@ -86,7 +82,7 @@ def other_files(source: Source, dtype: str | None, tokenizer: Path | None) -> di
     tokenizer = tokenizer or source.tokenizer
     if tokenizer is not None:
         files["tokenizer.model"] = read_tokenizer(tokenizer, config.vocab_size)
-        files.setdefault("tokenizer_config.json", to_json(TOKENIZER_CONFIG))
+        files.setdefault("tokenizer_config.json", to_json(tokenizer_config(tokenizer)))
     generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
     files["generation_config.json"] = to_json(source.generation_config or generation)
     files["config.json"] = to_json(hf_config(source, dtype))

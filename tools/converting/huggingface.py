@@ -67,16 +67,18 @@ def read_hugging_face(directory: Path) -> Source:
         if head.place is None or head.place != embedding.place:
             stored_tie = head
     tokenizer, generation = tokenizer_file(directory), directory / "generation_config.json"
+    no_tokenizer = Source.no_tokenizer
     if tokenizer is not None and tokenizer.suffix == ".json":
         try:
             sentencepiece_from_json(tokenizer)
         except TokenizerError as error:
-            tokenizer, notes = None, (*notes, str(error))
+            tokenizer, no_tokenizer = None, str(error)
     return Source(
         format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",
         config=config,
         tensors=tensors,
         tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
         hf_config=read_json(directory / "config.json"),
         generation_config=read_json(generation) if generation.exists() else {},
         copied=tuple(directory / name for name in _COPIED if (directory / name).exists()),

@@ -4,11 +4,12 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from npllama.config import read_json
 from npllama.errors import TokenizerError
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer import Tokenizer
-from npllama.tokenizer_json import sentencepiece_from_json
+from npllama.tokenizer_json import added_tokens, sentencepiece_from_json
 
 CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -49,6 +50,19 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
             "expected the tokenizer that the model was trained with"
         )
     return content
+
+
+def tokenizer_config(path: Path) -> dict[str, object]:
+    """tokenizer_config.json for a tokenizer; of a tokenizer.json with its added tokens."""
+    if path.suffix != ".json":
+        return CONFIG
+    tokens = added_tokens(read_json(path, MAX_TOKENIZER))
+    fields = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
+    decoder = {
+        str(token.get("id")): {name: token[name] for name in fields if name in token}
+        for token in tokens
+    }
+    return CONFIG | ({"added_tokens_decoder": decoder} if decoder else {})
 
 
 def from_tokenizer_bin(content: bytes, path: Path) -> bytes:
