@@ -36,7 +36,7 @@ def sentencepiece_from_json(path: Path) -> bytes:
 
     Its kind is BPE with byte fallback, over the text with U+2581 in place of each space. The
     names of unknown, BOS and EOS come from tokenizer_config.json beside it, where there is one.
-    Tokens of `added_tokens` that no merge makes become control tokens, which no text makes.
+    No text makes a piece that no merge makes; special ones become control tokens.
 
     Raises:
         TokenizerError: a damaged file, or a tokenizer of another kind, which is named.
@@ -220,7 +220,7 @@ def _pieces(
     pieces = []
     for piece in vocabulary:
         kind, score = PieceType.CONTROL, 0.0
-        if piece in normal:
+        if piece in normal or not (piece in control or _can_be_made(piece, normal)):
             kind, score = PieceType.NORMAL, scores.get(piece, -float(len(scores)))
         elif piece == names["unk"]:
             kind = PieceType.UNKNOWN
@@ -228,6 +228,12 @@ def _pieces(
             kind = PieceType.BYTE
         pieces.append((piece, score, kind))
     return pieces
+
+
+def _can_be_made(piece: str, normal: set[str]) -> bool:
+    """Whether two neighbours in a text may join to a piece, without a merge that says so."""
+    splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    return any(all(len(p) == 1 or p in normal for p in split) for split in splits)
 
 
 def _scores(merges: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -185,6 +185,7 @@ def test_a_piece_that_no_merge_makes_is_never_made_by_text(tmp_path, fields, spe
     for text in ("<pad>", "x<pad>y", "a a", "aa a a"):
         ids = tokenizer.encode(text)
         assert max(ids) < 1024 and tokenizer.decode(ids) == text
+    assert tokenizer.decode([vocabulary["<pad>"]]) == ("" if special else "<pad>")
 
 
 # -- what is refused
