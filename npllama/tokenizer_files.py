@@ -4,6 +4,7 @@ tokenizer.model, or else tokenizer.json, has the pieces. Tokens beside them are 
 added_tokens.json, tokenizer_config.json and tokenizer.json.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _added_tokens(
         raise TokenizerError(f"{path}: added_tokens_decoder is no object of tokens by id")
     for id_, token in decoder.items():
         fields = token if isinstance(token, dict) else {}
-        id_ = int(id_) if id_.isascii() and id_.isdecimal() else id_
+        id_ = int(id_) if re.fullmatch("[0-9]{1,9}", id_) else id_
         yield _checked(path, id_, fields.get("content"), fields.get("special"))
     path = directory / "tokenizer.json"
     # which is large: read where it may hold what the others do not
@@ -118,10 +119,11 @@ def _of_tokenizer_json(path: Path, is_decisive: bool) -> list[Mapping[str, Any]]
 
 
 def _checked(path: Path, id_: Any, content: Any, special: Any) -> tuple[int, AddedToken]:
-    if type(id_) is not int or id_ < 0 or not isinstance(content, str):
+    is_text = isinstance(content, str) and not re.search("[\\ud800-\\udfff]", content)
+    if type(id_) is not int or id_ < 0 or not is_text:
         raise TokenizerError(
-            f"{path}: the added token {content!r} has the id {id_!r}: expected a text and a whole "
-            "number from 0"
+            f"{path}: the added token {str(content)[:60]!r} has the id {str(id_)[:20]!r}: "
+            "expected a text and a whole number from 0"
         )
     return id_, AddedToken(content, bool(special))
 

@@ -184,6 +184,8 @@ def test_a_prompt_may_hold_any_row(ops):
         {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<a>"}}}},
         {"tokenizer_config": {"added_tokens_decoder": {"261": {"content": 3}}}},
         {"tokenizer_config": {"added_tokens_decoder": {"261": "<a>"}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "<a>"}}}},
+        {"added_tokens": {"\ud800": 261}},
         {"tokenizer_config": {"add_bos_token": "no"}},
         {"tokenizer_config": {"add_eos_token": 1}},
     ],
