@@ -38,7 +38,9 @@ def encode_chat(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, str
     if not all(isinstance(text, str) for turn in turns for text in turn):
         raise InputError('messages are not a list of {"role": "user", "content": "..."}')
     if tokenizer is None:
-        raise TokenizerError("the model directory has no tokenizer.model: a dialogue needs one")
+        raise TokenizerError(
+            "the model has no tokenizer: a dialogue needs its tokenizer.model or tokenizer.json"
+        )
     for role, content in turns:
         for tag in _TAGS:
             if tag in content:
@@ -54,9 +56,10 @@ def encode_chat(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, str
             "roles must be user, assistant, user, ... and end with user, "
             f"after an optional system; found {', '.join(m['role'] for m in messages) or 'none'}"
         )
-    texts = [content.strip() for _, content in turns]
+    texts = [content for _, content in turns]
     if system is not None:
         texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
+    texts = [text.strip() for text in texts]  # as Meta does, with the system prompt before it
     ids: list[int] = []
     for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
         ids += [*tokenizer.encode(f"[INST] {user} [/INST] {answer} "), tokenizer.eos_id]
@@ -79,6 +82,7 @@ def check_chat_template(directory: Path) -> None:
     else:
         path = Path(directory) / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.exists() else None
+        template = _default_template(template)
     if template is None:
         return
     missing = [tag for tag in _TAGS if tag not in str(template)]
@@ -88,3 +92,11 @@ def check_chat_template(directory: Path) -> None:
             "another dialogue format than Llama-2-chat's; run it without --chat, with a prompt in "
             "its own format"
         )
+
+
+def _default_template(template: object) -> object:
+    """Of a list of named templates the one named default; the list itself where there is none."""
+    if not isinstance(template, list):
+        return template
+    named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+    return named[0].get("template") if named else template

@@ -225,14 +225,14 @@ class LlamaConfig:
         }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
+def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON file of at most `most` bytes that holds one object.
 
     Raises:
         ConfigError: no such file, not JSON, or not an object.
     """
     try:
-        value = parse_json(read_small_file(path, MAX_JSON).decode("utf-8-sig"))
+        value = parse_json(read_small_file(path, most).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
     except OSError as error:

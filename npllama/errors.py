@@ -30,6 +30,10 @@ class TokenizerError(NpllamaError):
     """A tokenizer that is missing, damaged, or does not belong to the model."""
 
 
+class TokenizerWarning(UserWarning):
+    """A tokenizer that can be used, and probably does not belong to the model."""
+
+
 class BackendError(NpllamaError):
     """An array backend that was asked for and cannot be had."""
 

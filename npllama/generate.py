@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import NoReturn
 from npllama.backend import BACKENDS
 from npllama.chat import check_chat_template, encode_chat
 from npllama.console import ReaderLeftError, check_output, open_streams, reason, tell, utf8, write
-from npllama.errors import InputError, NpllamaError
+from npllama.errors import InputError, NpllamaError, TokenizerWarning
 from npllama.generation import Completion, Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling import Sampling
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model",
         metavar="DIR",
-        help="directory with config.json, safetensors and tokenizer.model "
+        help="directory with config.json, safetensors and tokenizer.model or tokenizer.json "
         "(default: the story model that ships with npllama)",
     )
     source = p.add_mutually_exclusive_group(required=True)
@@ -208,7 +209,11 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     if args.chat and args.model is not None and os.path.isdir(args.model):
         check_chat_template(Path(args.model))
-    llama = load(args.model, args.backend, args.dtype, args.context, args.threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
+        llama = load(args.model, args.backend, args.dtype, args.context, args.threads)
+    for note in llama.notes:
+        tell(f"npllama: {note}")
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")

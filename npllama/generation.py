@@ -131,8 +131,7 @@ class Row:
         self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)
         if self._decoder is not None and not self.fresh_text:
             for id_ in self.prompt_ids:  # the completion continues the prompt's text
-                if id_ < self.tokenizer.vocab_size:
-                    self._decoder.push(id_)
+                self._decoder.push(id_)
         if self.limit == 0:
             self.finish_reason = "length"
 
@@ -180,10 +179,17 @@ class Generation:
         sampling: how tokens are chosen.
         seed: an integer.
         n_tokens: only ids below it are chosen.
+        allowed: (n_tokens,) bool on the device, the ids that are; None for all of them.
     """
 
     def __init__(
-        self, model: Transformer, rows: list[Row], sampling: Sampling, seed: int, n_tokens: int
+        self,
+        model: Transformer,
+        rows: list[Row],
+        sampling: Sampling,
+        seed: int,
+        n_tokens: int,
+        allowed: Array | None = None,
     ) -> None:
         self.model = model
         self.backend = model.backend
@@ -192,6 +198,7 @@ class Generation:
         self.sampling = sampling
         self.seed = seed
         self.n_tokens = n_tokens
+        self.allowed = allowed
         self._began = False
         self.timings = Timings(prompt_tokens=sum(len(row.prompt_ids) for row in rows))
 
@@ -283,9 +290,7 @@ class Generation:
         logits = self.backend.xp.concatenate(logits)  # B x (1, V) -> (B, V)
         uniform = self._uniform(rows, 0)
         with _unwarned():
-            tokens, log_probs = self.ops.next_token(
-                logits, uniform, self.sampling, seen, self.n_tokens
-            )
+            tokens, log_probs = self._next_token(logits, uniform, seen)
         return tokens, log_probs, seen
 
     def _step(
@@ -299,7 +304,12 @@ class Generation:
         """One decode step, from tokens (B,) to the next tokens (B,) and their log-probabilities."""
         with _unwarned():
             logits = self.model.compute(tokens[:, None], cache, positions)  # (B, 1) -> (B, 1, V)
-            return self.ops.next_token(logits[:, 0], uniform, self.sampling, seen, self.n_tokens)
+            return self._next_token(logits[:, 0], uniform, seen)
+
+    def _next_token(self, logits: Array, uniform: Array, seen: Array | None) -> tuple[Array, Array]:
+        return self.ops.next_token(
+            logits, uniform, self.sampling, seen, self.n_tokens, self.allowed
+        )
 
     def _uniform(self, rows: list[Row], step: int) -> Array:
         if self.sampling.temperature == 0:  # nothing is drawn

@@ -1,17 +1,19 @@
 """The library's front door: `load` a model directory, then `Llama` reads and writes text."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from npllama.backend import get_backend
+import numpy as np
+
+from npllama.backend import Array, get_backend
 from npllama.config import LlamaConfig
-from npllama.errors import InputError, TokenizerError
+from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.generation import Completion, Generation, Row, StopFilter
 from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.not_a_model import (
-    content_instead,
     directory_instead,
     file_instead,
     missing_instead,
@@ -20,12 +22,17 @@ from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
 from npllama.sampling import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
+from npllama.tokenizer_files import mismatch, read_tokenizer
 from npllama.weights import STORAGE_DTYPES, Checkpoint
 
 Prompt = str | Sequence[int]
 MAX_NEW_TOKENS = 512
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
+NO_TOKENIZER = (
+    "the model directory has no tokenizer.model or tokenizer.json: put the checkpoint's there to "
+    "work with text, or pass token ids"
+)
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
 
@@ -35,8 +42,9 @@ class Llama(Transformer):
 
     Attributes:
         config, parameters, ops, backend, context: see Transformer.
-        tokenizer: None where the directory has no tokenizer.model; ids work all the same.
+        tokenizer: None where the directory has none that can be read; ids work all the same.
         dtype: storage dtype of the weights, by name.
+        notes: what `load` warns of, a line each: a tokenizer that fits the model badly.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class Llama(Transformer):
         ops: Ops,
         context: int | None = None,
         tokenizer: Tokenizer | None = None,
+        no_tokenizer: str = NO_TOKENIZER,
     ) -> None:
         super().__init__(config, parameters, ops, context)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -54,6 +63,13 @@ class Llama(Transformer):
                 f"{config.vocab_size}: expected the tokenizer.model that came with the checkpoint"
             )
         self.tokenizer = tokenizer
+        self.notes: tuple[str, ...] = ()
+        if tokenizer is not None:
+            self.tokenizer = tokenizer.for_model(config.vocab_size, config.eos_ids)
+            note = mismatch(self.tokenizer, config.vocab_size, config.eos_ids)
+            self.notes = () if note is None else (note,)
+        self._no_tokenizer = no_tokenizer
+        self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.values.dtype.name
 
     def generate(
@@ -137,7 +153,7 @@ class Llama(Transformer):
         True
         """
         if self.tokenizer is None:
-            raise self._no_tokenizer()
+            raise TokenizerError(self._no_tokenizer)
         generation = self.generation(
             [prompt],
             max_new_tokens=max_new_tokens,
@@ -208,7 +224,7 @@ class Llama(Transformer):
             raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
         stops = _checked_stops(stop)
         if stops and self.tokenizer is None:
-            raise self._no_tokenizer()
+            raise TokenizerError(self._no_tokenizer)
         if isinstance(prompts, str | bytes) or not prompts:
             raise InputError("prompts is not a list of at least one prompt")
         rows = []
@@ -228,8 +244,23 @@ class Llama(Transformer):
             )
         longest = max(len(row.prompt_ids) + row.limit for row in rows)
         self.check_memory(len(rows), longest)
-        n_tokens = self.config.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
-        return Generation(self, rows, sampling, checked_seed(seed), n_tokens)
+        return Generation(self, rows, sampling, checked_seed(seed), self._n_tokens, self._allowed)
+
+    def _choosable(self) -> tuple[int, Array | None]:
+        """One more than the last id that may be chosen, and a mask (n_tokens,) on the device
+        where some below may not: pieces, added tokens and end ids may, padding rows not."""
+        n_rows = self.config.vocab_size
+        if self.tokenizer is None:
+            return n_rows, None
+        n_pieces = self.tokenizer.vocab_size
+        ids = {*self.tokenizer.added, *self.config.eos_ids}
+        beyond = [id_ for id_ in ids if n_pieces <= id_ < n_rows]
+        n_tokens = max(beyond, default=n_pieces - 1) + 1
+        if n_tokens == n_pieces + len(beyond):
+            return n_tokens, None
+        allowed = np.arange(n_tokens) < n_pieces
+        allowed[beyond] = True
+        return n_tokens, self.backend.to_device(allowed)
 
     def _checked_ids(self, prompt: Prompt, where: str) -> list[int]:
         try:
@@ -242,6 +273,9 @@ class Llama(Transformer):
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, BOS first; ids are taken as they are.
 
+        Where tokenizer_config.json has `add_bos_token` false or `add_eos_token` true, there is
+        no BOS, or EOS at the end. A text without ids, as the empty one, is BOS alone all the same.
+
         >>> load().encode("a")
         [1, 261]
         """
@@ -250,8 +284,8 @@ class Llama(Transformer):
                 raise InputError(f"the prompt is {prompt!r}: expected a text or token ids")
             return list(prompt)
         if self.tokenizer is None:
-            raise self._no_tokenizer()
-        return self.tokenizer.encode(prompt)
+            raise TokenizerError(self._no_tokenizer)
+        return self.tokenizer.encode_prompt(prompt)
 
     @property
     def bytes_per_forward(self) -> int:
@@ -261,13 +295,6 @@ class Llama(Transformer):
         untied = parameters.head.lm_head.values is not parameters.embedding.values
         return parameters.nbytes - (parameters.embedding.nbytes if untied else 0)
 
-    @staticmethod
-    def _no_tokenizer() -> TokenizerError:
-        return TokenizerError(
-            "the model directory has no tokenizer.model: put the checkpoint's there to work with "
-            "text, or pass token ids"
-        )
-
 
 def load(
     path: str | Path | None = None,
@@ -276,7 +303,11 @@ def load(
     context: int | None = None,
     threads: int | None = None,
 ) -> Llama:
-    """Load a model directory: config.json, safetensors, tokenizer.model.
+    """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
+
+    A tokenizer with far fewer tokens than the model has rows is warned of, with a
+    TokenizerWarning. A tokenizer.json of another kind than Llama's is refused where text is
+    asked for; ids work.
 
     Args:
         path: the directory, as Hugging Face lays it out; None is the model that ships with the
@@ -311,14 +342,21 @@ def load(
     config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
     ops = ops_for(get_backend(backend, _checked_threads(threads)))
-    tokenizer = None
-    if (directory / "tokenizer.model").exists():
-        tokenizer = Tokenizer(_checked_content(directory / "tokenizer.model"))
+    tokenizer, no_tokenizer = None, NO_TOKENIZER
+    try:
+        tokenizer = read_tokenizer(directory, config)
+    except TokenizerError as error:
+        if (directory / "tokenizer.model").exists():
+            raise
+        no_tokenizer = str(error)
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
     check_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
-    return Llama(config, checkpoint.parameters(ops), ops, context, tokenizer)
+    llama = Llama(config, checkpoint.parameters(ops), ops, context, tokenizer, no_tokenizer)
+    for note in llama.notes:
+        warnings.warn(note, TokenizerWarning, stacklevel=2)
+    return llama
 
 
 def _checked_directory(path: Path) -> Path:
@@ -330,12 +368,6 @@ def _checked_directory(path: Path) -> Path:
         raise InputError(f"{path} {file_instead(path) or what}")
     if not (path / "config.json").exists() and (what := directory_instead(path)) is not None:
         raise InputError(f"{path} {what}")
-    return path
-
-
-def _checked_content(path: Path) -> Path:
-    if (what := content_instead(path)) is not None:
-        raise TokenizerError(f"{path} {what}")
     return path
 
 

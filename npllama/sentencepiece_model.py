@@ -9,6 +9,9 @@ import struct
 from collections.abc import Iterable
 from enum import IntEnum
 
+NAMES = ("<unk>", "<s>", "</s>")
+"""The pieces that are unknown, BOS and EOS unless a model says otherwise."""
+
 _VARINT, _LENGTH_DELIMITED, _FIXED32 = 0, 2, 5
 
 
@@ -21,21 +24,31 @@ class PieceType(IntEnum):
     BYTE = 6
 
 
-def bpe_model(pieces: Iterable[tuple[str, float, PieceType]]) -> bytes:
+def bpe_model(
+    pieces: Iterable[tuple[str, float, PieceType]],
+    *,
+    dummy_prefix: bool = True,
+    names: tuple[str, str, str] = NAMES,
+) -> bytes:
     """A serialized ModelProto with Llama's settings: BPE, byte fallback, no normalization,
-    a dummy prefix, all white space kept.
+    all white space kept.
 
     Args:
         pieces: (text, score, type) in order of their ids; a space is written U+2581. BPE merges
             the neighbours whose union has the highest score first.
+        dummy_prefix: a space goes before every text.
+        names: the pieces that are unknown, BOS and EOS.
     """
     pieces = list(pieces)
-    model = b""
-    for text, score, kind in pieces:
-        piece = _bytes(1, text.encode()) + _float(2, score) + _integer(3, kind)
-        model += _bytes(1, piece)
+    model = b"".join(
+        _bytes(1, _bytes(1, text.encode()) + _float(2, score) + _integer(3, kind))
+        for text, score, kind in pieces
+    )
     trainer = _integer(3, 2) + _integer(4, len(pieces)) + _integer(35, 1)  # BPE, size, fallback
-    normalizer = _bytes(1, b"identity") + _integer(3, 1) + _integer(4, 0) + _integer(5, 1)
+    if names != NAMES:
+        trainer += b"".join(_bytes(45 + i, name.encode()) for i, name in enumerate(names))
+    normalizer = _bytes(1, b"identity") + _integer(3, dummy_prefix)
+    normalizer += _integer(4, 0) + _integer(5, 1)
     return model + _bytes(2, trainer) + _bytes(3, normalizer)
 
 

@@ -1,33 +1,69 @@
 """Text to ids and back: sentencepiece, and decoding as the ids arrive."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import sentencepiece
 
 from npllama.errors import InputError, TokenizerError
 from npllama.small_file import MAX_TOKENIZER, read_small_file
+from npllama.tokenizer_json import sentencepiece_from_json
 
 _SPACE = "\u2581"  # how a piece writes a space
 _REPLACEMENT = "\ufffd"
+
+
+class Lost(Enum):
+    """Which pieces lose a leading space where the text has not begun."""
+
+    NONE = 0  # there is no dummy prefix
+    OF_FIRST_PIECE = 1  # Llama: the dummy prefix
+    OF_EVERY_PIECE = 2  # extra spaces are removed, sentencepiece's default
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that fine-tuning added beside a tokenizer's pieces.
+
+    Attributes:
+        content: its text.
+        special: it controls, as an end of text does, and decodes to nothing.
+    """
+
+    content: str
+    special: bool
 
 
 class Tokenizer:
     """A sentencepiece model with Llama's ids: BOS 1, EOS 2, unknown 0, byte b at b + 3.
 
     Args:
-        path: a tokenizer.model file.
+        path: a tokenizer.model file, or a tokenizer.json of Llama's kind
+            (see npllama.tokenizer_json).
+
+    Attributes:
+        vocab_size: pieces of the sentencepiece model.
+        added: tokens beside them, by id; see `for_model`.
+        n_ids: ids below it decode; those without piece and name to nothing.
+        add_bos, add_eos: whether `encode_prompt` puts BOS first and EOS last.
 
     Raises:
         TokenizerError: there is no such file, or it is not a sentencepiece model.
 
-    Control tokens are inserted by id and never found in text: "<s>" in a prompt is three
-    ordinary characters.
+    Control and added tokens are inserted by id and never found in text: "<s>" in a prompt is
+    three ordinary characters.
     """
 
     def __init__(self, path: str | Path) -> None:
+        path = Path(path)
         try:
-            model = read_small_file(Path(path), MAX_TOKENIZER)
+            if path.suffix == ".json" and path.exists():
+                model = sentencepiece_from_json(path)
+            else:
+                model = read_small_file(path, MAX_TOKENIZER)
         except FileNotFoundError:
             raise TokenizerError(
                 f"{path} does not exist: text needs the model's tokenizer.model; "
@@ -50,26 +86,54 @@ class Tokenizer:
             if not model:
                 raise RuntimeError  # which sentencepiece takes for "nothing to load"
             processor.LoadFromSerializedProto(model)
-            processor.id_to_piece(list(range(processor.vocab_size())))  # each is UTF-8
+            pieces = processor.id_to_piece(list(range(processor.vocab_size())))  # each is UTF-8
             processor.decode([processor.unk_id()])  # there is one, and its text is UTF-8
         except (RuntimeError, UnicodeDecodeError, IndexError):
             raise TokenizerError(
                 f"{name} is not a sentencepiece model: expected the tokenizer.model that "
                 "came with the checkpoint"
             ) from None
-        space = processor.piece_to_id(_SPACE)
-        decoded = [processor.decode([space] * n) for n in (1, 2)]
-        if processor.id_to_piece(space) == _SPACE and decoded != ["", " "]:
-            raise TokenizerError(
-                f"{name} treats spaces otherwise than Llama's tokenizers (a dummy prefix, and all "
-                "white space kept): expected the tokenizer.model of a LLaMA-2"
-            )
         self.processor = processor
+        self.leading_spaces_lost = _leading_spaces_lost(processor, pieces)
         self.vocab_size: int = processor.vocab_size()
+        self.n_ids = self.vocab_size
+        self.added: Mapping[int, AddedToken] = {}
+        self.add_bos, self.add_eos = True, False
         self.bos_id: int = processor.bos_id()
         self.eos_id: int = processor.eos_id()
         if self.bos_id < 0:
             raise TokenizerError(f"{name} has no BOS token: expected a Llama tokenizer")
+
+    def for_model(
+        self,
+        n_ids: int,
+        end_ids: Collection[int] = (),
+        added: Mapping[int, AddedToken] | None = None,
+    ) -> "Tokenizer":
+        """The same tokenizer for a model with `n_ids` rows, some of them beyond the pieces.
+
+        Args:
+            end_ids: ids that end a text; they have none themselves.
+            added: names of further ids; None keeps those there are. One that names a control
+                piece with special False gives it its text; other pieces stay as they are.
+        """
+        tokenizer = copy.copy(self)
+        tokenizer.n_ids = max(n_ids, self.vocab_size)
+        added = self.added if added is None else added
+        tokenizer.added = {
+            id_: AddedToken(token.content, token.special or id_ in end_ids)
+            for id_, token in added.items()
+            if self.vocab_size <= id_ < tokenizer.n_ids or self._is_named_control(id_, token)
+        }
+        return tokenizer
+
+    def _is_named_control(self, id_: int, token: AddedToken) -> bool:
+        return (
+            0 <= id_ < self.vocab_size
+            and id_ not in (self.bos_id, self.eos_id)
+            and self.processor.is_control(id_)
+            and self.processor.id_to_piece(id_) == token.content
+        )
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, BOS first; the empty text is BOS alone.
@@ -87,8 +151,20 @@ class Tokenizer:
             raise self._damaged() from None
         return [self.bos_id, *ids] if bos else ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to continue, with BOS and EOS as `add_bos` and `add_eos` say.
+
+        A text without ids of its own, as the empty one, is BOS alone whatever they say.
+        """
+        ids = self.encode(text, bos=False)
+        if not ids:
+            return [self.bos_id]
+        before = [self.bos_id] if self.add_bos else []
+        return before + ids + ([self.eos_id] if self.add_eos and self.eos_id >= 0 else [])
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens have none, invalid UTF-8 is one U+FFFD a byte.
+        """Text of `ids`; control tokens have none, other added tokens their content, and invalid
+        UTF-8 is one U+FFFD a byte.
 
         Raises:
             InputError: an id that the tokenizer does not have.
@@ -96,23 +172,34 @@ class Tokenizer:
         for id_ in ids:
             self._check(id_)
         try:
+            if any(self.added_text(id_) is not None for id_ in ids):
+                decoder = StreamDecoder(self)
+                return "".join([decoder.push(id_) for id_ in ids]) + decoder.flush()
             return self.processor.decode([int(id_) for id_ in ids])
         except UnicodeDecodeError:
             raise self._damaged() from None
 
     def piece(self, id_: int) -> str:
-        """The vocabulary's entry for one id, as it is written there."""
+        """The vocabulary's entry for one id, as it is written there; "" where it has no name."""
         self._check(id_)
+        if id_ >= self.vocab_size:
+            token = self.added.get(int(id_))
+            return "" if token is None else token.content
         return self.processor.id_to_piece(int(id_))
+
+    def added_text(self, id_: int) -> str | None:
+        """What an id beside the pieces decodes to; None for a piece."""
+        token = self.added.get(int(id_))
+        if token is None:
+            return None if id_ < self.vocab_size else ""
+        return "" if token.special else token.content
 
     def _damaged(self) -> TokenizerError:
         return TokenizerError("the tokenizer.model is damaged: get the file again")
 
     def _check(self, id_: int) -> None:
-        if not 0 <= id_ < self.vocab_size:
-            raise InputError(
-                f"token id {id_} is not in the tokenizer's vocabulary of {self.vocab_size}"
-            )
+        if not 0 <= id_ < self.n_ids:
+            raise InputError(f"token id {id_} is not in the tokenizer's vocabulary of {self.n_ids}")
 
 
 class StreamDecoder:
@@ -127,24 +214,29 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._processor = tokenizer.processor
         self._bytes = b""  # of a character not yet whole
-        self._at_start = True  # no text yet: the first piece loses its leading space
+        self._at_start = True  # no text yet: the first piece may lose its leading space
 
     def push(self, id_: int) -> str:
         """The text that this id makes certain; may be empty."""
         self._tokenizer._check(id_)
         id_ = int(id_)
-        if self._processor.is_byte(id_):
+        is_piece = id_ < self._tokenizer.vocab_size
+        if is_piece and self._processor.is_byte(id_):
             self._bytes += bytes([int(self._processor.id_to_piece(id_)[3:5], 16)])  # <0xHH>
             return self._started(self._whole_characters())
         text = self._started(self.flush())
+        added = self._tokenizer.added_text(id_)
+        if added is not None:
+            return text + self._started(added)
         if self._processor.is_control(id_):
             return text
         if self._processor.is_unknown(id_):
             return text + self._started(self._processor.decode([id_]))
         piece = self._processor.id_to_piece(id_)
-        if self._at_start and piece.startswith(_SPACE):
+        lost = self._tokenizer.leading_spaces_lost
+        if self._at_start and lost is not Lost.NONE and piece.startswith(_SPACE):
             piece = piece[1:]
-            self._at_start = False
+            self._at_start = lost is Lost.OF_EVERY_PIECE  # until one has text
         return text + self._started(piece.replace(_SPACE, " "))
 
     def flush(self) -> str:
@@ -178,3 +270,21 @@ def _utf8_length(first: int) -> int:
     if 0xE0 <= first < 0xF0:
         return 3
     return 4 if 0xF0 <= first < 0xF5 else 1
+
+
+def _leading_spaces_lost(
+    processor: sentencepiece.SentencePieceProcessor, pieces: Sequence[str]
+) -> Lost:
+    """Found out by decoding, since sentencepiece does not tell its settings."""
+    spaced = [i for i, piece in enumerate(pieces) if piece.startswith(_SPACE)]
+    spaced.sort(key=lambda i: len(pieces[i]))
+    has_text = (i for i in spaced if not (processor.is_control(i) or processor.is_unknown(i)))
+    # two of a space alone tell all three apart; without such a piece the last two are the same
+    id_ = next(has_text, None)
+    if id_ is None:
+        return Lost.NONE
+    decoded = processor.decode([id_, id_])
+    whole = pieces[id_].replace(_SPACE, " ")
+    if decoded == whole + whole:
+        return Lost.NONE
+    return Lost.OF_FIRST_PIECE if decoded == whole[1:] + whole else Lost.OF_EVERY_PIECE

@@ -89,6 +89,24 @@ def test_a_system_prompt_stands_in_the_first_message_alone(llama_tokenizer):
     assert with_system[len(WITH_SYSTEM) :] == plain[first - 4 :]
 
 
+def test_behind_a_system_prompt_the_first_message_keeps_its_leading_space(llama_tokenizer):
+    """Meta strips the text with the system prompt before it."""
+    leading = encode_chat(llama_tokenizer, [system("Be brief."), user(" Hi ")])
+    assert leading == [6324 if id_ == 18567 else id_ for id_ in WITH_SYSTEM]
+    trailing = encode_chat(llama_tokenizer, [system("Be brief."), user("Hi \n")])
+    assert trailing == WITH_SYSTEM
+
+
+def test_only_the_text_of_system_prompt_and_message_together_is_stripped():
+    tokenizer = byte_tokenizer()
+    messages = [system(" s "), user(" \n a "), assistant(" b "), user(" c ")]
+    assert encode_chat(tokenizer, messages) == [
+        *tokenizer.encode("[INST] <<SYS>>\n s \n<</SYS>>\n\n \n a [/INST] b "),
+        tokenizer.eos_id,
+        *tokenizer.encode("[INST] c [/INST]"),
+    ]
+
+
 @pytest.mark.parametrize("blank", [" ", "\n", " \t\n  "])
 def test_users_and_answers_are_stripped(llama_tokenizer, blank):
     messages = [user("Hi"), assistant("Hello!"), user("How are\n you?")]
@@ -233,6 +251,28 @@ def test_llama_2s_own_template_is_accepted(tmp_path):
     write_config(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(LLAMA_2)
     check_chat_template(tmp_path)
+
+
+def named(**templates):
+    return [{"name": name, "template": template} for name, template in templates.items()]
+
+
+def test_of_a_list_of_templates_the_one_named_default_decides(tmp_path):
+    for accepted in (
+        named(default=LLAMA_2, tool_use=CHATML),
+        named(tool_use=CHATML, default=LLAMA_2),
+        named(tool_use=LLAMA_2),  # none is the default
+    ):
+        write_config(tmp_path, chat_template=accepted)
+        check_chat_template(tmp_path)
+    for refused in (
+        named(default=CHATML, tool_use=LLAMA_2),
+        named(tool_use=LLAMA_2, default=CHATML),
+        named(rag=CHATML),
+    ):
+        write_config(tmp_path, chat_template=refused)
+        with pytest.raises(TokenizerError, match="another dialogue format"):
+            check_chat_template(tmp_path)
 
 
 @pytest.mark.parametrize("template, missing", OTHERS.values(), ids=OTHERS)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from conftest import TINY
 from model_directory import write_model
 from npllama import load, process_memory
 from npllama.config import LlamaConfig
-from npllama.generate import finish_reasons, main, parser
+from npllama.generate import finish_reasons, main, parser, print_log_probs
 from npllama.generation import Completion, Timings
 
 CONFIG = LlamaConfig(**{**vars(TINY), "context_length": 512})
@@ -424,6 +425,26 @@ def test_errors_of_the_model_directory(capsys, tmp_path, model):
     with open(damaged / "model.safetensors", "r+b") as weights:
         weights.truncate(5000)
     assert "damaged or truncated" in line(damaged)
+
+
+def test_a_tokenizer_that_fits_badly_is_one_line_of_warning(capsys, tmp_path):
+    rows = replace(CONFIG, vocab_size=2000)
+    directory = write_model(tmp_path / "m", rows)
+    code, out, err = call(capsys, "--model", str(directory), "--prompt", "a", *GREEDY)
+    assert code == 0 and out.startswith("a")
+    assert err.startswith("npllama: the tokenizer has 260 tokens and the model 2000: text will be")
+    assert err.count("\n") == 1
+
+
+def test_log_probabilities_name_added_tokens(capsys, tmp_path):
+    rows = replace(CONFIG, vocab_size=262, eos_ids=(261,))
+    directory = write_model(tmp_path / "m", rows)
+    (directory / "added_tokens.json").write_text('{"<step>": 260}')
+    ids = [100, 260, 261]  # the last is an end without a name
+    completion = Completion("a<step>", ids, [-1.0, -2.0, -3.0], "eos", Timings(), 0)
+    print_log_probs(load(directory, "numpy"), completion)
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert [line.split()[2] for line in lines] == ["'<0x61>'", "'<step>'", "''"]
 
 
 def test_too_little_memory_is_one_line_with_both_numbers(capsys, model, monkeypatch):

@@ -35,6 +35,7 @@ from npllama.errors import NpllamaError, WeightsError
 from npllama.llama import Llama
 from npllama.quantization import quantize
 from npllama.safetensors_file import SafetensorsFile
+from npllama.sentencepiece_model import bpe_model
 from npllama.tokenizer import Tokenizer
 from npllama.weights import EMBEDDING, INDEX, LM_HEAD, NORM, layer_name
 
@@ -162,6 +163,55 @@ def test_a_tokenizer_bin_encodes_and_decodes_as_sentencepiece():
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
     assert len(tokenizer.encode("Once upon a time, there was")) < 10
+
+
+WRITTEN = FIXTURES / "tokenizers"  # as transformers 5 saves a tokenizer
+WITH_ADDED = LlamaConfig(**{**vars(TINY), "vocab_size": 1026})
+
+
+def test_a_tokenizer_json_becomes_a_tokenizer_model(tmp_path):
+    source = write_model(tmp_path / "hf", WITH_ADDED, tokenizer=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(WRITTEN / name, source)
+    assert convert(source, tmp_path / "out").returncode == 0
+    made, shipped = Tokenizer(tmp_path / "out" / "tokenizer.model"), load().tokenizer
+    for text in ("Once upon a  time\n", "🦙 <s>", ""):
+        assert made.encode(text) == shipped.encode(text)
+    tokenizer = load(tmp_path / "out", "numpy").tokenizer
+    assert tokenizer.decode([416, 1025, 1024]) == shipped.decode([416]) + "<step>"
+
+
+def test_a_tokenizer_json_may_be_given_and_its_added_tokens_go_with_it(tmp_path):
+    source = write_llama2c(tmp_path / "m.bin", WITH_ADDED, random_tensors(WITH_ADDED))
+    convert(source, tmp_path / "out", "--tokenizer", WRITTEN / "tokenizer.json")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "tokenizer.model" in names and "tokenizer.json" not in names
+    tokenizer = load(tmp_path / "out", "numpy").tokenizer
+    assert tokenizer.encode("Once") == load().encode("Once")
+    assert tokenizer.decode([416, 1025, 1024]) == load().tokenizer.decode([416]) + "<step>"
+
+
+def test_a_tokenizer_json_of_another_kind_is_named_and_the_model_takes_ids(tmp_path):
+    source = write_model(tmp_path / "hf", TINY, tokenizer=False)
+    (source / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    result = convert(source, tmp_path / "out")
+    assert result.returncode == 0
+    assert f"convert: {source / 'tokenizer.json'} is a WordPiece model" in result.stderr
+    assert "the model takes token ids only; --tokenizer FILE adds one" in result.stderr
+    assert load(tmp_path / "out", backend="numpy").generate([1], max_new_tokens=2).text is None
+    line = error_line(source, tmp_path / "other", "--tokenizer", source / "tokenizer.json")
+    assert "is a WordPiece model" in line and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("flags", [b"\x18\x00", b"\x20\x01"], ids=["no prefix", "spaces removed"])
+def test_tokenizers_that_treat_spaces_otherwise_are_kept_as_they_are(tmp_path, flags):
+    model = bpe_model(BYTE_PIECES) + b"\x1a\x02" + flags  # merged into the settings
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
+    assert convert(source, tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
+    llama = load(tmp_path / "out", "numpy")
+    assert llama.encode("a  b") == [1, *llama.tokenizer.processor.encode("a  b")]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

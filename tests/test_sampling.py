@@ -153,10 +153,11 @@ def test_filters_accept_what_others_have_excluded(ops, to_device, to_host):
 # -- all of it together
 
 
-def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None):
+def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None, allowed=None):
     move, back = ops.backend.to_device, ops.backend.to_host
+    allowed = None if allowed is None else move(allowed)
     seen = None if seen is None else move(seen.copy())  # which is updated in place
-    ids, log_probs = ops.next_token(move(x), move(uniform), parameters, seen, n_tokens)
+    ids, log_probs = ops.next_token(move(x), move(uniform), parameters, seen, n_tokens, allowed)
     ids, log_probs = back(ids), back(log_probs)
     assert ids.dtype == np.int64 and log_probs.dtype == np.float32
     assert ids.shape == log_probs.shape == (len(x),)
@@ -399,6 +400,38 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(ops, rng, changes):
         assert ids.tolist() == alone.tolist()
     unlimited, _ = next_tokens(ops, x, np.full(30, 0.5), sampling(**changes), seen)
     assert unlimited.max() >= 17
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.0},
+        {},
+        {"temperature": 1e-30},
+        {"top_k": 3},
+        {"top_k": 500},
+        {"top_p": 0.9},
+        {"top_p": 0.9999999},
+        {"min_p": 0.01},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.0, "repetition_penalty": 0.5},
+    ],
+)
+def test_ids_that_are_not_allowed_are_never_chosen_and_the_others_as_if_alone(ops, rng, changes):
+    x = rng.standard_normal((30, 20)).astype("float32")
+    allowed = np.arange(18) < 9
+    allowed[[12, 17]] = True  # holes lie between, padding rows behind
+    x[:, 9:] += 20
+    x[:, [12, 17]] -= 20
+    x[0, [3, 17]] = 50
+    seen = rng.random((30, 20)) < 0.5
+    kept = np.flatnonzero(allowed)
+    for uniform in (rng.random(30), np.zeros(30), np.full(30, LARGEST_BELOW_1)):
+        ids, log_probs = next_tokens(ops, x, uniform, sampling(**changes), seen, 18, allowed)
+        assert np.isin(ids, kept).all() and np.isfinite(log_probs).all()
+        alone, _ = next_tokens(ops, x[:, kept], uniform, sampling(**changes), seen[:, kept])
+        assert ids.tolist() == kept[alone].tolist()
+    assert 17 in next_tokens(ops, x, np.full(30, 0.999), sampling(), seen, 18, allowed)[0]
 
 
 @pytest.mark.parametrize("n_tokens", [None, 7])

@@ -1,15 +1,18 @@
 """Text to ids and back, against sentencepiece itself; and decoding as ids arrive."""
 
 import copy
+import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 
-from model_directory import byte_tokenizer
+from conftest import ROOT
+from model_directory import BYTE_PIECES, byte_tokenizer
 from npllama.errors import InputError, TokenizerError
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
-from npllama.tokenizer import StreamDecoder, Tokenizer
+from npllama.tokenizer import AddedToken, StreamDecoder, Tokenizer
 
 TEXTS = [
     "",
@@ -380,10 +383,158 @@ def test_a_model_read_from_bytes_is_the_model_read_from_a_file(tmp_path, tokeniz
     assert Tokenizer(path).encode(text) == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("flag", [b"\x18\x00", b"\x20\x01"], ids=["no prefix", "spaces removed"])
-def test_a_tokenizer_that_treats_spaces_otherwise_is_refused(flag):
-    from model_directory import BYTE_PIECES
+# -- other ways to treat spaces
 
-    model = bpe_model(BYTE_PIECES) + b"\x1a" + bytes([len(flag)]) + flag  # merged into the spec
-    with pytest.raises(TokenizerError, match="treats spaces otherwise than Llama's"):
-        Tokenizer.from_bytes(model)
+# fields of sentencepiece's settings, merged into those of a model: no dummy prefix, extra spaces
+# removed (the default of sentencepiece's trainer), both
+SETTINGS = {
+    "no prefix": b"\x18\x00",
+    "spaces removed": b"\x20\x01",
+    "both": b"\x18\x00\x20\x01",
+    "prefix": b"\x18\x01\x20\x00",
+}
+SHIPPED = ROOT / "npllama" / "assets" / "stories" / "tokenizer.model"
+RUNS = [("\u2581" * n, -float(n), PieceType.NORMAL) for n in (2, 3, 4)]
+# without a piece of a space alone, there is one that begins with a space, or none
+VOCABULARIES = {
+    "shipped": lambda: SHIPPED.read_bytes(),
+    "bytes": lambda: bpe_model(BYTE_PIECES),
+    "runs": lambda: bpe_model([*BYTE_PIECES, *RUNS]),
+    "runs alone": lambda: bpe_model([*special_and_byte_pieces(), *RUNS]),
+    "no spaces": lambda: bpe_model([*special_and_byte_pieces(), ("a", 0.0, PieceType.NORMAL)]),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    flags = SETTINGS[request.param]
+    return b"\x1a" + bytes([len(flags)]) + flags
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_ids_and_text_are_sentencepieces_whatever_it_does_with_spaces(settings, vocabulary):
+    tokenizer = Tokenizer.from_bytes(VOCABULARIES[vocabulary]() + settings)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, bos=False)
+        assert ids == tokenizer.processor.encode(text)
+        assert tokenizer.decode(ids) == tokenizer.processor.decode(ids)
+        assert_streams_as_sentencepiece_decodes(tokenizer, ids)
+        assert_streams_as_sentencepiece_decodes(tokenizer, [1, *ids, 2, *ids])
+    for ids in random_id_sequences(tokenizer, 20, seed=5):
+        assert_streams_as_sentencepiece_decodes(tokenizer, ids)
+
+
+def test_the_first_piece_loses_its_space_only_where_a_dummy_prefix_may_have_made_it():
+    model = VOCABULARIES["shipped"]()
+    space, a = 975, 261  # "\u2581", "\u2581a"
+    for name, text in (
+        ("prefix", "  a a"),
+        ("no prefix", "   a a"),
+        ("spaces removed", "a a"),
+        ("both", "a a"),
+    ):
+        flags = SETTINGS[name]
+        tokenizer = Tokenizer.from_bytes(model + b"\x1a" + bytes([len(flags)]) + flags)
+        assert tokenizer.decode([1, space, space, a, a]) == text
+        assert "".join(streamed(tokenizer, [1, space, space, a, a])) == text
+
+
+def test_the_settings_are_those_of_real_tokenizers():
+    """What sentencepiece's trainer makes by default, and without a dummy prefix."""
+    for options in ({}, {"add_dummy_prefix": False}):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a cat sat on a mat"] * 3),
+            model_writer=model,
+            vocab_size=275,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+            **options,
+        )
+        tokenizer = Tokenizer.from_bytes(model.getvalue())
+        assert tokenizer.decode(tokenizer.encode("  a   cat ")) == "a cat"
+        for ids in random_id_sequences(tokenizer, 10, seed=6):
+            assert_streams_as_sentencepiece_decodes(tokenizer, ids)
+
+
+# -- tokens beside the pieces
+
+ADDED = {262: AddedToken("<|end|>", True), 264: AddedToken("<step>", False)}
+
+
+def added_tokenizer():
+    return byte_tokenizer().for_model(270, end_ids=(266,), added=ADDED)
+
+
+def test_control_tokens_decode_to_nothing_and_other_added_ones_to_their_content():
+    tokenizer = added_tokenizer()
+    x = tokenizer.encode("x", bos=False)
+    for ids, text in (
+        ([1, *x, 262], "x"),
+        ([1, *x, 264, *x], "x<step> x"),
+        ([264, *x], "<step> x"),  # the text has begun
+        ([262, *x], "x"),  # it has not
+        ([266, 269, 261], ""),  # an end without a name, and padding rows
+        ([243, 162, 264, 169, 156], "\ufffd\ufffd<step>\ufffd\ufffd"),
+        ([243, 162, 262, 169], "\ufffd\ufffd\ufffd"),
+        ([264, 264], "<step><step>"),
+    ):
+        assert tokenizer.decode(ids) == text == "".join(streamed(tokenizer, ids))
+        assert tokenizer.decode(np.array(ids)) == text
+    assert [tokenizer.piece(i) for i in (1, 262, 264, 266)] == ["<s>", "<|end|>", "<step>", ""]
+
+
+def test_text_never_makes_an_added_token():
+    tokenizer = added_tokenizer()
+    for text in ("<|end|>", "a<step>b", "<step>"):
+        assert tokenizer.encode(text) == byte_tokenizer().encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_an_end_id_has_no_text_whatever_its_name():
+    tokenizer = byte_tokenizer().for_model(270, end_ids=(264,), added=ADDED)
+    assert tokenizer.decode([264, 100]) == "a"
+
+
+def test_ids_beyond_the_models_rows_are_refused_with_added_tokens_too():
+    tokenizer = byte_tokenizer().for_model(264, added=ADDED)
+    assert 264 not in tokenizer.added
+    for bad in (264, -1, 10**9):
+        with pytest.raises(InputError, match=f"token id {bad} is not in"):
+            tokenizer.decode([bad])
+
+
+def test_added_tokens_leave_pieces_as_they_are():
+    names = {1: "BOS", 2: "</s>", 100: "x", 259: "\u2581"}
+    added = {id_: AddedToken(name, False) for id_, name in names.items()}
+    tokenizer = byte_tokenizer().for_model(260, added=added)
+    ids = [1, 259, 100, 259, 2]
+    assert tokenizer.decode(ids) == byte_tokenizer().decode(ids) == "a "
+    assert [tokenizer.piece(i) for i in ids] == [byte_tokenizer().piece(i) for i in ids]
+
+
+def test_a_control_piece_that_is_named_as_no_control_token_has_its_text():
+    model = bpe_model([*BYTE_PIECES, ("<step>", 0.0, PieceType.CONTROL)])
+    plain = Tokenizer.from_bytes(model)
+    named = plain.for_model(261, added={260: AddedToken("<step>", False)})
+    assert (plain.decode([100, 260]), named.decode([100, 260])) == ("a", "a<step>")
+    other = plain.for_model(261, added={260: AddedToken("<stop>", False)})
+    assert other.decode([100, 260]) == "a"
+
+
+# -- BOS and EOS of a prompt
+
+
+@pytest.mark.parametrize(
+    "bos, eos, ids", [(True, False, [1, 7]), (False, False, [7]), (True, True, [1, 7, 2])]
+)
+def test_a_prompt_has_bos_and_eos_as_asked_and_an_empty_one_bos_alone(bos, eos, ids):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_bos, tokenizer.add_eos = bos, eos
+    text = tokenizer.encode("ab", bos=False)
+    assert tokenizer.encode_prompt("ab") == [
+        i for id_ in ids for i in (text if id_ == 7 else [id_])
+    ]
+    assert tokenizer.encode_prompt("") == [1]
+    assert tokenizer.encode("ab") == [1, *text]

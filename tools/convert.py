@@ -135,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="tokenizer.model, or llama2.c's tokenizer.bin (default: the one beside SOURCE)",
+        help="tokenizer.model, tokenizer.json of Llama's kind, or llama2.c's tokenizer.bin "
+        "(default: the one beside SOURCE)",
     )
     p.add_argument(
         "--max-shard-size",

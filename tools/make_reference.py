@@ -4,6 +4,7 @@
     python tools/make_reference.py hf
     python tools/make_reference.py torch --meta-converter convert_llama_weights_to_hf.py
     python tools/make_reference.py gradients
+    python tools/make_reference.py tokenizers
     python tools/make_reference.py check
 
 fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
@@ -15,6 +16,8 @@ script came with transformers up to 4.46 (models/llama/convert_llama_weights_to_
 fixtures/gradients has float64 weights, a loss and its gradients by PyTorch's autograd, through a
 forward written in torch for the purpose, since transformers' own is float32 in part; its loss
 is held to transformers'.
+fixtures/tokenizers has the files that transformers 5 makes of the shipped tokenizer.model, with a
+special and a plain token added, and the ids that it gives to texts.
 The tests need the files alone, not torch. `check` converts every fixture with tools/convert.py
 and opens the result in transformers.
 """
@@ -287,6 +290,38 @@ def make_torch(script: ModuleType) -> None:
     save_expected(directory, model, 20)
 
 
+# -- tokenizers
+
+# transformers 5 leaves out the dummy prefix where a text begins with a space, and finds special
+# tokens in text; npllama does neither, as Meta's code
+TOKENIZER_TEXTS = [
+    "Once upon a time, there was a little girl named Lily.",
+    "a  b   c\tand\n\nlines\r\n and trailing   ",
+    "🦙 flags 🇩🇪, 👩\u200d👩\u200d👦",
+    "漢字かな、한국어 and nai\u0308ve cafe\u0301, ก็",
+    "\ufffd literal, \x00 nul, \x7f and \u2581 the mark \u2581\u2581",
+    "half <s and <0x0A> and </ s>",
+    "",
+]
+
+
+def make_tokenizers() -> None:
+    """fixtures/tokenizers: tokenizer.json, tokenizer_config.json, and ids of TOKENIZER_TEXTS."""
+    dest = FIXTURES / "tokenizers"
+    shutil.rmtree(dest, ignore_errors=True)
+    shipped = Path(convert.__file__).parent.parent / "npllama" / "assets" / "stories"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(shipped / name, folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["<step>"])
+    tokenizer.save_pretrained(dest)
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in TOKENIZER_TEXTS]
+    expected = dict(zip(TOKENIZER_TEXTS, ids, strict=True))
+    (dest / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
 # -- gradients
 
 # name -> config; B, T of the batch are those of make_gradients
@@ -413,7 +448,7 @@ def main() -> None:
     """Write what the command line names."""
     open_streams()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("hf", "torch", "gradients", "check"))
+    p.add_argument("what", choices=("hf", "torch", "gradients", "tokenizers", "check"))
     p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
     args = p.parse_args()
     tell(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -423,6 +458,8 @@ def main() -> None:
         make_hf()
     elif args.what == "gradients":
         make_gradients()
+    elif args.what == "tokenizers":
+        make_tokenizers()
     else:
         if args.meta_converter is None:
             p.error("torch needs --meta-converter convert_llama_weights_to_hf.py")

@@ -1,7 +1,7 @@
 """What NumPy does better than blocks.py: joined products, and all cores for a prompt."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,13 +126,16 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
             self.shared.add([part.lm_head], part)
         return part
 
-    @contextmanager
-    def computing(self, n_rows: int) -> Iterator[None]:
+    def computing(self, n_rows: int) -> AbstractContextManager:
         """One forward at a time, with as many threads of BLAS as there are free cores.
 
         BLAS has one thread where many rows are cut up among threads of our own, and beside
         workers: its threads spin for some 50 ms after a product and would take their cores.
         """
+        return self._computing(n_rows)
+
+    @contextmanager
+    def _computing(self, n_rows: int) -> Iterator[None]:
         threads = self.backend.threads
         with threads.turn():
             is_helped = self.shared.begin()

@@ -103,6 +103,7 @@ class SamplingEquations(Equations):
         sampling: SamplingParameters,
         seen: Array | None = None,
         n_tokens: int | None = None,
+        allowed: Array | None = None,
     ) -> tuple[Array, Array]:
         """Choose each row's next token.
 
@@ -114,6 +115,7 @@ class SamplingEquations(Equations):
             seen: (B, V) bool, needed where repetition_penalty is not 1; updated in place.
             n_tokens: only ids below it are chosen; a model's vocabulary may be padded beyond
                 its tokenizer's.
+            allowed: (n_tokens,) bool, the ids that are chosen; None for all of them.
 
         Returns:
             ids (B,) int64, and (B,) float32 log-probabilities of those ids under `logits`
@@ -121,6 +123,8 @@ class SamplingEquations(Equations):
         """
         xp = self.xp
         x = logits[:, :n_tokens]
+        if allowed is not None:
+            x = xp.where(allowed, x, -math.inf)
         if sampling.repetition_penalty != 1:
             x = self.penalize_repetition(x, seen[:, :n_tokens], sampling.repetition_penalty)
         if sampling.temperature == 0:

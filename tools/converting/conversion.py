@@ -10,9 +10,8 @@ from tqdm import tqdm
 from converting.new_directory import new_directory
 from converting.numbers import Loss, as_dtype, as_int8, check_finite
 from converting.source import Source, Tensor
-from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
-from converting.tokenizers import read_tokenizer
+from converting.tokenizers import read_tokenizer, tokenizer_config
 from converting.writer import Entry, index_files, plan, to_json, write_shards
 from npllama.console import tell
 from npllama.errors import InputError, WeightsError
@@ -35,7 +34,8 @@ def convert(
     Args:
         dest: by its real name (new_directory.resolved).
         dtype: of the matrices; None keeps each tensor's own.
-        tokenizer: tokenizer.model or tokenizer.bin; None takes the one beside the source.
+        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin; None takes the one beside
+            the source.
 
     Raises:
         NpllamaError: broken weights, a `dest` in the way, too little disk space.
@@ -60,10 +60,7 @@ def convert(
     if left_out:
         _say(f"left out, since --tokenizer replaces what they describe: {', '.join(left_out)}")
     if "tokenizer.model" not in others:
-        _say(
-            "no tokenizer was found beside the source: the model takes token ids only; "
-            "--tokenizer FILE adds one"
-        )
+        _say(f"{source.no_tokenizer}; the model takes token ids only; --tokenizer FILE adds one")
 
 
 def _say(line: str) -> None:
@@ -84,7 +81,7 @@ def other_files(source: Source, dtype: str | None, tokenizer: Path | None) -> di
     tokenizer = tokenizer or source.tokenizer
     if tokenizer is not None:
         files["tokenizer.model"] = read_tokenizer(tokenizer, config.vocab_size)
-        files.setdefault("tokenizer_config.json", to_json(TOKENIZER_CONFIG))
+        files.setdefault("tokenizer_config.json", to_json(tokenizer_config(tokenizer)))
     generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
     files["generation_config.json"] = to_json(source.generation_config or generation)
     files["config.json"] = to_json(hf_config(source, dtype))

@@ -8,8 +8,10 @@ from converting.source import Source, Tensor, file_tensor, scaled_int8
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
-from npllama.errors import WeightsError
+from npllama.errors import TokenizerError, WeightsError
 from npllama.safetensors_file import DTYPES, SafetensorsFile
+from npllama.tokenizer_files import tokenizer_file
+from npllama.tokenizer_json import sentencepiece_from_json
 from npllama.weights import (
     EMBEDDING,
     INDEX,
@@ -64,12 +66,19 @@ def read_hugging_face(directory: Path) -> Source:
         del tensors[LM_HEAD]  # the embedding, stored a second time
         if head.place is None or head.place != embedding.place:
             stored_tie = head
-    tokenizer, generation = directory / "tokenizer.model", directory / "generation_config.json"
+    tokenizer, generation = tokenizer_file(directory), directory / "generation_config.json"
+    no_tokenizer = Source.no_tokenizer
+    if tokenizer is not None and tokenizer.suffix == ".json":
+        try:
+            sentencepiece_from_json(tokenizer)
+        except TokenizerError as error:
+            tokenizer, no_tokenizer = None, str(error)
     return Source(
         format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",
         config=config,
         tensors=tensors,
-        tokenizer=tokenizer if tokenizer.exists() else None,
+        tokenizer=tokenizer,
+        no_tokenizer=no_tokenizer,
         hf_config=read_json(directory / "config.json"),
         generation_config=read_json(generation) if generation.exists() else {},
         copied=tuple(directory / name for name in _COPIED if (directory / name).exists()),

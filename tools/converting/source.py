@@ -58,7 +58,8 @@ class Source:
         format: its name, for --inspect.
         config: the model's shape.
         tensors: Hugging Face name -> Tensor.
-        tokenizer: tokenizer.model or tokenizer.bin beside the weights, if any.
+        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin beside the weights, if any.
+        no_tokenizer: why the one beside the weights, or None, is not taken.
         hf_config, generation_config: the source's own files, kept where it has them.
         copied: further files that DEST gets as they are.
         notes: what a user should know of the choices that were made.
@@ -70,6 +71,7 @@ class Source:
     config: LlamaConfig
     tensors: dict[str, Tensor]
     tokenizer: Path | None = None
+    no_tokenizer: str = "no tokenizer was found beside the source"
     hf_config: dict = field(default_factory=dict)
     generation_config: dict = field(default_factory=dict)
     copied: tuple[Path, ...] = ()

@@ -1,14 +1,16 @@
-"""Tokenizers: a tokenizer.model as it is, and llama2.c's tokenizer.bin rewritten as one."""
+"""Tokenizers: a tokenizer.model as it is; tokenizer.json and llama2.c's tokenizer.bin as one."""
 
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from npllama.config import read_json
 from npllama.errors import TokenizerError
 from npllama.not_a_model import content_instead
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer import Tokenizer
+from npllama.tokenizer_json import added_tokens, sentencepiece_from_json
 
 CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -30,7 +32,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
     """The contents of a tokenizer.model for a model of `vocab_size`.
 
     Raises:
-        TokenizerError: neither format, or more pieces than the model has embeddings.
+        TokenizerError: none of the formats, or more pieces than the model has embeddings.
     """
     try:
         content = read_small_file(path, MAX_TOKENIZER)
@@ -40,6 +42,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
         raise TokenizerError(f"{path} {what}")
     if path.suffix == ".bin":
         content = from_tokenizer_bin(content, path)
+    elif path.suffix == ".json":
+        content = sentencepiece_from_json(path)
     else:
         Tokenizer(path)  # raises where it is none
     n_pieces = Tokenizer.from_bytes(content).vocab_size
@@ -49,6 +53,19 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
             "expected the tokenizer that the model was trained with"
         )
     return content
+
+
+def tokenizer_config(path: Path) -> dict[str, object]:
+    """tokenizer_config.json for a tokenizer; of a tokenizer.json with its added tokens."""
+    if path.suffix != ".json":
+        return CONFIG
+    tokens = added_tokens(read_json(path, MAX_TOKENIZER))
+    fields = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
+    decoder = {
+        str(token.get("id")): {name: token[name] for name in fields if name in token}
+        for token in tokens
+    }
+    return CONFIG | ({"added_tokens_decoder": decoder} if decoder else {})
 
 
 def from_tokenizer_bin(content: bytes, path: Path) -> bytes:
