@@ -50,6 +50,9 @@ class Sampling:
         _require_between("min_p", self.min_p, 0, 1, "from 0 to 1")
         penalty = self.repetition_penalty
         _require_between("repetition_penalty", penalty, 1e-3, 1e3, "0.001 to 1000, 1 for none")
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # which would widen float32 arrays
+                object.__setattr__(self, name, value.item())
 
 
 def checked_seed(seed: int | None) -> int:

@@ -118,13 +118,38 @@ for _name in _UNARY_AND_COMPARING:
     setattr(StrictArray, f"__{_name}__", _operator(f"__{_name}__"))
 
 
+def _cumsum(array, axis=None, dtype=None):
+    """A sum in another order, as a device's parallel scan: blocks, and then the sums of the blocks
+    before each. Where a token of probability 0 follows, the sum may still grow by a rounding."""
+    x = np.asarray(array, dtype=dtype)
+    if axis is None:
+        x, axis = x.reshape(-1), -1
+    x = np.moveaxis(x, axis, -1)
+    begins = range(0, x.shape[-1], 64)
+    blocks = [x[..., begin : begin + 64] for begin in begins]
+    sums = [block.sum(axis=-1, keepdims=True) for block in blocks]
+    before = [sum(reversed(sums[:i]), 0 * block[..., :1]) for i, block in enumerate(blocks)]
+    parts = [start + block.cumsum(axis=-1) for start, block in zip(before, blocks, strict=True)]
+    return np.moveaxis(np.concatenate(parts, axis=-1), -1, axis)
+
+
+def _partition(array, kth, axis=-1):
+    if isinstance(kth, np.generic):
+        raise TypeError(f"{type(kth).__name__!r} object is not iterable")  # in CuPy's words
+    return np.partition(array, kth, axis=axis)
+
+
+_OWN = {"cumsum": _cumsum, "partition": _partition}
+"""Functions of NumPy that do what CuPy's do not."""
+
+
 class StrictModule:
     """An `xp` with CuPy's functions and keywords, and no others."""
 
     def __getattr__(self, name):
         if name not in API["functions"]:
             raise AttributeError(f"CuPy has no {name}")
-        function = getattr(np, name)
+        function = _OWN.get(name) or getattr(np, name)
         if not callable(function) or isinstance(function, type):
             return function
         allowed = API["functions"][name]

@@ -279,6 +279,20 @@ def test_the_ends_of_the_uniforms_never_draw_an_excluded_token(ops, to_device, t
             assert ids.tolist() == (n - 1 - allowed[:, ::-1].argmax(axis=-1)).tolist()
 
 
+def test_a_sum_in_another_order_draws_no_excluded_token(ops, to_device, to_host, rng):
+    """A device sums in blocks: behind the last token that is left the sum may still grow."""
+    x = (rng.standard_normal((100, 4000)) * 3).astype("float32")
+    x[:, 0] = x[:, 2000:] = -math.inf
+    ids = to_host(ops.draw(to_device(x), to_device(np.full(100, LARGEST_BELOW_1))))
+    assert np.isfinite(x[np.arange(100), ids]).all()
+
+
+def test_numpy_numbers_become_pythons():
+    """A NumPy float64 would widen float32 arrays, and CuPy's partition takes no NumPy integer."""
+    made = Sampling(np.float64(0.5), np.int32(3), np.float32(0.5), np.float64(0), np.int64(1))
+    assert all(type(value) in (int, float) for value in vars(made).values())
+
+
 @pytest.mark.parametrize("changes", [{"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}])
 @pytest.mark.parametrize("uniform", [0.0, 0.999999, LARGEST_BELOW_1])
 def test_what_a_filter_drops_is_never_drawn(ops, rng, changes, uniform):

@@ -82,8 +82,9 @@ class SamplingEquations(Equations):
         """Inverse transform: the first token whose cumulative probability exceeds `uniform`.
 
         Args:
-            uniform: (B,) in [0, 1). The sum is float64 and not assumed to be 1, so the last
-                token with any probability is reached and none with -inf ever is.
+            uniform: (B,) in [0, 1). The sum is float64 and not assumed to be 1, nor to stay as
+                it is behind the last token that has a probability: a device adds in another
+                order. So that token is reached, and none with -inf ever is.
 
         Returns:
             (B,) int64 ids.
@@ -92,8 +93,9 @@ class SamplingEquations(Equations):
         """
         probability = self.softmax(logits)
         cumulative = self.xp.cumsum(probability, axis=-1, dtype="float64")  # (B, V)
-        target = uniform[:, None] * cumulative[:, -1:]  # (B, 1)
-        exceeds = (cumulative > target) & (probability > 0)
+        has_any = probability > 0
+        total = (cumulative * has_any).max(axis=-1, keepdims=True)  # (B, V) -> (B, 1)
+        exceeds = (cumulative > uniform[:, None] * total) & has_any
         return exceeds.argmax(axis=-1)  # (B, V) -> (B,)
 
     def next_token(
