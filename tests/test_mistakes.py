@@ -270,8 +270,8 @@ MISTAKES = {
     ),
     "draw takes a token without probability": (
         SAMPLING,
-        "(cumulative > target) & (probability > 0)",
-        "(cumulative >= target)",
+        "(cumulative > uniform[:, None] * total) & has_any",
+        "(cumulative >= uniform[:, None] * total)",
     ),
 }
 
