@@ -6,10 +6,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -930,36 +930,71 @@ def loadable(directory):
     return True
 
 
+# convert.py in a fork for each line of standard input: "step 3" kills it before the third of its
+# file operations beside DEST, "size 500" when a file grows beyond that many bytes
+KILLED = """
+import os, resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import convert
+folder, operations = sys.argv[2], ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+for line in sys.stdin:
+    what, n = line.split()[0], int(line.split()[1])
+    pid = os.fork()
+    if pid == 0:
+        def kill_at_last(event, args):
+            global n
+            if event in operations and str(args[0]).startswith(folder):
+                n -= 1
+                if n == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        if what == "step":
+            sys.addaudithook(kill_at_last)
+        else:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        os._exit(convert.main(sys.argv[3:]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path, old):
-    """SIGKILL at random times, and at each step of putting the new directory in place."""
-    config = LlamaConfig(**{**vars(TINY), "vocab_size": 20_000})
-    source = write_llama2c(tmp_path / "model.bin", config, random_tensors(config))
+    """SIGKILL before each operation on files, and in the middle of writing one."""
+    source = write_llama2c(tmp_path / "model.bin", SMALL, random_tensors(SMALL))
     dest = tmp_path / "folder" / "out"
-    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(dest)]
-    command += ["--overwrite"]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    whole = time.perf_counter() - began
+    assert convert(source, dest).returncode == 0
     written = (dest / "model.safetensors").read_bytes()
     aside = dest.with_name(".out.replaced")
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        if not old:
-            shutil.rmtree(dest, ignore_errors=True)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(whole * rng.uniform(0.5, 1.1))
-        process.kill()
-        process.wait()
-        # an old model is there, or aside for an instant; a new one is whole or not there
-        assert loadable(dest) or not dest.exists()
-        assert not old or dest.exists() or loadable(aside)
-        for path in dest.parent.iterdir():  # half-written work beside it is no model
-            if loadable(path):
-                assert (path / "model.safetensors").read_bytes() == written
-        assert convert(source, dest, "--overwrite").returncode == 0
-        assert [path.name for path in dest.parent.iterdir()] == ["out"]
-        assert loadable(dest)
+    command = [sys.executable, "-c", KILLED, ROOT / "tools", dest.parent, source, dest]
+    sizes = [f"size {n}" for n in (1, 1000, len(written) // 2, len(written) - 1)]
+    ended = []
+    with subprocess.Popen(
+        [*map(str, command), "--overwrite"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for where in (*sizes, *(f"step {n}" for n in range(1, 1000))):
+            if not old:
+                shutil.rmtree(dest)
+            print(where, file=process.stdin, flush=True)
+            ended.append(int(process.stdout.readline()))
+            # an old model is there, or aside for an instant; a new one is whole or not there
+            assert loadable(dest) or not dest.exists()
+            assert not old or dest.exists() or loadable(aside)
+            for path in dest.parent.iterdir():  # half-written work beside it is no model
+                if loadable(path):
+                    assert (path / "model.safetensors").read_bytes() == written
+            assert convert(source, dest, "--overwrite").returncode == 0
+            assert [path.name for path in dest.parent.iterdir()] == ["out"]
+            assert loadable(dest)
+            if ended[-1] == 0:  # there is no such step: it ran to its end
+                break
+    steps = ended[len(sizes) :]
+    assert ended[: len(sizes)] == [-signal.SIGXFSZ] * len(sizes)
+    assert steps == [-signal.SIGKILL] * (len(steps) - 1) + [0] and len(steps) > 10
 
 
 @pytest.mark.parametrize("step", [1, 2])
