@@ -1,5 +1,6 @@
 """tools/convert.py: every format, every dtype, whole or not at all."""
 
+import functools
 import io
 import json
 import os
@@ -686,6 +687,23 @@ def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
 # -- memory
 
 
+@pytest.fixture(scope="module")
+def large_source(tmp_path_factory):
+    """A source as it is stored, made once: gate, up and down are nearly all of it."""
+    config = LlamaConfig(64, 1, 8, 8, 2**16, 260)
+
+    @functools.cache
+    def make(stored):
+        folder = tmp_path_factory.mktemp("large")
+        if stored == "groups":
+            return write_llama2c_new(folder / "model.bin", config, random_tensors(config), 64)
+        if stored == "int8":
+            return write_model(folder, config, tensors=random_int8(config))
+        return write_model(folder, config, dtype=stored)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("stored", "dtype", "factor"),
     [
@@ -702,14 +720,10 @@ def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
         ("groups", "int8", 4 + 1),
     ],
 )
-def test_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, stored, dtype, factor):
-    config = LlamaConfig(64, 1, 8, 8, 2**16, 260)  # gate, up and down are nearly all of it
-    if stored == "groups":
-        source = write_llama2c_new(tmp_path / "model.bin", config, random_tensors(config), 64)
-    elif stored == "int8":
-        source = write_model(tmp_path / "hf", config, tensors=random_int8(config))
-    else:
-        source = write_model(tmp_path / "hf", config, dtype=stored)
+def test_memory_holds_one_tensor_at_a_time(
+    tmp_path, monkeypatch, large_source, stored, dtype, factor
+):
+    source = large_source(stored)
     monkeypatch.setattr("converting.numbers._CHUNK", 2**14)
     source = read_source(source)
     tracemalloc.start()
