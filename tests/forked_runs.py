@@ -5,6 +5,7 @@ took longer than most runs. Reads a job a line from standard input, {"copy": fol
 npllama, "arguments": pytest's}, and writes the run's result as a line to standard output.
 """
 
+import gc
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def run(job, output):
 
 
 def main():
+    gc.freeze()  # a fork's collections need not look at what was imported before
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             pid = os.fork()

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -293,17 +294,19 @@ def arguments_for(file):
 
 
 OPTIONS = ["-x", "-q", "--backend", "numpy", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-OPTIONS += ["-c", str(ROOT / "setup.cfg"), "--tb", "native"]
+OPTIONS += ["-c", str(ROOT / "setup.cfg"), "--tb", "native", "-s", "-p", "no:logging"]
 
 
 def copy_package(folder, change=None):
+    """With what is compiled already, but for the file that changes."""
     package = folder / "npllama"
-    shutil.copytree(ROOT / "npllama", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "npllama", package, ignore=shutil.ignore_patterns("assets"))
     if change is not None:
         file, right, wrong = change
         source = (package / file).read_text()
         assert source.count(right) == 1, f"{file} holds {right!r} {source.count(right)} times"
         (package / file).write_text(source.replace(right, wrong))
+        Path(cache_from_source(package / file)).unlink(missing_ok=True)
 
 
 class Runs:
