@@ -51,6 +51,8 @@ def run(job, output):
 
 
 def main():
+    # The next runs find what one compiles: the copy's files, and the tests as pytest rewrites them
+    sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
     gc.freeze()  # a fork's collections need not look at what was imported before
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+", errors="replace") as output:

@@ -1,6 +1,6 @@
 """Known mistakes, seeded into the mathematics one by one: the suite must fail for each.
 
-Every case copies the package, changes one line, and runs the tests of the mathematics on the
+Every case changes one line in a copy of the package, and runs the tests of the mathematics on the
 copy in a process of its own, until one fails. A line that is no longer there fails the case too.
 The tests that failed then pass on a copy without a change.
 """
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import cache_from_source
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -297,76 +297,86 @@ OPTIONS = ["-x", "-q", "--backend", "numpy", "-p", "no:cacheprovider", "--rootdi
 OPTIONS += ["-c", str(ROOT / "setup.cfg"), "--tb", "native", "-s", "-p", "no:logging"]
 
 
-def copy_package(folder, change=None):
-    """With what is compiled already, but for the file that changes."""
-    package = folder / "npllama"
-    shutil.copytree(ROOT / "npllama", package, ignore=shutil.ignore_patterns("assets"))
-    if change is not None:
-        file, right, wrong = change
-        source = (package / file).read_text()
-        assert source.count(right) == 1, f"{file} holds {right!r} {source.count(right)} times"
-        (package / file).write_text(source.replace(right, wrong))
-        Path(cache_from_source(package / file)).unlink(missing_ok=True)
+class Program:
+    """forked_runs.py with a copy of the package, in which one line at a time is wrong."""
 
-
-class Runs:
-    """As many runs of pytest at a time as there are cores, each in a fork of forked_runs.py."""
-
-    def __init__(self):
-        self.programs, self.idle = [], queue.SimpleQueue()
-        self.pool = ThreadPoolExecutor(os.cpu_count())
-
-    def submit(self, folder, tests, change=None):
-        return self.pool.submit(self._run, folder, tests, change)
-
-    def _run(self, folder, tests, change):
-        copy_package(folder, change)
-        try:
-            program = self.idle.get_nowait()
-        except queue.Empty:
-            program = self._start()
-        job = {"copy": str(folder), "arguments": [*OPTIONS, *(str(ROOT / test) for test in tests)]}
-        print(json.dumps(job), file=program.stdin, flush=True)
-        result = json.loads(program.stdout.readline())
-        self.idle.put(program)
-        return result
-
-    def _start(self):
-        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
-        program = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forked_runs.py")],
+    def __init__(self, folder, compiled):
+        self.package = folder / "npllama"
+        ignored = shutil.ignore_patterns("__pycache__", "assets")
+        shutil.copytree(ROOT / "npllama", self.package, ignore=ignored)
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forked_runs.py"), compiled],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         )
-        self.programs.append(program)
-        return program
+
+    def run(self, tests):
+        arguments = [*OPTIONS, *(str(ROOT / test) for test in tests)]
+        job = {"copy": str(self.package.parent), "arguments": arguments}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    @contextmanager
+    def mistaken(self, number, change):
+        name, right, wrong = change
+        file = self.package / name
+        source, status = file.read_text(), file.stat()
+        assert source.count(right) == 1, f"{name} holds {right!r} {source.count(right)} times"
+        try:
+            file.write_text(source.replace(right, wrong))
+            os.utime(file, (number, number))  # compiled files are known by the second and the size
+            yield
+        finally:
+            file.write_text(source)
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+class Runs:
+    """As many runs of pytest at a time as there are cores, each in a fork of its program."""
+
+    def __init__(self, new_folder):
+        self.new_folder, self.compiled = new_folder, new_folder("compiled")
+        self.programs, self.idle = [], queue.SimpleQueue()
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def submit(self, tests, *mistake):
+        """Of `mistake`, if there is one: a number of its own and the change."""
+        return self.pool.submit(self._run, tests, *mistake)
+
+    def _run(self, tests, *mistake):
+        try:
+            program = self.idle.get_nowait()
+        except queue.Empty:
+            program = Program(self.new_folder("copy"), self.compiled)
+            self.programs.append(program)
+        try:
+            with program.mistaken(*mistake) if mistake else nullcontext():
+                return program.run(tests)
+        finally:
+            self.idle.put(program)
 
     def close(self):
         self.pool.shutdown(cancel_futures=True)
         for program in self.programs:
-            program.communicate()
+            program.process.communicate()
 
 
 @pytest.fixture(scope="module")
-def runs():
-    runs = Runs()
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp)
     yield runs
     runs.close()
 
 
 @pytest.fixture(scope="module")
-def results(request, runs, tmp_path_factory):
+def results(request, runs):
     """The suite's run on each mistake that is asked for."""
     asked = [item.callspec.params["mistake"] for item in request.session.items if is_mistake(item)]
     return {
-        mistake: runs.submit(
-            tmp_path_factory.mktemp("copy"),
-            arguments_for(MISTAKES[mistake][0]),
-            MISTAKES[mistake],
-        )
-        for mistake in asked
+        mistake: runs.submit(arguments_for(MISTAKES[mistake][0]), number, MISTAKES[mistake])
+        for number, mistake in enumerate(asked, 10**9)
     }
 
 
@@ -382,8 +392,8 @@ def test_the_suite_fails_for(mistake, results):
     )
 
 
-def test_what_failed_passes_on_an_unchanged_copy(runs, results, tmp_path):
+def test_what_failed_passes_on_an_unchanged_copy(runs, results):
     """So it was the mistake that failed it. The whole suite on no copy is what CI runs anyway."""
     noticed = {test for result in results.values() for test in result.result()["failed"]}
-    result = runs.submit(tmp_path, sorted(noticed or {"tests/test_blocks.py"})).result()
+    result = runs.submit(sorted(noticed or {"tests/test_blocks.py"})).result()
     assert result["code"] == 0, result["output"][-4000:]
