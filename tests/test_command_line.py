@@ -264,7 +264,9 @@ def test_context_limits_prompt_and_completion(model, capsys):
 
 
 def test_stats_show_speed_memory_and_the_seed(model, capsys):
-    _, out, err = call(capsys, "--model", model, "--prompt", "a", "--stats", "--seed", "77")
+    _, out, err = call(
+        capsys, "--model", model, "--prompt", "a", "--stats", "--seed", "77", *GREEDY
+    )
     assert out.startswith("a")
     rows = {line[:20].strip(): line[20:].strip() for line in err.splitlines()}
     assert rows["seed"] == "77"
@@ -279,6 +281,7 @@ def test_stats_show_speed_memory_and_the_seed(model, capsys):
 
 def test_the_random_seed_that_stats_shows_reproduces_the_text(model, capsys):
     args = ("--model", model, "--prompt", "a", "--temperature", "1", "--stats", "--json")
+    args += ("--max-new-tokens", "30")
     _, out, err = call(capsys, *args)
     seed = err.split("seed")[-1].strip()
     _, again, _ = call(capsys, *args, "--seed", seed)
@@ -312,7 +315,9 @@ def test_logprobs_are_shown_on_stderr(model, capsys):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_dtype_is_what_computes(model, capsys, dtype):
-    _, _, err = call(capsys, "--model", model, "--prompt", "a", "--dtype", dtype, "--stats")
+    _, _, err = call(
+        capsys, "--model", model, "--prompt", "a", "--dtype", dtype, "--stats", *GREEDY
+    )
     assert dtype in err
 
 

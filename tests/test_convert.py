@@ -51,6 +51,12 @@ LLAMA2C_ORDER = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """test_new_directory.py tests what is synced and when; a busy disk would take minutes here."""
+    monkeypatch.setattr("converting.new_directory.os.fsync", lambda _file: None)
+
+
 def convert(*args):
     """The command line, in this process: a start of Python for each would take most of the time."""
     out, err = io.StringIO(), io.StringIO()

@@ -282,7 +282,7 @@ SUITES = {
     NUMPY_SAMPLING: ("overrides",),
     TILES: ("overrides::test_with_one_thread_it_computes_the_same", "overrides"),
     PIECES: ("pieces", "overrides"),
-    SAMPLING: ("sampling",),
+    SAMPLING: ("sampling::test_the_ends_of_the_uniforms_never_draw_an_excluded_token", "sampling"),
 }
 
 
