@@ -280,9 +280,8 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(place, capsys):
 
 def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
     """In a process of its own: its peak against the sum that check_memory makes."""
-    (tmp_path / "config.json").write_text(
-        json.dumps(CONFIG | {"hidden_size": 736, "intermediate_size": 1472})
-    )
+    wide = {"hidden_size": 512, "intermediate_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | wide))
     text = "\n<|endoftext|>\n".join(f"{SENTENCE} {i} " * 2 for i in range(40))
     (tmp_path / "text.txt").write_text(text)
     code = (
@@ -299,7 +298,7 @@ def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
         "train.main(sys.argv[1:])\n"
         "print(needed * 1e9, Backend().peak_bytes() - before)\n"
     )
-    more = ["--threads", "1", "--batch", "16", "--micro-batch", "16", "--warmup", "0"]
+    more = ["--threads", "1", "--batch", "20", "--micro-batch", "20", "--warmup", "0"]
     given = arguments(tmp_path, *more, steps=2)
     command = [sys.executable, "-c", code, str(ROOT / "tools"), *given]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
