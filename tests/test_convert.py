@@ -1,15 +1,16 @@
 """tools/convert.py: every format, every dtype, whole or not at all."""
 
+import functools
 import io
 import json
 import os
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -51,6 +52,12 @@ SMALL = LlamaConfig(36, 1, 6, 3, 40, 260)
 LLAMA2C_ORDER = (
     "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w_gate", "w_down", "w_up",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """test_new_directory.py tests what is synced and when; a busy disk would take minutes here."""
+    monkeypatch.setattr("converting.new_directory.os.fsync", lambda _file: None)
 
 
 def convert(*args):
@@ -818,6 +825,23 @@ def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
 # -- memory
 
 
+@pytest.fixture(scope="module")
+def large_source(tmp_path_factory):
+    """A source as it is stored, made once: gate, up and down are nearly all of it."""
+    config = LlamaConfig(64, 1, 8, 8, 2**16, 260)
+
+    @functools.cache
+    def make(stored):
+        folder = tmp_path_factory.mktemp("large")
+        if stored == "groups":
+            return write_llama2c_new(folder / "model.bin", config, random_tensors(config), 64)
+        if stored == "int8":
+            return write_model(folder, config, tensors=random_int8(config))
+        return write_model(folder, config, dtype=stored)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("stored", "dtype", "factor"),
     [
@@ -834,14 +858,10 @@ def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
         ("groups", "int8", 4 + 1),
     ],
 )
-def test_memory_holds_one_tensor_at_a_time(tmp_path, monkeypatch, stored, dtype, factor):
-    config = LlamaConfig(64, 1, 8, 8, 2**16, 260)  # gate, up and down are nearly all of it
-    if stored == "groups":
-        source = write_llama2c_new(tmp_path / "model.bin", config, random_tensors(config), 64)
-    elif stored == "int8":
-        source = write_model(tmp_path / "hf", config, tensors=random_int8(config))
-    else:
-        source = write_model(tmp_path / "hf", config, dtype=stored)
+def test_memory_holds_one_tensor_at_a_time(
+    tmp_path, monkeypatch, large_source, stored, dtype, factor
+):
+    source = large_source(stored)
     monkeypatch.setattr("converting.numbers._CHUNK", 2**14)
     source = read_source(source)
     tracemalloc.start()
@@ -1062,36 +1082,71 @@ def loadable(directory):
     return True
 
 
+# convert.py in a fork for each line of standard input: "step 3" kills it before the third of its
+# file operations beside DEST, "size 500" when a file grows beyond that many bytes
+KILLED = """
+import os, resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+import convert
+folder, operations = sys.argv[2], ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+for line in sys.stdin:
+    what, n = line.split()[0], int(line.split()[1])
+    pid = os.fork()
+    if pid == 0:
+        def kill_at_last(event, args):
+            global n
+            if event in operations and str(args[0]).startswith(folder):
+                n -= 1
+                if n == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        if what == "step":
+            sys.addaudithook(kill_at_last)
+        else:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        os._exit(convert.main(sys.argv[3:]))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path, old):
-    """SIGKILL at random times, and at each step of putting the new directory in place."""
-    config = LlamaConfig(**{**vars(TINY), "vocab_size": 20_000})
-    source = write_llama2c(tmp_path / "model.bin", config, random_tensors(config))
+    """SIGKILL before each operation on files, and in the middle of writing one."""
+    source = write_llama2c(tmp_path / "model.bin", SMALL, random_tensors(SMALL))
     dest = tmp_path / "folder" / "out"
-    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(dest)]
-    command += ["--overwrite"]
-    began = time.perf_counter()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    whole = time.perf_counter() - began
+    assert convert(source, dest).returncode == 0
     written = (dest / "model.safetensors").read_bytes()
     aside = dest.with_name(".out.replaced")
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        if not old:
-            shutil.rmtree(dest, ignore_errors=True)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(whole * rng.uniform(0.5, 1.1))
-        process.kill()
-        process.wait()
-        # an old model is there, or aside for an instant; a new one is whole or not there
-        assert loadable(dest) or not dest.exists()
-        assert not old or dest.exists() or loadable(aside)
-        for path in dest.parent.iterdir():  # half-written work beside it is no model
-            if loadable(path):
-                assert (path / "model.safetensors").read_bytes() == written
-        assert convert(source, dest, "--overwrite").returncode == 0
-        assert [path.name for path in dest.parent.iterdir()] == ["out"]
-        assert loadable(dest)
+    command = [sys.executable, "-c", KILLED, ROOT / "tools", dest.parent, source, dest]
+    sizes = [f"size {n}" for n in (1, 1000, len(written) // 2, len(written) - 1)]
+    ended = []
+    with subprocess.Popen(
+        [*map(str, command), "--overwrite"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for where in (*sizes, *(f"step {n}" for n in range(1, 1000))):
+            if not old:
+                shutil.rmtree(dest)
+            print(where, file=process.stdin, flush=True)
+            ended.append(int(process.stdout.readline()))
+            # an old model is there, or aside for an instant; a new one is whole or not there
+            assert loadable(dest) or not dest.exists()
+            assert not old or dest.exists() or loadable(aside)
+            for path in dest.parent.iterdir():  # half-written work beside it is no model
+                if loadable(path):
+                    assert (path / "model.safetensors").read_bytes() == written
+            assert convert(source, dest, "--overwrite").returncode == 0
+            assert [path.name for path in dest.parent.iterdir()] == ["out"]
+            assert loadable(dest)
+            if ended[-1] == 0:  # there is no such step: it ran to its end
+                break
+    steps = ended[len(sizes) :]
+    assert ended[: len(sizes)] == [-signal.SIGXFSZ] * len(sizes)
+    assert steps == [-signal.SIGKILL] * (len(steps) - 1) + [0] and len(steps) > 10
 
 
 @pytest.mark.parametrize("step", [1, 2])

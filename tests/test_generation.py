@@ -1,6 +1,5 @@
 """The loop: what it says, when it stops, and that batches and queues change nothing."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -148,10 +147,11 @@ def test_a_stop_text_ends_the_completion_and_is_not_part_of_it(llama):
 
 
 def test_the_text_is_what_the_tokenizer_makes_of_prompt_and_completion(llama):
-    for prompt, seed in itertools.product(([1], [1, 100, 101], [1, 259, 100]), range(5)):
-        completion = llama.generate(
-            prompt, max_new_tokens=25, temperature=1.0, top_p=1, seed=seed, ignore_eos=True
-        )
+    prompts = [[1], [1, 100, 101], [1, 259, 100]] * 5
+    sampling = Sampling(temperature=1.0, top_p=1)
+    completions = run(llama, prompts, sampling=sampling, max_new_tokens=25, seed=0, ignore_eos=True)
+    assert len({tuple(completion.ids) for completion in completions}) == len(prompts)
+    for prompt, completion in zip(prompts, completions, strict=True):
         whole = llama.tokenizer.decode(prompt + completion.ids)
         assert whole == llama.tokenizer.decode(prompt) + completion.text
 

@@ -1,14 +1,18 @@
 """Known mistakes, seeded into the mathematics one by one: the suite must fail for each.
 
-Every case copies the package, changes one line, and runs the tests of the mathematics on the
-copy in a process of its own. A line that is no longer there fails the case too.
+Every case changes one line in a copy of the package, and runs the tests of the mathematics on the
+copy in a process of its own, until one fails. A line that is no longer there fails the case too.
+The tests that failed then pass on a copy without a change.
 """
 
+import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -286,51 +290,104 @@ SUITES = {
     NUMPY_BLOCKS: ("blocks", "overrides"),
     NUMPY_DERIVATIVES: ("overrides",),
     NUMPY_SAMPLING: ("sampling", "overrides"),
-    TILES: ("overrides",),
+    TILES: ("overrides::test_with_one_thread_it_computes_the_same", "overrides"),
     PIECES: ("pieces", "overrides"),
-    SAMPLING: ("sampling",),
+    SAMPLING: ("sampling::test_the_ends_of_the_uniforms_never_draw_an_excluded_token", "sampling"),
 }
 
 
-def run_suite(tmp_path, names, change=None):
-    package = tmp_path / "npllama"
-    shutil.copytree(ROOT / "npllama", package, ignore=shutil.ignore_patterns("__pycache__"))
-    if change is not None:
-        file, right, wrong = change
-        source = (package / file).read_text()
-        assert source.count(right) == 1, f"{file} holds {right!r} {source.count(right)} times"
-        (package / file).write_text(source.replace(right, wrong))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--backend", "numpy"]
-    command += ["-p", "no:cacheprovider", "-c", str(ROOT / "setup.cfg"), "--rootdir", str(ROOT)]
-    return subprocess.run(
-        command + [str(ROOT / "tests" / f"test_{name}.py") for name in names],
-        cwd=tmp_path,  # `python -m` puts it first on the path: the copy is what is imported
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+def arguments_for(file):
+    """pytest's arguments: files of tests, or file::test."""
+    for name in SUITES[file]:
+        suite, *test = name.split("::")
+        yield "::".join([f"tests/test_{suite}.py", *test])
 
 
-def test_the_suite_passes_on_an_unchanged_copy(tmp_path):
-    result = run_suite(tmp_path, sorted({name for names in SUITES.values() for name in names}))
-    assert result.returncode == 0, result.stdout[-2000:]
+OPTIONS = ["-x", "-q", "--backend", "numpy", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+OPTIONS += ["-c", str(ROOT / "setup.cfg"), "--tb", "native", "-s", "-p", "no:logging"]
+
+
+class Program:
+    """forked_runs.py with a copy of the package, in which one line at a time is wrong."""
+
+    def __init__(self, folder, compiled):
+        self.package = folder / "npllama"
+        ignored = shutil.ignore_patterns("__pycache__", "assets")
+        shutil.copytree(ROOT / "npllama", self.package, ignore=ignored)
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forked_runs.py"), compiled],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def run(self, tests):
+        arguments = [*OPTIONS, *(str(ROOT / test) for test in tests)]
+        job = {"copy": str(self.package.parent), "arguments": arguments}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    @contextmanager
+    def mistaken(self, number, change):
+        name, right, wrong = change
+        file = self.package / name
+        source, status = file.read_text(), file.stat()
+        assert source.count(right) == 1, f"{name} holds {right!r} {source.count(right)} times"
+        try:
+            file.write_text(source.replace(right, wrong))
+            os.utime(file, (number, number))  # compiled files are known by the second and the size
+            yield
+        finally:
+            file.write_text(source)
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+class Runs:
+    """As many runs of pytest at a time as there are cores, each in a fork of its program."""
+
+    def __init__(self, new_folder):
+        self.new_folder, self.compiled = new_folder, new_folder("compiled")
+        self.programs, self.idle = [], queue.SimpleQueue()
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def submit(self, tests, *mistake):
+        """Of `mistake`, if there is one: a number of its own and the change."""
+        return self.pool.submit(self._run, tests, *mistake)
+
+    def _run(self, tests, *mistake):
+        try:
+            program = self.idle.get_nowait()
+        except queue.Empty:
+            program = Program(self.new_folder("copy"), self.compiled)
+            self.programs.append(program)
+        try:
+            with program.mistaken(*mistake) if mistake else nullcontext():
+                return program.run(tests)
+        finally:
+            self.idle.put(program)
+
+    def close(self):
+        self.pool.shutdown(cancel_futures=True)
+        for program in self.programs:
+            program.process.communicate()
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """The suite's run on each mistake that is asked for, as many at a time as there are cores."""
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp)
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="module")
+def results(request, runs):
+    """The suite's run on each mistake that is asked for."""
     asked = [item.callspec.params["mistake"] for item in request.session.items if is_mistake(item)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {
-            mistake: pool.submit(
-                run_suite,
-                tmp_path_factory.mktemp("copy"),
-                SUITES[MISTAKES[mistake][0]],
-                MISTAKES[mistake],
-            )
-            for mistake in asked
-        }
-        pool.shutdown(cancel_futures=True)
+    return {
+        mistake: runs.submit(arguments_for(MISTAKES[mistake][0]), number, MISTAKES[mistake])
+        for number, mistake in enumerate(asked, 10**9)
+    }
 
 
 def is_mistake(item):
@@ -340,5 +397,13 @@ def is_mistake(item):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_suite_fails_for(mistake, results):
     result = results[mistake].result()
-    assert result.returncode == 1, f"nothing failed:\n{result.stdout[-2000:]}{result.stderr}"
-    assert " failed" in result.stdout, result.stdout[-2000:]
+    assert result["code"] == 1 and result["failed"], (
+        f"{result['code']}:\n{result['output'][-4000:]}"
+    )
+
+
+def test_what_failed_passes_on_an_unchanged_copy(runs, results):
+    """So it was the mistake that failed it. The whole suite on no copy is what CI runs anyway."""
+    noticed = {test for result in results.values() for test in result.result()["failed"]}
+    result = runs.submit(sorted(noticed or {"tests/test_blocks.py"})).result()
+    assert result["code"] == 0, result["output"][-4000:]

@@ -122,14 +122,14 @@ def test_an_installed_wheel_tells_a_story(packages, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*command, "--target", str(tmp_path), str(packages[1])], check=True)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    code = "import npllama; print(npllama.__file__)"
-    where = [sys.executable, "-c", code]
-    out = subprocess.run(where, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert out.stdout.startswith(str(tmp_path))
-    command = [sys.executable, "-m", "npllama.generate", "--prompt", "Once upon a time"]
+    code = (  # as `python -m npllama.generate` does, but for where it was found
+        "import runpy, sys, npllama; print(npllama.__file__, file=sys.stderr)\n"
+        "runpy.run_module('npllama.generate', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, "--prompt", "Once upon a time"]
     command += ["--seed", "0", "--temperature", "0.6"]
     told = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert (told.returncode, told.stderr) == (0, "")
+    assert (told.returncode, told.stderr) == (0, f"{tmp_path / 'npllama' / '__init__.py'}\n")
     assert told.stdout.startswith("Once upon a time")
     assert len(told.stdout.split()) > 50
 

@@ -724,7 +724,7 @@ BOMBS = {
 HARMLESS = ("list-in-itself", "dict-in-itself", "dicts-shared", "deep-lists", "deep-dicts")
 
 WORKER = """
-import resource, signal, sys, time
+import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from converting.torch_file import read_torch_file
@@ -732,8 +732,9 @@ from npllama.errors import WeightsError
 resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
 for path in map(Path, sys.argv[2:]):
     print(path.stem, end="\\t", flush=True)
-    began = time.perf_counter()
-    signal.alarm(20)  # ends this process, even within one endless call of C
+    # seconds of computing, of which a bomb has endlessly many and the slowest defused one takes 1;
+    # then this process ends, even within one endless call of C
+    signal.setitimer(signal.ITIMER_PROF, 10)
     try:
         read_torch_file(path)
         outcome = "read"
@@ -741,17 +742,17 @@ for path in map(Path, sys.argv[2:]):
         outcome = "refused" if str(error).isprintable() else "many lines"
     except BaseException as error:
         outcome = repr(error)[:200]
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     # not ru_maxrss, which begins with what the process had that started this one
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
-    print(outcome, round(time.perf_counter() - began, 2), peak, sep="\\t", flush=True)
+    print(outcome, peak, sep="\\t", flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory):
-    """Name -> (outcome, seconds, peak MB) of every bomb; each that kills its process is told."""
+    """Name -> (outcome, peak MB) of every bomb; each that kills its process is told."""
     folder = tmp_path_factory.mktemp("bombs")
     left = [write_zip(folder / f"{name}.pth", opcodes) for name, opcodes in BOMBS.items()]
     results = {}
@@ -761,9 +762,9 @@ def bombs(tmp_path_factory):
         for line in result.stdout.splitlines():
             name, *fields = line.split("\t")
             if fields == [""]:
-                results[name] = (f"ended with {result.returncode}", 0.0, 0)
+                results[name] = (f"ended with {result.returncode}", 0)
             else:
-                results[name] = (fields[0], float(fields[1]), int(fields[2]))
+                results[name] = (fields[0], int(fields[1]))
         assert results, result.stderr
         left = [path for path in left if path.stem not in results]
     return results
@@ -771,9 +772,8 @@ def bombs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_defused(bombs, name):
-    outcome, seconds, megabytes = bombs[name]
+    outcome, megabytes = bombs[name]
     assert outcome == "refused" or (outcome == "read" and name in HARMLESS)
-    assert seconds < 5
     assert megabytes < 500
 
 
