@@ -40,6 +40,8 @@ TOLERANCE = {
     ("cupy", "bfloat16"): 1.6e-2,
     ("cupy", "int8"): 2e-6,
 }
+WIDE = 70_000
+"""A width beyond any model's: cuBLAS adds so many products with more rounding in float32."""
 T = (1, 2, 8, 9, 33)
 S = (0, 1, 600)
 B = (1, 3)
@@ -55,7 +57,7 @@ def linear_rows(width):
 def linear_grid():
     """(dtype, label, call): widths around the tile, odd output counts."""
     for dtype, shape in itertools.product(
-        ("float32", "float16", "bfloat16", "int8"), ((5, 7), (600, 1000), (11, 70_000))
+        ("float32", "float16", "bfloat16", "int8"), ((5, 7), (600, 1000), (11, WIDE))
     ):
         rng = np.random.default_rng(0)
         if dtype == "int8":
@@ -288,7 +290,7 @@ def queries_keys_values_grid():
 def keep_top_p_grid():
     """Flat and peaked, with equals; p from next to nothing to next to all."""
     for b, n_vocab, p, sharpness in itertools.product(
-        B, (1, 7, 1000), (1e-6, 0.5, 0.9, 1 - 1e-6, 1 - 1e-7), (0, 1, 8)
+        B, (1, 7, 1000), (1e-6, 0.5, 0.9, 1 - 1e-6), (0, 1, 8)
     ):
         rng = np.random.default_rng(0)
         logits = np.round(rng.standard_normal((b, n_vocab)), 1).astype("float32") * sharpness
@@ -411,7 +413,8 @@ def assert_equals_the_reference(ops, cases):
     for dtype, label, call, truth in cases:
         with nullcontext() if isinstance(ops, NumpyOps) else ONE_BLAS_THREAD():
             got = ops.backend.to_host(call(ops, lambda a: a, ops.backend.to_device))
-        close[label] = is_close(got, truth, TOLERANCE[kind, dtype])
+        more = 5 if kind == "cupy" and label.endswith(f"x{WIDE}") else 1
+        close[label] = is_close(got, truth, more * TOLERANCE[kind, dtype])
     assert [label for label in close if not close[label]] == []
     assert close
 
@@ -419,6 +422,25 @@ def assert_equals_the_reference(ops, cases):
 @pytest.mark.parametrize("name", names_with_a_grid())
 def test_an_override_computes_what_the_reference_does(name, ops):
     assert_equals_the_reference(ops, cases(name))
+
+
+@pytest.mark.parametrize("sharpness", [0, 1, 8])
+def test_top_p_next_to_1_keeps_what_the_reference_keeps(ops, rng, sharpness):
+    """But for tokens that float32 probabilities cannot tell from the boundary on a device, which
+    computes other last bits than NumPy."""
+    logits = np.round(rng.standard_normal((3, 1000)), 1).astype("float32") * sharpness
+    p = 1 - 1e-7
+    reference = Ops(Backend())
+    probability = reference.softmax(logits).astype("float64")
+    truth = np.isfinite(reference.keep_top_p(logits, p))
+    got = np.isfinite(ops.backend.to_host(ops.keep_top_p(ops.backend.to_device(logits), p)))
+    order = np.argsort(-probability, axis=-1, kind="stable")
+    falling = np.take_along_axis(probability, order, axis=-1)
+    before = np.empty_like(probability)
+    np.put_along_axis(before, order, np.cumsum(falling, axis=-1) - falling, axis=-1)
+    is_device = ops.backend.xp is not np and not isinstance(ops.backend, StrictBackend)
+    undecided = np.abs(before - p) < (5e-7 if is_device else 0)
+    assert np.array_equal(got | undecided, truth | undecided)
 
 
 @pytest.mark.parametrize("name", ["linear", "embed", "feed_forward", "attention_block"])
