@@ -110,7 +110,7 @@ class SharedProducts:
         return MANY_ROWS - 1 if values.dtype == np.float32 else MAX_ROWS
 
     def product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """y^T = W x^T: x (M, D) float32 -> (N, M) float32, for values W that it `has`.
+        """y^T = W x^T: x (M, D) float32 -> (O, M) float32, for values W that it `has`.
 
         Raises:
             WorkerError: a process ended; float32 goes on without.

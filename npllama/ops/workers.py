@@ -63,7 +63,7 @@ class _Job:
     rank: int
     counters: Place
     x: Place  # (MAX_ROWS * widest D,)
-    y: Place  # (longest N * MAX_ROWS,)
+    y: Place  # (longest O * MAX_ROWS,)
     matrices: list[Place]
 
 
@@ -72,7 +72,7 @@ class Workers:
 
     Args:
         n: processes, this one included.
-        matrices: each (N, D), in a file or in shared memory.
+        matrices: each (O, D), in a file or in shared memory.
 
     Raises:
         WorkerError: a process could not be started, or ended by itself.
@@ -121,7 +121,7 @@ class Workers:
         return self._are_ready
 
     def product(self, x: np.ndarray, index: int, n_parts: int) -> np.ndarray:
-        """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (N, M) float32.
+        """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (O, M) float32.
 
         Args:
             n_parts: processes that compute, this one included.
@@ -245,7 +245,7 @@ def _compute(
     part: int,
     n_parts: int,
 ) -> None:
-    """Rows of y^T (N, M) that are this part's: N * part / n_parts and on, by 16 since BLAS takes
+    """Rows of y^T (O, M) that are this part's: O * part / n_parts and on, by 16 since BLAS takes
     some rows at a time, and the rounding of those that are left over differs."""
     w = matrices[index]
     n_out, width = w.shape

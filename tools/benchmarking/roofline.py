@@ -29,7 +29,7 @@ class Roofline:
 
     Args:
         backend: whose array module multiplies.
-        layers: the matrices (N, D) of as many layers as are held, in order.
+        layers: the matrices (O, D) of as many layers as are held, in order.
         head: (V, D).
         scale: layers of the model for each one held; a pass over some layers is scaled by it.
     """

@@ -44,7 +44,7 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
 
 
 def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Name and shape (N, D) of each matrix that a forward multiplies by, in its order.
+    """Name and shape (O, D) of each matrix that a forward multiplies by, in its order.
 
     The embedding is not among them, except as a tied head: a forward reads a row of it a token.
     """
@@ -56,7 +56,7 @@ def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
-    """Floating point operations of a forward's matrix products: 2 N D a matrix and row.
+    """Floating point operations of a forward's matrix products: 2 O D a matrix and row.
 
     Attention over the cache and everything elementwise are left out, so that the count is that
     of the roofline, which has neither. All rows count in all layers, as they do there, though
