@@ -1,1 +1,1 @@
-"""The rooms of tools/benchmark.py: one file for each thing it measures or shows."""
+"""Modules of tools/benchmark.py: one file for each thing it measures or shows."""

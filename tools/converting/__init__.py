@@ -1,1 +1,1 @@
-"""The rooms of tools/convert.py: sources of several formats, and the one thing they become."""
+"""Modules of tools/convert.py: sources of several formats, and the one thing they become."""

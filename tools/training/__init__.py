@@ -1,1 +1,1 @@
-"""The rooms of tools/train.py: text, tokenizer, batches, optimizer, checkpoints, loss curve."""
+"""Modules of tools/train.py: text, tokenizer, batches, optimizer, checkpoints, loss curve."""
