@@ -37,7 +37,7 @@ FLOORS = [
     ["model"],
     ["generation", "gradients"],
     ["llama"],
-    ["__init__", "generate"],
+    ["__init__", "generate", "plain"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 
