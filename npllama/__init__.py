@@ -6,8 +6,8 @@
 (3, 1024)
 """
 
+from npllama.completion import Completion
 from npllama.errors import NpllamaError
-from npllama.generation import Completion
 from npllama.llama import Llama, load
 from npllama.sampling import Sampling
 

@@ -17,9 +17,10 @@ from typing import NoReturn
 
 from npllama.backend import BACKENDS
 from npllama.chat import check_chat_template, encode_chat
+from npllama.completion import Completion
 from npllama.console import ReaderLeftError, check_output, open_streams, reason, tell, utf8, write
 from npllama.errors import InputError, NpllamaError, TokenizerWarning
-from npllama.generation import Completion, Generation
+from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling import Sampling
 

@@ -3,175 +3,30 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from npllama.backend import Array
+from npllama.completion import Completion, Timings
+from npllama.decode_step import StepState
 from npllama.errors import InputError, NumericalError
-from npllama.kv_cache import KVCache, Positions
+from npllama.kv_cache import KVCache, Place
 from npllama.model import PREFILL_CHUNK, Transformer
-from npllama.sampling import Sampling, uniforms
-from npllama.tokenizer import StreamDecoder, Tokenizer
-
-
-@dataclass
-class Timings:
-    """Where the time of one generation went; shared by all rows of a batch.
-
-    Attributes:
-        prompt_tokens, new_tokens: over all rows.
-        first_token_seconds: from the start to the first row's first token.
-        prefill_seconds: the prompts, and the first token of each row.
-        decode_seconds: all further tokens, without the caller's own time between them.
-        prefill_forwards, decode_steps: forwards; each reads the weights once.
-    """
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    first_token_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
-    prefill_forwards: int = 0
-    decode_steps: int = 0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass
-class Completion:
-    """What the model said.
-
-    Attributes:
-        text: the completion without the prompt; None where there is no tokenizer.
-        ids: its token ids, the end-of-sequence id included where there was one.
-        log_probs: of each id under the unmodified logits, in nats.
-        finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text; ids and log_probs
-            then hold its tokens, text does not), "length" (max_new_tokens, or the context is
-            full), or "interrupted" (the caller stopped iterating, or Ctrl-C).
-        timings: see Timings.
-        seed: reproduces the text.
-    """
-
-    text: str | None
-    ids: list[int]
-    log_probs: list[float]
-    finish_reason: str
-    timings: Timings
-    seed: int
-
-
-class StopFilter:
-    """Lets text through until a stop text appears, holding back what may become one.
-
-    Of several stop texts the one that is complete first counts (the longer of two that end
-    together): that alone does not depend on how the text was cut into pieces.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str, final: bool = False) -> str:
-        """The text that is certain to come before any stop text."""
-        self._held += text
-        places = ((self._held.find(stop), len(stop)) for stop in self._stops)
-        found = [(at + length, at) for at, length in places if at >= 0]
-        if found:
-            _end, begin = min(found)
-            self.found = True
-            certain, self._held = self._held[:begin], ""
-            return certain
-        keep = 0 if final else self._prefix_of_a_stop()
-        at = len(self._held) - keep
-        certain, self._held = self._held[:at], self._held[at:]
-        return certain
-
-    def _prefix_of_a_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
-
-
-@dataclass(eq=False)
-class Row:
-    """One prompt and what has been said after it.
-
-    Args:
-        number: its place in the batch; with the seed, all that its random numbers depend on.
-        limit: new tokens at most: max_new_tokens, or what the context leaves.
-    """
-
-    number: int
-    prompt_ids: list[int]
-    limit: int
-    eos_ids: frozenset[int]
-    stop: StopFilter
-    tokenizer: Tokenizer | None
-    fresh_text: bool = False
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-
-    def __post_init__(self) -> None:
-        self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)
-        if self._decoder is not None and not self.fresh_text:
-            for id_ in self.prompt_ids:  # the completion continues the prompt's text
-                self._decoder.push(id_)
-        if self.limit == 0:
-            self.finish_reason = "length"
-
-    def interrupt(self) -> str:
-        """End here; the text that was held back in case it became something else."""
-        held = ""
-        if self.finish_reason is None and self._decoder is not None:
-            held = self.stop.push(self._decoder.flush(), final=True)
-        self.finish_reason = self.finish_reason or "interrupted"
-        self.text += held
-        return held
-
-    def accept(self, id_: int, log_prob: float) -> str:
-        """Take the next token; the text that it makes certain."""
-        self.ids.append(id_)
-        self.log_probs.append(log_prob)
-        is_eos = id_ in self.eos_ids
-        text = ""
-        if self._decoder is not None and not is_eos:
-            text = self.stop.push(self._decoder.push(id_))
-        if is_eos:
-            self.finish_reason = "eos"
-        elif self.stop.found:
-            self.finish_reason = "stop"
-        elif len(self.ids) == self.limit:
-            self.finish_reason = "length"
-        if self._decoder is not None and self.finish_reason in ("eos", "length"):
-            text += self.stop.push(self._decoder.flush(), final=True)
-            if self.stop.found:
-                self.finish_reason = "stop"
-        self.text += text
-        return text
+from npllama.row import Row
+from npllama.sampling import Sampling
+from npllama.uniforms import uniforms
 
 
 class Generation:
     """Runs a batch of rows to their ends; iterating yields (row number, text) as it is made.
 
     Rows are prefilled one by one and decoded jointly, each at its own position; a row that has
-    ended leaves the batch. On a device with a queue, `backend.steps_ahead` steps are launched
-    before the oldest one's tokens are read, so it never waits for the text.
+    ended leaves the batch. The loop launches a decode step, reads the oldest one that was
+    launched, and lets each row accept its token. On a device with a queue,
+    `backend.steps_ahead` steps are launched before the oldest one's tokens are read, so the
+    device never waits for the text.
 
     Args:
         model: the transformer.
@@ -180,6 +35,9 @@ class Generation:
         seed: an integer.
         n_tokens: only ids below it are chosen.
         allowed: (n_tokens,) bool on the device, the ids that are; None for all of them.
+        cache: row i may hold the first ids of prompt i, which are then not read again, and has
+            room for the prompt and its completion; None for a cache of this generation's own.
+            Afterwards row i holds its prompt and its completion without the last id.
     """
 
     def __init__(
@@ -190,6 +48,7 @@ class Generation:
         seed: int,
         n_tokens: int,
         allowed: Array | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.model = model
         self.backend = model.backend
@@ -199,8 +58,13 @@ class Generation:
         self.seed = seed
         self.n_tokens = n_tokens
         self.allowed = allowed
+        self._cache = cache
         self._began = False
-        self.timings = Timings(prompt_tokens=sum(len(row.prompt_ids) for row in rows))
+        self._in_flight: deque[tuple[list[Row], Array, Array]] = deque()
+        self._launched = 0  # tokens of each row that are computed or queued
+        cached = [0] * len(rows) if cache is None else cache.lengths
+        n_read = sum(len(row.prompt_ids) - cached[row.number] for row in rows)
+        self.timings = Timings(prompt_tokens=n_read)
 
     def completions(self) -> list[Completion]:
         """Each row's completion; a row that has not ended is interrupted."""
@@ -229,101 +93,132 @@ class Generation:
         if not active:
             return
         began = time.perf_counter()
-        longest = max(len(row.prompt_ids) + row.limit for row in active)
-        cache = self.model.new_cache(len(self.rows), longest)
-        step = self.ops.compile(self._step)
-        tokens, log_probs, seen = self._prefill(active, cache)
-        rows = active
-        in_flight = deque([(rows, tokens, log_probs)])
-        launched = 1  # tokens of each active row that are computed or queued
-        is_first = True
-        while True:
-            began_step = began if is_first else time.perf_counter()
-            while len(in_flight) <= self.backend.steps_ahead:
-                going_on = [r for r in rows if r.finish_reason is None and launched < r.limit]
-                if not going_on:
-                    break
-                if len(going_on) < len(rows):
-                    kept = [i for i, row in enumerate(rows) if row in going_on]
-                    index = self.backend.to_device(np.array(kept))
-                    tokens = tokens[index]
-                    seen = None if seen is None else seen[index]
-                    rows = going_on
-                uniform = self._uniform(rows, launched)
-                positions = cache.positions(1, tuple(row.number for row in rows))
-                tokens, log_probs = step(tokens, uniform, seen, cache, positions)
-                cache.advance(positions)
-                in_flight.append((rows, tokens, log_probs))
-                launched += 1
-                self.timings.decode_steps += 1
-            if not in_flight:
-                return
-            done_rows, done_tokens, done_log_probs = in_flight.popleft()
-            ids = self.backend.to_host(done_tokens).tolist()
-            values = self.backend.to_host(done_log_probs).tolist()
-            n_new = sum(row.finish_reason is None for row in done_rows)
-            self._count(time.perf_counter() - began_step, n_new, is_first)
-            is_first = False
-            for row, id_, log_prob in zip(done_rows, ids, values, strict=True):
-                if row.finish_reason is None:
-                    if not math.isfinite(log_prob):
-                        raise NumericalError(
-                            f"the model computed a log-probability of {log_prob} for token "
-                            f"{len(row.ids) + 1}: the weights are damaged, or their dtype is too "
-                            "narrow; try --dtype float32"
-                        )
-                    yield row.number, row.accept(id_, log_prob)
+        if self._cache is None:
+            longest = max(len(row.prompt_ids) + row.limit for row in active)
+            self._cache = self.model.new_cache(len(self.rows), longest)
+        try:
+            self._prefill(active)
+            while True:
+                while len(self._in_flight) <= self.backend.steps_ahead and self._launch():
+                    pass
+                if not self._in_flight:
+                    return
+                rows, ids, log_probs = self._read()
+                self._count(time.perf_counter() - began, rows)
+                for row, id_, log_prob in zip(rows, ids, log_probs, strict=True):
+                    if row.finish_reason is None:
+                        yield row.number, self._accept(row, id_, log_prob)
+                began = time.perf_counter()
+        finally:
+            self._settle()
 
-    def _prefill(self, rows: list[Row], cache: KVCache) -> tuple[Array, Array, Array | None]:
-        """Feed every prompt; the first new token of each row, (B,), and its log-probability."""
+    def _prefill(self, rows: list[Row]) -> None:
+        """Read what the cache does not hold of every prompt, and choose each row's first token."""
+        xp, cache = self.backend.xp, self._cache
+        rest = {row: row.prompt_ids[cache.lengths[row.number] :] for row in rows}
         with _unwarned():
-            logits = [self.model.prefill(row.prompt_ids, cache, row.number) for row in rows]
+            logits = [self.model.prefill(rest[row], cache, row.number) for row in rows]
         self.timings.prefill_forwards = sum(
-            math.ceil(len(row.prompt_ids) / PREFILL_CHUNK) for row in rows
+            math.ceil(len(ids) / PREFILL_CHUNK) for ids in rest.values()
         )
-        seen = None
-        if self.sampling.repetition_penalty != 1:
-            host = np.zeros((len(rows), self.model.config.vocab_size), dtype=bool)
-            for i, row in enumerate(rows):
-                host[i, row.prompt_ids] = True
-            seen = self.backend.to_device(host)
-        logits = self.backend.xp.concatenate(logits)  # B x (1, V) -> (B, V)
-        uniform = self._uniform(rows, 0)
-        with _unwarned():
-            tokens, log_probs = self._next_token(logits, uniform, seen)
-        return tokens, log_probs, seen
-
-    def _step(
-        self,
-        tokens: Array,
-        uniform: Array,
-        seen: Array | None,
-        cache: KVCache,
-        positions: Positions,
-    ) -> tuple[Array, Array]:
-        """One decode step, from tokens (B,) to the next tokens (B,) and their log-probabilities."""
-        with _unwarned():
-            logits = self.model.compute(tokens[:, None], cache, positions)  # (B, 1) -> (B, 1, V)
-            return self._next_token(logits[:, 0], uniform, seen)
-
-    def _next_token(self, logits: Array, uniform: Array, seen: Array | None) -> tuple[Array, Array]:
-        return self.ops.next_token(
-            logits, uniform, self.sampling, seen, self.n_tokens, self.allowed
+        self._compiled = self.ops.compile(self._step)
+        self._active = rows
+        self._state = StepState(
+            tokens=xp.zeros(len(rows), dtype="int64"),
+            uniforms=self._uniforms(rows),
+            step=xp.zeros(1, dtype="int64"),
+            seen=self._seen(rows),
         )
+        with _unwarned():
+            results = self._choose(xp.concatenate(logits), self._state)  # B x (1, V) -> (B, V)
+        self._in_flight.append((rows, *results))
+        self._launched = 1
 
-    def _uniform(self, rows: list[Row], step: int) -> Array:
+    def _launch(self) -> bool:
+        """Queue the next decode step of the rows that need one; whether there are any."""
+        going_on = [
+            row for row in self._active if row.finish_reason is None and self._launched < row.limit
+        ]
+        if not going_on:
+            return False
+        if len(going_on) < len(self._active):
+            kept = [i for i, row in enumerate(self._active) if row in going_on]
+            self._state = self._state.of_rows(self.backend.to_device(np.array(kept)))
+            self._active = going_on
+        place = self._cache.place(1, tuple(row.number for row in going_on))
+        results = self._compiled(self._state, self._cache, place)
+        self._cache.advance(place.rows, [1] * len(place.rows))
+        self._in_flight.append((going_on, *results))
+        self._launched += 1
+        self.timings.decode_steps += 1
+        return True
+
+    def _step(self, state: StepState, cache: KVCache, place: Place) -> tuple[Array, Array]:
+        """One decode step, from state.tokens (B,) to the next ids (B,) and their
+        log-probabilities (B,). See Ops.compile for what it may read."""
+        with _unwarned():
+            logits = self.model.compute(state.tokens[:, None], cache, place)  # -> (B, 1, V)
+            return self._choose(logits[:, 0], state)
+
+    def _choose(self, logits: Array, state: StepState) -> tuple[Array, Array]:
+        """The ids that follow (B, V) logits, which become state.tokens, and log-probabilities."""
+        ids, log_probs = self.ops.next_token(
+            logits, state.next_uniform(), self.sampling, state.seen, self.n_tokens, self.allowed
+        )
+        state.tokens[...] = ids
+        return ids, log_probs
+
+    def _read(self) -> tuple[list[Row], list[int], list[float]]:
+        """The oldest step in flight: its rows, and each one's id and log-probability."""
+        rows, ids, log_probs = self._in_flight.popleft()
+        return rows, self.backend.to_host(ids).tolist(), self.backend.to_host(log_probs).tolist()
+
+    def _accept(self, row: Row, id_: int, log_prob: float) -> str:
+        """Give a row its next token; the text that it makes certain."""
+        if not math.isfinite(log_prob):
+            raise NumericalError(
+                f"the model computed a log-probability of {log_prob} for token "
+                f"{len(row.ids) + 1}: the weights are damaged, or their dtype is too "
+                "narrow; try --dtype float32"
+            )
+        return row.accept(id_, log_prob)
+
+    def _settle(self) -> None:
+        """Leave in each row of the cache what it is known to hold: steps that were launched
+        ahead, or interrupted, may have left more."""
+        for row in self.rows:
+            ids = row.prompt_ids + row.ids
+            length = self._cache.lengths[row.number]
+            if row.ids:
+                length = min(length, len(ids) - 1)
+            self._cache.truncate(row.number, length)
+            self._cache.ids[row.number] = ids[:length]
+
+    def _uniforms(self, rows: list[Row]) -> Array | None:
+        """(n_steps, B) random numbers of all tokens that may be chosen, moved at once."""
         if self.sampling.temperature == 0:  # nothing is drawn
-            return self.backend.xp.zeros(len(rows))
-        return self.backend.to_device(uniforms(self.seed, [row.number for row in rows], step))
+            return None
+        steps = range(max(row.limit for row in rows))
+        numbers = uniforms(self.seed, [row.number for row in rows], steps)
+        return self.backend.to_device(numbers)
 
-    def _count(self, seconds: float, n_new: int, is_first: bool) -> None:
+    def _seen(self, rows: list[Row]) -> Array | None:
+        if self.sampling.repetition_penalty == 1:
+            return None
+        host = np.zeros((len(rows), self.model.config.vocab_size), dtype=bool)
+        for i, row in enumerate(rows):
+            host[i, row.prompt_ids] = True
+        return self.backend.to_device(host)
+
+    def _count(self, seconds: float, rows: list[Row]) -> None:
         timings = self.timings
-        timings.new_tokens += n_new
-        if is_first:
+        n_new = sum(row.finish_reason is None for row in rows)
+        if timings.new_tokens == 0:
             timings.prefill_seconds = timings.first_token_seconds = seconds
         else:
             timings.decode_seconds += seconds
             timings.decode_tokens += n_new
+        timings.new_tokens += n_new
 
 
 def _unwarned() -> AbstractContextManager:

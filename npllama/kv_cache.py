@@ -4,6 +4,7 @@ Generation reads every past key and value at each step and computes only the new
 have room for the whole context from the start and are written in place ever after.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,26 +12,43 @@ import numpy as np
 from npllama.backend import Array, Backend
 from npllama.errors import InputError
 
+BUCKET = 256
+"""Lengths of a row are rounded up to multiples of this where an operation's shape depends on them:
+a step that is captured for one bucket is replayed for all lengths in it."""
+
 
 @dataclass(frozen=True)
-class Positions:
-    """Where the T new tokens of each of B rows stand.
-
-    The same positions twice: host integers, which NumPy slices by, and device integers, the
-    only ones a captured GPU step may read.
+class Place:
+    """Where the T new tokens of each of B rows go, as far as the host knows.
 
     Attributes:
         rows: B rows of the cache.
         starts: S of each row, host integers: its first new token's position.
-        device_starts: (B,) int32, the same on the device.
         n_new: T.
-        cos, sin: (B, T, C/2), the rotation of each new token.
+        bucket: N of the longest row, rounded up to a multiple of BUCKET and at most the context.
+        device_rows: (B,) int32, `rows` on the device.
     """
 
     rows: tuple[int, ...]
     starts: tuple[int, ...]
-    device_starts: Array
     n_new: int
+    bucket: int
+    device_rows: Array
+
+
+@dataclass(frozen=True)
+class Positions(Place):
+    """A place, and the same positions on the device.
+
+    NumPy slices by the host's integers. A step that is captured and replayed reads the arrays
+    alone, for the host's integers are those of the step that was captured.
+
+    Attributes:
+        device_starts: (B,) int32, `starts` on the device.
+        cos, sin: (B, T, C/2), the rotation of each new token.
+    """
+
+    device_starts: Array
     cos: Array
     sin: Array
 
@@ -61,6 +79,8 @@ class KVCache:
         layers: a LayerCache for each layer.
         lengths: positions filled in each row (host integers).
         device_lengths: (batch,) int32, the same on the device.
+        ids: the token ids that each row holds, as far as they are known: those of
+            `Transformer.prefill` and of a generation.
     """
 
     def __init__(
@@ -85,9 +105,10 @@ class KVCache:
         k, v = xp.zeros(shape, dtype=dtype), xp.zeros(shape, dtype=dtype)
         self.layers = tuple(LayerCache(k[i], v[i], scratch) for i in range(n_layers))
         self.lengths = [0] * batch
+        self.ids: list[list[int]] = [[] for _ in range(batch)]
         self.device_lengths = xp.zeros(batch, dtype="int32")
         self._new = xp.arange(context, dtype="int32")
-        self._all = xp.arange(batch, dtype="int32")
+        self._device_rows = {tuple(range(batch)): xp.arange(batch, dtype="int32")}
 
     @staticmethod
     def nbytes(
@@ -96,34 +117,59 @@ class KVCache:
         """Bytes of the keys and values that such a cache holds, without its scratch."""
         return 2 * n_layers * batch * n_kv_heads * context * head_dim * itemsize
 
-    def positions(self, n_new: int, rows: tuple[int, ...] | None = None) -> Positions:
-        """The places of the next `n_new` tokens of `rows` (default: all).
+    def place(self, n_new: int, rows: tuple[int, ...] | None = None) -> Place:
+        """Where the next `n_new` tokens of `rows` (default: all) go; the host's work alone.
 
         Raises:
             InputError: they do not fit; the cache is as it was.
         """
-        all_rows = tuple(range(len(self.lengths)))
-        rows = all_rows if rows is None else tuple(rows)
+        rows = tuple(range(len(self.lengths))) if rows is None else tuple(rows)
         starts = tuple(self.lengths[row] for row in rows)
-        if max(starts) + n_new > self.context:
+        end = max(starts) + n_new
+        if end > self.context:
             raise InputError(
                 f"{max(starts)} positions are filled and {n_new} more do not fit: "
                 f"the cache has room for {self.context}"
             )
-        index = self._all if rows == all_rows else self._index(rows)
-        device_starts = self.device_lengths[index]  # (batch,) -> (B,), a copy
-        place = device_starts[:, None] + self._new[:n_new]  # (B, 1) + (T,) -> (B, T)
-        cos, sin = (table[place] for table in self.rope_table)  # (context, C/2) -> (B, T, C/2)
-        return Positions(rows, starts, device_starts, n_new, cos, sin)
+        if rows not in self._device_rows:
+            self._device_rows[rows] = self.backend.to_device(np.asarray(rows, dtype="int32"))
+        bucket = min(-(-end // BUCKET) * BUCKET, self.context)
+        return Place(rows, starts, n_new, bucket, self._device_rows[rows])
 
-    def advance(self, positions: Positions) -> None:
-        """Count the new tokens of `positions` as filled."""
-        for row in positions.rows:
-            self.lengths[row] += positions.n_new
-        if len(positions.rows) == len(self.lengths):
-            self.device_lengths += positions.n_new
+    def on_device(self, place: Place) -> Positions:
+        """The positions of a place, gathered on the device: nothing is read from `starts`."""
+        device_starts = self.device_lengths[place.device_rows]  # (batch,) -> (B,), a copy
+        at = device_starts[:, None] + self._new[: place.n_new]  # (B, 1) + (T,) -> (B, T)
+        cos, sin = (table[at] for table in self.rope_table)  # (context, C/2) -> (B, T, C/2)
+        return Positions(**vars(place), device_starts=device_starts, cos=cos, sin=sin)
+
+    def positions(self, n_new: int, rows: tuple[int, ...] | None = None) -> Positions:
+        """`place` and `on_device` in one."""
+        return self.on_device(self.place(n_new, rows))
+
+    def advance_on_device(self, place: Place) -> None:
+        """Count the new tokens of a place in `device_lengths`."""
+        if len(place.device_rows) == len(self.device_lengths):
+            self.device_lengths += place.n_new
         else:
-            self.device_lengths[self._index(positions.rows)] += positions.n_new
+            self.device_lengths[place.device_rows] += place.n_new
 
-    def _index(self, rows: tuple[int, ...]) -> Array:
-        return self.backend.to_device(np.asarray(rows, dtype="int32"))
+    def advance(self, rows: Sequence[int], n_new: Sequence[int]) -> None:
+        """Count n_new[i] tokens of row rows[i] as filled, on the host."""
+        for row, n in zip(rows, n_new, strict=True):
+            self.lengths[row] += n
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first `length` positions of a row.
+
+        Raises:
+            InputError: the row has fewer.
+        """
+        if not 0 <= length <= self.lengths[row]:
+            raise InputError(
+                f"row {row} of the cache holds {self.lengths[row]} positions: "
+                f"it cannot be truncated to {length}"
+            )
+        self.lengths[row] = length
+        self.device_lengths[row] = length
+        del self.ids[row][length:]

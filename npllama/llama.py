@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from npllama.backend import Array, get_backend
+from npllama.completion import Completion
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, TokenizerError, TokenizerWarning
-from npllama.generation import Completion, Generation, Row, StopFilter
+from npllama.generation import Generation
+from npllama.kv_cache import KVCache
 from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.not_a_model import (
@@ -20,6 +22,7 @@ from npllama.not_a_model import (
 )
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
+from npllama.row import Row, StopFilter
 from npllama.sampling import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import mismatch, read_tokenizer
@@ -86,6 +89,7 @@ class Llama(Transformer):
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fresh_text: bool = False,
+        cache: KVCache | None = None,
     ) -> Completion:
         """Continue a prompt.
 
@@ -99,6 +103,9 @@ class Llama(Transformer):
             ignore_eos: go on after an end-of-sequence id.
             fresh_text: the completion begins a text of its own, as the answer to
                 npllama.chat.encode_chat does, and has no leading space.
+            cache: from `new_cache`; holds the first ids of the prompt (none at first), which
+                are not read again, and afterwards the prompt and the completion without its
+                last id. `cache.truncate(row, length)` takes back what the next prompt has not.
 
         Returns:
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
@@ -126,6 +133,7 @@ class Llama(Transformer):
             stop=stop,
             ignore_eos=ignore_eos,
             fresh_text=fresh_text,
+            cache=cache,
         )[0]
 
     def stream(
@@ -142,6 +150,7 @@ class Llama(Transformer):
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fresh_text: bool = False,
+        cache: KVCache | None = None,
     ) -> Iterator[str]:
         """As `generate`, yielding the text in pieces as they become certain.
 
@@ -162,6 +171,7 @@ class Llama(Transformer):
             stop=stop,
             ignore_eos=ignore_eos,
             fresh_text=fresh_text,
+            cache=cache,
         )
         return (text for _row, text in generation if text)
 
@@ -175,6 +185,7 @@ class Llama(Transformer):
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fresh_text: bool = False,
+        cache: KVCache | None = None,
     ) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; see `generate`.
 
@@ -192,6 +203,7 @@ class Llama(Transformer):
             stop=stop,
             ignore_eos=ignore_eos,
             fresh_text=fresh_text,
+            cache=cache,
         )
         for _ in generation:
             pass
@@ -207,6 +219,7 @@ class Llama(Transformer):
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fresh_text: bool = False,
+        cache: KVCache | None = None,
     ) -> Generation:
         """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
 
@@ -227,24 +240,40 @@ class Llama(Transformer):
             raise TokenizerError(self._no_tokenizer)
         if isinstance(prompts, str | bytes) or not prompts:
             raise InputError("prompts is not a list of at least one prompt")
+        if cache is not None:
+            self._check_cache(cache, len(prompts))
+        context = self.context if cache is None else cache.context
         rows = []
         for number, prompt in enumerate(prompts):
             where = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
             ids = self._checked_ids(prompt, where)
+            if cache is not None:
+                _check_cached(cache, number, ids, where)
             rows.append(
                 Row(
                     number=number,
                     prompt_ids=ids,
-                    limit=min(max_new_tokens, self.context - len(ids)),
+                    limit=min(max_new_tokens, context - len(ids)),
                     eos_ids=frozenset(() if ignore_eos else self.config.eos_ids),
                     stop=StopFilter(stops),
                     tokenizer=self.tokenizer,
                     fresh_text=fresh_text,
                 )
             )
-        longest = max(len(row.prompt_ids) + row.limit for row in rows)
-        self.check_memory(len(rows), longest)
-        return Generation(self, rows, sampling, checked_seed(seed), self._n_tokens, self._allowed)
+        if cache is None:
+            self.check_memory(len(rows), max(len(row.prompt_ids) + row.limit for row in rows))
+        return Generation(
+            self, rows, sampling, checked_seed(seed), self._n_tokens, self._allowed, cache
+        )
+
+    def _check_cache(self, cache: KVCache, n_prompts: int) -> None:
+        if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
+            raise InputError("the cache is not this model's: expected one from its new_cache")
+        if len(cache.lengths) != n_prompts:
+            raise InputError(
+                f"the cache has {len(cache.lengths)} rows and there are {n_prompts} prompts: "
+                "expected a row for each"
+            )
 
     def _choosable(self) -> tuple[int, Array | None]:
         """One more than the last id that may be chosen, and a mask (n_tokens,) on the device
@@ -369,6 +398,27 @@ def _checked_directory(path: Path) -> Path:
     if not (path / "config.json").exists() and (what := directory_instead(path)) is not None:
         raise InputError(f"{path} {what}")
     return path
+
+
+def _check_cached(cache: KVCache, row: int, ids: Sequence[int], where: str) -> None:
+    """Raise InputError unless a row of the cache holds some first ids of a prompt."""
+    held, length = cache.ids[row], cache.lengths[row]
+    if len(ids) > cache.context:
+        raise InputError(
+            f"{where}{len(ids)} tokens do not fit the cache's room for {cache.context}"
+        )
+    if len(held) != length:
+        raise InputError(
+            f"{where}row {row} of the cache holds {length} positions, of which the ids of "
+            f"{len(held)} are known: cache.truncate({row}, {len(held)}) keeps those"
+        )
+    same = next((i for i, pair in enumerate(zip(held, ids)) if pair[0] != pair[1]), len(held))  # noqa: B905 (one is longer)
+    keep = min(same, len(ids) - 1)  # the last id is read in any case: the next follows from it
+    if keep < length:
+        raise InputError(
+            f"{where}row {row} of the cache holds {length} ids and the prompt begins with "
+            f"{keep} of them that can be kept: cache.truncate({row}, {keep}) first"
+        )
 
 
 def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

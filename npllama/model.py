@@ -8,7 +8,7 @@ import numpy as np
 from npllama.backend import Array
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
-from npllama.kv_cache import KVCache, Positions
+from npllama.kv_cache import KVCache, Place
 from npllama.memory import check_memory, mapped_nbytes
 from npllama.ops import Ops
 from npllama.parameters import Parameters
@@ -107,28 +107,28 @@ class Transformer:
         """
         if not 0 <= n_last <= tokens.shape[1]:
             raise InputError(f"n_last is {n_last}: expected 0 to the {tokens.shape[1]} new tokens")
-        positions = cache.positions(tokens.shape[1], rows)
-        logits = self.compute(tokens, cache, positions, n_last)
-        cache.advance(positions)
+        place = cache.place(tokens.shape[1], rows)
+        logits = self.compute(tokens, cache, place, n_last)
+        cache.advance(place.rows, [place.n_new] * len(place.rows))
         return logits
 
-    def compute(
-        self, tokens: Array, cache: KVCache, positions: Positions, n_last: int = 1
-    ) -> Array:
-        """`forward` between finding the positions and counting them: device work alone, which
-        a captured step may replay.
+    def compute(self, tokens: Array, cache: KVCache, place: Place, n_last: int = 1) -> Array:
+        """`forward` without the host's counting: all that happens on the device, which a captured
+        step may replay.
 
         Of the last layer, all but the last positions need no more than their keys and values.
         """
         ops, parameters = self.ops, self.parameters
         *before, (last_layer, last_cache) = zip(parameters.layers, cache.layers, strict=True)
         with ops.computing(tokens.size):
+            positions = cache.on_device(place)
             x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
             for layer, layer_cache in before:
                 x = ops.attention_block(x, layer, layer_cache, positions)
                 x = ops.feed_forward(x, layer)
             # (B, T, D) -> (B, n, D), n at least 1: no array is empty
             x = ops.attention_block(x, last_layer, last_cache, positions, max(n_last, 1))
+            cache.advance_on_device(place)
             if n_last == 0:
                 shape = (len(x), 0, self.config.vocab_size)
                 return self.backend.xp.zeros(shape, dtype="float32")
@@ -138,7 +138,7 @@ class Transformer:
     def prefill(
         self, ids: Sequence[int], cache: KVCache, row: int = 0, chunk: int = PREFILL_CHUNK
     ) -> Array:
-        """Feed a prompt to one row in chunks; (1, V) logits of the token after it.
+        """Feed a prompt, or the rest of one, to a row in chunks; (1, V) logits of the next token.
 
         The head runs once, on the last position. Any `chunk` gives the same logits.
         """
@@ -147,6 +147,7 @@ class Transformer:
             is_last = begin + chunk >= len(ids)
             part = tokens[None, begin : begin + chunk]  # (T,) -> (1, chunk)
             logits = self.forward(part, cache, (row,), n_last=1 if is_last else 0)
+            cache.ids[row] += map(int, ids[begin : begin + chunk])
         return logits[:, 0]  # (1, 1, V) -> (1, V)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:

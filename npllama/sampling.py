@@ -5,7 +5,6 @@ The mathematics is in ops/sampling.py.
 
 import secrets
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,17 +66,6 @@ def checked_seed(seed: int | None) -> int:
         "seed", seed, is_integer(seed) and 0 <= seed < 2**64, "a whole number from 0 below 2^64"
     )
     return int(seed)
-
-
-def uniforms(seed: int, rows: Sequence[int], step: int) -> np.ndarray:
-    """One number in [0, 1) for each row's token number `step`: (B,) float64.
-
-    Counter-based (Salmon et al. 2011, Philox): a function of (seed, row, step) alone, so a
-    row's text does not depend on which other rows run, on the backend, or on what came before.
-    """
-    keys = [np.array([seed, row], dtype="uint64") for row in rows]
-    streams = [np.random.Philox(key=key, counter=[0, 0, 0, step]) for key in keys]
-    return np.array([np.random.Generator(stream).random() for stream in streams])
 
 
 def is_integer(value: object) -> bool:

@@ -91,7 +91,8 @@ def test_decoding_continues_where_prefill_ended(ops, to_device, to_host, rng):
         positions = cache.positions(end - begin)
         part = to_device(x[:, begin:end])
         parts.append(to_host(ops.attention_block(part, layer, cache.layers[0], positions)).copy())
-        cache.advance(positions)
+        cache.advance_on_device(positions)
+        cache.advance(positions.rows, [end - begin])
     assert_close(np.concatenate(parts, axis=1), whole, 10 * EXACT)
 
 

@@ -14,9 +14,10 @@ import pytest
 from conftest import TINY
 from model_directory import write_model
 from npllama import load, process_memory
+from npllama.completion import Completion, Timings
 from npllama.config import LlamaConfig
 from npllama.generate import finish_reasons, main, parser, print_log_probs
-from npllama.generation import Completion, Generation, Timings
+from npllama.generation import Generation
 
 CONFIG = LlamaConfig(**{**vars(TINY), "context_length": 512})
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"]

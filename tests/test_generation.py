@@ -332,3 +332,105 @@ def test_the_compiled_step_is_what_runs(llama, monkeypatch):
     monkeypatch.setattr(llama.ops, "compile", compile_step)
     llama.generate([1, 5], max_new_tokens=5, ignore_eos=True)
     assert len(calls) == 4
+
+
+# -- a cache of the caller's
+
+
+PROMPT = [1, 5, 100, 7, 33, 8, 64, 9]
+OPTIONS = {"max_new_tokens": 6, "seed": 3, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_continuing_on_a_kept_cache_equals_starting_anew(llama, monkeypatch, chunk):
+    monkeypatch.setattr("npllama.model.PREFILL_CHUNK", chunk)
+    whole = llama.generate(PROMPT, **OPTIONS)
+    for split in range(len(PROMPT)):
+        cache = llama.new_cache(context=30)
+        if split:
+            llama.prefill(PROMPT[:split], cache)
+        completion = llama.generate(PROMPT, cache=cache, **OPTIONS)
+        assert completion.ids == whole.ids
+        assert completion.log_probs == pytest.approx(whole.log_probs, abs=2e-2)
+        assert completion.timings.prompt_tokens == len(PROMPT) - split
+        assert cache.ids[0] == (PROMPT + whole.ids)[:-1]
+        assert cache.lengths == [len(PROMPT) + 5]
+
+
+def test_a_batch_goes_on_from_rows_of_different_lengths(llama):
+    prompts = [PROMPT, [1, 8], PROMPT[:5]]
+    cache = llama.new_cache(batch=3, context=40)
+    first = llama.generate_batch(prompts, cache=cache, max_new_tokens=4, seed=1, ignore_eos=True)
+    longer = [p + c.ids + [50, 60] for p, c in zip(prompts, first, strict=True)]
+    got = llama.generate_batch(longer, cache=cache, **OPTIONS)
+    want = llama.generate_batch(longer, **OPTIONS)
+    assert [c.ids for c in got] == [c.ids for c in want]
+    assert got[0].timings.prompt_tokens == 3 * 3  # the last id of each, and the two after it
+
+
+def test_a_row_that_ended_or_was_left_holds_what_is_known(llama):
+    ids = llama.generate(PROMPT, **OPTIONS).ids
+    ended, other = llama.new_cache(context=30), llama.new_cache(context=30)
+    stop = next(iter(llama.stream(PROMPT, **OPTIONS)))
+    said = llama.generate(PROMPT, cache=ended, stop=stop, **OPTIONS).ids
+    assert ended.ids[0] == (PROMPT + said)[:-1]  # also where a step was launched ahead
+    pieces = llama.generation([PROMPT], cache=other, **OPTIONS)
+    running = iter(pieces)
+    next(running), next(running)
+    running.close()
+    for cache in (ended, other):
+        held = cache.ids[0]
+        assert len(held) == cache.lengths[0] and held == (PROMPT + ids)[: len(held)]
+        cache.truncate(0, len(PROMPT) - 1)
+        assert llama.generate(PROMPT, cache=cache, **OPTIONS).ids == ids
+
+
+def test_ctrl_c_in_a_forward_leaves_a_cache_that_can_go_on(llama, monkeypatch):
+    want = llama.generate(PROMPT, **OPTIONS).ids
+    cache = llama.new_cache(context=30)
+    head, calls = llama.ops.head, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return head(*args)
+
+    monkeypatch.setattr(llama.ops, "head", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate(PROMPT, cache=cache, **OPTIONS)
+    cache.truncate(0, min(cache.lengths[0], len(PROMPT) - 1))
+    assert llama.generate(PROMPT, cache=cache, **OPTIONS).ids == want
+
+
+@pytest.mark.parametrize(
+    ("held", "prompt", "message"),
+    [
+        ([1, 5], [1, 6, 7], r"begins with 1 of them that can be kept: cache.truncate\(0, 1\)"),
+        ([1, 5, 6], [1, 5, 6], r"begins with 2 of them .* cache.truncate\(0, 2\)"),
+        ([1, 5, 6], [1, 5], r"begins with 1 of them .* cache.truncate\(0, 1\)"),
+        ([1], list(range(3, 20)), "17 tokens do not fit the cache's room for 12"),
+    ],
+)
+def test_a_cache_that_holds_something_else_is_refused(llama, held, prompt, message):
+    cache = llama.new_cache(context=12)
+    llama.prefill(held, cache)
+    with pytest.raises(InputError, match=message):
+        llama.generate(prompt, cache=cache)
+    assert cache.lengths == [len(held)]
+
+
+def test_a_cache_of_another_model_or_batch_is_refused(ops, llama):
+    with pytest.raises(InputError, match="not this model's"):
+        llama.generate([1], cache=make_llama(ops, seed=1).new_cache())
+    with pytest.raises(InputError, match="2 rows and there are 1 prompts"):
+        llama.generate([1], cache=llama.new_cache(batch=2))
+    cache = llama.new_cache()
+    llama.forward(ops.backend.to_device(np.ones((1, 4), dtype="int32")), cache)
+    with pytest.raises(InputError, match=r"4 positions, of which the ids of 0 are known"):
+        llama.generate([1, 1, 1, 1, 5], cache=cache)
+
+
+def test_the_caches_room_ends_a_completion(llama):
+    completion = llama.generate(PROMPT, cache=llama.new_cache(context=10), seed=1, ignore_eos=True)
+    assert (len(completion.ids), completion.finish_reason) == (2, "length")

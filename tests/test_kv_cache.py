@@ -29,7 +29,7 @@ def test_positions_are_the_same_on_host_and_device(llama, to_device, to_host):
     assert positions.starts == (8, 2)
     assert to_host(positions.device_starts).tolist() == [8, 2]
     everything = cache.positions(1)
-    cache.advance(everything)  # what was found before stays what it was
+    cache.advance_on_device(everything)  # what was found before stays what it was
     assert to_host(everything.device_starts).tolist() == list(everything.starts) == [2, 8, 3]
     cos, _ = (to_host(table) for table in llama.rope_table)
     assert np.array_equal(to_host(positions.cos), cos[[[8, 9], [2, 3]]])
@@ -54,6 +54,53 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llama, to_device):
     assert cache.lengths == [0, 3]
     llama.forward(to_device(np.ones((2, 1), dtype="int32")), cache)
     assert cache.lengths == [1, 4]
+
+
+def test_rows_advance_by_numbers_of_their_own(llama, to_device):
+    cache = llama.new_cache(batch=3, context=16)
+    cache.advance((0, 2), (3, 1))
+    assert cache.lengths == [3, 0, 1]
+
+
+def test_a_truncated_row_goes_on_from_where_it_was_cut(llama, to_device, to_host):
+    ids = [1, 5, 9, 30, 7, 8]
+    cache = llama.new_cache(batch=2, context=16)
+    llama.prefill(ids, cache, row=1)
+    assert cache.ids == [[], ids]
+    for length in (6, 4, 2, 0):
+        cache.truncate(1, length)
+        assert (cache.lengths, cache.ids) == ([0, length], [[], ids[:length]])
+        assert to_host(cache.device_lengths).tolist() == [0, length]
+        if length < len(ids):
+            logits = to_host(llama.prefill(ids[length:], cache, row=1))
+            assert np.allclose(logits[0], llama.logits(ids)[-1], atol=2e-2)
+            cache.truncate(1, length)
+
+
+@pytest.mark.parametrize("length", [-1, 3])
+def test_a_row_cannot_be_truncated_to_more_than_it_holds(llama, length):
+    cache = llama.new_cache(batch=1, context=16)
+    llama.prefill([1, 5], cache)
+    with pytest.raises(InputError, match=rf"holds 2 positions: it cannot be truncated to {length}"):
+        cache.truncate(0, length)
+
+
+def test_the_bucket_holds_the_longest_row(llama, monkeypatch):
+    monkeypatch.setattr("npllama.kv_cache.BUCKET", 8)
+    cache = llama.new_cache(batch=2, context=20)
+    for lengths, n_new, bucket in (
+        ([0, 0], 1, 8),
+        ([7, 2], 1, 8),
+        ([7, 8], 1, 16),
+        ([3, 16], 1, 20),
+    ):
+        cache.lengths[:] = lengths
+        assert cache.place(n_new).bucket == bucket
+
+
+def test_the_device_has_the_numbers_of_rows_once(llama):
+    cache = llama.new_cache(batch=3, context=16)
+    assert cache.place(1, (2, 0)).device_rows is cache.place(1, (2, 0)).device_rows
 
 
 def test_nbytes_is_what_the_buffers_take(llama):

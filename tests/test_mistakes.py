@@ -25,6 +25,7 @@ SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
 NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
 NUMPY_DERIVATIVES, NUMPY_SAMPLING = "ops/numpy_derivatives.py", "ops/numpy_sampling.py"
 TILES, PIECES = "ops/tiles.py", "ops/pieces.py"
+GENERATION, UNIFORMS = "generation.py", "uniforms.py"
 
 # what is wrong: (file, the right line's part, the mistake)
 MISTAKES = {
@@ -114,19 +115,45 @@ MISTAKES = {
     "k and v swapped": (BLOCKS, "return q, k, v", "return q, v, k"),
     "position off by one after prefill": (
         CACHE,
-        "place = device_starts[:, None] +",
-        "place = (device_starts + (device_starts > 0))[:, None] +",
+        "at = device_starts[:, None] +",
+        "at = (device_starts + (device_starts > 0))[:, None] +",
     ),
     "every row at the first row's position": (
         CACHE,
-        "place = device_starts[:, None] +",
-        "place = (device_starts * 0 + device_starts[0])[:, None] +",
+        "at = device_starts[:, None] +",
+        "at = (device_starts * 0 + device_starts[0])[:, None] +",
     ),
     "new keys written over the last old one": (
         CACHE,
         "new = slice(start, start + positions.n_new)",
         "start = max(start - 1, 0)\n            new = slice(start, start + positions.n_new)",
     ),
+    "a truncated row keeps its length on the device": (
+        CACHE,
+        "self.device_lengths[row] = length",
+        "pass",
+    ),
+    "a row is advanced by another's number": (
+        CACHE,
+        "for row, n in zip(rows, n_new, strict=True):",
+        "for row, n in zip(rows, reversed(n_new), strict=True):",
+    ),
+    "the whole prompt is read onto a kept cache": (
+        GENERATION,
+        "row.prompt_ids[cache.lengths[row.number] :]",
+        "row.prompt_ids",
+    ),
+    "a cache is left with what was launched ahead": (
+        GENERATION,
+        "length = min(length, len(ids) - 1)",
+        "pass",
+    ),
+    "the same random number at every step": (
+        "decode_step.py",
+        "self.step += 1",
+        "pass",
+    ),
+    "a key of Philox that does not grow": (UNIFORMS, "round_ * weyl", "weyl"),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
     "NumPy override: mask off by one": (NUMPY_EQUATIONS, "k=1)", "k=0)"),
     "NumPy override: no 1/sqrt(C)": (
@@ -292,6 +319,9 @@ SUITES = {
     NUMPY_SAMPLING: ("sampling", "overrides"),
     TILES: ("overrides::test_with_one_thread_it_computes_the_same", "overrides"),
     PIECES: ("pieces", "overrides"),
+    GENERATION: ("generation",),
+    "decode_step.py": ("generation", "decode_step"),
+    UNIFORMS: ("uniforms",),
     SAMPLING: ("sampling::test_the_ends_of_the_uniforms_never_draw_an_excluded_token", "sampling"),
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from npllama.errors import InputError
-from npllama.sampling import Sampling, checked_seed, uniforms
+from npllama.sampling import Sampling, checked_seed
 
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, 101), (5, 13)]
 LARGEST_BELOW_1 = np.nextafter(1.0, 0.0)
@@ -477,38 +477,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops, rng):
         one = slice(i, i + 1)
         alone, _ = next_tokens(ops, x[one], uniform[one], parameters, seen[one])
         assert alone[0] == together[i]
-
-
-# -- random numbers
-
-
-def test_uniforms_are_a_function_of_seed_row_and_step_alone():
-    one_by_one = [uniforms(5, [row], 9)[0] for row in (0, 1, 7, 2)]
-    assert uniforms(5, [0, 1, 7, 2], 9).tolist() == one_by_one
-    np.random.seed(1)
-    assert uniforms(5, (7, 0), 9).tolist() == [one_by_one[2], one_by_one[0]]
-
-
-def test_uniforms_stay_what_they_were():
-    """A seed that somebody noted down must give the same text in the next version."""
-    assert uniforms(0, [0, 1], 0).tolist() == [0.011546754286331562, 0.8133540609793564]
-    assert uniforms(7, [2], 3).tolist() == [0.1448670800594859]
-
-
-def test_uniforms_differ_in_each_of_seed_row_and_step():
-    seeds = [0, 1, 2, 3, 2**32, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
-    every = [uniforms(seed, range(8), step) for seed in seeds for step in (0, 1, 2, 3, 4096)]
-    assert len(set(np.concatenate(every).tolist())) == len(seeds) * 8 * 5
-
-
-def test_uniforms_are_below_1_and_even():
-    numbers = np.concatenate([uniforms(3, range(100), step) for step in range(100)])
-    assert numbers.dtype == np.float64
-    assert numbers.min() >= 0 and numbers.max() < 1
-    counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
-    assert ((counts - 500) ** 2 / 500).sum() < 45  # chi-square, 19 degrees: one in a thousand
-    assert abs(np.corrcoef(numbers[:-100], numbers[100:])[0, 1]) < 0.04  # a row's next step
-    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.04  # the next row
 
 
 # -- what a user may ask

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from npllama.generation import StopFilter
+from npllama.row import StopFilter
 
 
 def before_the_first_stop(text, stops):

@@ -219,7 +219,19 @@ class Ops(SamplingEquations, Derivatives):
         return 4 * (4 * n_heads * chunk * context + 2 * n_kv_heads * context * head_dim)
 
     def compile(self, step: Step) -> Step:
-        """A decode step, made fast to repeat; here the step itself."""
+        """A decode step, made fast to repeat; here the step itself.
+
+        What a step (state, cache, place) -> (ids, log_probs) may rely on and must keep, since a
+        device captures it once and replays it:
+
+        - The arrays of `state` and of `cache`, and place.device_rows, are read and written at the
+          same addresses at every call. Another set of rows is another state.
+        - Python values are frozen as they were at the capture: place.rows and place.starts are
+          not read. A capture serves all calls of the same number of rows and place.bucket.
+        - All work of the step on the device happens inside, the counting of positions and of
+          random numbers included; nothing moves between the host and the device.
+        - The results live until the call after the next: the host reads one step late.
+        """
         return step
 
     def all_reduce(self, x: Array) -> Array:

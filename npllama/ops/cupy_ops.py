@@ -1,10 +1,16 @@
 """What CuPy does better than the reference: 16-bit matrix products on tensor cores."""
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from npllama.backend import Array
 from npllama.ops.blocks import Ops
 from npllama.parameters import Matrix
+
+if TYPE_CHECKING:
+    from npllama.kv_cache import LayerCache, Positions
 
 
 class CupyOps(Ops):
@@ -24,6 +30,28 @@ class CupyOps(Ops):
         y = y.astype(x.dtype, copy=False)
         y = y.reshape(*x.shape[:-1], w.shape[0])  # (M, O) -> (..., O)
         return y if w.scale is None else y * w.scale.astype(x.dtype)
+
+    def cached_attention(
+        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
+    ) -> Array:
+        """One new token in each row: by the positions on the device alone, as a captured step
+        needs it. All rows attend together to the first `bucket` keys, of which those behind a
+        row's own position are masked."""
+        xp = self.xp
+        if k.shape[1] > 1:
+            return super().cached_attention(q, k, v, cache, positions)
+        rows, starts = positions.device_rows, positions.device_starts  # (B,), (B,)
+        cache.k[rows, :, starts] = k[:, 0]  # (B, 1, K, C) -> (B, K, C)
+        cache.v[rows, :, starts] = v[:, 0]
+        n_kv_heads, head_dim = k.shape[2:]
+        keys = cache.k[rows, :, : positions.bucket].astype(q.dtype, copy=False)  # (B, K, N, C)
+        values = cache.v[rows, :, : positions.bucket].astype(q.dtype, copy=False)
+        grouped = q.reshape(len(q), n_kv_heads, -1, head_dim)  # (B, 1, H, C) -> (B, K, G, C)
+        scores = grouped @ keys.swapaxes(2, 3) / math.sqrt(head_dim)  # (B, K, G, N)
+        hidden = xp.arange(positions.bucket)[None] > starts[:, None]  # (B, N)
+        scores = xp.where(hidden[:, None, None], -math.inf, scores)
+        o = self.softmax(scores) @ values  # (B, K, G, N) @ (B, K, N, C) -> (B, K, G, C)
+        return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""

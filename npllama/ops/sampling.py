@@ -101,7 +101,7 @@ class SamplingEquations(Equations):
     def next_token(
         self,
         logits: Array,
-        uniform: Array,
+        uniform: Array | None,
         sampling: SamplingParameters,
         seen: Array | None = None,
         n_tokens: int | None = None,
@@ -111,7 +111,7 @@ class SamplingEquations(Equations):
 
         Args:
             logits: (B, V) float32.
-            uniform: (B,) float64 in [0, 1); unused at temperature 0, which takes the likeliest.
+            uniform: (B,) float64 in [0, 1); None at temperature 0, which takes the likeliest.
             sampling: temperature, top_k (0: all), top_p (1: all), min_p (0: all),
                 repetition_penalty (1: none).
             seen: (B, V) bool, needed where repetition_penalty is not 1; updated in place.

@@ -1,0 +1,56 @@
+"""What a generation leaves: text, ids, log-probabilities, and where the time went."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Timings:
+    """Where the time of one generation went; shared by all rows of a batch.
+
+    Attributes:
+        prompt_tokens, new_tokens: over all rows.
+        first_token_seconds: from the start to the first row's first token.
+        prefill_seconds: the prompts, and the first token of each row.
+        decode_seconds: all further tokens, without the caller's own time between them.
+        prefill_forwards, decode_steps: forwards; each reads the weights once.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    prefill_forwards: int = 0
+    decode_steps: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Completion:
+    """What the model said.
+
+    Attributes:
+        text: the completion without the prompt; None where there is no tokenizer.
+        ids: its token ids, the end-of-sequence id included where there was one.
+        log_probs: of each id under the unmodified logits, in nats.
+        finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text; ids and log_probs
+            then hold its tokens, text does not), "length" (max_new_tokens, or the context is
+            full), or "interrupted" (the caller stopped iterating, or Ctrl-C).
+        timings: see Timings.
+        seed: reproduces the text.
+    """
+
+    text: str | None
+    ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    timings: Timings
+    seed: int

@@ -1,0 +1,84 @@
+"""What a decode step may read: a captured one sees the device alone."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from conftest import TINY, make_llama
+from npllama.kv_cache import Place
+from npllama.ops import CupyOps
+from npllama.sampling import Sampling
+from strict_array import StrictArray, StrictBackend
+
+
+class Frozen(tuple):
+    """Host positions that a step must not read."""
+
+    def _refuse(self, *args):
+        raise AssertionError("a captured step read a position of the host")
+
+    __iter__ = __getitem__ = __len__ = __contains__ = __eq__ = _refuse
+    __hash__ = None
+
+
+class CapturingOps(CupyOps):
+    """From a step's second call of a key on, it has no host positions, and the arrays that it was
+    given at the first."""
+
+    def __init__(self, backend):
+        super().__init__(backend)
+        self.keys, self.replays = {}, 0
+
+    def compile(self, step):
+        def compiled(state, cache, place):
+            key = (len(place.rows), place.bucket)
+            arrays = [*vars(state).values(), cache.device_lengths, place.device_rows]
+            addresses = [id(array) for array in arrays]
+            if self.keys.setdefault(key, addresses) is not addresses:
+                assert self.keys[key] == addresses, "an array moved between two calls"
+                self.replays += 1
+                place = replace(place, rows=Frozen(), starts=Frozen())
+            held = state.tokens.array
+            ids, log_probs = step(state, cache, place)
+            assert state.tokens.array is held and ids.array is not held
+            return ids, log_probs
+
+        return compiled
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0, 20, 0.95, 0.01, 1.2)])
+def test_a_captured_step_reads_the_device_alone(sampling, monkeypatch):
+    monkeypatch.setattr("npllama.kv_cache.BUCKET", 16)
+    prompts = [[1, 5, 6, 7], [1, 8], list(range(3, 20))]
+    options = {"max_new_tokens": 20, "sampling": sampling, "seed": 7, "ignore_eos": True}
+    captured, eager = CapturingOps(StrictBackend()), CupyOps(StrictBackend())
+    got, want = (make_llama(ops).generate_batch(prompts, **options) for ops in (captured, eager))
+    assert [c.ids for c in got] == [c.ids for c in want]
+    assert captured.replays > 10 and len(captured.keys) > 1
+
+
+def test_it_is_found_out_when_a_step_reads_the_host(monkeypatch):
+    ops = CapturingOps(StrictBackend())
+    monkeypatch.setattr(CupyOps, "cached_attention", super(CupyOps, ops).cached_attention.__func__)
+    with pytest.raises(AssertionError, match="read a position of the host"):
+        make_llama(ops).generate([1, 5], max_new_tokens=6, ignore_eos=True)
+
+
+def test_nothing_is_moved_to_the_device_for_a_token(monkeypatch):
+    backend = StrictBackend()
+    llama = make_llama(CupyOps(backend))
+    moved = []
+    to_device = backend.to_device
+    monkeypatch.setattr(backend, "to_device", lambda a: moved.append(np.shape(a)) or to_device(a))
+    for n in (9, 30):
+        moved.clear()
+        llama.generate_batch([[1, 5], [1, 6, 7]], max_new_tokens=n, seed=1, ignore_eos=True)
+        assert moved.count((n, 2)) == 1  # the random numbers
+        assert len(moved) < 8
+
+
+def test_a_place_holds_host_integers_and_one_array():
+    place = make_llama(CupyOps(StrictBackend()), TINY).new_cache(batch=2).place(1)
+    on_device = [f.name for f in fields(Place) if isinstance(getattr(place, f.name), StrictArray)]
+    assert on_device == ["device_rows"]
