@@ -16,7 +16,7 @@ from npllama.errors import InputError
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Applied in the order: repetition penalty, temperature,
-    top-k, top-p, min-p, draw.
+    top-k, top-p, min-p, sample.
 
     Attributes:
         temperature: 0 takes the likeliest token (greedy); logits are divided by it otherwise.

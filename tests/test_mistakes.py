@@ -166,8 +166,8 @@ MISTAKES = {
     ),
     "NumPy override: a token's place among those left": (
         NUMPY_SAMPLING,
-        "left[super().draw(x[None, left], u)[0]]",
-        "super().draw(x[None, left], u)[0]",
+        "left[super().sample(x[None, left], u)[0]]",
+        "super().sample(x[None, left], u)[0]",
     ),
     "float16 a power of two off": (
         TILES,
@@ -272,7 +272,7 @@ MISTAKES = {
         "logits / penalty, logits * penalty",
         "logits / penalty, logits / penalty",
     ),
-    "draw takes a token without probability": (
+    "sample takes a token without probability": (
         SAMPLING,
         "(cumulative > uniform[:, None] * total) & has_any",
         "(cumulative >= uniform[:, None] * total)",
@@ -292,7 +292,7 @@ SUITES = {
     NUMPY_SAMPLING: ("sampling", "overrides"),
     TILES: ("overrides::test_with_one_thread_it_computes_the_same", "overrides"),
     PIECES: ("pieces", "overrides"),
-    SAMPLING: ("sampling::test_the_ends_of_the_uniforms_never_draw_an_excluded_token", "sampling"),
+    SAMPLING: ("sampling::test_the_ends_of_the_uniforms_sample_no_excluded_token", "sampling"),
 }
 
 

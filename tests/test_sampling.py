@@ -1,4 +1,4 @@
-"""From logits to a token: each filter against its formula, their order, and the draw."""
+"""From logits to a token: each filter against its formula, their order, and the sample."""
 
 import itertools
 import math
@@ -165,7 +165,7 @@ def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None, allowed=N
 
 
 def frequencies(ops, x, parameters, seen=None, n=4000, **kwargs):
-    """How often each token of one row of logits is drawn, by uniforms that leave no gap."""
+    """How often each token of one row of logits is sampled, by uniforms that leave no gap."""
     many = np.repeat(x[None].astype("float32"), n, axis=0)
     seen = None if seen is None else np.repeat(seen[None], n, axis=0)
     uniform = (np.arange(n) + 0.5) / n
@@ -217,8 +217,8 @@ def test_filters_are_applied_in_the_published_order(ops, swapped, x, changes):
 def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
     x, seen = np.array([2.0, 1.0, -1.0, -1.0]), np.array([True, False, True, False])
     truth = softmax([1.0, 1.0, -2.0, -1.0])
-    drawn = frequencies(ops, x, sampling(repetition_penalty=2.0), seen)
-    assert np.abs(drawn - truth).max() < 1e-3
+    sampled = frequencies(ops, x, sampling(repetition_penalty=2.0), seen)
+    assert np.abs(sampled - truth).max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -240,38 +240,38 @@ def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
         },
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_are_probable(ops, rng, changes):
+def test_tokens_are_sampled_as_often_as_they_are_probable(ops, rng, changes):
     x, seen = rng.standard_normal(9) * 2, rng.random(9) < 0.5
     parameters = sampling(**changes)
     active = [name for name in ORDER if name in changes]
-    drawn = frequencies(ops, x, parameters, seen, n=4000)
+    sampled = frequencies(ops, x, parameters, seen, n=4000)
     # of evenly spread uniforms, an interval holds its length's share but for one at either end
-    assert np.abs(drawn - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
+    assert np.abs(sampled - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
 
 
-def test_draw_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(
+def test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(
     ops, to_device, to_host
 ):
     x = np.log([[0.25, 0.5, 0.25]] * 8)
     uniform = np.array([0, 0.2499, 0.2501, 0.5, 0.7499, 0.7501, 0.9, LARGEST_BELOW_1])
-    ids = to_host(ops.draw(to_device(x), to_device(uniform)))
+    ids = to_host(ops.sample(to_device(x), to_device(uniform)))
     assert ids.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_a_large_vocabulary_is_summed_precisely_enough_to_draw_its_end(ops, to_device, to_host):
+def test_a_large_vocabulary_is_summed_precisely_enough_to_sample_its_end(ops, to_device, to_host):
     n = 30000  # equally likely: a sum in float32 would be many tokens off at the end
     wanted = np.array([0, 1, 14999, 29998, 29999])
     logits = to_device(np.zeros((len(wanted), n), dtype="float32"))
-    assert to_host(ops.draw(logits, to_device((wanted + 0.5) / n))).tolist() == wanted.tolist()
+    assert to_host(ops.sample(logits, to_device((wanted + 0.5) / n))).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("n", [3, 1000, 32000])
-def test_the_ends_of_the_uniforms_never_draw_an_excluded_token(ops, to_device, to_host, rng, n):
+def test_the_ends_of_the_uniforms_sample_no_excluded_token(ops, to_device, to_host, rng, n):
     x = (rng.standard_normal((6, n)) * 3).astype("float32")
     x[:, 0] = x[:, -1] = x[1, : n // 2] = x[2, -(n // 2) :] = -math.inf
     allowed = np.isfinite(x)
     for u in (0.0, 5e-324, 0.5, 1 - 1e-12, LARGEST_BELOW_1):
-        ids = to_host(ops.draw(to_device(x), to_device(np.full(6, u))))
+        ids = to_host(ops.sample(to_device(x), to_device(np.full(6, u))))
         assert allowed[np.arange(6), ids].all(), u
         if u == 0:
             assert ids.tolist() == allowed.argmax(axis=-1).tolist()
@@ -279,11 +279,11 @@ def test_the_ends_of_the_uniforms_never_draw_an_excluded_token(ops, to_device, t
             assert ids.tolist() == (n - 1 - allowed[:, ::-1].argmax(axis=-1)).tolist()
 
 
-def test_a_sum_in_another_order_draws_no_excluded_token(ops, to_device, to_host, rng):
+def test_a_sum_in_another_order_samples_no_excluded_token(ops, to_device, to_host, rng):
     """A device sums in blocks: behind the last token that is left the sum may still grow."""
     x = (rng.standard_normal((100, 4000)) * 3).astype("float32")
     x[:, 0] = x[:, 2000:] = -math.inf
-    ids = to_host(ops.draw(to_device(x), to_device(np.full(100, LARGEST_BELOW_1))))
+    ids = to_host(ops.sample(to_device(x), to_device(np.full(100, LARGEST_BELOW_1))))
     assert np.isfinite(x[np.arange(100), ids]).all()
 
 
@@ -295,7 +295,7 @@ def test_numpy_numbers_become_pythons():
 
 @pytest.mark.parametrize("changes", [{"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}])
 @pytest.mark.parametrize("uniform", [0.0, 0.999999, LARGEST_BELOW_1])
-def test_what_a_filter_drops_is_never_drawn(ops, rng, changes, uniform):
+def test_what_a_filter_drops_is_never_sampled(ops, rng, changes, uniform):
     x = rng.standard_normal((40, 53)).astype("float32")
     name, value = next(iter(changes.items()))
     allowed = np.isfinite(rows({"top_k": top_k, "top_p": top_p, "min_p": min_p}[name], x, value))
@@ -344,8 +344,8 @@ def test_tiny_temperatures_are_greedy_and_overflow_nowhere(ops, rng, temperature
 
 
 def test_a_huge_temperature_is_even(ops):
-    drawn = frequencies(ops, np.array([5.0, 1.0, -3.0, 0.0]), sampling(temperature=1e30))
-    assert np.abs(drawn - 0.25).max() < 1e-3
+    sampled = frequencies(ops, np.array([5.0, 1.0, -3.0, 0.0]), sampling(temperature=1e30))
+    assert np.abs(sampled - 0.25).max() < 1e-3
 
 
 @pytest.mark.parametrize("penalty", [1e-45, 1e-30, 1e-3, 1e3, 1e30, 1e300])

@@ -2,7 +2,7 @@
 
 Each filter is a threshold: what falls below it becomes -inf, and equals stay together, so a
 backend may find the threshold any way it likes and choose the same token.
-Order: repetition penalty, temperature, top-k, top-p, min-p, draw.
+Order: repetition penalty, temperature, top-k, top-p, min-p, sample.
 """
 
 import math
@@ -28,7 +28,7 @@ class SamplingParameters(Protocol):
 
 
 class SamplingEquations(Equations):
-    """Logits are (B, V) float32 throughout; a token that cannot be drawn has -inf."""
+    """Logits are (B, V) float32 throughout; a token that cannot be sampled has -inf."""
 
     def penalize_repetition(self, logits: Array, seen: Array, penalty: float) -> Array:
         """x_i / penalty where x_i > 0, x_i * penalty below, for the tokens already `seen`.
@@ -78,7 +78,7 @@ class SamplingEquations(Equations):
         least = logits.max(axis=-1, keepdims=True) + math.log(p)  # (B, 1)
         return self.xp.where(logits < least, -math.inf, logits)
 
-    def draw(self, logits: Array, uniform: Array) -> Array:
+    def sample(self, logits: Array, uniform: Array) -> Array:
         """Inverse transform: the first token whose cumulative probability exceeds `uniform`.
 
         Args:
@@ -142,7 +142,7 @@ class SamplingEquations(Equations):
                 x = self.keep_top_p(x, sampling.top_p)
             if sampling.min_p > 0:
                 x = self.keep_min_p(x, sampling.min_p)
-            ids = self.draw(x, uniform)
+            ids = self.sample(x, uniform)
         row = xp.arange(ids.shape[0])
         if seen is not None:
             seen[row, ids] = True
