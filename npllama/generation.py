@@ -13,7 +13,7 @@ from npllama.backend import Array
 from npllama.errors import InputError, NumericalError
 from npllama.kv_cache import KVCache, Positions
 from npllama.model import PREFILL_CHUNK, Transformer
-from npllama.sampling import Sampling, uniforms
+from npllama.sampling_options import Sampling, uniforms
 from npllama.tokenizer import StreamDecoder, Tokenizer
 
 

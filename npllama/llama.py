@@ -20,7 +20,7 @@ from npllama.not_a_model import (
 )
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
-from npllama.sampling import Sampling, checked_seed, is_integer
+from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import mismatch, read_tokenizer
 from npllama.weights import STORAGE_DTYPES, Checkpoint
@@ -93,7 +93,7 @@ class Llama(Transformer):
             prompt: a text, or token ids taken as they are; "" is BOS alone.
             max_new_tokens: the completion ends here, or where the context is full.
             temperature: 0 for the likeliest token each time; higher is more surprising.
-            top_p, top_k, min_p, repetition_penalty: see npllama.sampling.Sampling.
+            top_p, top_k, min_p, repetition_penalty: see npllama.Sampling.
             seed: reproduces a text; None is a random one, found in the completion.
             stop: texts that end the completion and are not part of it.
             ignore_eos: go on after an end-of-sequence id.
@@ -178,7 +178,7 @@ class Llama(Transformer):
     ) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; see `generate`.
 
-        >>> from npllama.sampling import Sampling
+        >>> from npllama.sampling_options import Sampling
         >>> greedy = Sampling(temperature=0)
         >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, sampling=greedy)
         >>> [len(completion.ids) for completion in both]

@@ -10,7 +10,7 @@ from model_directory import BYTE_PIECES
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
 from npllama.llama import Llama
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.untrained import random_parameters
 
 GREEDY = Sampling(temperature=0)

@@ -262,6 +262,16 @@ MISTAKES = {
         "falling[before < p]",
     ),
     "temperature multiplies": (SAMPLING, "/ temperature", "* temperature"),
+    "the last filter forgotten": (
+        SAMPLING,
+        "in sampling.filters():",
+        "in [*sampling.filters()][:-1]:",
+    ),
+    "filters in the wrong order": (
+        SAMPLING,
+        "in sampling.filters():",
+        "in [*sampling.filters()][::-1]:",
+    ),
     "top-k keeps one too many": (
         SAMPLING,
         "n - k, axis=-1)[..., n - k, None]",

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from npllama.errors import InputError
-from npllama.sampling import Sampling, checked_seed, uniforms
+from npllama.sampling_options import Sampling, checked_seed, uniforms
 
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, 101), (5, 13)]
 LARGEST_BELOW_1 = np.nextafter(1.0, 0.0)
@@ -512,6 +513,34 @@ def test_uniforms_are_below_1_and_even():
 
 
 # -- what a user may ask
+
+
+def test_each_filter_of_the_table_is_a_method_of_ops(ops):
+    methods = [field.metadata["option"].method for field in fields(Sampling)]
+    assert [m for m in methods if m] == ["keep_top_k", "keep_top_p", "keep_min_p"]
+    assert all(callable(getattr(ops, method)) for method in methods if method)
+
+
+def test_a_filter_at_the_value_that_keeps_all_is_not_called(ops, monkeypatch, rng):
+    assert list(sampling().filters()) == []
+    assert list(sampling(min_p=0.1, top_k=2).filters()) == [("keep_top_k", 2), ("keep_min_p", 0.1)]
+
+    def refuse(*args):
+        raise AssertionError("called")
+
+    for method in ("keep_top_k", "keep_top_p", "keep_min_p", "penalize_repetition"):
+        monkeypatch.setattr(ops, method, refuse)
+    x = rng.standard_normal((2, 7)).astype("float32")
+    next_tokens(ops, x, rng.random(2), sampling())
+    for changes in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}):
+        with pytest.raises(AssertionError, match="called"):
+            next_tokens(ops, x, rng.random(2), sampling(**changes), np.zeros((2, 7), dtype=bool))
+
+
+def test_positions_of_the_options_stay_what_they_were():
+    """`Sampling(0.7, 40)` in somebody's program must mean the same in the next version."""
+    names = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
+    assert [field.name for field in fields(Sampling)][: len(names)] == names
 
 
 @pytest.mark.parametrize(
