@@ -9,7 +9,7 @@
 from npllama.completion import Completion
 from npllama.errors import NpllamaError
 from npllama.llama import Llama, load
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 
 __all__ = ["Completion", "Llama", "NpllamaError", "Sampling", "load"]
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,7 +22,7 @@ from npllama.console import ReaderLeftError, check_output, open_streams, reason,
 from npllama.errors import InputError, NpllamaError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 
 INTERRUPTED = 130
 
@@ -89,43 +89,15 @@ def parser() -> argparse.ArgumentParser:
     )
 
     choice = p.add_argument_group("how the next token is chosen")
-    choice.add_argument(
-        "--temperature",
-        type=float,
-        default=Sampling.temperature,
-        metavar="T",
-        help="0 always takes the likeliest; about 1 is lively (default: %(default)s)",
-    )
-    choice.add_argument(
-        "--top-p",
-        type=float,
-        default=Sampling.top_p,
-        metavar="P",
-        help="choose among the fewest tokens whose probabilities exceed P; 1 for all "
-        "(default: %(default)s)",
-    )
-    choice.add_argument(
-        "--top-k",
-        type=int,
-        default=Sampling.top_k,
-        metavar="K",
-        help="choose among the K likeliest tokens; 0 for all (default: %(default)s)",
-    )
-    choice.add_argument(
-        "--min-p",
-        type=float,
-        default=Sampling.min_p,
-        metavar="P",
-        help="leave out tokens less than P times as likely as the likeliest; 0 for none "
-        "(default: %(default)s)",
-    )
-    choice.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=Sampling.repetition_penalty,
-        metavar="X",
-        help="above 1, words already used become less likely (default: %(default)s)",
-    )
+    for field in fields(Sampling):
+        about = field.metadata["option"]
+        choice.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=field.type,
+            default=field.default,
+            metavar=about.metavar,
+            help=f"{about.help} (default: %(default)s)",
+        )
     choice.add_argument(
         "--seed",
         type=int,
@@ -200,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for; the exit code."""
-    sampling = Sampling(
-        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
-    )
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     if args.model == "":
         raise InputError("--model is empty: expected a model directory")
     if args.system is not None and not args.chat:

@@ -15,7 +15,7 @@ from npllama.errors import InputError, NumericalError
 from npllama.kv_cache import KVCache, Place
 from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.row import Row
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
 

@@ -1,9 +1,12 @@
 """The library's front door: `load` a model directory, then `Llama` reads and writes text."""
 
+import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,12 +26,13 @@ from npllama.not_a_model import (
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
 from npllama.row import Row, StopFilter
-from npllama.sampling import Sampling, checked_seed, is_integer
+from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import mismatch, read_tokenizer
 from npllama.weights import STORAGE_DTYPES, Checkpoint
 
 Prompt = str | Sequence[int]
+Method = TypeVar("Method", bound=Callable)
 MAX_NEW_TOKENS = 512
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
@@ -38,6 +42,25 @@ NO_TOKENIZER = (
 )
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
+
+
+def _shows_keywords_of(source: Callable) -> Callable[[Method], Method]:
+    """A decorator: the method's signature, as help() and notebooks show it, has the keywords and
+    defaults of `source` in place of its own `**`. So they are written once.
+    """
+    passed_on = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(source).parameters.values()
+        if parameter.default is not parameter.empty
+    ]
+
+    def decorate(method: Method) -> Method:
+        signature = inspect.signature(method)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        method.__signature__ = signature.replace(parameters=[*own, *passed_on])
+        return method
+
+    return decorate
 
 
 class Llama(Transformer):
@@ -75,153 +98,45 @@ class Llama(Transformer):
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.values.dtype.name
 
-    def generate(
-        self,
-        prompt: Prompt = "",
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = Sampling.temperature,
-        top_p: float = Sampling.top_p,
-        top_k: int = Sampling.top_k,
-        min_p: float = Sampling.min_p,
-        repetition_penalty: float = Sampling.repetition_penalty,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        fresh_text: bool = False,
-        cache: KVCache | None = None,
-    ) -> Completion:
-        """Continue a prompt.
-
-        Args:
-            prompt: a text, or token ids taken as they are; "" is BOS alone.
-            max_new_tokens: the completion ends here, or where the context is full.
-            temperature: 0 for the likeliest token each time; higher is more surprising.
-            top_p, top_k, min_p, repetition_penalty: see npllama.sampling.Sampling.
-            seed: reproduces a text; None is a random one, found in the completion.
-            stop: texts that end the completion and are not part of it.
-            ignore_eos: go on after an end-of-sequence id.
-            fresh_text: the completion begins a text of its own, as the answer to
-                npllama.chat.encode_chat does, and has no leading space.
-            cache: from `new_cache`; holds the first ids of the prompt (none at first), which
-                are not read again, and afterwards the prompt and the completion without its
-                last id. `cache.truncate(row, length)` takes back what the next prompt has not.
-
-        Returns:
-            A Completion: text, ids, log-probabilities, finish reason, timings, seed.
-
-        Raises:
-            InputError: a prompt that does not fit the context (of several by its number, from 1),
-                or an argument out of range.
-            TokenizerError: text asked of a model without a tokenizer.
-
-        >>> llama = load()
-        >>> completion = llama.generate("Once upon", max_new_tokens=5, seed=1, ignore_eos=True)
-        >>> len(completion.ids), completion.finish_reason
-        (5, 'length')
-        >>> completion.text == llama.generate(
-        ...     "Once upon", max_new_tokens=5, seed=1, ignore_eos=True
-        ... ).text
-        True
-        """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        return self.generate_batch(
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            fresh_text=fresh_text,
-            cache=cache,
-        )[0]
-
-    def stream(
-        self,
-        prompt: Prompt = "",
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = Sampling.temperature,
-        top_p: float = Sampling.top_p,
-        top_k: int = Sampling.top_k,
-        min_p: float = Sampling.min_p,
-        repetition_penalty: float = Sampling.repetition_penalty,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        fresh_text: bool = False,
-        cache: KVCache | None = None,
-    ) -> Iterator[str]:
-        """As `generate`, yielding the text in pieces as they become certain.
-
-        Joined, they are `generate(...).text`; no piece holds half a character.
-
-        >>> llama = load()
-        >>> pieces = list(llama.stream("Once", max_new_tokens=8, temperature=0))
-        >>> "".join(pieces) == llama.generate("Once", max_new_tokens=8, temperature=0).text
-        True
-        """
-        if self.tokenizer is None:
-            raise TokenizerError(self._no_tokenizer)
-        generation = self.generation(
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            fresh_text=fresh_text,
-            cache=cache,
-        )
-        return (text for _row, text in generation if text)
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = DEFAULT_SAMPLING,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        fresh_text: bool = False,
-        cache: KVCache | None = None,
-    ) -> list[Completion]:
-        """Continue several prompts at once, each as long as it is; see `generate`.
-
-        >>> from npllama.sampling import Sampling
-        >>> greedy = Sampling(temperature=0)
-        >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, sampling=greedy)
-        >>> [len(completion.ids) for completion in both]
-        [4, 4]
-        """
-        generation = self.generation(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            fresh_text=fresh_text,
-            cache=cache,
-        )
-        for _ in generation:
-            pass
-        return generation.completions()
-
+    @_shows_keywords_of(Sampling)
     def generation(
         self,
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        sampling: Sampling = DEFAULT_SAMPLING,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         fresh_text: bool = False,
         cache: KVCache | None = None,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        **changes: float,
     ) -> Generation:
         """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
+
+        `generate`, `stream` and `generate_batch` take the same keywords.
+
+        Args:
+            prompts: each a text, or token ids taken as they are; "" is BOS alone.
+            max_new_tokens: a completion ends here, or where the context is full.
+            seed: reproduces a text; None is a random one, found in the completion.
+            stop: texts that end the completion and are not part of it.
+            ignore_eos: go on after an end-of-sequence id.
+            fresh_text: the completion begins a text of its own, as the answer to
+                npllama.chat.encode_chat does, and has no leading space.
+            cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
+                at first), which are not read again, and afterwards the prompt and the completion
+                without its last id. `cache.truncate(row, length)` takes back what the next
+                prompt does not have.
+            sampling: how tokens are chosen.
+            changes: fields of npllama.Sampling (temperature, top_k, ...) that replace those of
+                `sampling`.
+
+        Raises:
+            InputError: a prompt that does not fit the context (of several by its number, from 1),
+                or an argument out of range.
+            TokenizerError: text asked of a model without a tokenizer.
+            TypeError: a keyword that is none of these.
 
         >>> generation = load().generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
         >>> sorted({row for row, text in generation})
@@ -233,8 +148,7 @@ class Llama(Transformer):
             raise InputError(
                 f"max_new_tokens is {max_new_tokens!r}: expected a whole number from 0"
             )
-        if not isinstance(sampling, Sampling):
-            raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
+        sampling = _changed(sampling, changes)
         stops = _checked_stops(stop)
         if stops and self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
@@ -274,6 +188,58 @@ class Llama(Transformer):
                 f"the cache has {len(cache.lengths)} rows and there are {n_prompts} prompts: "
                 "expected a row for each"
             )
+
+    @_shows_keywords_of(generation)
+    def generate(self, prompt: Prompt = "", **options: Any) -> Completion:
+        """Continue a prompt.
+
+        Args:
+            prompt: a text, or token ids taken as they are; "" is BOS alone.
+            options: max_new_tokens, temperature, seed, stop and the other keywords of
+                `generation`, which explains them and what it raises.
+
+        Returns:
+            A Completion: text, ids, log-probabilities, finish reason, timings, seed.
+
+        >>> llama = load()
+        >>> completion = llama.generate("Once upon", max_new_tokens=5, seed=1, ignore_eos=True)
+        >>> len(completion.ids), completion.finish_reason
+        (5, 'length')
+        >>> completion.text == llama.generate(
+        ...     "Once upon", max_new_tokens=5, seed=1, ignore_eos=True
+        ... ).text
+        True
+        """
+        return self.generate_batch([prompt], **options)[0]
+
+    @_shows_keywords_of(generation)
+    def stream(self, prompt: Prompt = "", **options: Any) -> Iterator[str]:
+        """As `generate`, yielding the text in pieces as they become certain.
+
+        Joined, they are `generate(...).text`; no piece holds half a character.
+
+        >>> llama = load()
+        >>> pieces = list(llama.stream("Once", max_new_tokens=8, temperature=0))
+        >>> "".join(pieces) == llama.generate("Once", max_new_tokens=8, temperature=0).text
+        True
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(self._no_tokenizer)
+        generation = self.generation([prompt], **options)
+        return (text for _row, text in generation if text)
+
+    @_shows_keywords_of(generation)
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
+        """Continue several prompts at once, each as long as it is; see `generate`.
+
+        >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, temperature=0)
+        >>> [len(completion.ids) for completion in both]
+        [4, 4]
+        """
+        generation = self.generation(prompts, **options)
+        for _ in generation:
+            pass
+        return generation.completions()
 
     def _choosable(self) -> tuple[int, Array | None]:
         """One more than the last id that may be chosen, and a mask (n_tokens,) on the device
@@ -398,6 +364,17 @@ def _checked_directory(path: Path) -> Path:
     if not (path / "config.json").exists() and (what := directory_instead(path)) is not None:
         raise InputError(f"{path} {what}")
     return path
+
+
+def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
+    """The sampling with other values in some fields."""
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
+    unknown = sorted(changes.keys() - {field.name for field in fields(sampling)})
+    if unknown:
+        expected = [*inspect.signature(Llama.generation).parameters][2:]
+        raise TypeError(f"no keyword is named {unknown[0]}: expected one of {', '.join(expected)}")
+    return replace(sampling, **changes)
 
 
 def _check_cached(cache: KVCache, row: int, ids: Sequence[int], where: str) -> None:

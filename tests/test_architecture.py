@@ -26,7 +26,7 @@ FLOORS = [
         "completion",
     ],
     ["backend", "config", "sentencepiece_model", "console"],
-    ["parameters", "ops.tiles", "tokenizer_json", "sampling", "quantization"],
+    ["parameters", "ops.tiles", "tokenizer_json", "sampling_options", "quantization"],
     ["tokenizer"],
     ["ops.equations", "chat", "tokenizer_files", "safetensors_file", "row", "decode_step"],
     ["ops.sampling", "ops.derivatives", "ops.workers", "ops.pieces"],

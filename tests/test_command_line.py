@@ -2,13 +2,15 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from conftest import TINY
@@ -18,6 +20,8 @@ from npllama.completion import Completion, Timings
 from npllama.config import LlamaConfig
 from npllama.generate import finish_reasons, main, parser, print_log_probs
 from npllama.generation import Generation
+from npllama.ops import Ops
+from npllama.sampling_options import Sampling, option
 
 CONFIG = LlamaConfig(**{**vars(TINY), "context_length": 512})
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"]
@@ -250,6 +254,64 @@ def test_every_option_reaches_the_generation(model, capsys):
     }  # fmt: skip
     for name, value in changed.items():  # and each of them matters
         assert completion(model, "Once", **(options | {name: value})).text != out[4:-1], name
+
+
+@dataclass(frozen=True)
+class WithTypicalP(Sampling):
+    """The table of options with one more line."""
+
+    typical_p: float = option(
+        1.0,
+        least=sys.float_info.min,
+        most=1,
+        expected="above 0 and at most 1",
+        metavar="P",
+        help="choose among the most typical tokens that have P together; 1 for all",
+        method="keep_typical_p",
+        off=1,
+    )
+
+
+def keep_typical_p(self, logits, p):
+    """The fewest tokens that exceed p together, those whose surprise is closest to the entropy
+    first; Meister et al. 2022 (locally typical sampling), equation 10."""
+    xp, probability = self.xp, self.softmax(logits)
+    surprise = -xp.where(probability > 0, self.log_softmax(logits), 0)
+    entropy = (probability * surprise).sum(axis=-1, keepdims=True)
+    order = xp.abs(surprise - entropy).argsort(axis=-1)
+    falling = xp.take_along_axis(probability, order, axis=-1)
+    before = xp.cumsum(falling, axis=-1) - falling
+    kept = xp.zeros(logits.shape, dtype=bool)
+    xp.put_along_axis(kept, order, before <= p, axis=-1)
+    return xp.where(kept, logits, -math.inf)
+
+
+def test_a_new_filter_joins_in_one_place(model, capsys, monkeypatch):
+    """A line of the table and its method: the option, its check and its use follow."""
+    monkeypatch.setattr("npllama.generate.Sampling", WithTypicalP)
+    monkeypatch.setattr(Ops, "keep_typical_p", keep_typical_p, raising=False)
+    assert "choose among the most typical tokens" in " ".join(parser().format_help().split())
+    args = ("--model", model, "--backend", "numpy", "--prompt", "Once", "--json", "--ignore-eos")
+    args += ("--max-new-tokens", "12", "--temperature", "1", "--top-p", "1")
+    assert "typical_p is 2.0: expected above 0" in error_line(capsys, *args, "--typical-p", "2")
+
+    # with next to nothing for p, one token is left each time: that of the most typical surprise
+    llama = load(model, backend="numpy")
+    ids = llama.encode("Once")
+    n_prompt = len(ids)
+    for _ in range(12):
+        logits = llama.logits(ids)[-1].astype("float64")
+        log_p = logits - logits.max()
+        log_p -= np.log(np.exp(log_p).sum())
+        entropy = -(np.exp(log_p) * log_p).sum()
+        ids.append(int(np.abs(-log_p - entropy).argmin()))
+    _, out, _ = call(capsys, *args, "--typical-p", "1e-9")
+    assert json.loads(out)["ids"] == ids[n_prompt:]
+
+    plain = {"max_new_tokens": 12, "temperature": 1, "top_p": 1, "seed": 1, "ignore_eos": True}
+    assert llama.generate("Once", **plain).ids != ids[n_prompt:]
+    plain["sampling"] = WithTypicalP()
+    assert llama.generate("Once", **plain, typical_p=1e-9).ids == ids[n_prompt:]
 
 
 def test_stop_texts(model, capsys):

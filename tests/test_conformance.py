@@ -7,7 +7,7 @@ import safetensors.numpy
 from conftest import FIXTURES, make_ops
 from npllama.config import LlamaConfig
 from npllama.llama import Llama
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.weights import Checkpoint
 
 CASES = sorted(path.name for path in (FIXTURES / "hf").iterdir())

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, make_llama
 from npllama.kv_cache import Place
 from npllama.ops import CupyOps
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from strict_array import StrictArray, StrictBackend
 
 

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config"]
-MODULES += ["npllama.rope_scaling", "npllama.not_a_model"]
+MODULES += ["npllama.rope_scaling", "npllama.not_a_model", "npllama.sampling_options"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,5 +1,6 @@
 """The loop: what it says, when it stops, and that batches and queues change nothing."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from model_directory import BYTE_PIECES
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
 from npllama.llama import Llama
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.untrained import random_parameters
 
 GREEDY = Sampling(temperature=0)
@@ -35,6 +36,43 @@ def test_no_random_numbers_are_made_where_nothing_is_drawn(llama, monkeypatch):
     assert len(llama.generate([1, 5], max_new_tokens=3, temperature=0, ignore_eos=True).ids) == 3
     with pytest.raises(AssertionError, match="random numbers"):
         llama.generate([1, 5], max_new_tokens=3, temperature=1)
+
+
+def test_options_are_given_in_one_way(llama):
+    """As keywords, as a Sampling, or as a Sampling of which keywords change some fields."""
+    keywords = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3}
+    common = {"max_new_tokens": 12, "seed": 4, "ignore_eos": True}
+    ways = [keywords, {"sampling": Sampling(**keywords)}]
+    ways += [{"sampling": Sampling(**keywords | {"top_k": 3}), "top_k": 50}]
+    for prompt in ([1, 100, 7], "abc"):
+        want = llama.generate(prompt, **common, **keywords)
+        for way in ways:
+            assert llama.generate(prompt, **common, **way).ids == want.ids
+            assert llama.generate_batch([prompt], **common, **way)[0].ids == want.ids
+            assert "".join(llama.stream(prompt, **common, **way)) == want.text
+        assert llama.generate(prompt, **common).ids != want.ids  # so the options matter
+
+
+def test_signatures_show_every_option_and_its_default():
+    expected = {"max_new_tokens": 512, "seed": None, "stop": (), "ignore_eos": False}
+    expected |= {"fresh_text": False, "cache": None, "sampling": Sampling(), **vars(Sampling())}
+    for name, first in (
+        ("generate", "prompt"),
+        ("stream", "prompt"),
+        ("generate_batch", "prompts"),
+        ("generation", "prompts"),
+    ):
+        itself, prompt, *options = inspect.signature(getattr(Llama, name)).parameters.values()
+        assert (itself.name, prompt.name) == ("self", first)
+        assert {p.name: p.default for p in options} == expected
+        assert {p.kind for p in options} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "generate_batch", "generation"])
+def test_a_misspelled_keyword_is_named_with_those_there_are(llama, method):
+    expected = r"^no keyword is named temprature: expected one of max_new_tokens, .*temperature, "
+    with pytest.raises(TypeError, match=expected):
+        getattr(llama, method)([1, 5], temprature=0.5)
 
 
 def test_greedy_takes_the_likeliest_token_each_time(llama):

@@ -13,7 +13,7 @@ from npllama.kv_cache import KVCache
 from npllama.llama import Llama
 from npllama.memory import mapped_nbytes, workspace_nbytes
 from npllama.model import PREFILL_CHUNK
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.untrained import random_parameters
 
 LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)

@@ -193,8 +193,8 @@ MISTAKES = {
     ),
     "NumPy override: a token's place among those left": (
         NUMPY_SAMPLING,
-        "left[super().draw(x[None, left], u)[0]]",
-        "super().draw(x[None, left], u)[0]",
+        "left[super().sample(x[None, left], u)[0]]",
+        "super().sample(x[None, left], u)[0]",
     ),
     "float16 a power of two off": (
         TILES,
@@ -289,6 +289,16 @@ MISTAKES = {
         "falling[before < p]",
     ),
     "temperature multiplies": (SAMPLING, "/ temperature", "* temperature"),
+    "the last filter forgotten": (
+        SAMPLING,
+        "in sampling.filters():",
+        "in [*sampling.filters()][:-1]:",
+    ),
+    "filters in the wrong order": (
+        SAMPLING,
+        "in sampling.filters():",
+        "in [*sampling.filters()][::-1]:",
+    ),
     "top-k keeps one too many": (
         SAMPLING,
         "n - k, axis=-1)[..., n - k, None]",
@@ -299,7 +309,7 @@ MISTAKES = {
         "logits / penalty, logits * penalty",
         "logits / penalty, logits / penalty",
     ),
-    "draw takes a token without probability": (
+    "sample takes a token without probability": (
         SAMPLING,
         "(cumulative > uniform[:, None] * total) & has_any",
         "(cumulative >= uniform[:, None] * total)",
@@ -322,7 +332,7 @@ SUITES = {
     GENERATION: ("generation",),
     "decode_step.py": ("generation", "decode_step"),
     UNIFORMS: ("uniforms",),
-    SAMPLING: ("sampling::test_the_ends_of_the_uniforms_never_draw_an_excluded_token", "sampling"),
+    SAMPLING: ("sampling::test_the_ends_of_the_uniforms_sample_no_excluded_token", "sampling"),
 }
 
 

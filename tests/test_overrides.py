@@ -301,7 +301,7 @@ def keep_top_p_grid():
         yield "float32", f"B{b}-V{n_vocab}-p{p}-x{sharpness}", call
 
 
-def draw_grid():
+def sample_grid():
     """From one token left to all of them."""
     for b, n_vocab, share in itertools.product(B, (1, 7, 1000), (0, 0.1, 1)):
         rng = np.random.default_rng(0)
@@ -313,7 +313,7 @@ def draw_grid():
 
         def call(ops, wide, move, logits=logits, uniforms=uniforms):
             x, n = move(wide(logits)), len(logits)
-            ids = [ops.draw(x, move(np.full(n, u))) for u in uniforms]
+            ids = [ops.sample(x, move(np.full(n, u))) for u in uniforms]
             return ops.xp.stack(ids).astype("float32")
 
         yield "float32", f"B{b}-V{n_vocab}-{share}", call
@@ -338,7 +338,7 @@ GRIDS = {
     "swiglu": elementwise_grid("swiglu", 2),
     "sigmoid": elementwise_grid("sigmoid", 1),
     "keep_top_p": keep_top_p_grid,
-    "draw": draw_grid,
+    "sample": sample_grid,
     "embedding_backward": embedding_backward_grid,
     "softmax_backward": elementwise_grid("softmax_backward", 2),
     "swiglu_backward": elementwise_grid("swiglu_backward", 3),

@@ -1,13 +1,14 @@
-"""From logits to a token: each filter against its formula, their order, and the draw."""
+"""From logits to a token: each filter against its formula, their order, and the sample."""
 
 import itertools
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from npllama.errors import InputError
-from npllama.sampling import Sampling, checked_seed
+from npllama.sampling_options import Sampling, checked_seed
 
 SHAPES = [(1, 1), (1, 2), (3, 7), (2, 101), (5, 13)]
 LARGEST_BELOW_1 = np.nextafter(1.0, 0.0)
@@ -165,7 +166,7 @@ def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None, allowed=N
 
 
 def frequencies(ops, x, parameters, seen=None, n=4000, **kwargs):
-    """How often each token of one row of logits is drawn, by uniforms that leave no gap."""
+    """How often each token of one row of logits is sampled, by uniforms that leave no gap."""
     many = np.repeat(x[None].astype("float32"), n, axis=0)
     seen = None if seen is None else np.repeat(seen[None], n, axis=0)
     uniform = (np.arange(n) + 0.5) / n
@@ -217,8 +218,8 @@ def test_filters_are_applied_in_the_published_order(ops, swapped, x, changes):
 def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
     x, seen = np.array([2.0, 1.0, -1.0, -1.0]), np.array([True, False, True, False])
     truth = softmax([1.0, 1.0, -2.0, -1.0])
-    drawn = frequencies(ops, x, sampling(repetition_penalty=2.0), seen)
-    assert np.abs(drawn - truth).max() < 1e-3
+    sampled = frequencies(ops, x, sampling(repetition_penalty=2.0), seen)
+    assert np.abs(sampled - truth).max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -240,38 +241,38 @@ def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
         },
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_are_probable(ops, rng, changes):
+def test_tokens_are_sampled_as_often_as_they_are_probable(ops, rng, changes):
     x, seen = rng.standard_normal(9) * 2, rng.random(9) < 0.5
     parameters = sampling(**changes)
     active = [name for name in ORDER if name in changes]
-    drawn = frequencies(ops, x, parameters, seen, n=4000)
+    sampled = frequencies(ops, x, parameters, seen, n=4000)
     # of evenly spread uniforms, an interval holds its length's share but for one at either end
-    assert np.abs(drawn - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
+    assert np.abs(sampled - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
 
 
-def test_draw_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(
+def test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(
     ops, to_device, to_host
 ):
     x = np.log([[0.25, 0.5, 0.25]] * 8)
     uniform = np.array([0, 0.2499, 0.2501, 0.5, 0.7499, 0.7501, 0.9, LARGEST_BELOW_1])
-    ids = to_host(ops.draw(to_device(x), to_device(uniform)))
+    ids = to_host(ops.sample(to_device(x), to_device(uniform)))
     assert ids.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_a_large_vocabulary_is_summed_precisely_enough_to_draw_its_end(ops, to_device, to_host):
+def test_a_large_vocabulary_is_summed_precisely_enough_to_sample_its_end(ops, to_device, to_host):
     n = 30000  # equally likely: a sum in float32 would be many tokens off at the end
     wanted = np.array([0, 1, 14999, 29998, 29999])
     logits = to_device(np.zeros((len(wanted), n), dtype="float32"))
-    assert to_host(ops.draw(logits, to_device((wanted + 0.5) / n))).tolist() == wanted.tolist()
+    assert to_host(ops.sample(logits, to_device((wanted + 0.5) / n))).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("n", [3, 1000, 32000])
-def test_the_ends_of_the_uniforms_never_draw_an_excluded_token(ops, to_device, to_host, rng, n):
+def test_the_ends_of_the_uniforms_sample_no_excluded_token(ops, to_device, to_host, rng, n):
     x = (rng.standard_normal((6, n)) * 3).astype("float32")
     x[:, 0] = x[:, -1] = x[1, : n // 2] = x[2, -(n // 2) :] = -math.inf
     allowed = np.isfinite(x)
     for u in (0.0, 5e-324, 0.5, 1 - 1e-12, LARGEST_BELOW_1):
-        ids = to_host(ops.draw(to_device(x), to_device(np.full(6, u))))
+        ids = to_host(ops.sample(to_device(x), to_device(np.full(6, u))))
         assert allowed[np.arange(6), ids].all(), u
         if u == 0:
             assert ids.tolist() == allowed.argmax(axis=-1).tolist()
@@ -279,11 +280,11 @@ def test_the_ends_of_the_uniforms_never_draw_an_excluded_token(ops, to_device, t
             assert ids.tolist() == (n - 1 - allowed[:, ::-1].argmax(axis=-1)).tolist()
 
 
-def test_a_sum_in_another_order_draws_no_excluded_token(ops, to_device, to_host, rng):
+def test_a_sum_in_another_order_samples_no_excluded_token(ops, to_device, to_host, rng):
     """A device sums in blocks: behind the last token that is left the sum may still grow."""
     x = (rng.standard_normal((100, 4000)) * 3).astype("float32")
     x[:, 0] = x[:, 2000:] = -math.inf
-    ids = to_host(ops.draw(to_device(x), to_device(np.full(100, LARGEST_BELOW_1))))
+    ids = to_host(ops.sample(to_device(x), to_device(np.full(100, LARGEST_BELOW_1))))
     assert np.isfinite(x[np.arange(100), ids]).all()
 
 
@@ -295,7 +296,7 @@ def test_numpy_numbers_become_pythons():
 
 @pytest.mark.parametrize("changes", [{"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.5}])
 @pytest.mark.parametrize("uniform", [0.0, 0.999999, LARGEST_BELOW_1])
-def test_what_a_filter_drops_is_never_drawn(ops, rng, changes, uniform):
+def test_what_a_filter_drops_is_never_sampled(ops, rng, changes, uniform):
     x = rng.standard_normal((40, 53)).astype("float32")
     name, value = next(iter(changes.items()))
     allowed = np.isfinite(rows({"top_k": top_k, "top_p": top_p, "min_p": min_p}[name], x, value))
@@ -344,8 +345,8 @@ def test_tiny_temperatures_are_greedy_and_overflow_nowhere(ops, rng, temperature
 
 
 def test_a_huge_temperature_is_even(ops):
-    drawn = frequencies(ops, np.array([5.0, 1.0, -3.0, 0.0]), sampling(temperature=1e30))
-    assert np.abs(drawn - 0.25).max() < 1e-3
+    sampled = frequencies(ops, np.array([5.0, 1.0, -3.0, 0.0]), sampling(temperature=1e30))
+    assert np.abs(sampled - 0.25).max() < 1e-3
 
 
 @pytest.mark.parametrize("penalty", [1e-45, 1e-30, 1e-3, 1e3, 1e30, 1e300])
@@ -480,6 +481,34 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops, rng):
 
 
 # -- what a user may ask
+
+
+def test_each_filter_of_the_table_is_a_method_of_ops(ops):
+    methods = [field.metadata["option"].method for field in fields(Sampling)]
+    assert [m for m in methods if m] == ["keep_top_k", "keep_top_p", "keep_min_p"]
+    assert all(callable(getattr(ops, method)) for method in methods if method)
+
+
+def test_a_filter_at_the_value_that_keeps_all_is_not_called(ops, monkeypatch, rng):
+    assert list(sampling().filters()) == []
+    assert list(sampling(min_p=0.1, top_k=2).filters()) == [("keep_top_k", 2), ("keep_min_p", 0.1)]
+
+    def refuse(*args):
+        raise AssertionError("called")
+
+    for method in ("keep_top_k", "keep_top_p", "keep_min_p", "penalize_repetition"):
+        monkeypatch.setattr(ops, method, refuse)
+    x = rng.standard_normal((2, 7)).astype("float32")
+    next_tokens(ops, x, rng.random(2), sampling())
+    for changes in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}):
+        with pytest.raises(AssertionError, match="called"):
+            next_tokens(ops, x, rng.random(2), sampling(**changes), np.zeros((2, 7), dtype=bool))
+
+
+def test_positions_of_the_options_stay_what_they_were():
+    """`Sampling(0.7, 40)` in somebody's program must mean the same in the next version."""
+    names = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
+    assert [field.name for field in fields(Sampling)][: len(names)] == names
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import npllama
 import perplexity
 from conftest import ROOT, data_file
 from npllama.llama import SHIPPED
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from training.stories import read_stories
 
 CARD = (SHIPPED / "README.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from conftest import FIXTURES, TINY, make_llama
 from model_directory import BYTE_PIECES, byte_tokenizer, random_tensors, write_model
 from npllama.errors import ConfigError, InputError, TokenizerError, TokenizerWarning
 from npllama.llama import Llama, load
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.tokenizer import AddedToken
 from npllama.tokenizer_files import read_tokenizer
 

@@ -27,7 +27,7 @@ from npllama.generate import main
 from npllama.ops import NumpyOps
 from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 from npllama.shared_arrays import place_of, share
 from npllama.threads import Threads
 

@@ -2,33 +2,18 @@
 
 Each filter is a threshold: what falls below it becomes -inf, and equals stay together, so a
 backend may find the threshold any way it likes and choose the same token.
-Order: repetition penalty, temperature, top-k, top-p, min-p, draw.
+Order: repetition penalty, temperature, the filters in the order of Sampling's fields, sample.
 """
 
 import math
-from typing import Protocol
 
 from npllama.backend import Array
 from npllama.ops.equations import Equations
-
-
-class SamplingParameters(Protocol):
-    """What `next_token` reads; npllama.sampling.Sampling is one, checked."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def repetition_penalty(self) -> float: ...
+from npllama.sampling_options import Sampling
 
 
 class SamplingEquations(Equations):
-    """Logits are (B, V) float32 throughout; a token that cannot be drawn has -inf."""
+    """Logits are (B, V) float32 throughout; a token that cannot be sampled has -inf."""
 
     def penalize_repetition(self, logits: Array, seen: Array, penalty: float) -> Array:
         """x_i / penalty where x_i > 0, x_i * penalty below, for the tokens already `seen`.
@@ -41,6 +26,17 @@ class SamplingEquations(Equations):
         xp = self.xp
         penalized = xp.where(logits > 0, logits / penalty, logits * penalty)
         return xp.where(seen, penalized, logits)
+
+    def divide_by_temperature(self, logits: Array, temperature: float) -> Array:
+        """(x_i - max x) / t, whose softmax is that of x_i / t; (B, V) -> (B, V).
+
+        The dividend is at most 0, and t stays within what float32 has room for: a tiny
+        temperature is then greedy, a huge one even, and neither makes inf nor 0 / 0.
+
+        Source: Hinton et al. 2015, equation 1.
+        """
+        temperature = min(max(temperature, 1e-30), 1e30)
+        return (logits - logits.max(axis=-1, keepdims=True)) / temperature
 
     def keep_top_k(self, logits: Array, k: int) -> Array:
         """The k largest logits (and equals of the k-th), the rest -inf; (B, V) -> (B, V).
@@ -78,7 +74,7 @@ class SamplingEquations(Equations):
         least = logits.max(axis=-1, keepdims=True) + math.log(p)  # (B, 1)
         return self.xp.where(logits < least, -math.inf, logits)
 
-    def draw(self, logits: Array, uniform: Array) -> Array:
+    def sample(self, logits: Array, uniform: Array) -> Array:
         """Inverse transform: the first token whose cumulative probability exceeds `uniform`.
 
         Args:
@@ -102,7 +98,7 @@ class SamplingEquations(Equations):
         self,
         logits: Array,
         uniform: Array | None,
-        sampling: SamplingParameters,
+        sampling: Sampling,
         seen: Array | None = None,
         n_tokens: int | None = None,
         allowed: Array | None = None,
@@ -112,8 +108,7 @@ class SamplingEquations(Equations):
         Args:
             logits: (B, V) float32.
             uniform: (B,) float64 in [0, 1); None at temperature 0, which takes the likeliest.
-            sampling: temperature, top_k (0: all), top_p (1: all), min_p (0: all),
-                repetition_penalty (1: none).
+            sampling: its `filters()` are methods of this class, applied in that order.
             seen: (B, V) bool, needed where repetition_penalty is not 1; updated in place.
             n_tokens: only ids below it are chosen; a model's vocabulary may be padded beyond
                 its tokenizer's.
@@ -132,17 +127,10 @@ class SamplingEquations(Equations):
         if sampling.temperature == 0:
             ids = x.argmax(axis=-1)
         else:
-            # what is divided is at most 0, and by no less or more than float32 has room for: a
-            # tiny temperature then is greedy, a huge one even, and neither inf nor 0 / 0
-            temperature = min(max(sampling.temperature, 1e-30), 1e30)
-            x = (x - x.max(axis=-1, keepdims=True)) / temperature
-            if sampling.top_k > 0:
-                x = self.keep_top_k(x, sampling.top_k)
-            if sampling.top_p < 1:
-                x = self.keep_top_p(x, sampling.top_p)
-            if sampling.min_p > 0:
-                x = self.keep_min_p(x, sampling.min_p)
-            ids = self.draw(x, uniform)
+            x = self.divide_by_temperature(x, sampling.temperature)
+            for method, value in sampling.filters():
+                x = getattr(self, method)(x, value)
+            ids = self.sample(x, uniform)
         row = xp.arange(ids.shape[0])
         if seen is not None:
             seen[row, ids] = True

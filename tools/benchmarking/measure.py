@@ -10,7 +10,7 @@ import numpy as np
 from benchmarking.peak_memory import PeakMemory
 from benchmarking.roofline import Roofline
 from npllama.llama import Llama
-from npllama.sampling import Sampling
+from npllama.sampling_options import Sampling
 
 GREEDY = Sampling(temperature=0)
 
