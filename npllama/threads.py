@@ -58,24 +58,39 @@ class Threads:
         """A context that one thread of the program is in at a time; others wait for it.
 
         BLAS has one number of threads for the whole process, and two forwards at once would take
-        the cores from each other. Contexts of one thread nest.
+        the cores from each other. Contexts of one thread nest. A fork waits for its turn as well:
+        OpenBLAS hangs in both processes where one is made during another thread's product.
         """
+        _guard_forks()
         return _turn
 
     @contextlib.contextmanager
     def blas(self, n: int) -> Iterator[None]:
         """A `turn` in which products of NumPy's BLAS use n threads; it restores their number."""
         with self.turn():
-            _blas_limits()  # what the environment asks for, read before anything is changed
-            libraries = _blas_libraries()
-            before = [library.get_num_threads() for library in libraries]
-            for library in libraries:
-                _set_blas(library, n)
+            before = _numbers_of_threads()
             try:
+                _set_blas([n] * len(before))
                 yield
             finally:
-                for library, number in zip(libraries, before, strict=True):
-                    _set_blas(library, number)
+                _set_blas(before)
+
+    @contextlib.contextmanager
+    def blas_alone(self) -> Iterator[None]:
+        """A context in which products of NumPy's BLAS use one thread, and which several threads of
+        a program are in at once, each on a core of its own."""
+        with _alone_lock:
+            if not _alone:
+                _before_alone[:] = _numbers_of_threads()
+            _alone.append(None)
+            _set_blas([1] * len(_before_alone))
+        try:
+            yield
+        finally:
+            with _alone_lock:
+                _alone.pop()
+                if not _alone:
+                    _set_blas(_before_alone)
 
     def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
         """function(item, slot) for each item, in order, `count` of them at a time; two that run
@@ -125,30 +140,50 @@ class Threads:
 
 
 _turn = threading.RLock()
+_alone_lock = threading.Lock()
+_alone: list[None] = []  # one for each context of `blas_alone`
+_before_alone: list[int] = []  # threads of each library before the first of them
 
 
-def _new_turn() -> None:
-    """In a fork: the thread that had the turn may not exist here."""
-    global _turn
-    _turn = threading.RLock()
+@lru_cache(maxsize=1)
+def _guard_forks() -> None:
+    """Let forks wait for their turn from now on."""
+    import concurrent.futures.thread  # noqa: F401 (its handler, which takes a lock, must run after)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lambda: _turn.acquire(),
+            after_in_parent=lambda: _turn.release(),
+            after_in_child=_new_locks,
+        )
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_turn)
+def _new_locks() -> None:
+    """In a fork: the threads that held them do not exist here."""
+    global _turn, _alone_lock
+    _turn, _alone_lock = threading.RLock(), threading.Lock()
+    _alone.clear()
 
 
-def _set_blas(library: Any, n: int) -> None:
-    """Set BLAS's threads from whichever thread calls.
+def _numbers_of_threads() -> list[int]:
+    """Of each BLAS library; what the environment asks for is read before anything is changed."""
+    _blas_limits()
+    return [library.get_num_threads() for library in _blas_libraries()]
+
+
+def _set_blas(numbers: Sequence[int]) -> None:
+    """Set each library's threads, from whichever thread calls.
 
     threadpoolctl (3.8 and later) lets the first thread that sets the number of OpenBLAS control
     it, and ignores all others without a word. Our threads take turns, so each takes control, and
     gives it up for those who use threadpoolctl themselves.
     """
-    if library.get_num_threads() != n:
-        give_up_control = getattr(library, "clear_controlling_thread", lambda force: None)
-        give_up_control(force=True)
-        library.set_num_threads(n)
-        give_up_control(force=True)
+    for library, number in zip(_blas_libraries(), numbers, strict=True):
+        if library.get_num_threads() != number:
+            give_up_control = getattr(library, "clear_controlling_thread", lambda force: None)
+            give_up_control(force=True)
+            library.set_num_threads(number)
+            give_up_control(force=True)
 
 
 @lru_cache(maxsize=1)

@@ -103,20 +103,76 @@ def test_threads_take_turns():
     assert max(most) == 1 and blas_threads() == before
 
 
-def test_a_fork_does_not_wait_for_a_thread_that_it_has_not():
+def test_forwards_of_one_thread_each_run_at_once():
+    both, before = threading.Barrier(2, timeout=60), blas_threads()
+    threads = Threads(1)
+
+    def work(_):
+        with threads.blas_alone():
+            both.wait()  # only where two are inside does it open
+            assert set(blas_threads()) == {1}
+
+    with threads.blas(2), ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+        assert set(blas_threads()) == {2}
+    assert blas_threads() == before
+
+
+def test_an_interrupted_context_leaves_blas_as_it_was(monkeypatch):
+    before, right = blas_threads(), npllama.threads._set_blas
+
+    def interrupted(numbers):
+        right(numbers)
+        monkeypatch.setattr(npllama.threads, "_set_blas", right)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(npllama.threads, "_set_blas", interrupted)
+    with pytest.raises(KeyboardInterrupt), Threads(2).blas(1):
+        pass
+    assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_forks_while_another_thread_computes_hang_nobody():
+    """OpenBLAS's own handler of forks waits for ever for a product that runs."""
     code = (
         "import os, threading\n"
+        "import numpy as np\n"
+        "from npllama.backend import Backend\n"
+        "from npllama.ops import NumpyOps\n"
+        "from npllama.parameters import Matrix\n"
         "from npllama.threads import Threads\n"
-        "threads, entered, done = Threads(2), threading.Event(), threading.Event()\n"
-        "def hold():\n"
-        "    with threads.blas(1): entered.set(); done.wait()\n"
-        "other = threading.Thread(target=hold)\n"
+        "ops = NumpyOps(Backend(threads=Threads(2)))\n"
+        "w = Matrix(np.ones((900, 700), dtype='float32'))\n"
+        "done = threading.Event()\n"
+        "def compute(n_rows):\n"
+        "    x = np.ones((1, n_rows, 700), dtype='float32')\n"
+        "    with ops.computing(n_rows): return (ops.linear(x, w) == 700).all()\n"
+        "def go_on():\n"
+        "    while not done.is_set(): assert compute(30) and compute(100)\n"
+        "compute(1)\n"
+        "other = threading.Thread(target=go_on)\n"
         "other.start()\n"
-        "entered.wait()\n"
-        "pid = os.fork()\n"
-        "if pid: assert os.waitpid(pid, 0)[1] == 0; done.set()\n"
-        "else:\n"
-        "    with threads.blas(2): os._exit(0)\n"
+        "for _ in range(30):\n"
+        "    pid = os.fork()\n"
+        "    if not pid: os._exit(not (compute(30) and compute(100)))\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "done.set()\n"
+        "other.join()\n"
+    )
+    run_script(code)
+
+
+def test_a_fork_has_locks_of_its_own():
+    code = (
+        "import os\n"
+        "from npllama.threads import Threads\n"
+        "threads = Threads(2)\n"
+        "with threads.blas(1):\n"
+        "    pid = os.fork()\n"
+        "    with threads.blas(2), threads.blas_alone(): pass\n"
+        "with threads.blas(2): pass\n"
+        "if pid: assert os.waitpid(pid, 0)[1] == 0\n"
     )
     run_script(code)
 

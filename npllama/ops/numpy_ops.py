@@ -131,12 +131,17 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
 
         BLAS has one thread where many rows are cut up among threads of our own, and beside
         workers: its threads spin for some 50 ms after a product and would take their cores.
+        Where one thread is all there may be, several forwards run at once.
         """
         return self._computing(n_rows)
 
     @contextmanager
     def _computing(self, n_rows: int) -> Iterator[None]:
         threads = self.backend.threads
+        if threads.most == 1:
+            with threads.blas_alone():
+                yield
+            return
         with threads.turn():
             is_helped = self.shared.begin()
             with threads.blas(1 if is_helped or n_rows >= MANY_ROWS else threads.count):
