@@ -3,6 +3,7 @@
 The mathematics is in ops/sampling.py.
 """
 
+import math
 import secrets
 import sys
 from collections.abc import Sequence
@@ -43,9 +44,7 @@ class Sampling:
             is_integer(self.top_k) and self.top_k >= 0,
             "a whole number from 0, 0 for all",
         )
-        _require_between(
-            "temperature", self.temperature, 0, sys.float_info.max, "0 or above, finite"
-        )
+        _require_between("temperature", self.temperature, 0, sys.float_info.max, "0 or above")
         _require_between("top_p", self.top_p, sys.float_info.min, 1, "above 0 and at most 1")
         _require_between("min_p", self.min_p, 0, 1, "from 0 to 1")
         penalty = self.repetition_penalty
@@ -87,6 +86,10 @@ def is_integer(value: object) -> bool:
 
 def _require_between(name: str, value: object, least: float, most: float, expected: str) -> None:
     is_number = isinstance(value, float | np.floating) or is_integer(value)
+    if not is_number:
+        expected = f"a number, {expected}"
+    elif not is_integer(value) and not math.isfinite(value):
+        expected = f"a finite number, {expected}"
     _require(name, value, is_number and least <= value <= most, expected)
 
 
