@@ -66,44 +66,7 @@ class LlamaConfig:
     eos_ids: tuple[int, ...] = field(default=(2,))
 
     def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "ffn_dim",
-            "vocab_size",
-            "context_length",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
-            if value >= 2**31:
-                raise ConfigError(f"{name} is {value}: expected a number below 2**31")
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value <= sys.float_info.max:
-                raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings is {self.tie_embeddings!r}: expected a bool")
-        if self.dim % self.n_heads:
-            raise ConfigError(
-                f"width {self.dim} is not a multiple of the {self.n_heads} query heads"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"head width {self.head_dim} is odd: rotary embeddings turn pairs of components"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise ConfigError(
-                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads "
-                "evenly: n_heads must be a multiple of n_kv_heads"
-            )
-        for name, ids in (("bos id", (self.bos_id,)), ("eos id", self.eos_ids)):
-            for id_ in ids:
-                if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0:
-                    raise ConfigError(f"{name} is {id_!r}: expected a token id of at least 0")
+        _check(vars(self), {name: name for name in _HF_NAMES})
 
     @property
     def head_dim(self) -> int:
@@ -141,7 +104,7 @@ class LlamaConfig:
             ConfigError: the file is missing, damaged, or asks for what is not implemented.
         """
         path = Path(directory) / "config.json"
-        hf = read_json(path)
+        hf = read_json(path, missing="get it from where the weights came from")
         generation_path = path.with_name("generation_config.json")
         generation = read_json(generation_path) if generation_path.exists() else {}
         try:
@@ -172,20 +135,22 @@ class LlamaConfig:
         ):
             if name not in hf:
                 raise ConfigError(f"{name} is missing: expected a Hugging Face LLaMA config")
-        config = cls(
-            dim=hf["hidden_size"],
-            n_layers=hf["num_hidden_layers"],
-            n_heads=hf["num_attention_heads"],
-            n_kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
-            ffn_dim=hf["intermediate_size"],
-            vocab_size=hf["vocab_size"],
-            context_length=_context_length(hf),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=_rope_theta(hf),
-            tie_embeddings=hf.get("tie_word_embeddings") or False,
-            bos_id=_bos_id(hf, 1),
-            eos_ids=_eos_ids(hf, (2,)),
-        )
+        fields = {
+            "dim": hf["hidden_size"],
+            "n_layers": hf["num_hidden_layers"],
+            "n_heads": hf["num_attention_heads"],
+            "n_kv_heads": hf.get("num_key_value_heads", hf["num_attention_heads"]),
+            "ffn_dim": hf["intermediate_size"],
+            "vocab_size": hf["vocab_size"],
+            "context_length": _context_length(hf),
+            "norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "rope_theta": _rope_theta(hf),
+            "tie_embeddings": hf.get("tie_word_embeddings") or False,
+            "bos_id": _bos_id(hf, 1),
+            "eos_ids": _eos_ids(hf, (2,)),
+        }
+        _check(fields, _HF_NAMES)
+        config = cls(**fields)
         head_dim = hf.get("head_dim")
         if head_dim is not None and head_dim != config.head_dim:
             raise ConfigError(
@@ -201,6 +166,8 @@ class LlamaConfig:
             ConfigError: an id that is none.
         """
         bos_id, eos_ids = _bos_id(generation, self.bos_id), _eos_ids(generation, self.eos_ids)
+        fields = vars(self) | {"bos_id": bos_id, "eos_ids": eos_ids}
+        _check(fields, _HF_NAMES)
         return replace(self, bos_id=bos_id, eos_ids=eos_ids)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
@@ -225,8 +192,70 @@ class LlamaConfig:
         }
 
 
-def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
+# LlamaConfig's fields -> Hugging Face's, for messages
+_HF_NAMES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings",
+    "bos_id": "bos_token_id",
+    "eos_ids": "eos_token_id",
+}
+_COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context_length")
+
+
+def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raise ConfigError for the first of LlamaConfig's fields that is out of range.
+
+    Args:
+        names: what each field is called where the user wrote it.
+    """
+    for field_ in _COUNTS:
+        name, value = names[field_], fields[field_]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
+        if value >= 2**31:
+            raise ConfigError(f"{name} is {value}: expected a number below 2**31")
+    for field_ in ("norm_eps", "rope_theta"):
+        name, value = names[field_], fields[field_]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= sys.float_info.max:
+            raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
+    tie = fields["tie_embeddings"]
+    if not isinstance(tie, bool):
+        raise ConfigError(f"{names['tie_embeddings']} is {tie!r}: expected a bool")
+    dim, n_heads, n_kv_heads = (fields[name] for name in ("dim", "n_heads", "n_kv_heads"))
+    if dim % n_heads:
+        raise ConfigError(f"{names['dim']} {dim} is not a multiple of {names['n_heads']} {n_heads}")
+    if dim // n_heads % 2:
+        raise ConfigError(
+            f"head width {dim // n_heads} is odd ({names['dim']} {dim} / {names['n_heads']} "
+            f"{n_heads}): rotary embeddings turn pairs of components"
+        )
+    if n_heads % n_kv_heads:
+        raise ConfigError(
+            f"{n_heads} query heads cannot share {n_kv_heads} key-value heads evenly: "
+            f"{names['n_heads']} must be a multiple of {names['n_kv_heads']}"
+        )
+    for field_, ids in (("bos_id", (fields["bos_id"],)), ("eos_ids", fields["eos_ids"])):
+        for id_ in ids:
+            if isinstance(id_, bool) or not isinstance(id_, int) or id_ < 0:
+                raise ConfigError(f"{names[field_]} is {id_!r}: expected a token id of at least 0")
+
+
+def read_json(
+    path: Path, most: int = MAX_JSON, missing: str = "expected a JSON file"
+) -> dict[str, Any]:
     """A JSON file of at most `most` bytes that holds one object.
+
+    Args:
+        missing: what to say after "does not exist".
 
     Raises:
         ConfigError: no such file, not JSON, or not an object.
@@ -234,7 +263,7 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
     try:
         value = parse_json(read_small_file(path, most).decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: expected a model directory with it") from None
+        raise ConfigError(f"{path} does not exist: {missing}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

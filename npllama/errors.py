@@ -30,6 +30,10 @@ class TokenizerError(NpllamaError):
     """A tokenizer that is missing, damaged, or does not belong to the model."""
 
 
+class OtherTokenizerError(TokenizerError):
+    """A tokenizer.json that is whole, and of a kind that is not implemented."""
+
+
 class TokenizerWarning(UserWarning):
     """A tokenizer that can be used, and probably does not belong to the model."""
 

@@ -28,10 +28,59 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line.
+
+    Attributes:
+        text: the options of which one is required. argparse would check that before it finds
+            words that belong to no option, so `parse_args` does.
+    """
+
+    text: argparse._MutuallyExclusiveGroup
+
+    def format_help(self) -> str:
+        self.text.required = True  # as the usage shows it
+        try:
+            return super().format_help()
+        finally:
+            self.text.required = False
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        options, rest = self.parse_known_args(args, namespace)
+        if any(argument.startswith("-") for argument in rest):
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            self.error(
+                f"{rest[0][:60]!r} belongs to no option: give the text with --prompt, in quotation "
+                "marks"
+            )
+        if options.prompt is None and options.prompt_file is None:
+            self.error("a text is required: give --prompt TEXT or --prompt-file FILE")
+        return options
+
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
             message += "; a text that begins with a dash is given as --prompt=TEXT"
         self.exit(2, f"npllama: error: {message} (--help lists all options)\n")
+
+
+class _Once(argparse.Action):
+    """Store a value, and refuse a second one rather than forget the first."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            hint = "; --prompt-file takes several prompts, one a line"
+            raise argparse.ArgumentError(
+                self, f"it is given twice: expected one{hint if self.dest == 'prompt' else ''}"
+            )
+        setattr(namespace, self.dest, values)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,15 +97,17 @@ def parser() -> argparse.ArgumentParser:
         help="directory with config.json, safetensors and tokenizer.model or tokenizer.json "
         "(default: the story model that ships with npllama)",
     )
-    source = p.add_mutually_exclusive_group(required=True)
+    source = p.text = p.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt",
+        action=_Once,
         type=utf8,
         metavar="TEXT",
         help='the text to continue; "" starts from nothing, "-" reads all of standard input',
     )
     source.add_argument(
         "--prompt-file",
+        action=_Once,
         metavar="FILE",
         help="a file with one prompt a line, continued together; an empty line starts from nothing",
     )
@@ -109,7 +160,13 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
     )
-    chat.add_argument("--system", type=utf8, metavar="TEXT", help="how the assistant should behave")
+    chat.add_argument(
+        "--system",
+        action=_Once,
+        type=utf8,
+        metavar="TEXT",
+        help="how the assistant should behave",
+    )
 
     machine = p.add_argument_group("how it is computed")
     machine.add_argument(

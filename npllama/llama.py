@@ -19,6 +19,8 @@ from npllama.kv_cache import KVCache
 from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.not_a_model import (
+    HOW_TO_GET_ONE,
+    as_given,
     directory_instead,
     file_instead,
     missing_instead,
@@ -28,7 +30,7 @@ from npllama.parameters import Parameters
 from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
-from npllama.tokenizer_files import mismatch, read_tokenizer
+from npllama.tokenizer_files import check_size, mismatch, read_tokenizer, tokenizer_file
 from npllama.weights import STORAGE_DTYPES, Checkpoint
 
 Prompt = str | Sequence[int]
@@ -37,8 +39,8 @@ MAX_NEW_TOKENS = 512
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
 NO_TOKENIZER = (
-    "the model directory has no tokenizer.model or tokenizer.json: put the checkpoint's there to "
-    "work with text, or pass token ids"
+    "{} has no tokenizer.model or tokenizer.json: put the checkpoint's there to work with text, "
+    "or pass token ids"
 )
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
@@ -80,17 +82,13 @@ class Llama(Transformer):
         ops: Ops,
         context: int | None = None,
         tokenizer: Tokenizer | None = None,
-        no_tokenizer: str = NO_TOKENIZER,
+        no_tokenizer: str = NO_TOKENIZER.format("the model"),
     ) -> None:
         super().__init__(config, parameters, ops, context)
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise TokenizerError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces and the model "
-                f"{config.vocab_size}: expected the tokenizer.model that came with the checkpoint"
-            )
         self.tokenizer = tokenizer
         self.notes: tuple[str, ...] = ()
         if tokenizer is not None:
+            check_size(tokenizer, "the tokenizer", config.vocab_size)
             self.tokenizer = tokenizer.for_model(config.vocab_size, config.eos_ids)
             note = mismatch(self.tokenizer, config.vocab_size, config.eos_ids)
             self.notes = () if note is None else (note,)
@@ -333,17 +331,19 @@ def load(
         raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(STORAGE_DTYPES)}")
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
-    directory = SHIPPED if path is None else _checked_directory(Path(path))
+    directory = SHIPPED if path is None else _checked_directory(as_given(path))
     config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
     ops = ops_for(get_backend(backend, _checked_threads(threads)))
-    tokenizer, no_tokenizer = None, NO_TOKENIZER
+    tokenizer, no_tokenizer = None, NO_TOKENIZER.format(directory)
     try:
         tokenizer = read_tokenizer(directory, config)
     except TokenizerError as error:
         if (directory / "tokenizer.model").exists():
             raise
         no_tokenizer = str(error)
+    if tokenizer is not None:
+        check_size(tokenizer, tokenizer_file(directory), config.vocab_size)
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
@@ -354,15 +354,19 @@ def load(
     return llama
 
 
-def _checked_directory(path: Path) -> Path:
+def _checked_directory(given: str) -> Path:
+    if not given:  # which Path takes for the current directory
+        raise InputError("path is empty: expected a model directory")
+    path = Path(given)
     if not os.path.exists(path):  # False, not an error, for a name that is too long
         what = "does not exist: expected a model directory with a config.json"
-        raise InputError(f"{path} {missing_instead(path) or what}")
+        raise InputError(f"{given} {missing_instead(given) or what}")
     if not path.is_dir():
         what = "is a file: expected a model directory; tools/convert.py makes one"
         raise InputError(f"{path} {file_instead(path) or what}")
-    if not (path / "config.json").exists() and (what := directory_instead(path)) is not None:
-        raise InputError(f"{path} {what}")
+    if not (path / "config.json").exists():
+        what = f"has no config.json: expected a model directory; {HOW_TO_GET_ONE}"
+        raise InputError(f"{path} {directory_instead(path) or what}")
     return path
 
 

@@ -226,8 +226,9 @@ class Transformer:
                     f"{self.config.vocab_size}"
                 )
         if n > self.context:
-            raise InputError(
-                f"{n} tokens do not fit the context of {self.context}: "
-                "shorten the prompt, or load the model with a longer one, where it has that"
-            )
+            most = self.config.context_length
+            what = f"shorten the prompt; the model was trained for {most} positions"
+            if n <= most:
+                what = f"shorten the prompt, or give --context (context= in Python) up to {most}"
+            raise InputError(f"{n} tokens do not fit the context of {self.context}: {what}")
         return self.backend.to_device(np.asarray(ids, dtype="int32"))

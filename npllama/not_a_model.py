@@ -13,6 +13,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+HOW_TO_GET_ONE = (
+    "hf download NAME --local-dir DIR downloads one, and tools/convert.py makes one of a checkpoint"
+)
 _FIRST_BYTES = 64
 _LFS = (
     "is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or get the file "
@@ -66,20 +69,36 @@ def content_instead(path: Path) -> str | None:
     return next((what for start, what in _BEGINNINGS.items() if begin.startswith(start)), None)
 
 
-def missing_instead(path: Path) -> str | None:
+def missing_instead(given: str, is_converting: bool = False) -> str | None:
     """What a path that does not exist may name: a repository of Hugging Face's hub.
 
-    >>> missing_instead(Path("org/name"))
-    'does not exist; if it is a repository on the hub: hf download org/name --local-dir name'
+    Args:
+        given: as the user wrote it, a URL perhaps.
+        is_converting: asked by tools/convert.py, which reads .bin files too.
+
+    >>> print(missing_instead("org/name"))
+    does not exist; if it is a repository on the hub: hf download org/name --local-dir name \
+--exclude "*.bin"; then give --model name
     """
-    match = _HUB_NAME.fullmatch(path.as_posix())
-    if match is None or os.path.exists(path.parts[0]):
+    match = _HUB_NAME.fullmatch(given.rstrip("/"))
+    if match is None or os.path.exists(given.partition("/")[0]):
         return None
     name = match.group(1)
-    return (
-        f"does not exist; if it is a repository on the hub: hf download {name} "
-        f"--local-dir {name.rpartition('/')[2]}"
-    )
+    folder = name.rpartition("/")[2]
+    command = f"hf download {name} --local-dir {folder}"
+    if not is_converting:
+        command += ' --exclude "*.bin"'
+    then = f"convert {folder}" if is_converting else f"give --model {folder}"
+    return f"does not exist; if it is a repository on the hub: {command}; then {then}"
+
+
+def as_given(path: str | os.PathLike[str]) -> str:
+    """A path as text; the two slashes of a URL, of which Path keeps one, are both there.
+
+    >>> as_given(Path("https://huggingface.co/org/name"))
+    'https://huggingface.co/org/name'
+    """
+    return re.sub(r"\A(https?):/+", r"\1://", os.fspath(path))
 
 
 def file_instead(path: Path, is_converting: bool = False) -> str | None:
@@ -116,6 +135,11 @@ def directory_instead(directory: Path, is_converting: bool = False) -> str | Non
 
 
 def _directory_instead(directory: Path, names: list[str], is_converting: bool) -> str | None:
+    if not names:
+        what = f"a model directory; {HOW_TO_GET_ONE}"
+        if is_converting:
+            what = "a checkpoint: download one first (hf download NAME --local-dir DIR)"
+        return f"is empty: expected {what}"
     for kind in _DIRECTORIES:
         if (what := kind(directory, names)) is not None:
             return what
@@ -192,7 +216,7 @@ def _has_gguf(directory: Path, names: list[str]) -> str | None:
 def _has_it_further_in(directory: Path, names: list[str]) -> str | None:
     for name in names:
         if (directory / name / "config.json").is_file():
-            return f"holds no model, but its folder does: give {directory / name}"
+            return f"holds no model itself; its folder {name} holds one: give {directory / name}"
     return None
 
 

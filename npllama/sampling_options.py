@@ -63,7 +63,7 @@ class Sampling:
         0.6,
         least=0,
         most=sys.float_info.max,
-        expected="0 or above, finite",
+        expected="0 or above",
         metavar="T",
         help="0 always takes the likeliest; about 1 is lively",
     )
@@ -109,11 +109,15 @@ class Sampling:
     def __post_init__(self) -> None:
         for option_field in fields(self):
             about, value = option_field.metadata["option"], getattr(self, option_field.name)
-            is_number = is_integer(value) or (
-                option_field.type is float and isinstance(value, float | np.floating)
-            )
+            is_float, is_whole = isinstance(value, float | np.floating), is_integer(value)
+            is_number = is_whole or (option_field.type is float and is_float)
             holds = is_number and about.least <= value <= about.most
-            _require(option_field.name, value, holds, about.expected)
+            expected = about.expected
+            if option_field.type is float and not is_number:
+                expected = f"a number, {expected}"
+            elif is_float and not math.isfinite(value):
+                expected = f"a finite number, {expected}"
+            _require(option_field.name, value, holds, expected)
             if isinstance(value, np.generic):  # which would widen float32 arrays
                 object.__setattr__(self, option_field.name, value.item())
 

@@ -55,6 +55,23 @@ def tokenizer_file(directory: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
+def check_size(tokenizer: Tokenizer, name: str | Path, n_rows: int) -> None:
+    """Refuse a tokenizer with more pieces than the model has rows.
+
+    Args:
+        name: the tokenizer's file, for the message.
+        n_rows: vocab_size of the model.
+
+    Raises:
+        TokenizerError: the tokenizer is of another model.
+    """
+    if tokenizer.vocab_size > n_rows:
+        raise TokenizerError(
+            f"{name} has {tokenizer.vocab_size} pieces and the model {n_rows}: "
+            "expected the tokenizer that the model was trained with"
+        )
+
+
 def mismatch(tokenizer: Tokenizer, n_rows: int, end_ids: Collection[int] = ()) -> str | None:
     """What to say of a tokenizer with far fewer ids than the model has rows, if it has."""
     ids = {*tokenizer.added, *end_ids}
@@ -96,19 +113,21 @@ def _added_tokens(
     for id_, token in decoder.items():
         fields = token if isinstance(token, dict) else {}
         id_ = int(id_) if re.fullmatch("[0-9]{1,9}", id_) else id_
-        yield _checked(path, id_, fields.get("content"), fields.get("special"))
+        yield checked_token(path, id_, fields.get("content"), fields.get("special"))
     path = directory / "tokenizer.json"
     # which is large: read where it may hold what the others do not
     is_needed = not decoder and config.vocab_size > tokenizer.vocab_size
     if path == tokenizer_path or (is_needed and path.exists()):
         for fields in _of_tokenizer_json(path, is_decisive=path == tokenizer_path):
-            yield _checked(path, fields.get("id"), fields.get("content"), fields.get("special"))
+            yield checked_token(
+                path, fields.get("id"), fields.get("content"), fields.get("special")
+            )
     path = directory / "added_tokens.json"
     if path.exists():
         special = {*_special_texts(settings)}
         special |= {*_special_texts(_settings(directory / "special_tokens_map.json"))}
         for content, id_ in read_json(path).items():
-            yield _checked(path, id_, content, content in special)
+            yield checked_token(path, id_, content, content in special)
 
 
 def _of_tokenizer_json(path: Path, is_decisive: bool) -> list[Mapping[str, Any]]:
@@ -121,11 +140,16 @@ def _of_tokenizer_json(path: Path, is_decisive: bool) -> list[Mapping[str, Any]]
         return []
 
 
-def _checked(path: Path, id_: Any, content: Any, special: Any) -> tuple[int, AddedToken]:
+def checked_token(path: Path, id_: Any, content: Any, special: Any) -> tuple[int, AddedToken]:
+    """An added token's id and what it is.
+
+    Raises:
+        TokenizerError: `id_` is not an id, or `content` not a text; it names `path`.
+    """
     is_text = isinstance(content, str) and not re.search("[\\ud800-\\udfff]", content)
     if type(id_) is not int or id_ < 0 or not is_text:
         raise TokenizerError(
-            f"{path}: the added token {str(content)[:60]!r} has the id {str(id_)[:20]!r}: "
+            f"{path}: the added token {repr(content)[:60]} has the id {repr(id_)[:20]}: "
             "expected a text and a whole number from 0"
         )
     return id_, AddedToken(content, bool(special))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from npllama.config import read_json
-from npllama.errors import ConfigError, TokenizerError
+from npllama.errors import ConfigError, OtherTokenizerError, TokenizerError
 from npllama.sentencepiece_model import NAMES, PieceType, bpe_model
 from npllama.small_file import MAX_TOKENIZER
 
@@ -39,7 +39,8 @@ def sentencepiece_from_json(path: Path) -> bytes:
     No text makes a piece that no merge makes; special ones become control tokens.
 
     Raises:
-        TokenizerError: a damaged file, or a tokenizer of another kind, which is named.
+        OtherTokenizerError: a tokenizer of another kind, which is named.
+        TokenizerError: a damaged file.
     """
     path = Path(path)
     try:
@@ -56,7 +57,8 @@ def sentencepiece_from_json(path: Path) -> bytes:
         pieces = _pieces(vocabulary, _merges(model, vocabulary), names, fields)
         return bpe_model(pieces, dummy_prefix=dummy_prefix, names=tuple(names.values()))
     except _OtherKindError as error:
-        raise TokenizerError(
+        is_damaged = isinstance(error, _DamagedError)
+        raise (TokenizerError if is_damaged else OtherTokenizerError)(
             f"{path} {error}: only a BPE with byte fallback that was made from a sentencepiece "
             "model, such as Llama 2's, can be read; get tokenizer.model, or pass token ids"
         ) from None
@@ -70,6 +72,10 @@ def added_tokens(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 class _OtherKindError(Exception):
     """What the file is, in place of a tokenizer of Llama's kind."""
+
+
+class _DamagedError(_OtherKindError):
+    """What is wrong in the file, whatever its kind."""
 
 
 def _has_dummy_prefix(fields: Mapping[str, Any]) -> bool:
@@ -101,12 +107,12 @@ def _steps(fields: Mapping[str, Any], name: str, inside: str = "") -> list[Mappi
     if step is None:
         return []
     if not isinstance(step, dict):
-        raise _OtherKindError(f"has the {name} {step!r}")
+        raise _DamagedError(f"has the {name} {step!r}")
     if step.get("type") != "Sequence":
         return [step]
     steps = step.get(inside or f"{name}s")
     if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
-        raise _OtherKindError(f"has a damaged {name}")
+        raise _DamagedError(f"has a damaged {name}")
     return steps
 
 
@@ -144,12 +150,12 @@ def _vocabulary(model: Mapping[str, Any]) -> list[str]:
     """The pieces in order of their ids."""
     ids = model.get("vocab")
     if not isinstance(ids, dict) or not all(type(id_) is int for id_ in ids.values()):
-        raise _OtherKindError("has a damaged vocabulary")
+        raise _DamagedError("has a damaged vocabulary")
     vocabulary = sorted(ids, key=ids.__getitem__)
     if [ids[piece] for piece in vocabulary] != list(range(len(ids))):
-        raise _OtherKindError("has a vocabulary whose ids are not 0, 1, 2, ...")
+        raise _DamagedError("has a vocabulary whose ids are not 0, 1, 2, ...")
     if not all(vocabulary) or not _is_unicode("".join(vocabulary)):
-        raise _OtherKindError("has a piece that is no text")
+        raise _DamagedError("has a piece that is no text")
     missing = [piece for piece in _BYTES if piece not in ids]
     if missing:
         raise _OtherKindError(f"lacks the byte {missing[0]}")
@@ -183,16 +189,16 @@ def _merges(model: Mapping[str, Any], vocabulary: Sequence[str]) -> list[tuple[s
     """The pairs, from "a b" or ["a", "b"]; a piece holds no space."""
     merges = model.get("merges")
     if not isinstance(merges, list):
-        raise _OtherKindError("has no merges")
+        raise _DamagedError("has no merges")
     known = set(vocabulary)
     pairs = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or not all(isinstance(part, str) and part in known for part in pair):
-            raise _OtherKindError(f"has the merge {str(merge)[:100]!r}, which is no pair of pieces")
+            raise _DamagedError(f"has the merge {str(merge)[:100]!r}, which is no pair of pieces")
         if pair[0] + pair[1] not in known:
-            raise _OtherKindError(f"has the merge {merge!r}, which makes no piece")
+            raise _DamagedError(f"has the merge {merge!r}, which makes no piece")
         pairs.append((pair[0], pair[1]))
     return pairs
 

@@ -428,6 +428,7 @@ def test_without_a_model_the_one_that_ships_is_used(capsys):
 
 def test_help_explains_every_option():
     text = parser().format_help()
+    assert "(--prompt TEXT | --prompt-file FILE)" in " ".join(text.split())
     for action in parser()._actions:
         assert action.help, action.dest
     for word in ("temperature", "--prompt-file", "GPU", "seed"):
@@ -460,7 +461,18 @@ def test_slow_weights_are_told_of_in_one_line(tmp_path, capsys):
 
 
 def test_errors_of_the_command_line_itself(capsys, model, tmp_path):
-    assert "required" in error_line(capsys)
+    assert "give --prompt TEXT or --prompt-file FILE" in error_line(capsys)
+    for stray, *words in (
+        ("Once", "Once"),
+        ("upon", "--prompt", "Once", "upon", "a"),
+        ("Once", "Once", "--prompt", "upon"),
+    ):
+        line = f"{stray!r} belongs to no option: give the text with --prompt, in quotation marks"
+        assert line in error_line(capsys, *words)
+    assert "unrecognized arguments: --warm 3" in error_line(capsys, "--prompt", "a", "--warm", "3")
+    for name in ("--prompt", "--prompt-file", "--system"):
+        twice = error_line(capsys, name, "x", name, "y")
+        assert f"argument {name}: it is given twice: expected one" in twice
     assert "not allowed with" in error_line(capsys, "--prompt", "a", "--prompt-file", "b")
     assert "invalid float" in error_line(capsys, "--prompt", "a", "--temperature", "warm")
     assert "--system is for --chat" in error_line(capsys, "--prompt", "a", "--system", "b")
@@ -486,7 +498,14 @@ def test_errors_of_the_arguments(capsys, model):
     assert "a stop text is empty" in line("--stop", "")
     assert "trained for 512" in line("--context", "513")
     assert "context is 0" in line("--context", "0")
-    assert "error: 5 tokens do not fit the context of 4" in line("--context", "4")
+    assert line("--context", "4").endswith(
+        ": 5 tokens do not fit the context of 4: shorten the prompt, or give --context "
+        "(context= in Python) up to 512\n"
+    )
+    too_long = error_line(capsys, "--model", model, "--prompt", "a" * 600)
+    assert too_long.endswith(
+        "of 512: shorten the prompt; the model was trained for 512 positions\n"
+    )
 
 
 def test_the_line_of_a_prompt_that_is_too_long_is_named(capsys, model, tmp_path):
@@ -505,9 +524,15 @@ def test_errors_of_the_model_directory(capsys, tmp_path, model):
     file = tmp_path / "model.bin"
     file.touch()
     assert "is a file: expected a model directory" in line(file)
-    assert "config.json does not exist" in line(tmp_path)
+    assert "has no config.json: expected a model directory; hf download NAME" in line(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", f"{tmp_path / 'empty'}/"):
+        assert "empty is empty: expected a model directory; hf download NAME" in line(folder)
     bare = write_model(tmp_path / "bare", CONFIG, tokenizer=False)
-    assert "no tokenizer.model" in line(bare)
+    assert f"{bare} has no tokenizer.model or tokenizer.json: put" in line(bare)
+    narrow = write_model(tmp_path / "narrow", replace(CONFIG, vocab_size=200))
+    pieces = f"{narrow / 'tokenizer.model'} has 260 pieces and the model 200: expected"
+    assert pieces in line(narrow)
     damaged = write_model(tmp_path / "damaged", CONFIG)
     with open(damaged / "model.safetensors", "r+b") as weights:
         weights.truncate(5000)

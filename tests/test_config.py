@@ -1,6 +1,7 @@
 """LlamaConfig: what is read, what is ignored, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -389,13 +390,13 @@ def test_the_id_that_begins_a_text_comes_from_the_generation_config_first():
 def test_a_damaged_end_of_text_id_is_refused(where, value):
     generation = {"eos_token_id": value} if where == "generation" else None
     message = refused(hf(eos_token_id=value) if where == "config" else hf(), generation)
-    assert "eos id" in message and "token id" in message
+    assert "eos_token_id is" in message and "token id" in message
 
 
 @pytest.mark.parametrize("value", [-2, "1", 1.5, -1.0, True, [1]])
 def test_a_damaged_begin_of_text_id_is_refused(value):
     message = refused(hf(bos_token_id=value))
-    assert "bos id" in message and repr(value) in message
+    assert "bos_token_id is" in message and repr(value) in message
 
 
 # -- numbers that do not fit
@@ -430,8 +431,11 @@ def test_a_missing_field_is_named(name):
     ],
 )
 def test_a_count_is_a_whole_number_above_zero(name, ours, value):
-    message = refused(hf(**{name: value}))
-    assert ours in message and repr(value) in message
+    expected = f"is {value!r}: expected a whole number of at least 1"
+    assert refused(hf(**{name: value})) == f"{name} {expected}"
+    with pytest.raises(ConfigError) as caught:
+        replace(LLAMA_2["7B"], **{ours: value})
+    assert str(caught.value) == f"{ours} {expected}"
 
 
 @pytest.mark.parametrize(
@@ -452,16 +456,18 @@ def test_a_count_is_a_whole_number_above_zero(name, ours, value):
 )
 def test_eps_and_theta_are_finite_and_above_zero(name, ours, value):
     message = refused(hf(**{name: value}))
-    assert ours in message and repr(value)[:20] in message
+    assert message.startswith(f"{name} is {value!r}"[:40])
+    with pytest.raises(ConfigError, match=f"^{ours} is "):
+        replace(LLAMA_2["7B"], **{ours: value})
 
 
 @pytest.mark.parametrize(
     ("changes", "numbers"),
     [
-        ({"hidden_size": 4100}, ("4100", "32")),
-        ({"hidden_size": 32 * 63, "head_dim": 63}, ("63",)),
-        ({"num_key_value_heads": 5}, ("32", "5")),
-        ({"num_key_value_heads": 64}, ("32", "64")),
+        ({"hidden_size": 4100}, ("hidden_size 4100", "num_attention_heads 32")),
+        ({"hidden_size": 32 * 63, "head_dim": 63}, ("63", "hidden_size", "num_attention_heads")),
+        ({"num_key_value_heads": 5}, ("32", "5", "num_attention_heads", "num_key_value_heads")),
+        ({"num_key_value_heads": 64}, ("32", "64", "num_attention_heads", "num_key_value_heads")),
     ],
 )
 def test_counts_that_do_not_fit_together_are_named(changes, numbers):
@@ -530,7 +536,7 @@ def test_an_integer_too_long_to_read_is_refused(tmp_path):
 
 def test_a_directory_without_a_config_is_refused_by_its_path(tmp_path):
     message = refused_directory(tmp_path)
-    assert str(tmp_path / "config.json") in message and "does not exist" in message
+    assert message.startswith(f"{tmp_path / 'config.json'} does not exist: get it from where")
 
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path):

@@ -210,6 +210,52 @@ def test_a_tokenizer_json_of_another_kind_is_named_and_the_model_takes_ids(tmp_p
     assert "is a WordPiece model" in line and not (tmp_path / "other").exists()
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+DAMAGED = [LFS, b"<!DOCTYPE html><html></html>", b"", b'{"a": ', b"[1]"]
+BAD_TOKENS = {
+    "added_tokens.json": [b'{"<a>": "7"}', b'{"<a>": null}'],
+    "tokenizer_config.json": [
+        b'{"added_tokens_decoder": {"x": {"content": "<a>"}}}',
+        b'{"added_tokens_decoder": [1]}',
+        b'{"add_bos_token": "no"}',
+    ],
+    "tokenizer.json": [
+        b'{"model": {"type": "BPE", "byte_fallback": true, "vocab": []}, '
+        b'"normalizer": {"type": "Prepend", "prepend": "\\u2581"}}',
+    ],
+}
+ALONE = "tokenizer.json"  # without a tokenizer.model beside it
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name in BAD_TOKENS for content in (*DAMAGED, *BAD_TOKENS[name])],
+)
+def test_what_generate_would_refuse_of_a_tokenizer_is_not_converted(tmp_path, name, content):
+    source = write_model(tmp_path / "m", TINY, tokenizer=name != ALONE)
+    (source / name).write_bytes(content)
+    with pytest.raises(NpllamaError) as refused:
+        load(source, "numpy").encode("a")
+    for more in ([], ["--dry-run"]):
+        line = error_line(source, tmp_path / "out", *more)
+        assert str(source / name) in line
+        assert line == f"convert: error: {refused.value}\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    tokenizer = write_tokenizer_bin(tmp_path / "tok.bin")
+    assert convert(source, tmp_path / "out", "--tokenizer", tokenizer).returncode == 0
+    load(tmp_path / "out", "numpy").encode("a")  # the damaged files are left out
+
+
+def test_bad_added_tokens_of_a_tokenizer_json_that_is_given_are_refused(tmp_path):
+    source = write_llama2c(tmp_path / "model.bin", WITH_ADDED, random_tensors(WITH_ADDED))
+    fields = json.loads((FIXTURES / "tokenizers" / "tokenizer.json").read_text())
+    fields["added_tokens"].append({"id": None, "content": "<a>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    line = error_line(source, tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json")
+    assert "tokenizer.json: the added token '<a>' has the id None: expected" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("flags", [b"\x18\x00", b"\x20\x01"], ids=["no prefix", "spaces removed"])
 def test_tokenizers_that_treat_spaces_otherwise_are_kept_as_they_are(tmp_path, flags):
     model = bpe_model(BYTE_PIECES) + b"\x1a\x02" + flags  # merged into the settings
@@ -263,7 +309,7 @@ def test_wrong_sources_are_one_line_and_leave_nothing(tmp_path):
     infinite[28:36] = struct.pack("<ff", np.inf, np.nan)
     assert "embed_tokens.weight holds 2 infinities or NaNs" in line(bytes(infinite))
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint" in error_line(tmp_path / "empty", dest)
+    assert "empty is empty: expected a checkpoint" in error_line(tmp_path / "empty", dest)
     assert "DEST is missing" in error_line(source)
     assert "--max-shard-size is 'big'" in error_line(source, dest, "--max-shard-size", "big")
     names = {path.name for path in tmp_path.iterdir()}
@@ -430,7 +476,11 @@ def test_damaged_meta_sources_name_file_and_tensor(tmp_path):
     dest = tmp_path / "out"
     source = copy_of("meta-mp2", tmp_path)
     (source / "consolidated.00.pth").unlink()
-    assert "holds the shards 01: expected consolidated.00.pth" in error_line(source, dest)
+    line = error_line(source, dest)
+    assert f": consolidated.00.pth is missing: {source} holds consolidated.01.pth; get" in line
+    (source / "consolidated.01.pth").rename(tmp_path / "01")
+    assert f": consolidated.00.pth is missing: {source} holds no shard;" in error_line(source, dest)
+    (tmp_path / "01").rename(source / "consolidated.01.pth")
     shutil.copy(FIXTURES / "torch" / "meta-mp1" / "consolidated.00.pth", source)
     assert "shards of different models" in error_line(source, dest)
     shutil.rmtree(source)
@@ -480,7 +530,7 @@ def test_missing_last_shards_are_told_from_a_wrong_shape(tmp_path, case, n, kept
         path.unlink()
     line = error_line(source, tmp_path / "out")
     assert f"holds {kept} of {n} shards" in line
-    assert f"consolidated.{kept:02}.pth is missing" in line
+    assert line.startswith(f"convert: error: consolidated.{kept:02}.pth is missing: {source} ")
 
 
 def test_a_directory_of_several_formats_is_read_as_one_that_is_named(tmp_path):

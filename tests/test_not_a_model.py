@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from conftest import FIXTURES, TINY
 from convert import main as convert
 from model_directory import write_model
 from npllama import load
-from npllama.errors import NpllamaError
+from npllama.errors import InputError, NpllamaError
 from npllama.generate import main as generate
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 9976576152\n"
@@ -211,10 +212,24 @@ def test_another_format_is_named_with_the_command_that_converts_it(tmp_path, cas
 
 
 def test_a_model_in_a_folder_of_the_given_one_is_named(tmp_path, model, lines):
-    assert all(line.endswith(f"give {model}") for line in lines(tmp_path))
+    line = f"{tmp_path} holds no model itself; its folder model holds one: give {model}"
+    assert lines(tmp_path) == (line, line)
 
 
-# -- a path is a file, or is not there
+# -- a path is empty, is a file, or is not there
+
+
+def test_an_empty_path_is_not_the_current_directory(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(model)
+    with pytest.raises(InputError, match=r"^path is empty: expected a model directory$"):
+        load("")
+    with pytest.raises(SystemExit) as ended:
+        convert(["", str(tmp_path / "dest")])
+    assert ended.value.code == 2
+    line = "convert: error: argument SOURCE: it is empty: expected the name of a file or directory"
+    err = capsys.readouterr().err
+    assert err.startswith(line) and err.count("\n") == 1
+    assert not (tmp_path / "dest").exists()
 
 
 @pytest.mark.parametrize(
@@ -228,15 +243,25 @@ def test_a_file_of_a_checkpoint_is_named_with_its_directory(model, lines, name):
 
 @pytest.mark.parametrize(
     "given",
-    ["meta-llama/Llama-2-7b-hf", "https://huggingface.co/meta-llama/Llama-2-7b-hf"],
+    [
+        "meta-llama/Llama-2-7b-hf",
+        "https://huggingface.co/meta-llama/Llama-2-7b-hf",
+        "hf.co/meta-llama/Llama-2-7b-hf",
+    ],
 )
 def test_a_name_on_the_hub_is_named_with_the_command_that_downloads_it(
     lines, given, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    command = "hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"
-    for line in lines(given):
-        assert "does not exist" in line and line.endswith(command)
+    download = "hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf"
+    loading, converting = lines(given)
+    begin = f"{given} does not exist; if it is a repository on the hub: {download}"
+    assert loading == f'{begin} --exclude "*.bin"; then give --model Llama-2-7b-hf'
+    assert converting == f"{begin}; then convert Llama-2-7b-hf"
+    for same in (Path(given), f"{given}/"):  # perplexity.py gives a Path
+        with pytest.raises(InputError) as error:
+            load(same)
+        assert str(error.value).startswith(given + ("/ " if same == f"{given}/" else " "))
     (tmp_path / "meta-llama").mkdir()  # a folder of the user's own
     if given.startswith("meta"):
         assert not any("hf download" in line for line in lines(given))
@@ -258,9 +283,13 @@ def test_a_pipe_is_not_waited_for(tmp_path, lines):
 
 def test_what_is_nothing_known_keeps_its_message(tmp_path, lines):
     loading, converting = lines(tmp_path)
-    assert (
-        loading == f"{tmp_path / 'config.json'} does not exist: expected a model directory with it"
-    )
+    is_empty = f"{tmp_path} is empty: expected "
+    assert loading.startswith(f"{is_empty}a model directory; hf download NAME --local-dir DIR ")
+    assert converting.startswith(f"{is_empty}a checkpoint: download one first")
+    (tmp_path / "notes.txt").touch()
+    loading, converting = lines(tmp_path)
+    assert loading.startswith(f"{tmp_path} has no config.json: expected a model directory; hf ")
+    assert "tools/convert.py makes one" in loading
     assert converting.startswith(f"{tmp_path} holds no checkpoint")
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     loading, converting = lines(tmp_path)

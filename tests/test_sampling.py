@@ -562,6 +562,28 @@ def test_a_seed_that_is_none_is_refused(seed):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("temperature", "a number, 0 or above"),
+        ("top_k", "a whole number from 0, 0 for all"),
+        ("top_p", "a number, above 0 and at most 1"),
+        ("min_p", "a number, from 0 to 1"),
+        ("repetition_penalty", "a number, 0.001 to 1000, 1 for none"),
+    ],
+)
+def test_a_text_is_told_that_a_number_is_expected(name, expected):
+    for value in ("0.5", None):
+        with pytest.raises(InputError) as error:
+            Sampling(**{name: value})
+        assert str(error.value) == f"{name} is {value!r}: expected {expected}"
+
+
+def test_an_integer_beyond_every_float_is_refused():
+    with pytest.raises(InputError, match="expected 0 or above"):
+        Sampling(10**400)
+
+
 def test_a_number_of_numpys_is_shown_as_a_number():
     with pytest.raises(InputError, match=r"^temperature is -1\.5: expected"):
         Sampling(np.float64(-1.5))

@@ -33,7 +33,7 @@ def test_a_synthetic_checkpoint_converts_and_loads(tmp_path, small, capsys):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("99B", "new"), "no LLaMA-2 is called '99B': expected one of 7B"),
+    (("99B", "new"), "size is '99B': expected one of 7B, 13B, 34B, 70B, 1.1B\n"),
     (("1.1B", "new", "--layers", "0"), "n_layers is 0"),
     (("1.1B", "full"), "has content"),
     (("1.1B", "full/mine.txt"), "is a file"),

@@ -198,6 +198,19 @@ def test_what_is_no_token_is_one_line_that_names_the_file(tmp_path, files):
     assert str(directory / f"{name}.json") in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "files, shown",
+    [
+        ({"added_tokens": {"<a>": "261"}}, "'<a>' has the id '261'"),
+        ({"added_tokens": {"<a>": None}}, "'<a>' has the id None"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"261": {}}}}, "None has the id 261"),
+    ],
+)
+def test_what_is_no_token_is_shown_as_it_is(tmp_path, files, shown):
+    with pytest.raises(TokenizerError, match=f"the added token {shown}: expected a text and"):
+        load(model_with(tmp_path / "m", **files), "numpy")
+
+
 @pytest.mark.parametrize("name", ["added_tokens", "tokenizer_config"])
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name):
     directory = model_with(tmp_path / "m")
@@ -250,8 +263,18 @@ def test_a_tokenizer_json_of_another_kind_is_refused_where_text_is_asked_for(tmp
 
 def test_without_either_both_are_named(tmp_path):
     llama = load(write_model(tmp_path / "m", TINY, tokenizer=False), "numpy")
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.model or tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"/m has no tokenizer\.model or tokenizer\.json: put"):
         llama.encode("a")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_tokenizer_of_another_model_is_named_with_its_directory(tmp_path, name):
+    directory = model_with(tmp_path / "m", replace(TINY, vocab_size=200), name.endswith("l"))
+    if name.endswith("json"):
+        for file in (name, "tokenizer_config.json"):
+            (directory / file).write_bytes((WRITTEN / file).read_bytes())
+    with pytest.raises(TokenizerError, match=rf"/m/{name} has \d+ pieces and the model 200: "):
+        load(directory, "numpy")
 
 
 # -- BOS and EOS

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,6 +279,7 @@ def test_a_sample_too_long_is_refused_before_the_first_step(place, capsys):
 
 def test_a_loss_curve_that_cannot_be_written_is_one_line(place, capsys):
     (place / "run" / "loss.csv").mkdir(parents=True)
+    (place / "run" / ".train.lock").touch()
     assert train.main(arguments(place)) == 2
     assert "loss.csv cannot be written" in capsys.readouterr().err
 
@@ -472,6 +474,99 @@ def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):
     assert not (place / "run" / ".train.lock").exists()
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "model.safetensors", "tokenizer.model"],  # a converted model
+        ["model/config.json", "model/model.safetensors"],
+        ["loss.csv"],
+    ],
+)
+def test_an_out_with_content_that_is_no_run_is_refused_and_kept(place, capsys, monkeypatch, names):
+    monkeypatch.setattr(train, "read_stories", None)  # before any work
+    for name in names:
+        (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "run" / name).write_text(f"my {name}")
+    before = sorted((place / "run").rglob("*"))
+    assert train.main(arguments(place)) == 2
+    assert capsys.readouterr().err == (
+        f"train: error: --out {place / 'run'} has content and is not a run of train.py, which "
+        "would replace files in it: choose another directory\n"
+    )
+    assert sorted((place / "run").rglob("*")) == before
+    assert all((place / "run" / name).read_text() == f"my {name}" for name in names)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(place, monkeypatch):
+    interrupt_at(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
+    assert train.main(arguments(place)) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr("training.progress.sgemm_rate", lambda run: 1e9)
+    names = {path.name for path in (place / "run").iterdir()}
+    assert names == {".train.run", "tokenizer.model", "loss.csv"}
+    assert train.main(arguments(place)) == 0
+    assert (place / "run" / "model" / "config.json").exists()
+
+
+def test_an_empty_out_is_a_place_for_a_run(place):
+    (place / "run").mkdir()
+    assert train.main(arguments(place)) == 0
+
+
+def test_a_run_from_before_the_mark_is_known_by_its_checkpoint(place):
+    assert train.main(arguments(place)) == 0
+    (place / "run" / ".train.run").unlink()
+    assert train.main(arguments(place)) == 0
+
+
+@pytest.mark.parametrize("what", ["a file", "no model", "a full disk", "not writable"])
+def test_a_model_that_could_not_be_written_is_refused_before_the_first_step(
+    place, capsys, monkeypatch, what
+):
+    monkeypatch.setattr(Run, "step", None)
+    model = place / "run" / "model"
+    model.parent.mkdir()
+    (model.parent / ".train.lock").touch()
+    messages = {
+        "a file": f"{model} is a file",
+        "no model": f"{model} has content and no config.json",
+        "a full disk": f"{model} needs 0.00 GB and {model.parent} has 0.00 GB free",
+        "not writable": f"{model} cannot be written: {model.parent} is not writable",
+    }
+    if what == "a file":
+        model.touch()
+    elif what == "no model":
+        model.mkdir()
+        (model / "notes.txt").touch()
+    elif what == "a full disk":
+        disk = SimpleNamespace(free=1000)
+        monkeypatch.setattr("converting.new_directory.shutil.disk_usage", lambda path: disk)
+    else:
+        monkeypatch.setattr("converting.new_directory.os.access", lambda path, mode: False)
+    assert train.main(arguments(place)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train: error: {messages[what]}") and err.count("\n") == 1
+    assert not (model.parent / "tokenizer.model").exists()
+
+
+def test_a_directory_as_config_is_told_its_file(place, capsys):
+    args = arguments(place)
+    for config, message in (
+        (place, f"--config {place} is a directory: give {place / 'config.json'}"),
+        (place.parent, f"--config {place.parent} is a directory: expected a file such as"),
+        (place / "none", f"--config {place / 'none'} does not exist: expected a JSON file"),
+    ):
+        assert train.main([*args, "--config", str(config)]) == 2
+        assert capsys.readouterr().err.startswith(f"train: error: {message}")
+
+
+def test_an_empty_out_name_is_not_the_current_directory(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit):
+        train.main(arguments(place, "--out", ""))
+    assert "argument --out: it is empty: expected the name of" in capsys.readouterr().err
+
+
 def test_a_lock_file_of_a_killed_run_is_no_lock(place):
     (place / "run").mkdir()
     (place / "run" / ".train.lock").touch()
@@ -488,7 +583,9 @@ def test_without_locks_a_run_goes_on(place, monkeypatch):
 def test_an_out_that_cannot_be_made_is_one_line(place, capsys):
     (place / "run").touch()
     assert train.main(arguments(place)) == 2
-    assert "run cannot be written: " in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"train: error: {place / 'run'} is a file: choose the name of a directory\n"
+    )
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(place, monkeypatch):

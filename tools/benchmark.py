@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
 from benchmarking.step_profile import OpTime, profile
 from benchmarking.table import profile_table, programs_table, ratio_line
 from benchmarking.text import paragraph, profile_text, programs_text
-from command_line import Parser, exit_code, say
+from command_line import Parser, exit_code, named_path, say
 from npllama.backend import BACKENDS, get_backend
 from npllama.console import check_output, open_streams
 from npllama.errors import InputError
@@ -261,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         "Measure prefill, decode, load and memory of a model, beside a roofline.",
     )
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, metavar="DIR", help="a model directory")
+    which.add_argument("--model", type=named_path, metavar="DIR", help="a model directory")
     which.add_argument(
         "--shape", choices=tuple(SHAPES), help="random weights in memory; nothing is loaded"
     )

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from npllama.console import reason, tell, write
@@ -19,6 +20,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_INPUT, f"{self.tool}: error: {message} (--help lists all options)\n")
+
+
+def named_path(text: str) -> Path:
+    """An argument that names a file or directory.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty, which Path takes for the current directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: expected the name of a file or directory")
+    return Path(text)
 
 
 def say(text: str) -> None:

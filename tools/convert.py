@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from command_line import WRONG_INPUT, Parser, say
+from command_line import WRONG_INPUT, Parser, named_path, say
 from converting.conversion import convert
 from converting.description import description, dry_run
 from converting.interruption import Interrupted, interruptible
@@ -98,12 +98,6 @@ def refuse_to_replace(source: Path, dest: Path) -> None:
             )
 
 
-def _named(dest: str) -> Path:
-    if not dest:  # which Path takes for the current directory
-        raise argparse.ArgumentTypeError("it is empty: name the model directory to make")
-    return Path(dest)
-
-
 def _bytes(size: str) -> int:
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
     units |= {f"{name}B": n for name, n in units.items() if name}
@@ -122,9 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         "Turn a LLaMA-2 checkpoint of Meta's, Hugging Face's or llama2.c's into a "
         "directory that npllama and Hugging Face transformers open. PyTorch is not needed.",
     )
-    p.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint: directory or file")
     p.add_argument(
-        "dest", type=_named, nargs="?", metavar="DEST", help="the model directory to make"
+        "source", type=named_path, metavar="SOURCE", help="a checkpoint: directory or file"
+    )
+    p.add_argument(
+        "dest", type=named_path, nargs="?", metavar="DEST", help="the model directory to make"
     )
     p.add_argument(
         "--dtype",
@@ -133,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--tokenizer",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="tokenizer.model, tokenizer.json of Llama's kind, or llama2.c's tokenizer.bin "
         "(default: the one beside SOURCE)",

@@ -22,12 +22,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from command_line import Parser, exit_code
+from command_line import Parser, exit_code, named_path
 from converting.interruption import interruptible
 from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
 from converting.new_directory import new_directory, resolved
-from npllama.config import LlamaConfig
+from npllama.config import LLAMA_2, LlamaConfig
 from npllama.console import open_streams, tell
+from npllama.errors import InputError
 from npllama.weights import layer_name, tensor_shapes
 
 TINY_LLAMA = LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048)
@@ -116,14 +117,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     p = Parser("make_synthetic_meta", __doc__.split("\n")[0])
     p.add_argument("size", help="7B, 13B, 34B, 70B, or 1.1B (TinyLlama's shape)")
-    p.add_argument("dest", type=Path, help="the directory to make")
+    p.add_argument("dest", type=named_path, help="the directory to make")
     p.add_argument("--layers", type=int, metavar="N", help="as many layers, to try with less")
     args = p.parse_args(argv)
     return exit_code("make_synthetic_meta", lambda: _make(args))
 
 
 def _make(args: argparse.Namespace) -> None:
-    config = TINY_LLAMA if args.size.upper() == "1.1B" else LlamaConfig.named(args.size)
+    sizes = LLAMA_2 | {"1.1B": TINY_LLAMA}
+    config = sizes.get(args.size.upper())
+    if config is None:
+        raise InputError(f"size is {args.size!r}: expected one of {', '.join(sizes)}")
     if args.layers is not None:
         config = replace(config, n_layers=args.layers)
     n_bytes = 2 * config.n_parameters

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import Parser, exit_code, say
+from command_line import Parser, exit_code, named_path, say
 from npllama.console import open_streams
 from npllama.errors import InputError
 
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the command line names; the exit code."""
     open_streams()
     p = Parser("measure_conversion", __doc__.split("\n")[0])
-    p.add_argument("source", type=Path, help="what tools/convert.py takes")
-    p.add_argument("folder", type=Path, help="where to write, on the disk to be measured")
+    p.add_argument("source", type=named_path, help="what tools/convert.py takes")
+    p.add_argument("folder", type=named_path, help="where to write, on the disk to be measured")
     p.add_argument("--dtype", help="of convert.py; as stored unless given")
     p.add_argument("--repeat", type=int, default=1, metavar="N", help="times (default: 1)")
     args = p.parse_args(argv)

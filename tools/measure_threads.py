@@ -14,12 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import npllama
 from benchmarking.measure import Task, generate, make_task
 from benchmarking.shapes import SHAPES, random_llama
-from command_line import Parser, exit_code, say
+from command_line import Parser, exit_code, named_path, say
 from npllama.backend import get_backend
 from npllama.console import open_streams
 from npllama.errors import InputError
@@ -94,7 +93,7 @@ def _open(options: argparse.Namespace) -> Llama:
 def _parser() -> argparse.ArgumentParser:
     p = Parser("measure_threads", __doc__.split("\n")[0])
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, metavar="DIR", help="a model directory")
+    which.add_argument("--model", type=named_path, metavar="DIR", help="a model directory")
     which.add_argument("--shape", choices=tuple(SHAPES), help="random weights in memory")
     p.add_argument(
         "--dtype",

@@ -14,13 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import npllama
-from command_line import Parser, exit_code, say
+from command_line import Parser, exit_code, named_path, say
 from npllama.backend import Backend
 from npllama.console import check_output, open_streams, tell
 from npllama.errors import InputError
@@ -142,11 +141,14 @@ def _print_score(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     p = Parser("perplexity", "Score a text by a model: nats a token, perplexity, bits per byte.")
     p.add_argument(
-        "--model", type=Path, metavar="DIR", help="(default: the model that ships with npllama)"
+        "--model",
+        type=named_path,
+        metavar="DIR",
+        help="(default: the model that ships with npllama)",
     )
     p.add_argument(
         "--text",
-        type=Path,
+        type=named_path,
         required=True,
         metavar="FILE",
         help="UTF-8; texts parted by lines of <|endoftext|> each begin with BOS",

@@ -14,7 +14,7 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from command_line import Parser, exit_code
+from command_line import Parser, exit_code, named_path
 from converting.interruption import deferred, interruptible
 from converting.new_directory import parents_of
 from converting.tokenizers import read_tokenizer
@@ -33,9 +33,10 @@ from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from training.loss_curve import check_matplotlib, draw_curve
-from training.model_writer import write_model
+from training.model_writer import check_model_place, write_model
 from training.progress import Progress
 from training.run import Run, Workers, check_memory
+from training.run_directory import CHECKPOINT, LOCK, check_out, mark_as_run
 from training.stories import encode_stories, read_stories
 from training.tokenizer import train_tokenizer
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def interrupted() -> str:
-        checkpoint = options.out / "checkpoint.npz"
+        checkpoint = options.out / CHECKPOINT
         with suppress(InputError):
             if checkpoint.exists():
                 step = load_facts(checkpoint)["steps_done"]
@@ -68,10 +69,11 @@ def train(options: argparse.Namespace) -> None:
         Interrupted: a signal came; the steps so far are saved.
     """
     _check(options)
+    check_out(options.out)
     if options.plot:
         check_matplotlib()
     with ExitStack() as stack:
-        lock = options.out / ".train.lock"
+        lock = options.out / LOCK
         message = (
             f"{options.out} is being written by another training run: wait for its end, or "
             "choose another --out"
@@ -91,10 +93,11 @@ def _train(options: argparse.Namespace) -> None:
     valid = read_stories(options.valid)[: options.valid_stories] if options.valid else []
     tokenizer = _tokenizer_model(options, config, stories)
     identity = _identity(options, config, tokenizer)
-    checkpoint = out / "checkpoint.npz"
+    checkpoint = out / CHECKPOINT
     if checkpoint.exists():
         _check_identity(identity, load_facts(checkpoint)["identity"], checkpoint)
     run = _run(options, config, stories, tokenizer)
+    check_model_place(config, out / "model")
     # all that is given has been looked at: now files are written
     _write_tokenizer(tokenizer, out)
     with run.workers:
@@ -153,7 +156,7 @@ def _steps(
 
     def save() -> None:
         facts = {"identity": identity, "steps_done": run.steps_done, "progress": progress.state()}
-        save_checkpoint(options.out / "checkpoint.npz", run.state(), facts)
+        save_checkpoint(options.out / CHECKPOINT, run.state(), facts)
 
     def interrupt() -> None:
         tell("\ntrain: interrupted; saves a checkpoint after this step; Ctrl-C again ends at once")
@@ -212,17 +215,21 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--threads is {options.threads}: expected at least 1")
 
 
-def _config(path: Path) -> LlamaConfig:
+def _config(file: Path) -> LlamaConfig:
+    if file.is_dir():
+        inside = file / "config.json"
+        what = f"give {inside}" if inside.exists() else "expected a file such as config.json"
+        raise ConfigError(f"--config {file} is a directory: {what}")
     try:
-        return LlamaConfig.from_hf(read_json(path))
+        return LlamaConfig.from_hf(read_json(file))
     except ConfigError as error:
-        names_it = str(error).startswith(str(path))
-        raise ConfigError(f"--config {'' if names_it else f'{path}: '}{error}") from None
+        names_it = str(error).startswith(str(file))
+        raise ConfigError(f"--config {'' if names_it else f'{file}: '}{error}") from None
 
 
 def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: list[str]) -> bytes:
     """The tokenizer that is given, or that of a run that goes on, or one trained now."""
-    is_begun = (options.out / "checkpoint.npz").exists()
+    is_begun = (options.out / CHECKPOINT).exists()
     path = options.tokenizer or (options.out / "tokenizer.model" if is_begun else None)
     if path is not None:
         return read_tokenizer(path, config.vocab_size)
@@ -253,7 +260,7 @@ def _check_identity(ours: dict, theirs: dict, checkpoint: Path) -> None:
 
 def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        mark_as_run(out)
         partial = out / "tokenizer.model.partial"
         partial.write_bytes(tokenizer)
         os.replace(partial, out / "tokenizer.model")
@@ -277,20 +284,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     files = p.add_argument_group("files")
     files.add_argument(
-        "--text", type=Path, required=True, metavar="FILE",
+        "--text", type=named_path, required=True, metavar="FILE",
         help="UTF-8; stories parted by lines of <|endoftext|>",
     )  # fmt: skip
-    files.add_argument("--valid", type=Path, metavar="FILE", help="stories to validate on")
+    files.add_argument("--valid", type=named_path, metavar="FILE", help="stories to validate on")
     files.add_argument(
-        "--config", type=Path, required=True, metavar="FILE",
+        "--config", type=named_path, required=True, metavar="FILE",
         help="the model's shape, as a Hugging Face config.json",
     )  # fmt: skip
     files.add_argument(
-        "--out", type=Path, required=True, metavar="RUN",
+        "--out", type=named_path, required=True, metavar="RUN",
         help="directory of the run; where it holds a checkpoint, training goes on from there",
     )  # fmt: skip
     files.add_argument(
-        "--tokenizer", type=Path, metavar="FILE",
+        "--tokenizer", type=named_path, metavar="FILE",
         help="a tokenizer.model to use instead of training one of the config's vocab_size",
     )  # fmt: skip
     add = p.add_argument_group("what is learnt").add_argument

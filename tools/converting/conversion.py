@@ -16,6 +16,7 @@ from converting.writer import Entry, index_files, plan, to_json, write_shards
 from npllama.console import tell
 from npllama.errors import InputError, WeightsError
 from npllama.small_file import MAX_TOKENIZER, read_small_file
+from npllama.tokenizer_files import read_tokenizer as load_tokenizer
 from npllama.weights import EMBEDDING, INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
 
 _FLOAT32 = np.dtype("float32")
@@ -77,7 +78,10 @@ def other_files(source: Source, dtype: str | None, tokenizer: Path | None) -> di
         NpllamaError: a file that cannot be read, or a tokenizer of another model.
     """
     config = source.config
-    files = {path.name: _content(path) for path in _copied(source, tokenizer)}
+    copied = _copied(source, tokenizer)
+    if source.tokenizer is not None and any(path.name in TOKENIZER_FILES for path in copied):
+        load_tokenizer(source.tokenizer.parent, config)  # refuses what DEST could not load
+    files = {path.name: _content(path) for path in copied}
     tokenizer = tokenizer or source.tokenizer
     if tokenizer is not None:
         files["tokenizer.model"] = read_tokenizer(tokenizer, config.vocab_size)

@@ -8,7 +8,7 @@ from converting.source import Source, Tensor, file_tensor, scaled_int8
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
-from npllama.errors import TokenizerError, WeightsError
+from npllama.errors import OtherTokenizerError, TokenizerError, WeightsError
 from npllama.safetensors_file import DTYPES, SafetensorsFile
 from npllama.tokenizer_files import tokenizer_file
 from npllama.tokenizer_json import sentencepiece_from_json
@@ -71,8 +71,10 @@ def read_hugging_face(directory: Path) -> Source:
     if tokenizer is not None and tokenizer.suffix == ".json":
         try:
             sentencepiece_from_json(tokenizer)
-        except TokenizerError as error:
+        except OtherTokenizerError as error:
             tokenizer, no_tokenizer = None, str(error)
+        except TokenizerError:
+            pass  # refused where it is converted, which --tokenizer prevents
     return Source(
         format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",
         config=config,

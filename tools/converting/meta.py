@@ -28,16 +28,10 @@ def read_meta(directory: Path) -> Source:
     Raises:
         ConfigError, WeightsError: naming file and tensor.
     """
-    params = read_json(directory / "params.json")
+    missing = "get it from where the shards came from"
+    params = read_json(directory / "params.json", missing=missing)
     paths = sorted(directory.glob("consolidated.*.pth"))
-    if not paths:
-        raise WeightsError(f"{directory} has no consolidated.*.pth beside params.json")
-    numbers = [path.name.split(".")[1] for path in paths]
-    if numbers != [f"{i:02}" for i in range(len(paths))]:
-        raise WeightsError(
-            f"{directory} holds the shards {', '.join(numbers)}: "
-            f"expected consolidated.00.pth to consolidated.{len(paths) - 1:02}.pth, none missing"
-        )
+    _check_names([path.name for path in paths], directory)
     if len(paths) not in (1, 2, 4, 8):
         raise WeightsError(f"{directory} holds {len(paths)} shards: expected 1, 2, 4 or 8")
     shards = [by_hf_name(checked_tensors(read_torch_file(path), path), path) for path in paths]
@@ -53,6 +47,17 @@ def read_meta(directory: Path) -> Source:
     )
 
 
+def _check_names(names: list[str], directory: Path) -> None:
+    """Shards are numbered from 00, without gaps."""
+    expected = [f"consolidated.{i:02}.pth" for i in range(max(len(names), 1))]
+    missing = next((name for name in expected if name not in names), None)
+    if missing is not None:
+        found = ", ".join(names[:8]) or "no shard"
+        raise WeightsError(
+            f"{missing} is missing: {directory} holds {found}; get all files of the checkpoint"
+        )
+
+
 def _check_count(params: dict, shards: list[dict[str, Tensor]], directory: Path) -> None:
     """Shards hold columns of the embedding, so that one of them tells how many there are."""
     embedding, dim = shards[0].get(EMBEDDING), params.get("dim")
@@ -61,9 +66,9 @@ def _check_count(params: dict, shards: list[dict[str, Tensor]], directory: Path)
     columns = embedding.shape[1]
     if columns and dim % columns == 0 and dim // columns > len(shards):
         raise WeightsError(
-            f"{directory} holds {len(shards)} of {dim // columns} shards, by the {columns} "
-            f"columns of {dim} in its first one's tok_embeddings.weight: "
-            f"consolidated.{len(shards):02}.pth is missing"
+            f"consolidated.{len(shards):02}.pth is missing: {directory} holds {len(shards)} of "
+            f"{dim // columns} shards, by the {columns} columns of {dim} in its first one's "
+            "tok_embeddings.weight; get all files of the checkpoint"
         )
 
 

@@ -44,12 +44,7 @@ def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
             check_dest(dest, overwrite)
             if partial.exists():
                 shutil.rmtree(partial)
-            free = shutil.disk_usage(dest.parent).free
-            if n_bytes > free:
-                raise InputError(
-                    f"{dest} needs {n_bytes / 1e9:.2f} GB and {dest.parent} has "
-                    f"{free / 1e9:.2f} GB free: choose another disk or a narrower --dtype"
-                )
+            _check_space(dest, n_bytes)
             try:
                 partial.mkdir()
                 yield partial
@@ -94,11 +89,7 @@ def check_dest(dest: Path, overwrite: bool) -> None:
     """
     try:
         standing, aside = _standing(dest), _beside(dest, "replaced")
-        if not standing.exists():
-            return
-        if not standing.is_dir():
-            raise InputError(f"{dest} is a file: choose the name of a directory")
-        if not any(standing.iterdir()):
+        if is_free(standing, dest):
             return
         if standing == dest and aside.exists() and not (dest / _COMPLETE).exists():
             raise InputError(
@@ -114,6 +105,51 @@ def check_dest(dest: Path, overwrite: bool) -> None:
             )
     except OSError as error:
         raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
+
+
+def is_free(standing: Path, dest: Path) -> bool:
+    """Whether nothing stands at `standing`, or an empty directory.
+
+    Args:
+        dest: its name in messages.
+
+    Raises:
+        InputError: it is a file.
+    """
+    if not standing.exists():
+        return True
+    if not standing.is_dir():
+        raise InputError(f"{dest} is a file: choose the name of a directory")
+    return not any(standing.iterdir())
+
+
+def check_place(dest: Path, n_bytes: int, overwrite: bool) -> None:
+    """Refuse at once what `new_directory` would refuse once the work is done; nothing is changed.
+
+    Args:
+        dest, n_bytes, overwrite: as for `new_directory`.
+
+    Raises:
+        InputError: as for `check_dest`; or the folder of `dest` is not writable, or too small.
+    """
+    check_dest(dest, overwrite)
+    try:
+        folder = next(parent for parent in dest.parents if parent.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{dest} cannot be written: {folder} is not writable")
+        _check_space(dest, n_bytes)
+    except OSError as error:
+        raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
+
+
+def _check_space(dest: Path, n_bytes: int) -> None:
+    folder = next(parent for parent in dest.parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise InputError(
+            f"{dest} needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
+            "choose another disk or, with convert.py, a narrower --dtype"
+        )
 
 
 def identity(dest: Path) -> tuple[int, int] | None:
@@ -137,8 +173,8 @@ def _beside(dest: Path, what: str) -> Path:
 def _standing(dest: Path) -> Path:
     """`dest`, or what a killed run left aside and the next one puts back there."""
     aside = _beside(dest, "replaced")
-    is_free = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
-    return aside if is_free and aside.exists() else dest
+    has_no_content = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
+    return aside if has_no_content and aside.exists() else dest
 
 
 def _recover(dest: Path) -> None:

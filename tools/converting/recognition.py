@@ -9,7 +9,7 @@ from converting.numbers import FLOATS
 from converting.source import Source
 from converting.torch_file import is_torch_file
 from npllama.errors import InputError, WeightsError
-from npllama.not_a_model import directory_instead, file_instead, missing_instead
+from npllama.not_a_model import as_given, directory_instead, file_instead, missing_instead
 from npllama.weights import check_none_missing, tensor_shapes
 
 
@@ -46,8 +46,9 @@ def read_source(path: Path) -> Source:
 
 def _recognized(path: Path) -> Source:
     if not path.is_file() and not path.is_dir():
-        what = missing_instead(path) if not path.exists() else None
-        raise InputError(f"{path} {what or 'does not exist or is no file: expected a checkpoint'}")
+        given = as_given(path)
+        what = missing_instead(given, is_converting=True) if not path.exists() else None
+        raise InputError(f"{given} {what or 'does not exist or is no file: expected a checkpoint'}")
     if is_hugging_face(path):
         source = read_hugging_face(path)
         if is_meta(path):

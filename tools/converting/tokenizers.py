@@ -10,6 +10,7 @@ from npllama.not_a_model import content_instead
 from npllama.sentencepiece_model import PieceType, bpe_model, special_and_byte_pieces
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer import Tokenizer
+from npllama.tokenizer_files import check_size, checked_token
 from npllama.tokenizer_json import added_tokens, sentencepiece_from_json
 
 CONFIG = {
@@ -46,20 +47,21 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
         content = sentencepiece_from_json(path)
     else:
         Tokenizer(path)  # raises where it is none
-    n_pieces = Tokenizer.from_bytes(content).vocab_size
-    if n_pieces > vocab_size:
-        raise TokenizerError(
-            f"{path} has {n_pieces} pieces and the model {vocab_size}: "
-            "expected the tokenizer that the model was trained with"
-        )
+    check_size(Tokenizer.from_bytes(content), path, vocab_size)
     return content
 
 
 def tokenizer_config(path: Path) -> dict[str, object]:
-    """tokenizer_config.json for a tokenizer; of a tokenizer.json with its added tokens."""
+    """tokenizer_config.json for a tokenizer; of a tokenizer.json with its added tokens.
+
+    Raises:
+        ConfigError, TokenizerError: a damaged tokenizer.json.
+    """
     if path.suffix != ".json":
         return CONFIG
     tokens = added_tokens(read_json(path, MAX_TOKENIZER))
+    for token in tokens:  # DEST could not load it
+        checked_token(path, token.get("id"), token.get("content"), token.get("special"))
     fields = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
     decoder = {
         str(token.get("id")): {name: token[name] for name in fields if name in token}

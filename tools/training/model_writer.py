@@ -4,13 +4,23 @@ from pathlib import Path
 
 import numpy as np
 
-from converting.new_directory import new_directory, resolved
+from converting.new_directory import check_place, new_directory, resolved
 from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.writer import Entry, index_files, plan, to_json, write_shards
+from npllama.config import LlamaConfig
 from npllama.llama import Llama
 from npllama.weights import named_arrays
 
 _MAX_SHARD_SIZE = 4 * 10**9
+
+
+def check_model_place(config: LlamaConfig, dest: Path) -> None:
+    """Refuse a `dest` that `write_model` could not write, before hours are spent.
+
+    Raises:
+        InputError: as for `write_model`.
+    """
+    check_place(resolved(dest), 4 * config.n_parameters, overwrite=True)
 
 
 def write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
