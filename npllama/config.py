@@ -309,8 +309,8 @@ def _refuse_scaling(name: str, rope: object, context: object) -> None:
     scaling = scaled_by(rope, context)
     if scaling is not None:
         raise ConfigError(
-            f"{name} asks for {scaling} scaling of the rotary embeddings: only plain rotary "
-            "embeddings ('default', or a factor of 1.0) are implemented"
+            f"{name} is {scaling}: only plain rotary embeddings ('default', or a factor of 1.0) "
+            "are implemented"
         )
 
 

@@ -23,7 +23,8 @@ def open_streams() -> None:
 
     A closed descriptor among 0, 1 and 2 is opened on the null device, so that no other file gets
     its number. sys.stdin and sys.stdout stay None where they were closed, for the program to
-    refuse. Text is UTF-8 whatever the locale, and names of files go out as the bytes they are.
+    refuse. Text is UTF-8 whatever the locale; on standard output, names of files go out as the
+    bytes they are.
     """
     with contextlib.suppress(OSError):  # no null device, as in a bare chroot
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free

@@ -4,12 +4,16 @@ Every message is one line: what was found, what was expected, what to do.
 The command line prints it on stderr and exits with code 2.
 """
 
+import contextlib
+
 
 class NpllamaError(Exception):
     """Base of all errors that npllama raises on purpose."""
 
-    def __init__(self, message: str) -> None:  # names from files may hold line breaks
-        super().__init__(
+    def __init__(self, message: str) -> None:
+        with contextlib.suppress(UnicodeError):  # names of files, where the locale is not UTF-8
+            message = message.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+        super().__init__(  # one line: names from files may hold line breaks
             "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         )
 

@@ -14,10 +14,6 @@ def _is_one(value: Any, context: int) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and value == 1
 
 
-def _are_ones(value: Any, context: int) -> bool:
-    return isinstance(value, list) and all(_is_one(each, context) for each in value)
-
-
 def _is_context(value: Any, context: int) -> bool:
     return value == context  # else transformers takes the quotient as the factor
 
@@ -52,15 +48,8 @@ _FIELDS: dict[str, dict[str, Check]] = {
         "attention_factor": _is_one,
         "original_max_position_embeddings": _is_context,
     },
-    "longrope": {
-        "short_factor": _are_ones,
-        "long_factor": _are_ones,
-        "attention_factor": _is_one,
-        "original_max_position_embeddings": _is_context,
-    },
 }
 _REQUIRED = {kind: ("factor",) for kind in _FIELDS if kind != "default"}
-_REQUIRED["longrope"] += ("short_factor", "long_factor")
 
 
 def scaled_by(rope: Mapping[str, Any], context: int) -> str | None:

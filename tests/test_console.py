@@ -198,3 +198,10 @@ def test_an_argument_is_utf8_whatever_the_locale_made_of_it(monkeypatch):
     assert utf8(as_ascii) == "größe"
     with pytest.raises(console.argparse.ArgumentTypeError, match="not UTF-8"):
         utf8(b"\xff".decode("ascii", "surrogateescape"))
+
+
+def test_a_name_that_the_locale_split_into_bytes_is_whole_in_an_error():
+    as_ascii = "größe".encode().decode("ascii", "surrogateescape")
+    assert str(InputError(f"{as_ascii} does not exist")) == "größe does not exist"
+    assert str(InputError("a\udcff\nb")) == r"a\udcff\nb"
+    assert str(InputError("a\ud800")) == r"a\ud800"

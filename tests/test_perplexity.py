@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+import npllama
 import perplexity
 from conftest import TINY, make_llama, make_ops
 from model_directory import random_tensors, write_model
@@ -46,6 +47,15 @@ def test_past_the_context_each_id_is_scored_once_from_at_least_half_of_it(llama,
         begin = next(i for i in range(0, n, 32) if i + 65 > t)
         assert t - begin >= 32
         assert abs(got[t - 1] - surprise(llama, ids[begin : t + 1])[-1]) < 1e-4
+
+
+def test_a_text_is_scored_after_bos_whatever_is_put_around_a_prompt(tmp_path):
+    directory = write_model(tmp_path / "model", TINY)
+    scores = []
+    for flags in ({}, {"add_bos_token": False}, {"add_eos_token": True}):
+        (directory / "tokenizer_config.json").write_text(json.dumps(flags))
+        scores.append(perplexity.score(npllama.load(directory, "numpy"), "Once."))
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_even_odds_have_the_vocabulary_as_perplexity(llama):

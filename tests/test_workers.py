@@ -153,16 +153,17 @@ def test_surplus_bytes_wake_nobody(matrices):
     made.close()
 
 
-def test_waiting_for_one_that_does_not_run_fills_no_pipe(matrices):
+def test_waiting_for_one_that_does_not_run_fills_no_pipe(matrices, monkeypatch):
     made = Workers(2, share(matrices))
     x = np.ones((1, 700), dtype="float32")
     want = made.product(x, 0, 2)
+    looks, poll = [], subprocess.Popen.poll
+    monkeypatch.setattr(subprocess.Popen, "poll", lambda self: looks.append(1) or poll(self))
     with ThreadPoolExecutor(1) as pool:
         with stopped_in_its_sleep(made):
             product = pool.submit(made.product, x, 0, 2)
-            wait_until(lambda: unread_bytes(made) > 0)
-            time.sleep(0.05)  # a hundred looks at a worker that sleeps
-            assert unread_bytes(made) <= 2
+            wait_until(lambda: len(looks) > 20)  # at a worker that sleeps
+            assert 0 < unread_bytes(made) <= 2
         assert np.array_equal(product.result(), want)
     made.close()
 

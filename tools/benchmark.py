@@ -41,7 +41,7 @@ from npllama.weights import STORAGE_DTYPES
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told; --json prints it as it is.
+    """All that is reported; --json prints it as it is.
 
     Attributes:
         model, task, machine: what was measured, and on what.

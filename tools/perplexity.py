@@ -1,8 +1,8 @@
-"""How well a model foretells a text: nats a token, perplexity, bits per byte.
+"""How well a model predicts a text: nats per token, perplexity, bits per byte.
 
     python tools/perplexity.py --model DIR --text FILE
 
-Each text of the file (parted by lines of <|endoftext|>; without them the file is one) is encoded
+Each text of the file (separated by lines of <|endoftext|>; without them the file is one) is encoded
 as BOS and its ids, and scored on every id after BOS; all its bytes count. Bits per byte, unlike
 the other two, can be compared between tokenizers.
 """
@@ -65,7 +65,7 @@ def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
     """-log p(ids[t] | ids[:t]) for t = 1 .. len(ids) - 1, float32.
 
     Where ids are longer than the context they are scored in windows of the whole context, each
-    half a context on from the last: every id but the first window's is foretold from at least
+    half a context on from the last: every id but the first window's is predicted from at least
     half a context of ids before it, and none twice.
     """
     ids = list(ids)
@@ -73,7 +73,7 @@ def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
     while scored < len(ids):
         window = ids[begin : begin + llama.context + 1]
         with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
-            logits = llama.logits(window[:-1])  # (T, V); row t foretells window[t + 1]
+            logits = llama.logits(window[:-1])  # (T, V); row t predicts window[t + 1]
             surprise = _OPS.cross_entropy(logits, np.array(window[1:]))  # (T,)
         parts.append(surprise[scored - begin - 1 :])
         scored = begin + len(window)
@@ -82,8 +82,9 @@ def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
 
 
 def score(llama: Llama, text: str) -> Score:
-    """The score of one text after BOS."""
-    ids = llama.encode(text)
+    """The score of one text after BOS, whatever tokenizer_config.json adds to a prompt."""
+    llama.encode("")  # says what is missing where there is no tokenizer
+    ids = llama.tokenizer.encode(text)
     return Score(float(nats(llama, ids).sum(dtype="float64")), len(ids) - 1, len(text.encode()))
 
 
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         type=named_path,
         required=True,
         metavar="FILE",
-        help="UTF-8; texts parted by lines of <|endoftext|> each begin with BOS",
+        help="UTF-8; texts separated by lines of <|endoftext|> each begin with BOS",
     )
     p.add_argument("--limit", type=int, metavar="N", help="score the first N texts alone")
     p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto")

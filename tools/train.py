@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     files = p.add_argument_group("files")
     files.add_argument(
         "--text", type=named_path, required=True, metavar="FILE",
-        help="UTF-8; stories parted by lines of <|endoftext|>",
+        help="UTF-8; stories separated by lines of <|endoftext|>",
     )  # fmt: skip
     files.add_argument("--valid", type=named_path, metavar="FILE", help="stories to validate on")
     files.add_argument(

@@ -47,7 +47,7 @@ _DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
 
 def _of_worker(rank: int, field: int) -> int:
-    """The counter that a worker tells of itself by."""
+    """A worker's own counter."""
     return (1 + rank) * _LINE + field
 
 
@@ -58,7 +58,7 @@ def can_work() -> bool:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker is told when it starts: where everything lies."""
+    """What a worker gets when it starts: where everything lies."""
 
     rank: int
     counters: Place
@@ -175,7 +175,7 @@ class Workers:
             env=dict(os.environ) | dict.fromkeys(threads, "1"),
         )
         self._processes.append(process)
-        with contextlib.suppress(BrokenPipeError):  # found out, and told, by _wait
+        with contextlib.suppress(BrokenPipeError):  # _wait finds out and reports it
             process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
 
     def _wake(self, rank: int) -> None:

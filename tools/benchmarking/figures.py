@@ -1,4 +1,4 @@
-"""From samples to the figures that are told: rates, parts of the roofline, ratios, spreads."""
+"""From samples to the figures that are reported: rates, parts of the roofline, ratios, spreads."""
 
 import statistics
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Program:
-    """What is told of one program; None where it is not known.
+    """What is reported of one program; None where it is not known.
 
     Attributes:
         prefill_tokens_per_second, decode_tokens_per_second: see Sample.

@@ -1,4 +1,4 @@
-"""The shapes that speeds are told for, and what one forward of a shape must multiply."""
+"""The shapes that speeds are reported for, and what one forward of a shape must multiply."""
 
 from collections.abc import Sequence
 

@@ -39,7 +39,7 @@ class Loss:
     int8_error: float = 0.0
 
     def lines(self) -> list[str]:
-        """What a user is told; nothing where nothing was lost."""
+        """Lines for a user; none where nothing was lost."""
         lines = []
         if self.relative_error:
             lines.append(f"largest relative error by rounding: {100 * self.relative_error:.3g} %")

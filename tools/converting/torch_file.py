@@ -113,8 +113,6 @@ def read_torch_file(path: Path) -> Any:
     """
     if (what := content_instead(path)) is not None:
         raise WeightsError(f"{path} {what}")
-    if (what := content_instead(path)) is not None:
-        raise WeightsError(f"{path} {what}")
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):

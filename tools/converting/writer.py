@@ -3,7 +3,7 @@
 The safetensors library sorts tensors by name and wants them all at once. Here they are written
 one by one, and within a layer q, k, v are neighbours in the file, and gate and up, so that the
 CPU can view each group as one matrix. (A group of two dtypes, which no known checkpoint has and
-no --dtype makes, is parted: wider ones come first in a file.)
+no --dtype makes, is separated: wider ones come first in a file.)
 """
 
 import json
@@ -19,7 +19,7 @@ from npllama.safetensors_file import DTYPES
 from npllama.weights import INDEX, LAYER_NAMES, SINGLE
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NEIGHBOURS = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # never parted by the end of a shard
+_NEIGHBOURS = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # never separated by the end of a shard
 _FOLLOWS = {LAYER_NAMES[name] for group in _NEIGHBOURS for name in group[1:]}
 
 
@@ -103,7 +103,7 @@ def write_shards(
 
     Args:
         tensors: those of the first shard, then those of the next; in any order within one.
-        written: told the bytes of each tensor once it is in its file.
+        written: called with the bytes of each tensor once it is in its file.
     """
     tensors = iter(tensors)
     for shard in shards:

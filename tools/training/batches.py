@@ -75,7 +75,7 @@ class Batches:
             else:
                 rows = [row for sequence in self.sequences for row in _windows(sequence, size)]
                 rows = [rows[i] for i in generator.permutation(len(rows))]
-            self._epoch = epoch, [row for row in rows if len(row) > 1]  # one id foretells none
+            self._epoch = epoch, [row for row in rows if len(row) > 1]  # one id predicts none
         return self._epoch[1]
 
     def step(self, step: int) -> list[MicroBatch]:

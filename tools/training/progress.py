@@ -16,7 +16,7 @@ from training.run import Run, StepResult
 
 
 class Progress:
-    """Takes the steps of a run and tells of them.
+    """Takes the steps of a run and reports them.
 
     Speed is that of the steps alone, in useful FLOPs: 6 a parameter and token (2 forward, 4
     backward), whatever else is computed, as a part of the machine's rate of plain sgemm.

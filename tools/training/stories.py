@@ -32,7 +32,9 @@ def read_stories(path: Path) -> list[str]:
     parts = _SEPARATOR_LINE.split(text)
     stories = [story for story in (part.strip("\n") for part in parts) if story]
     if not stories:
-        raise InputError(f"{path} holds no text: expected stories parted by lines of {SEPARATOR}")
+        raise InputError(
+            f"{path} holds no text: expected stories separated by lines of {SEPARATOR}"
+        )
     return stories
 
 
