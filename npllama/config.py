@@ -36,7 +36,7 @@ class LlamaConfig:
     Attributes:
         dim: D, width of the residual stream.
         n_layers: L.
-        n_heads: H, query heads; C = D / H is the width of each.
+        n_heads: H, query heads.
         n_kv_heads: K, key-value heads; K = H is multi-head attention, K = 1 multi-query,
             anything between grouped-query.
         ffn_dim: F, width of the SwiGLU hidden layer.
@@ -47,6 +47,7 @@ class LlamaConfig:
         tie_embeddings: the head uses the embedding matrix.
         bos_id: id that begins every text.
         eos_ids: ids that end a generation.
+        head_dim: C, width of each head; D / H where it is not given.
 
     Raises:
         ConfigError: numbers that do not fit together.
@@ -64,6 +65,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     bos_id: int = 1
     eos_ids: tuple[int, ...] = field(default=(2,))
+    head_dim: int = None  # type: ignore[assignment]  # an int once the object is made
 
     def __post_init__(self) -> None:
         for name in (
@@ -75,11 +77,7 @@ class LlamaConfig:
             "vocab_size",
             "context_length",
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
-            if value >= 2**31:
-                raise ConfigError(f"{name} is {value}: expected a number below 2**31")
+            _check_size(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -87,10 +85,13 @@ class LlamaConfig:
                 raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
         if not isinstance(self.tie_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings is {self.tie_embeddings!r}: expected a bool")
-        if self.dim % self.n_heads:
-            raise ConfigError(
-                f"width {self.dim} is not a multiple of the {self.n_heads} query heads"
-            )
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ConfigError(
+                    f"width {self.dim} is not a multiple of the {self.n_heads} query heads"
+                )
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        _check_size("head_dim", self.head_dim)
         if self.head_dim % 2:
             raise ConfigError(
                 f"head width {self.head_dim} is odd: rotary embeddings turn pairs of components"
@@ -106,14 +107,9 @@ class LlamaConfig:
                     raise ConfigError(f"{name} is {id_!r}: expected a token id of at least 0")
 
     @property
-    def head_dim(self) -> int:
-        """C = D / H."""
-        return self.dim // self.n_heads
-
-    @property
     def n_parameters(self) -> int:
         """Trained numbers in the model; a tied head counts once."""
-        attention = 2 * self.dim * self.dim + 2 * self.dim * self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
         block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.dim
         return embeddings + self.n_layers * block + self.dim
@@ -185,13 +181,8 @@ class LlamaConfig:
             tie_embeddings=hf.get("tie_word_embeddings") or False,
             bos_id=_bos_id(hf, 1),
             eos_ids=_eos_ids(hf, (2,)),
+            head_dim=hf.get("head_dim"),
         )
-        head_dim = hf.get("head_dim")
-        if head_dim is not None and head_dim != config.head_dim:
-            raise ConfigError(
-                f"head_dim is {head_dim!r}: only hidden_size / num_attention_heads = "
-                f"{config.head_dim} is implemented"
-            )
         return config.with_generation(generation or {})
 
     def with_generation(self, generation: Mapping[str, Any]) -> "LlamaConfig":
@@ -205,7 +196,7 @@ class LlamaConfig:
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The fields of a Hugging Face config.json that opens as LlamaForCausalLM."""
-        return {
+        fields = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": self.dim,
@@ -223,6 +214,9 @@ class LlamaConfig:
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids),
             "torch_dtype": dtype,
         }
+        if self.n_heads * self.head_dim != self.dim:  # older readers know no such field
+            fields["head_dim"] = self.head_dim
+        return fields
 
 
 def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
@@ -252,6 +246,13 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
         inner = [v for part in parts for v in part if isinstance(v, dict | list)]
         depth += 1
     return value
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
+    if value >= 2**31:
+        raise ConfigError(f"{name} is {value}: expected a number below 2**31")
 
 
 def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
