@@ -55,8 +55,9 @@ class Llama(Transformer):
         context: int | None = None,
         tokenizer: Tokenizer | None = None,
         no_tokenizer: str = NO_TOKENIZER,
+        cache_dtype: np.dtype | str | None = None,
     ) -> None:
-        super().__init__(config, parameters, ops, context)
+        super().__init__(config, parameters, ops, context, cache_dtype)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise TokenizerError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces and the model "
@@ -353,7 +354,8 @@ def load(
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
     check_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
-    llama = Llama(config, checkpoint.parameters(ops), ops, context, tokenizer, no_tokenizer)
+    parameters = checkpoint.parameters(ops)
+    llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
     for note in llama.notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return llama
