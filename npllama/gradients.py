@@ -100,10 +100,10 @@ def _dtype_of(parameters: Parameters) -> np.dtype:
 
 def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dtype) -> KVCache:
     """Keys and values are used within their block alone: every layer writes over the last."""
-    config, ops, sizes = model.config, model.ops, model.sizes
+    ops, sizes = model.ops, model.sizes
     return KVCache(
         model.backend,
-        ops.rope_table(n_new, config.head_dim, config.rope_theta, dtype),
+        ops.rope_table(n_new, ops.rope_frequencies(model.config), dtype),
         n_layers=1,
         n_kv_heads=sizes.n_kv_heads,
         head_dim=sizes.head_dim,

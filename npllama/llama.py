@@ -41,7 +41,7 @@ class Llama(Transformer):
     """A transformer that reads and writes text; made by `load`.
 
     Attributes:
-        config, parameters, ops, backend, context: see Transformer.
+        config, sizes, parameters, ops, backend, context, cache_dtype: see Transformer.
         tokenizer: None where the directory has none that can be read; ids work all the same.
         dtype: storage dtype of the weights, by name.
         notes: what `load` warns of, a line each: a tokenizer that fits the model badly.

@@ -64,7 +64,7 @@ class Transformer:
         if cache_dtype is None:
             cache_dtype = ops.cache_dtype(parameters.layers[0].wq.values.dtype)
         self.cache_dtype = np.dtype(cache_dtype)
-        self.rope_table = ops.rope_table(self.context, config.head_dim, config.rope_theta)
+        self.rope_table = ops.rope_table(self.context, ops.rope_frequencies(config))
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
         """An empty cache of `batch` rows with room for `context` positions each."""

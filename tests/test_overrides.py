@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
+from conftest import rope_table
 from npllama.backend import Backend
 from npllama.kv_cache import KVCache
 from npllama.ops import CupyOps, NumpyOps, Ops
@@ -200,7 +201,7 @@ def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6):
     dtype = wide(np.zeros(1, dtype="float32")).dtype
     cache = KVCache(
         ops.backend,
-        ops.rope_table(context, head_dim, 100.0, dtype),
+        rope_table(ops, context, head_dim, 100.0, dtype),
         n_layers=1,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
