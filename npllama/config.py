@@ -36,7 +36,7 @@ class LlamaConfig:
     Attributes:
         dim: D, width of the residual stream.
         n_layers: L.
-        n_heads: H, query heads; C = D / H is the width of each.
+        n_heads: H, query heads.
         n_kv_heads: K, key-value heads; K = H is multi-head attention, K = 1 multi-query,
             anything between grouped-query.
         ffn_dim: F, width of the SwiGLU hidden layer.
@@ -47,6 +47,7 @@ class LlamaConfig:
         tie_embeddings: the head uses the embedding matrix.
         bos_id: id that begins every text.
         eos_ids: ids that end a generation.
+        head_dim: C, width of each head; D / H where it is not given.
 
     Raises:
         ConfigError: numbers that do not fit together.
@@ -64,19 +65,17 @@ class LlamaConfig:
     tie_embeddings: bool = False
     bos_id: int = 1
     eos_ids: tuple[int, ...] = field(default=(2,))
+    head_dim: int = None  # type: ignore[assignment]  # an int once the object is made
 
     def __post_init__(self) -> None:
         _check(vars(self), {name: name for name in _HF_NAMES})
-
-    @property
-    def head_dim(self) -> int:
-        """C = D / H."""
-        return self.dim // self.n_heads
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
 
     @property
     def n_parameters(self) -> int:
         """Trained numbers in the model; a tied head counts once."""
-        attention = 2 * self.dim * self.dim + 2 * self.dim * self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
         block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.dim
         return embeddings + self.n_layers * block + self.dim
@@ -148,15 +147,10 @@ class LlamaConfig:
             "tie_embeddings": hf.get("tie_word_embeddings") or False,
             "bos_id": _bos_id(hf, 1),
             "eos_ids": _eos_ids(hf, (2,)),
+            "head_dim": hf.get("head_dim"),
         }
         _check(fields, _HF_NAMES)
         config = cls(**fields)
-        head_dim = hf.get("head_dim")
-        if head_dim is not None and head_dim != config.head_dim:
-            raise ConfigError(
-                f"head_dim is {head_dim!r}: only hidden_size / num_attention_heads = "
-                f"{config.head_dim} is implemented"
-            )
         return config.with_generation(generation or {})
 
     def with_generation(self, generation: Mapping[str, Any]) -> "LlamaConfig":
@@ -172,7 +166,7 @@ class LlamaConfig:
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The fields of a Hugging Face config.json that opens as LlamaForCausalLM."""
-        return {
+        fields = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": self.dim,
@@ -190,6 +184,9 @@ class LlamaConfig:
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids),
             "torch_dtype": dtype,
         }
+        if self.n_heads * self.head_dim != self.dim:  # older readers know no such field
+            fields["head_dim"] = self.head_dim
+        return fields
 
 
 # LlamaConfig's fields -> Hugging Face's, for messages
@@ -206,6 +203,7 @@ _HF_NAMES = {
     "tie_embeddings": "tie_word_embeddings",
     "bos_id": "bos_token_id",
     "eos_ids": "eos_token_id",
+    "head_dim": "head_dim",
 }
 _COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context_length")
 
@@ -217,11 +215,7 @@ def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
         names: what each field is called where the user wrote it.
     """
     for field_ in _COUNTS:
-        name, value = names[field_], fields[field_]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
-        if value >= 2**31:
-            raise ConfigError(f"{name} is {value}: expected a number below 2**31")
+        _check_size(names[field_], fields[field_])
     for field_ in ("norm_eps", "rope_theta"):
         name, value = names[field_], fields[field_]
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -231,13 +225,23 @@ def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
     if not isinstance(tie, bool):
         raise ConfigError(f"{names['tie_embeddings']} is {tie!r}: expected a bool")
     dim, n_heads, n_kv_heads = (fields[name] for name in ("dim", "n_heads", "n_kv_heads"))
-    if dim % n_heads:
-        raise ConfigError(f"{names['dim']} {dim} is not a multiple of {names['n_heads']} {n_heads}")
-    if dim // n_heads % 2:
-        raise ConfigError(
-            f"head width {dim // n_heads} is odd ({names['dim']} {dim} / {names['n_heads']} "
-            f"{n_heads}): rotary embeddings turn pairs of components"
-        )
+    if fields["head_dim"] is None:
+        if dim % n_heads:
+            raise ConfigError(
+                f"{names['dim']} {dim} is not a multiple of {names['n_heads']} {n_heads}"
+            )
+        if dim // n_heads % 2:
+            raise ConfigError(
+                f"head width {dim // n_heads} is odd ({names['dim']} {dim} / {names['n_heads']} "
+                f"{n_heads}): rotary embeddings turn pairs of components"
+            )
+    else:
+        _check_size(names["head_dim"], fields["head_dim"])
+        if fields["head_dim"] % 2:
+            raise ConfigError(
+                f"{names['head_dim']} is {fields['head_dim']}, which is odd: rotary embeddings "
+                "turn pairs of components"
+            )
     if n_heads % n_kv_heads:
         raise ConfigError(
             f"{n_heads} query heads cannot share {n_kv_heads} key-value heads evenly: "
@@ -281,6 +285,13 @@ def read_json(
         inner = [v for part in parts for v in part if isinstance(v, dict | list)]
         depth += 1
     return value
+
+
+def _check_size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}: expected a whole number of at least 1")
+    if value >= 2**31:
+        raise ConfigError(f"{name} is {value}: expected a number below 2**31")
 
 
 def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:

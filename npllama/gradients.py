@@ -100,17 +100,17 @@ def _dtype_of(parameters: Parameters) -> np.dtype:
 
 def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dtype) -> KVCache:
     """Keys and values are used within their block alone: every layer writes over the last."""
-    config, ops = model.config, model.ops
+    ops, sizes = model.ops, model.sizes
     return KVCache(
         model.backend,
-        ops.rope_table(n_new, config.head_dim, config.rope_theta, dtype),
+        ops.rope_table(n_new, ops.rope_frequencies(model.config), dtype),
         n_layers=1,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
+        n_kv_heads=sizes.n_kv_heads,
+        head_dim=sizes.head_dim,
         batch=batch,
         context=n_new,
         dtype=dtype,
-        scratch_size=ops.scratch_size(config.n_heads, config.n_kv_heads, n_new, n_new),
+        scratch_size=ops.scratch_size(sizes.n_heads, sizes.n_kv_heads, n_new, n_new),
     )
 
 

@@ -93,7 +93,7 @@ class KVCache:
         head_dim: int,
         batch: int,
         context: int,
-        dtype: np.dtype | str = "float32",
+        dtype: np.dtype | str,
         scratch_size: int = 0,
     ) -> None:
         xp = backend.xp

@@ -69,7 +69,7 @@ class Llama(Transformer):
     """A transformer that reads and writes text; made by `load`.
 
     Attributes:
-        config, parameters, ops, backend, context: see Transformer.
+        config, sizes, parameters, ops, backend, context, cache_dtype: see Transformer.
         tokenizer: None where the directory has none that can be read; ids work all the same.
         dtype: storage dtype of the weights, by name.
         notes: what `load` warns of, a line each: a tokenizer that fits the model badly.
@@ -83,8 +83,9 @@ class Llama(Transformer):
         context: int | None = None,
         tokenizer: Tokenizer | None = None,
         no_tokenizer: str = NO_TOKENIZER.format("the model"),
+        cache_dtype: np.dtype | str | None = None,
     ) -> None:
-        super().__init__(config, parameters, ops, context)
+        super().__init__(config, parameters, ops, context, cache_dtype)
         self.tokenizer = tokenizer
         self.notes: tuple[str, ...] = ()
         if tokenizer is not None:
@@ -348,7 +349,8 @@ def load(
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
     check_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
-    llama = Llama(config, checkpoint.parameters(ops), ops, context, tokenizer, no_tokenizer)
+    parameters = checkpoint.parameters(ops)
+    llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
     for note in llama.notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return llama

@@ -50,8 +50,9 @@ def check_memory(
 def workspace_nbytes(config: LlamaConfig, ops: Ops, batch: int, context: int, chunk: int) -> int:
     """Bytes of all that is neither weights nor cache, at the widest moment of a step."""
     n_tokens = max(batch, chunk)
-    # residual, norm, q k v and the rotated copies; or gate, up, and what SwiGLU makes of them
-    block = 4 * n_tokens * max(8 * config.dim, 2 * config.dim + 6 * config.ffn_dim)
+    # residual and norm; q k v and the rotated copies, or gate, up and what SwiGLU makes of them
+    widest = max(config.n_heads * config.head_dim, config.ffn_dim)
+    block = 4 * n_tokens * (2 * config.dim + 6 * widest)
     attention = ops.attention_nbytes(
         config.n_heads, config.n_kv_heads, config.head_dim, chunk, context
     )

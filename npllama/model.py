@@ -1,7 +1,7 @@
 """The transformer: embedding, L blocks, head. One forward for every backend and every phase."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from npllama.errors import InputError
 from npllama.kv_cache import KVCache, Place
 from npllama.memory import check_memory, mapped_nbytes
 from npllama.ops import Ops
-from npllama.parameters import Parameters
+from npllama.parameters import Layer, Parameters
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: memory grows with PREFILL_CHUNK * context, not context^2."""
@@ -39,44 +39,58 @@ class Transformer:
         parameters: the weights, on the backend's device.
         ops: the mathematics.
         context: positions that a cache has room for at most.
+        cache_dtype: of the keys and values that are kept; default what `ops` keeps for such
+            weights.
+
+    Attributes:
+        sizes: the config with the H, K and F of these weights: a shard's own, where the
+            parameters are one shard's.
     """
 
     def __init__(
-        self, config: LlamaConfig, parameters: Parameters, ops: Ops, context: int | None = None
+        self,
+        config: LlamaConfig,
+        parameters: Parameters,
+        ops: Ops,
+        context: int | None = None,
+        cache_dtype: np.dtype | str | None = None,
     ) -> None:
         self.config = config
+        self.sizes = _sizes(config, parameters.layers[0])
         self.parameters = parameters
         self.ops = ops
         self.backend = ops.backend
         self.context = context or config.context_length
-        self.rope_table = ops.rope_table(self.context, config.head_dim, config.rope_theta)
+        if cache_dtype is None:
+            cache_dtype = ops.cache_dtype(parameters.layers[0].wq.values.dtype)
+        self.cache_dtype = np.dtype(cache_dtype)
+        self.rope_table = ops.rope_table(self.context, ops.rope_frequencies(config))
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
         """An empty cache of `batch` rows with room for `context` positions each."""
-        config = self.config
+        sizes = self.sizes
         context = context or self.context
         chunk = min(PREFILL_CHUNK, context)
         return KVCache(
             self.backend,
             self.rope_table,
-            n_layers=config.n_layers,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
+            n_layers=sizes.n_layers,
+            n_kv_heads=sizes.n_kv_heads,
+            head_dim=sizes.head_dim,
             batch=batch,
             context=context,
-            dtype=self.ops.cache_dtype(self.parameters.embedding.values.dtype),
-            scratch_size=self.ops.scratch_size(config.n_heads, config.n_kv_heads, chunk, context),
+            dtype=self.cache_dtype,
+            scratch_size=self.ops.scratch_size(sizes.n_heads, sizes.n_kv_heads, chunk, context),
         )
 
     def check_memory(self, batch: int, context: int, more: int = 0) -> None:
         """Raise OutOfMemoryError where `batch` rows of `context` positions, and `more` bytes,
         do not fit beside the weights."""
-        cache_dtype = self.ops.cache_dtype(self.parameters.embedding.values.dtype)
         chunk = min(PREFILL_CHUNK, context)
         check_memory(
-            self.config,
+            self.sizes,
             self.ops,
-            cache_dtype,
+            self.cache_dtype,
             batch,
             context,
             chunk,
@@ -191,7 +205,7 @@ class Transformer:
         """
         ops, to_host = self.ops, self.backend.to_host
         tokens = self.to_tokens(ids)
-        c, n = self.config, len(ids)
+        c, n = self.sizes, len(ids)
         maps = (c.n_layers * 2 + 4) * c.n_heads * n * n  # kept, stacked, and in the making
         self.check_memory(1, n, more=4 * (maps + 2 * (c.n_layers + 1) * n * c.dim))
         cache = self.new_cache(context=len(ids))
@@ -232,3 +246,9 @@ class Transformer:
                 what = f"shorten the prompt, or give --context (context= in Python) up to {most}"
             raise InputError(f"{n} tokens do not fit the context of {self.context}: {what}")
         return self.backend.to_device(np.asarray(ids, dtype="int32"))
+
+
+def _sizes(config: LlamaConfig, layer: Layer) -> LlamaConfig:
+    """`config` with the numbers of heads and the ffn width that the weights of a layer have."""
+    n_heads, n_kv_heads = (w.shape[0] // config.head_dim for w in (layer.wq, layer.wk))
+    return replace(config, n_heads=n_heads, n_kv_heads=n_kv_heads, ffn_dim=layer.w_gate.shape[0])

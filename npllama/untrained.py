@@ -41,7 +41,7 @@ def random_parameters(
         return matrices(n_out, n_in=n_in, size=size)[0]
 
     d, f, v = config.dim, config.ffn_dim, config.vocab_size
-    kv = config.n_kv_heads * config.head_dim
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
     def ones() -> np.ndarray:
         return np.ones(d, dtype="float32")
@@ -50,8 +50,8 @@ def random_parameters(
     embedding = ops.prepare(matrix(v, d, 0.02 * d**0.5))
     layers = []
     for _ in range(config.n_layers):
-        wq, wk, wv = matrices(d, kv, kv, n_in=d)
-        wo = matrix(d, d, residual)
+        wq, wk, wv = matrices(q, kv, kv, n_in=d)
+        wo = matrix(d, q, residual)
         w_gate, w_up = matrices(f, f, n_in=d)
         w_down = matrix(d, f, residual)
         layer = Layer(ones(), wq, wk, wv, wo, ones(), w_gate, w_up, w_down, norm_eps=eps)

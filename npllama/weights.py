@@ -59,15 +59,15 @@ def scale_name(name: str) -> str:
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint; a tied head has none of its own."""
     d, f, v = config.dim, config.ffn_dim, config.vocab_size
-    kv = config.n_kv_heads * config.head_dim
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d)}
     for i in range(config.n_layers):
         layer = {
             "attention_norm": (d,),
-            "wq": (d, d),
+            "wq": (q, d),
             "wk": (kv, d),
             "wv": (kv, d),
-            "wo": (d, d),
+            "wo": (d, q),
             "ffn_norm": (d,),
             "w_gate": (f, d),
             "w_up": (f, d),

@@ -104,6 +104,12 @@ def make_llama(ops, config=TINY, seed=0, tokenizer=None, dtype="float32") -> Lla
     return Llama(config, parameters, ops, tokenizer=tokenizer or byte_tokenizer())
 
 
+def rope_table(ops, n_positions, head_dim, theta, dtype="float32"):
+    """Cosines and sines of a model that differs in head_dim and theta alone."""
+    config = LlamaConfig(head_dim, 1, 1, 1, 1, 1, rope_theta=theta)
+    return ops.rope_table(n_positions, ops.rope_frequencies(config), dtype)
+
+
 @pytest.fixture
 def llama(ops) -> Llama:
     return make_llama(ops)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from conftest import TINY, make_llama
+from conftest import TINY, make_llama, rope_table
 from npllama.kv_cache import KVCache
 from npllama.parameters import Head, Layer, Matrix
 from test_equations import EXACT, assert_close, attention_one_by_one, rope_one
@@ -28,7 +28,7 @@ def norm(x, weight, eps=1e-3):
 
 
 def make_cache(ops, head_dim=6, n_kv_heads=3, batch=1, context=12, dtype="float64"):
-    table = ops.rope_table(context, head_dim, 100.0, dtype=dtype)
+    table = rope_table(ops, context, head_dim, 100.0, dtype=dtype)
     return KVCache(
         ops.backend,
         table,

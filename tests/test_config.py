@@ -104,12 +104,26 @@ def test_a_published_config_is_the_size_of_that_name():
     assert LlamaConfig.from_hf(LLAMA_2_7B) == LLAMA_2["7B"]
 
 
+@pytest.mark.parametrize("value", ["128", 0, -2, 1.5, True, 2**31])
+def test_a_head_width_that_is_no_size_is_refused(value):
+    assert refused(hf(head_dim=value)).startswith(f"head_dim is {value!r}: expected a")
+
+
+def test_heads_need_not_add_up_to_the_width():
+    """wq is (H*C, D), wk and wv (K*C, D), wo (D, H*C)."""
+    given = LlamaConfig.from_hf(hf(head_dim=256, hidden_size=4100))  # no multiple of 32 heads
+    assert (given.dim, given.n_heads, given.head_dim) == (4100, 32, 256)
+    wide = LlamaConfig.from_hf(hf(head_dim=256))
+    assert wide.n_parameters - LLAMA_2["7B"].n_parameters == 32 * 4 * 4096 * 32 * 128
+
+
 def test_every_field_is_read_from_its_own_name():
     fields = hf(
         hidden_size=48,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
+        head_dim=10,
         intermediate_size=100,
         vocab_size=77,
         max_position_embeddings=55,
@@ -129,6 +143,7 @@ def test_every_field_is_read_from_its_own_name():
         context_length=55,
         norm_eps=1e-6,
         rope_theta=5e5,
+        head_dim=10,
         tie_embeddings=True,
         bos_id=4,
         eos_ids=(5,),
@@ -257,9 +272,6 @@ def test_an_empty_quantization_quantizes_nothing():
         ("quantization_config", {"quant_method": "gptq"}, "None"),
         ("quantization_config", {"quant_method": "npllama-int8"}, "None"),
         ("is_encoder_decoder", True, "False"),
-        ("head_dim", 64, "128"),
-        ("head_dim", 256, "128"),
-        ("head_dim", "128", "128"),
     ],
 )
 def test_a_field_that_changes_the_mathematics_is_refused(name, value, wanted):
@@ -458,7 +470,8 @@ def test_eps_and_theta_are_finite_and_above_zero(name, ours, value):
     ("changes", "numbers"),
     [
         ({"hidden_size": 4100}, ("hidden_size 4100", "num_attention_heads 32")),
-        ({"hidden_size": 32 * 63, "head_dim": 63}, ("63", "hidden_size", "num_attention_heads")),
+        ({"hidden_size": 32 * 63, "head_dim": 63}, ("63", "head_dim")),
+        ({"hidden_size": 32 * 63}, ("63", "hidden_size", "num_attention_heads")),
         ({"num_key_value_heads": 5}, ("32", "5", "num_attention_heads", "num_key_value_heads")),
         ({"num_key_value_heads": 64}, ("32", "64", "num_attention_heads", "num_key_value_heads")),
     ],
@@ -553,7 +566,8 @@ def test_a_refusal_names_the_file_that_asked_for_it(tmp_path):
 
 @pytest.mark.parametrize("eos_ids", [(2,), (2, 7), ()])
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_what_is_written_reads_back_the_same(tmp_path, eos_ids, tie_embeddings):
+@pytest.mark.parametrize("head_dim", [None, 8, 10])
+def test_what_is_written_reads_back_the_same(tmp_path, eos_ids, tie_embeddings, head_dim):
     config = LlamaConfig(
         dim=48,
         n_layers=3,
@@ -567,8 +581,10 @@ def test_what_is_written_reads_back_the_same(tmp_path, eos_ids, tie_embeddings):
         tie_embeddings=tie_embeddings,
         bos_id=4,
         eos_ids=eos_ids,
+        head_dim=head_dim,
     )
     write_json(tmp_path / "config.json", config.to_hf("bfloat16"))
+    assert ("head_dim" in config.to_hf()) == (head_dim == 10)  # where 6 heads are not 48 wide
     assert LlamaConfig.from_directory(tmp_path) == config
 
 

@@ -29,7 +29,8 @@ def hf_case(name, ops):
 
 def test_every_case_is_there():
     assert set(CASES) == {
-        "mha", "gqa", "mqa", "tied", "theta-1e6", "eps-1e-6", "bfloat16", "float16", "sharded"
+        "mha", "gqa", "mqa", "tied", "theta-1e6", "eps-1e-6", "bfloat16", "float16", "sharded",
+        "head-dim",
     }  # fmt: skip
 
 

@@ -410,6 +410,19 @@ def test_version_2_has_groups_that_may_straddle_rows(tmp_path):
 
 # -- what torch wrote: Meta, pytorch_model.bin, training checkpoints
 
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_heads_of_a_width_of_their_own_are_converted(tmp_path, dtype):
+    source = FIXTURES / "hf" / "head-dim"
+    expected = safetensors.numpy.load_file(source / "expected.safetensors")
+    options = () if dtype is None else ("--dtype", dtype)
+    assert convert(source, tmp_path / "out", *options).returncode == 0
+    llama = load(tmp_path / "out", backend="numpy")
+    assert (llama.config.dim, llama.config.n_heads, llama.config.head_dim) == (36, 6, 10)
+    error = np.abs(llama.logits(expected["ids"]) - expected["logits"]).max()
+    assert error <= (1e-5 if dtype is None else 0.1) * np.abs(expected["logits"]).max()
+
+
 TORCH_CASES = sorted(path.name for path in (FIXTURES / "torch").iterdir())
 
 

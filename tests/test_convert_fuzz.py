@@ -34,7 +34,7 @@ from npllama.weights import Checkpoint
 from test_convert import write_llama2c, write_llama2c_new, write_tokenizer_bin
 
 TORCH, HF = FIXTURES / "torch", FIXTURES / "hf"
-SMALL = LlamaConfig(**vars(TINY) | {"dim": 12, "ffn_dim": 16, "context_length": 16})
+SMALL = LlamaConfig(**vars(TINY) | {"dim": 12, "head_dim": 2, "ffn_dim": 16, "context_length": 16})
 DTYPES = (None, None, None, "float32", "float16", "bfloat16", "int8")
 SECONDS = 10  # of computing, for one case; they take some ms
 MEMORY = 2**30  # more than before

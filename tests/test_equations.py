@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import rope_table
+from npllama.config import LLAMA_2, LlamaConfig
 from npllama.ops.equations import Equations
 from npllama.parameters import Matrix
 
@@ -98,7 +100,7 @@ def rope_one(x, position, theta):
 def rope_at(ops, x, places, theta=10000.0):
     """ops.rope on (B, T, heads, C) at `places` (B, T), as NumPy arrays."""
     n = int(places.max()) + 1
-    cos, sin = ops.rope_table(n, x.shape[-1], theta, dtype="float64")
+    cos, sin = rope_table(ops, n, x.shape[-1], theta, dtype="float64")
     move, index = ops.backend.to_device, ops.backend.to_device(places)
     return ops.backend.to_host(ops.rope(move(x), cos[index], sin[index]))
 
@@ -130,8 +132,16 @@ def test_scores_depend_on_relative_position_only(ops, rng):
     assert abs(other - scores[0]) > 1e-3
 
 
+def test_rope_frequencies_are_those_of_the_config(ops, to_host):
+    config = LlamaConfig(36, 1, 4, 4, 1, 1, rope_theta=1e6, head_dim=10)
+    got = to_host(ops.rope_frequencies(config))
+    assert got.dtype == np.float64
+    assert_close(got, np.array([1e6 ** (-2 * i / 10) for i in range(5)]))
+
+
 def test_rope_angles_are_right_at_long_positions_in_float32(ops, to_host):
-    cos, sin = (to_host(table) for table in ops.rope_table(16384, 128, 10000.0))
+    frequencies = ops.rope_frequencies(LLAMA_2["7B"])
+    cos, sin = (to_host(table) for table in ops.rope_table(16384, frequencies))
     assert cos.dtype == sin.dtype == np.float32
     angle = 16383 * 10000.0 ** (-2 * np.arange(64) / 128)
     assert np.abs(cos[-1] - np.cos(angle)).max() < 1e-7
@@ -174,6 +184,24 @@ def test_attention_is_each_query_over_the_keys_it_may_see(
     q, k, v = to_device(q), to_device(k), to_device(v)
     assert_close(to_host(ops.attention_weights(q, k)), truth_p)
     assert_close(to_host(ops.attention(q, k, v)), truth_o)
+
+
+def test_a_later_key_is_hidden(ops, to_device, to_host):
+    query, key = to_device(np.array([[3], [0]])), to_device(np.arange(6)[None])
+    hidden = to_host(ops.is_hidden(query, key))
+    assert hidden.tolist() == [[False] * 4 + [True] * 2, [False] + [True] * 5]
+
+
+@pytest.mark.parametrize("n_new", [1, 2, 5])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_a_query_sees_its_own_key_and_all_before_it(ops, to_host, n_new, start):
+    hidden = ops.hidden_keys(n_new, start + n_new)
+    sees = np.ones((n_new, start + n_new), dtype=bool)
+    if hidden is not None:
+        assert hidden.shape == (n_new, n_new)
+        sees[:, start:] = ~to_host(hidden)
+    for t in range(n_new):
+        assert sees[t].tolist() == [key <= start + t for key in range(start + n_new)]
 
 
 def test_no_future_token_moves_a_past_output(ops, to_device, to_host, rng):
@@ -287,7 +315,7 @@ def test_every_equation_stays_in_float32(ops, to_device, to_host, matrix, rng):
     x = to_device(rng.standard_normal((1, 3, 6, 8), dtype="float32"))
     norm = to_device(np.ones(8, dtype="float32"))
     w = matrix(rng.standard_normal((8, 8), dtype="float32"))
-    cos, sin = ops.rope_table(3, 8, 10000.0)
+    cos, sin = rope_table(ops, 3, 8, 10000.0)
     q = x[0].swapaxes(0, 1)
     results = [
         ops.rms_norm(x, norm, 1e-5),

@@ -42,7 +42,7 @@ def torch_case(name, ops):
 
 
 def test_every_case_is_there():
-    assert CASES == ["gqa", "tied-mqa"]
+    assert CASES == ["gqa", "head-dim", "tied-mqa"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -33,10 +33,14 @@ MISTAKES = {
     "eps outside the root": (EQUATIONS, "sqrt(mean_square + eps)", "sqrt(mean_square) + eps"),
     "mean forgotten": (EQUATIONS, "(x * x).mean(", "(x * x).sum("),
     "norm weight forgotten": (EQUATIONS, " * weight.astype(x.dtype, copy=False)", ""),
-    "mask off by one, future seen": (EQUATIONS, "<= query_position", "<= query_position + 1"),
-    "mask off by one, self hidden": (EQUATIONS, "<= query_position", "< query_position"),
-    "mask ignores the past": (EQUATIONS, "xp.arange(n_keys - n_new, n_keys)", "xp.arange(n_new)"),
-    "no mask": (EQUATIONS, "if n_new > 1:", "if False:"),
+    "mask off by one, future seen": (EQUATIONS, "return key > query", "return key > query + 1"),
+    "mask off by one, self hidden": (EQUATIONS, "return key > query", "return key >= query"),
+    "mask ignores the past": (
+        EQUATIONS,
+        "scores[..., n_keys - hidden.shape[1] :]",
+        "scores[..., : hidden.shape[1]]",
+    ),
+    "no mask": (EQUATIONS, "if n_new == 1:", "if True:"),
     "H//K where K belongs": (
         EQUATIONS,
         "q.reshape(n_kv_heads, -1, head_dim)  # (H, T",
@@ -58,7 +62,11 @@ MISTAKES = {
         "x[..., :half], x[..., half:]",
         "x[..., 0::2], x[..., 1::2]",
     ),
-    "rotation with the wrong base": (EQUATIONS, "= theta ** (", "= (theta + 1) ** ("),
+    "rotation with the wrong base": (
+        EQUATIONS,
+        "return config.rope_theta ** (",
+        "return (config.rope_theta + 1) ** (",
+    ),
     "rotation exponent without the 2": (EQUATIONS, "(-2.0 * pair", "(-1.0 * pair"),
     "angles in half precision": (
         EQUATIONS,
@@ -155,7 +163,26 @@ MISTAKES = {
     ),
     "a key of Philox that does not grow": (UNIFORMS, "round_ * weyl", "weyl"),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
-    "NumPy override: mask off by one": (NUMPY_EQUATIONS, "k=1)", "k=0)"),
+    "NumPy override: mask ignores the past": (
+        NUMPY_EQUATIONS,
+        "scores[..., scores.shape[-1] - hidden.shape[1] :]",
+        "scores[..., : hidden.shape[1]]",
+    ),
+    "NumPy override: no mask": (
+        NUMPY_EQUATIONS,
+        "if hidden is not None:\n        np",
+        "if False:\n        np",
+    ),
+    "NumPy override: one token's mask forgotten": (
+        NUMPY_EQUATIONS,
+        "            _hide(p, self.hidden_keys(1, n_keys))\n",
+        "",
+    ),
+    "NumPy override: a kept mask for other keys": (
+        NUMPY_EQUATIONS,
+        "self._hidden.get((n_new, n_keys))",
+        "next((h for (t, _), h in self._hidden.items() if t == n_new), None)",
+    ),
     "NumPy override: no 1/sqrt(C)": (
         NUMPY_EQUATIONS,
         "few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))",
@@ -323,7 +350,7 @@ SUITES = {
     DERIVATIVES: ("derivatives",),
     GRADIENTS: ("gradients",),
     CACHE: ("kv_cache", "model", "blocks"),
-    NUMPY_EQUATIONS: ("blocks", "overrides"),
+    NUMPY_EQUATIONS: ("blocks", "hidden_keys", "overrides"),
     NUMPY_BLOCKS: ("blocks", "overrides"),
     NUMPY_DERIVATIVES: ("overrides",),
     NUMPY_SAMPLING: ("sampling", "overrides"),

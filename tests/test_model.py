@@ -1,12 +1,24 @@
 """The transformer: the cache, ragged rows and chunks change nothing but the time."""
 
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from conftest import TINY, make_llama, make_ops
+from model_directory import write_model
+from npllama import load
 from npllama.config import LlamaConfig
-from npllama.errors import InputError
+from npllama.errors import InputError, OutOfMemoryError
+from npllama.llama import Llama
+from npllama.ops import NumpyOps
+from npllama.parameters import Matrix
 
+F16 = np.dtype("float16")
 CLOSE = 1e-5  # of the largest logit
 IDS = [1, 100, 7, 259, 3, 42, 42, 8, 200, 11, 12]
 
@@ -112,7 +124,6 @@ def test_prefill_memory_grows_with_the_context_not_its_square():
     """The scores of one chunk at a time: peak memory at twice the context is about twice."""
     import tracemalloc
 
-    from npllama.llama import Llama
     from npllama.untrained import random_parameters
 
     ops = make_ops("numpy")
@@ -174,7 +185,6 @@ def test_narrow_weights_compute_as_their_float32_values(implementation, dtype):
         return ops.backend.to_device(ops.backend.to_host(array).astype("float32"))
 
     parameters = narrow.parameters
-    from npllama.llama import Llama
     from npllama.parameters import Parameters
 
     wide = Parameters(
@@ -200,3 +210,94 @@ def test_bad_ids_are_refused_on_the_host(llama, ids, message):
     for call in (llama.logits, llama.trace, llama.generate):
         with pytest.raises(InputError, match=message):
             call(ids)
+
+
+# -- a shard's own sizes
+
+
+def half_of(parameters, i):
+    """Half of each layer's heads and of its ffn width; embedding, norms and head are whole."""
+
+    def split(field, part):
+        if field in ("wo", "w_down"):
+            return part.map(lambda w: w[:, i * w.shape[1] // 2 : (i + 1) * w.shape[1] // 2])
+        return part.map(lambda w: w[i * w.shape[0] // 2 : (i + 1) * w.shape[0] // 2])
+
+    layers = []
+    for layer in parameters.layers:
+        matrices = {f: part for f, part in vars(layer).items() if isinstance(part, Matrix)}
+        layers.append(replace(layer, **{f: split(f, part) for f, part in matrices.items()}))
+    return replace(parameters, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("where", ["numpy", "strict"])
+def test_two_shards_are_the_model_with_nothing_but_all_reduce_between_them(where):
+    """Each has the config of the whole, and takes its numbers of heads from its weights."""
+    config = LlamaConfig(20, 2, 4, 2, 12, 260, 64, head_dim=6)
+    whole = make_llama(make_ops(where), config)
+    together, partial = threading.Barrier(2, timeout=20), [None, None]
+
+    def run(i):
+        ops = make_ops(where)
+
+        def all_reduce(x):
+            partial[i] = ops.backend.to_host(x).copy()
+            together.wait()
+            total = partial[0] + partial[1]
+            together.wait()  # before the next partial sum takes this one's place
+            return ops.backend.to_device(total)
+
+        ops.all_reduce = all_reduce
+        ops.computing = lambda _n_rows: nullcontext()  # as in a process of its own: no turns
+        parameters = half_of(whole.parameters, i)
+        parameters = replace(parameters, layers=tuple(map(ops.prepare, parameters.layers)))
+        llama = Llama(config, parameters, ops)
+        assert llama.new_cache(batch=3).layers[0].k.shape == (3, 1, 64, 6)
+        return llama.logits(IDS), llama.trace(IDS).attention
+
+    with ThreadPoolExecutor(2) as pool:
+        shards = list(pool.map(run, range(2)))
+    truth = whole.logits(IDS)
+    for logits, attention in shards:
+        assert_same(logits, truth)
+        assert attention.shape == (2, 2, len(IDS), len(IDS))
+    attention = np.concatenate([attention for _, attention in shards], axis=1)
+    assert np.abs(attention - whole.trace(IDS).attention).max() < CLOSE
+
+
+def test_the_memory_of_a_shard_is_that_of_its_own_cache(monkeypatch):
+    whole = make_llama(make_ops("numpy"), LlamaConfig(24, 2, 4, 2, 12, 260, 64))
+    half = Llama(whole.config, half_of(whole.parameters, 0), whole.ops)
+    monkeypatch.setattr(whole.ops, "attention_nbytes", lambda *_: 0)
+    needed = []
+    for llama in (whole, half):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.backend, "free_bytes", lambda: 0)
+            with pytest.raises(OutOfMemoryError) as caught:
+                llama.check_memory(10_000, 64)
+        needed.append(float(re.search(r"cache (\S+) GB", str(caught.value))[1]))
+    assert needed == [0.12, 0.06]  # 2 * 2 * 10,000 * K * 64 * 6 * 4 bytes, K 2 and 1
+
+
+# -- the cache's dtype
+
+
+def test_the_dtype_of_the_cache_is_decided_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(NumpyOps, "cache_dtype", lambda _ops, dtype: asked.append(dtype) or F16)
+    llama = load(write_model(tmp_path, TINY), "numpy")
+    assert llama.new_cache().layers[0].k.dtype == llama.cache_dtype == F16
+    llama.generate([1, 5], max_new_tokens=2)
+    llama.logits(IDS)
+    assert asked == [np.float32]
+
+
+def test_a_cache_may_be_narrower_than_the_computation(ops, to_host):
+    wide = make_llama(ops)
+    narrow = Llama(TINY, wide.parameters, ops, cache_dtype="float16")
+    cache = narrow.new_cache()
+    got = to_host(narrow.prefill(IDS, cache, chunk=4))[0]
+    assert cache.layers[0].k.dtype == cache.layers[0].v.dtype == F16
+    assert got.dtype == np.float32
+    truth = wide.logits(IDS)[-1]
+    assert 0 < np.abs(got - truth).max() <= 2e-3 * np.abs(truth).max()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
+from conftest import rope_table
 from npllama.backend import Backend
 from npllama.kv_cache import KVCache
 from npllama.ops import CupyOps, NumpyOps, Ops
@@ -164,10 +165,13 @@ def rope_grid():
         yield "float32", f"B{b}-T{t}-H{n_heads}-{order}", call
 
 
-def make_layer(ops, wide, move, dtype, n_heads, n_kv_heads, head_dim=6, ffn_dim=11, apart=False):
+def make_layer(
+    ops, wide, move, dtype, n_heads, n_kv_heads, head_dim=6, ffn_dim=11, apart=False, dim=None
+):
     """A layer whose q, k, v and gate, up lie side by side, or all apart."""
     rng = np.random.default_rng(1)
-    dim, kv = n_heads * head_dim, n_kv_heads * head_dim
+    q, kv = n_heads * head_dim, n_kv_heads * head_dim
+    dim = dim or q
 
     def matrices(n_in, *n_outs):
         values = rng.standard_normal((sum(n_outs), n_in), dtype="float32") / n_in**0.5
@@ -181,8 +185,8 @@ def make_layer(ops, wide, move, dtype, n_heads, n_kv_heads, head_dim=6, ffn_dim=
             part = values[rows].copy() if apart else values[rows]
             yield Matrix(move(part), None if scale is None else move(wide(scale[rows])))
 
-    wq, wk, wv = matrices(dim, dim, kv, kv)
-    (wo,) = matrices(dim, dim)
+    wq, wk, wv = matrices(dim, q, kv, kv)
+    (wo,) = matrices(q, dim)
     w_gate, w_up = matrices(dim, ffn_dim, ffn_dim)
     (w_down,) = matrices(ffn_dim, dim)
     norms = [move(wide(rng.random(dim, dtype="float32") + 0.5)) for _ in range(2)]
@@ -197,7 +201,7 @@ def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6):
     dtype = wide(np.zeros(1, dtype="float32")).dtype
     cache = KVCache(
         ops.backend,
-        ops.rope_table(context, head_dim, 100.0, dtype),
+        rope_table(ops, context, head_dim, 100.0, dtype),
         n_layers=1,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -217,15 +221,16 @@ def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6):
 
 def attention_block_grid():
     """Output, keys and values; ragged rows; prompts short and long enough to be cut up; all
-    tokens' outputs, and the last ones' alone."""
+    tokens' outputs, and the last ones' alone; heads as wide together as the stream, and not."""
     for t, s, b, g in itertools.product((*T, 130, 200), S, B, G):
         rng = np.random.default_rng(0)
         n_kv_heads = 2 if g < 8 else 1
-        x = rng.standard_normal((b, t, n_kv_heads * g * 6), dtype="float32")
+        dim = 14 if g == 2 else n_kv_heads * g * 6
+        x = rng.standard_normal((b, t, dim), dtype="float32")
 
         def call(ops, wide, move, x=x, s=s, g=g, n_kv_heads=n_kv_heads, n_last=None):
             heads = (n_kv_heads * g, n_kv_heads)
-            layer = make_layer(ops, wide, move, "float32", *heads, apart=s == 1)
+            layer = make_layer(ops, wide, move, "float32", *heads, apart=s == 1, dim=x.shape[-1])
             starts = [max(0, s - b) for b in range(len(x))]
             cache = make_cache(ops, wide, move, starts, x.shape[1], *heads)
             positions = cache.positions(x.shape[1])

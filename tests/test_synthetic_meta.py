@@ -1,5 +1,6 @@
 """Checkpoints made to measure conversions, and what measures them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,20 @@ def test_a_synthetic_checkpoint_converts_and_loads(tmp_path, small, capsys):
     assert main(["1.1b", str(tmp_path / "one"), "--layers", "1"]) == 0
     told = capsys.readouterr().err
     assert f"one: {replace(SMALL, n_layers=1).n_parameters:,} parameters" in told
+
+
+def test_heads_of_a_width_of_their_own_are_converted(tmp_path):
+    config = replace(SMALL, head_dim=6)  # 8 heads are 48 wide, and the stream 64
+    (tmp_path / "meta").mkdir()
+    write_meta(tmp_path / "meta", config)
+    params = tmp_path / "meta" / "params.json"
+    fields = json.loads(params.read_text())
+    assert convert_main([str(tmp_path / "meta"), str(tmp_path / "out")]) == 2
+    params.write_text(json.dumps(fields | {"head_dim": 6}))
+    assert convert_main([str(tmp_path / "meta"), str(tmp_path / "out")]) == 0
+    llama = load(tmp_path / "out", backend="numpy")
+    assert (llama.config.head_dim, llama.config.n_parameters) == (6, config.n_parameters)
+    assert llama.parameters.layers[0].wo.shape == (64, 48)
 
 
 @pytest.mark.parametrize(("args", "message"), [

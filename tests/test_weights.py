@@ -391,10 +391,11 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path, name, change):
         ({"n_kv_heads": 6}, layer_name(0, "wk"), [24, 48], [48, 48]),
         ({"n_heads": 3}, layer_name(0, "wk"), [24, 48], [48, 48]),
         ({"ffn_dim": 64}, layer_name(0, "w_gate"), [56, 48], [64, 48]),
+        ({"head_dim": 10}, layer_name(0, "wq"), [48, 48], [60, 48]),
     ],
 )
 def test_a_config_of_another_model_shows_in_the_shapes(tmp_path, changes, name, found, wanted):
-    config = LlamaConfig(**{**vars(TINY), **changes})
+    config = LlamaConfig(**{**vars(TINY), "head_dim": None, **changes})
     message = refused(write_model(tmp_path, TINY), config)
     assert f"tensor {name} has shape {found}" in message and f"asks for {wanted}" in message
 

@@ -67,6 +67,7 @@ CASES = {
     "bfloat16": ({}, torch.bfloat16, 1.0, "5GB"),
     "float16": ({}, torch.float16, 1.0, "5GB"),
     "sharded": ({"num_hidden_layers": 3}, torch.float32, 1.0, "60KB"),
+    "head-dim": ({"head_dim": 10}, torch.float32, 1.0, "5GB"),  # H * C = 60, D = 36
 }
 
 
@@ -328,6 +329,7 @@ def make_tokenizers() -> None:
 GRADIENT_CASES = {
     "gqa": {"num_hidden_layers": 2, "num_key_value_heads": 3},
     "tied-mqa": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "head-dim": {"num_key_value_heads": 2, "head_dim": 6},  # H * C = 36, D = 24
 }
 GRADIENT_BASE = {
     "hidden_size": 24,
@@ -374,7 +376,7 @@ def torch_llama(w: dict, tokens: torch.Tensor, config: LlamaConfig) -> torch.Ten
     """LLaMA-2 in float64 throughout, for autograd: tokens (B, T) -> logits (B, T, V)."""
     n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
     n_batch, n_new = tokens.shape
-    head_dim = config.hidden_size // n_heads
+    head_dim = config.head_dim
     pair = torch.arange(head_dim // 2, dtype=torch.float64)
     angle = torch.arange(n_new, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * pair / head_dim)
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (T, 1, C/2) complex
@@ -399,7 +401,7 @@ def torch_llama(w: dict, tokens: torch.Tensor, config: LlamaConfig) -> torch.Ten
         o = torch.nn.functional.scaled_dot_product_attention(
             *(a.transpose(1, 2) for a in (q, k, v)), is_causal=True, enable_gqa=True
         )
-        o = o.transpose(1, 2).reshape(x.shape)
+        o = o.transpose(1, 2).reshape(n_batch, n_new, n_heads * head_dim)
         x = x + o @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, at + "post_attention_layernorm.weight")
         gate, up = (h @ w[f"{at}mlp.{name}_proj.weight"].T for name in ("gate", "up"))

@@ -48,7 +48,7 @@ class CupyOps(Ops):
         values = cache.v[rows, :, : positions.bucket].astype(q.dtype, copy=False)
         grouped = q.reshape(len(q), n_kv_heads, -1, head_dim)  # (B, 1, H, C) -> (B, K, G, C)
         scores = grouped @ keys.swapaxes(2, 3) / math.sqrt(head_dim)  # (B, K, G, N)
-        hidden = xp.arange(positions.bucket)[None] > starts[:, None]  # (B, N)
+        hidden = self.is_hidden(starts[:, None], xp.arange(positions.bucket)[None])  # (B, N)
         scores = xp.where(hidden[:, None, None], -math.inf, scores)
         o = self.softmax(scores) @ values  # (B, K, G, N) @ (B, K, N, C) -> (B, K, G, C)
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)

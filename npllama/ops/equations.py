@@ -11,6 +11,7 @@ the model, float64 in the tests), and widens a weight from its storage dtype to 
 import math
 
 from npllama.backend import Array, Backend
+from npllama.config import LlamaConfig
 from npllama.parameters import Matrix
 
 
@@ -77,24 +78,38 @@ class Equations:
 
     # -- rotary position embeddings ----------------------------------------------------------
 
+    def rope_frequencies(self, config: LlamaConfig) -> Array:
+        """How far each pair turns from one position to the next:  theta_i = theta^(-2i / C).
+
+        Inference and training take their frequencies from here.
+
+        Returns:
+            (C/2,) float64, in radians.
+
+        Source: Su et al. 2021 (RoFormer), section 3.2.2, Theta = {theta_i}.
+        """
+        pair = self.xp.arange(config.head_dim // 2, dtype="float64")  # (C/2,)
+        return config.rope_theta ** (-2.0 * pair / config.head_dim)
+
     def rope_table(
-        self, n_positions: int, head_dim: int, theta: float, dtype: str = "float32"
+        self, n_positions: int, frequencies: Array, dtype: str = "float32"
     ) -> tuple[Array, Array]:
-        """Cosine and sine of every rotation angle:  angle[p, i] = p * theta^(-2i / C).
+        """Cosine and sine of every rotation angle:  angle[p, i] = p * theta_i.
 
         The angles are float64 and only the result is rounded: at position 4000 an angle in
         half precision would be off by more than a radian.
 
+        Args:
+            frequencies: (C/2,) float64, from `rope_frequencies`.
+
         Returns:
             cos, sin: (n_positions, C/2) in `dtype`.
 
-        Source: Su et al. 2021 (RoFormer), section 3.2.2, Theta = {theta_i}.
+        Source: Su et al. 2021 (RoFormer), section 3.2.2.
         """
         xp = self.xp
-        pair = xp.arange(head_dim // 2, dtype="float64")  # (C/2,)
-        frequency = theta ** (-2.0 * pair / head_dim)  # (C/2,) radians a position
         position = xp.arange(n_positions, dtype="float64")  # (n_positions,)
-        angle = position[:, None] * frequency[None, :]  # (n_positions, C/2)
+        angle = position[:, None] * frequencies[None, :]  # (n_positions, C/2)
         return xp.cos(angle).astype(dtype), xp.sin(angle).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
@@ -144,10 +159,39 @@ class Equations:
         x = x - x.max(axis=-1, keepdims=True)
         return x - self.xp.log(self.xp.exp(x).sum(axis=-1, keepdims=True))
 
-    def attention_weights(self, q: Array, k: Array) -> Array:
-        """Causal attention of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
+    def is_hidden(self, query: Array, key: Array) -> Array:
+        """The mask: a query sees the keys up to its own position.
 
-        The T queries are the last T of the N = S + T positions: query t sees the keys 0 .. S+t.
+        Nothing else says which keys a query sees. It never sees a later key: overrides leave out
+        the keys after their last query.
+
+        Args:
+            query, key: positions, integers whose shapes broadcast.
+
+        Returns:
+            bool, where the query at position `query` does not see the key at position `key`.
+
+        Source: Vaswani et al. 2017, section 3.2.3 ("masking out").
+        """
+        return key > query
+
+    def hidden_keys(self, n_new: int, n_keys: int) -> Array | None:
+        """`is_hidden` for the last T of N = S + T positions.
+
+        Returns:
+            (T, M) bool, for the last M of the keys: True where query t does not see the key.
+            Every query sees all keys before those; here M = T, the new ones. None where every
+            query sees every key.
+        """
+        if n_new == 1:  # the last position comes after every other
+            return None
+        position = self.xp.arange(n_new)  # after S
+        return self.is_hidden(position[:, None], position[None, :])  # (T, 1), (1, T) -> (T, T)
+
+    def attention_weights(self, q: Array, k: Array) -> Array:
+        """Attention of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
+
+        The T queries are the last T of the N = S + T positions; `hidden_keys` is the mask.
         G = H / K neighbouring query heads share a key head and are viewed beside it, so no key
         is repeated. G = 1 is multi-head, K = 1 multi-query attention.
 
@@ -160,17 +204,16 @@ class Equations:
 
         Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA), section 2.2.
         """
-        xp = self.xp
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
         k = k.astype(q.dtype, copy=False)
         grouped = q.reshape(n_kv_heads, -1, head_dim)  # (H, T, C) -> (K, G*T, C)
         scores = grouped @ k.swapaxes(-1, -2)  # (K, G*T, C) @ (K, C, N) -> (K, G*T, N)
         scores = scores.reshape(n_heads, n_new, n_keys) / math.sqrt(head_dim)  # -> (H, T, N)
-        if n_new > 1:  # a single query is the last position and sees every key
-            query_position = xp.arange(n_keys - n_new, n_keys)[:, None]  # S + t: (T, 1)
-            sees = xp.arange(n_keys)[None, :] <= query_position  # (T, N)
-            scores = xp.where(sees, scores, -math.inf)
+        hidden = self.hidden_keys(n_new, n_keys)
+        if hidden is not None:
+            masked = scores[..., n_keys - hidden.shape[1] :]  # (H, T, M)
+            masked[...] = self.xp.where(hidden, -math.inf, masked)
         return self.softmax(scores)
 
     def weighted_values(self, p: Array, v: Array) -> Array:

@@ -9,7 +9,6 @@ all of them, since waking a thread takes a quarter of that.
 
 import math
 import weakref
-from functools import lru_cache
 
 import numpy as np
 
@@ -26,6 +25,9 @@ product, and of more tokens' keys more are computed in vain, since the first do 
 
 IN_CACHE = 256 * 1024
 """Attention scores that are computed at a time: they go through six operations, from the cache."""
+
+_KEPT, _KEPT_SIZE = 32, 2**20
+"""Masks that are kept for the next heads and layers, and the most numbers of one."""
 
 _SIGNS = np.array([[-1], [1]], dtype="float32")
 """Of the two halves of a head: what sin is multiplied by in RoPE."""
@@ -44,6 +46,7 @@ class NumpyEquations(Equations):
         super().__init__(backend)
         # float16 matrices that have been checked, by id: the array, and what came of it
         self._checked: dict[int, tuple[weakref.ref, bool]] = {}
+        self._hidden: dict[tuple[int, int], np.ndarray] = {}  # by T and N
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O); a long prompt's has its tokens side by side in memory,
@@ -168,9 +171,20 @@ class NumpyEquations(Equations):
         scores = grouped @ k.swapaxes(1, 2)  # (K, G*T, C) @ (K, C, N) -> (K, G*T, N)
         p = scores.reshape(n_heads, n_new, n_keys)  # -> (H, T, N)
         p *= p.dtype.type(1 / math.sqrt(head_dim))
-        _hide_future(p)
+        _hide(p, self._hidden_keys(n_new, n_keys))
         p /= _exp(p)
         return p
+
+    def _hidden_keys(self, n_new: int, n_keys: int) -> np.ndarray | None:
+        """`hidden_keys`, made once for all heads and layers."""
+        hidden = self._hidden.get((n_new, n_keys))
+        if hidden is None:
+            hidden = self.hidden_keys(n_new, n_keys)
+            if hidden is not None and hidden.size <= _KEPT_SIZE:
+                if len(self._hidden) >= _KEPT:
+                    self._hidden.clear()
+                self._hidden[n_new, n_keys] = hidden
+        return hidden
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`: a few tokens at a time over
@@ -183,9 +197,10 @@ class NumpyEquations(Equations):
         n_kv_heads, n_keys, _ = k.shape
         groups = n_heads // n_kv_heads
         is_wide = q.dtype == np.float32 and k.dtype == np.float32
-        if n_new == 1 and is_wide:  # it sees all keys: nothing is hidden from it
+        if n_new == 1 and is_wide:
             few = q.reshape(n_kv_heads, groups, head_dim) * np.float32(1 / math.sqrt(head_dim))
             p = np.matmul(few, k.swapaxes(1, 2))  # (K, G, C) @ (K, C, N) -> (K, G, N)
+            _hide(p, self.hidden_keys(1, n_keys))
             total = _exp(p)
             o = np.matmul(p, v)  # (K, G, N) @ (K, N, C) -> (K, G, C)
             o /= total
@@ -205,7 +220,8 @@ class NumpyEquations(Equations):
             scores = _scratch(scratch[slot * room : slot * room + room], shape)
             few = few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))
             np.matmul(few, k[heads, :end].swapaxes(1, 2), out=scores)
-            _hide_future(scores.reshape(-1, some.stop - some.start, end))
+            n_some = some.stop - some.start
+            _hide(scores.reshape(-1, n_some, end), self._hidden_keys(n_some, end))
             total = _exp(scores)
             part = np.matmul(scores, v[heads, :end])  # (some K, G*few, N) @ (some K, N, C)
             part /= total
@@ -262,18 +278,11 @@ def _one_plus_exp_minus(x: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def _hide_future(scores: np.ndarray) -> None:
-    """Put -inf, in place, where a query of scores (heads, T, N) would see a later key: only the
-    T x T corner of new keys has any."""
-    n_new, n_keys = scores.shape[1:]
-    if n_new > 1:
-        np.copyto(scores[..., n_keys - n_new :], -np.inf, where=_later(n_new))
-
-
-@lru_cache(maxsize=8)
-def _later(n: int) -> np.ndarray:
-    """(n, n) bool: whether key j comes after query i."""
-    return np.triu(np.ones((n, n), dtype=bool), k=1)
+def _hide(scores: np.ndarray, hidden: np.ndarray | None) -> None:
+    """Put -inf, in place, in scores (heads, T, N) where `hidden`, (T, M) from `hidden_keys`, says
+    that a query does not see one of the last M keys."""
+    if hidden is not None:
+        np.copyto(scores[..., scores.shape[-1] - hidden.shape[1] :], -np.inf, where=hidden)
 
 
 def tokens_at_once(groups: int) -> int:

@@ -135,9 +135,9 @@ def _room(llama: Llama, batch: int, length: int) -> int | None:
     free = llama.backend.free_bytes()
     if free is None:
         return None
-    c = llama.config
-    dtype = llama.ops.cache_dtype(llama.parameters.embedding.values.dtype)
-    taken = KVCache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, batch, length, dtype.itemsize)
+    c = llama.sizes
+    itemsize = llama.cache_dtype.itemsize
+    taken = KVCache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, batch, length, itemsize)
     taken += workspace_nbytes(c, llama.ops, batch, length, min(PREFILL_CHUNK, length))
     taken += mapped_nbytes(llama.parameters)  # they count as free, and would be pushed out
     return int(free * (1 - _MARGIN)) - taken

@@ -31,16 +31,18 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
     """
     ops = ops_for(backend)
     storage = STORAGE_DTYPES[dtype]
+    cache_dtype = ops.cache_dtype(storage)
     check_memory(
         config,
         ops,
-        ops.cache_dtype(storage),
+        cache_dtype,
         batch=1,
         context=context,
         chunk=min(PREFILL_CHUNK, context),
         weights=config.n_parameters * storage.itemsize,
     )
-    return Llama(config, random_parameters(config, ops, dtype=storage), ops, context)
+    parameters = random_parameters(config, ops, dtype=storage)
+    return Llama(config, parameters, ops, context, cache_dtype=cache_dtype)
 
 
 def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:

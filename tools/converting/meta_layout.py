@@ -74,6 +74,8 @@ def config_from(
         "n_kv_heads": number(params, "n_kv_heads", path, n_heads),
         "norm_eps": number(params, "norm_eps", path, 1e-5),
     }
+    if params.get("head_dim") is not None:  # Meta's own have none: C is D / H
+        fields["head_dim"] = number(params, "head_dim", path)
     try:
         return LlamaConfig(
             **fields,

@@ -38,7 +38,7 @@ def check_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int
     """
     weights = 4 * config.n_parameters * (4 + n_workers)
     n_tokens = micro_batch * config.context_length
-    block = 16 * config.dim + 6 * config.ffn_dim
+    block = 8 * config.dim + 8 * config.n_heads * config.head_dim + 6 * config.ffn_dim
     scores = 6 * config.n_heads * config.context_length
     widest = max(block + scores, 5 * config.vocab_size)
     inputs = (2 * config.n_layers + 1) * config.dim
