@@ -251,6 +251,7 @@ def test_every_equation_of_the_forward_has_a_derivative():
         "rope_frequencies",
         "rope_table",
         "hidden_keys",
+        "is_hidden",
         "attention_weights",
         "weighted_values",
         "log_softmax",
