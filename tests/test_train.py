@@ -18,8 +18,8 @@ import training.progress
 from conftest import ROOT, TINY, data_file, make_ops
 from npllama.llama import SHIPPED, Llama
 from npllama.untrained import random_parameters
+from test_atomic import refuse_locks
 from test_console import Broken
-from test_file_system import refuse_locks
 from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint

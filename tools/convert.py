@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from atomic import check_dest, identity, names_beside, resolved
 from command_line import WRONG_INPUT, Parser, say
 from converting.conversion import convert
 from converting.description import description, dry_run
 from converting.interruption import Interrupted, interruptible
-from converting.new_directory import check_dest, identity, names_beside, resolved
 from converting.recognition import read_source
 from npllama.console import open_streams, reason, tell
 from npllama.errors import InputError, NpllamaError
