@@ -8,13 +8,12 @@ import ctypes
 import importlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from npllama import process_memory
+from npllama import operating_system
 from npllama.errors import BackendError
 from npllama.threads import Threads
 
@@ -57,11 +56,11 @@ class Backend:
 
     def free_bytes(self) -> int | None:
         """Bytes that a new allocation may take without swapping, or None where unknown."""
-        return _free_host_bytes()
+        return operating_system.free_bytes()
 
     def peak_bytes(self) -> int | None:
         """The most memory held, worker processes included, or None where unknown."""
-        return process_memory.peak_bytes()
+        return operating_system.peak_bytes()
 
     def memory_name(self) -> str:
         """What free_bytes counts, in the words of an error message."""
@@ -144,46 +143,3 @@ def cuda_device_count() -> int:
         if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
             return count.value
     return 0
-
-
-def _free_host_bytes() -> int | None:
-    """The least of what the kernel calls available and what the control group leaves."""
-    limits = [_meminfo_available(), _cgroup_left()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _meminfo_available() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:  # no /proc (macOS): what is installed is the best upper bound there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _cgroup_left() -> int | None:
-    """Bytes left under a container's limit (cgroup v2, then v1); page cache counts as free, but not
-    what of it is shared memory, as converted weights are."""
-    for folder, limit_file, usage_file in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            limit = (Path(folder) / limit_file).read_text().strip()
-            if limit == "max":
-                return None
-            used = int((Path(folder) / usage_file).read_text())
-            statistics = dict(
-                line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines()
-            )
-            cached = int(statistics.get("file", statistics.get("total_cache", 0)))
-            shared = int(statistics.get("shmem" if "file" in statistics else "total_shmem", 0))
-            return max(0, int(limit) - used + cached - shared)
-        except (OSError, ValueError):
-            continue
-    return None

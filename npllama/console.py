@@ -1,4 +1,6 @@
-"""The three standard streams of a program: opened where closed, UTF-8, with errors of their own.
+"""What every program shares: errors of one line, exit codes, and the three standard streams.
+
+Streams are opened where closed, and UTF-8, with errors of their own.
 
 A program whose standard error is closed has None as sys.stderr, and `print(..., file=None)`
 writes to standard output. The next file that it opens gets the free descriptor, and whatever
@@ -10,12 +12,44 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 
-from npllama.errors import InputError
+from npllama.errors import InputError, NpllamaError
+
+WRONG_INPUT, INTERRUPTED = 2, 130
 
 
 class ReaderLeftError(InputError):
     """Who read standard output has closed it, as `head` does once it has its lines."""
+
+
+def exit_code(
+    program: str,
+    work: Callable[[], int | None],
+    interrupted: Callable[[], str | None] = lambda: "interrupted",
+    out_of_memory: str = "use a smaller model",
+) -> int:
+    """Do the work; the exit code: that of the work (None is 0), 2 after an error, 130 after
+    Ctrl-C (or that of another signal), the last two with one line on stderr that says why.
+
+    Args:
+        program: how the line begins.
+        interrupted: what the line says after a signal; None for no line.
+        out_of_memory: what to do then.
+    """
+    try:
+        return work() or 0
+    except NpllamaError as error:
+        tell(f"{program}: error: {error}")
+    except MemoryError:  # also CuPy's
+        tell(f"{program}: error: out of memory: {out_of_memory}")
+    except OSError as error:
+        tell(f"{program}: error: {reason(error)}")
+    except KeyboardInterrupt as error:
+        if (line := interrupted()) is not None:
+            tell(f"{program}: {line}")
+        return getattr(error, "exit_code", INTERRUPTED)
+    return WRONG_INPUT
 
 
 def open_streams() -> None:

@@ -18,13 +18,21 @@ from typing import NoReturn
 from npllama.backend import BACKENDS
 from npllama.chat import check_chat_template, encode_chat
 from npllama.completion import Completion
-from npllama.console import ReaderLeftError, check_output, open_streams, reason, tell, utf8, write
-from npllama.errors import InputError, NpllamaError, TokenizerWarning
+from npllama.console import (
+    INTERRUPTED,
+    ReaderLeftError,
+    check_output,
+    exit_code,
+    open_streams,
+    reason,
+    tell,
+    utf8,
+    write,
+)
+from npllama.errors import InputError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling_options import Sampling
-
-INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,22 +217,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
     args = parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         check_output()
-        return run(args)
-    except ReaderLeftError:
-        return 0
-    except NpllamaError as error:
-        tell(f"npllama: error: {error}")
-        return 2
-    except MemoryError:  # also CuPy's
-        tell("npllama: error: out of memory: use a shorter --context")
-        return 2
-    except KeyboardInterrupt:  # before there was any text
-        return INTERRUPTED
-    except OSError as error:
-        tell(f"npllama: error: {reason(error)}")
-        return 2
+        try:
+            return run(args)
+        except ReaderLeftError:
+            return 0
+
+    return exit_code(
+        "npllama",
+        work,
+        interrupted=lambda: None,  # it came before there was any text
+        out_of_memory="use a shorter --context",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,13 +1,14 @@
-"""One .safetensors file, memory-mapped: 8 bytes of length, a JSON header, the tensors.
+"""One .safetensors file, memory-mapped.
 
-The safetensors library gives arrays but no offsets, and its NumPy arrays are copies; views of
-a memory map cost nothing until a page is read. The tests hold this reader to the library.
-Format: https://huggingface.co/docs/safetensors (section "Format").
+The safetensors library reads and checks the header. Its arrays are copies; here they are views
+of a memory map, which cost nothing until a page is read. The format has no gaps, so tensors
+begin where the ones before them end.
 """
 
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,6 @@ import numpy as np
 from npllama.errors import WeightsError
 from npllama.not_a_model import content_instead
 from npllama.shared_arrays import MappedFile
-from npllama.small_file import MAX_JSON, parse_json
 
 DTYPES = {
     "F32": np.dtype("float32"),
@@ -24,7 +24,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype("int8"),
 }
-_LENGTH_BYTES = 8
+_LENGTH_BYTES = 8  # before the header: how long it is
+_LONGEST_REASON = 200  # the library lists all dtypes that there are
 
 
 @dataclass(frozen=True)
@@ -42,90 +43,81 @@ class SafetensorsFile:
 
     Args:
         dtypes: those that are read, by the format's names for them.
+        is_ignored: of a tensor's name; one that is ignored may have any dtype, and is left out.
 
     Raises:
         WeightsError: the file is missing, truncated, or its header does not describe it.
     """
 
-    def __init__(self, path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtypes: Mapping[str, np.dtype] = DTYPES,
+        is_ignored: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         self.path = Path(path)
         self._dtypes = dtypes
+        self.tensors: dict[str, TensorInfo] = {}
         try:
             with open(self.path, "rb") as file:
-                size = file.seek(0, 2)
-                if size < _LENGTH_BYTES:
-                    raise self._damaged(f"it has {size} bytes")
+                self._size = file.seek(0, 2)
+                layout = self._layout()
                 self._map = MappedFile(file)
         except OSError as error:
-            raise WeightsError(f"{self.path} cannot be read: {error.strerror}") from None
-        length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
-        data_begin = _LENGTH_BYTES + length
-        if length > MAX_JSON or data_begin > size:
-            raise self._damaged(f"its header claims {length} bytes and the file has {size}")
-        self.tensors = self._parse(self._map[_LENGTH_BYTES:data_begin], data_begin)
-        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].end):
-            if info.end > size:
-                raise self._damaged(
-                    f"tensor {name} of shape {list(info.shape)} ends at byte {info.end} and the "
-                    f"file at {size}"
-                )
-        data_end = max((info.end for info in self.tensors.values()), default=data_begin)
-        if data_end != size:
-            raise self._damaged(f"its tensors end at byte {data_end} and the file at {size}")
+            raise WeightsError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        begin = _LENGTH_BYTES + int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+        for name, dtype, shape in layout:
+            end = begin + _nbytes(dtype, shape)
+            if not is_ignored(name):
+                self.tensors[name] = self._info(name, dtype, shape, begin, end)
+            begin = end
+        if begin != self._size:
+            raise self._damaged(f"its tensors end at byte {begin}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The tensor called `name`, a view of the file in its stored dtype."""
-        info = self.tensors[name]
-        count = int(np.prod(info.shape, dtype=np.int64))
-        flat = np.frombuffer(self._map, dtype=info.dtype, count=count, offset=info.begin)
-        return flat.reshape(info.shape)
+        return self._view(self.tensors[name])
 
-    def _parse(self, header: bytes, data_begin: int) -> dict[str, TensorInfo]:
-        try:
-            entries = parse_json(header)
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(f"its header is not JSON ({str(error)[:200]})") from None
-        if not isinstance(entries, dict):
-            raise self._damaged("its header is not a JSON object")
-        entries.pop("__metadata__", None)
-        tensors = {name: self._info(name, entry, data_begin) for name, entry in entries.items()}
-        reached = data_begin
-        for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-            if info.begin != reached:
-                raise self._damaged(f"tensor {name} does not begin where the one before it ends")
-            reached = info.end
-        return tensors
+    def _view(self, info: TensorInfo) -> np.ndarray:
+        count = prod(info.shape)
+        return np.frombuffer(self._map, info.dtype, count, info.begin).reshape(info.shape)
 
-    def _info(self, name: str, entry: object, data_begin: int) -> TensorInfo:
+    def _layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor, in the order of the data."""
+        from safetensors import SafetensorError, safe_open  # not for --help
+
         try:
-            dtype_name = entry["dtype"]  # type: ignore[index]
-            shape = tuple(entry["shape"])  # type: ignore[index]
-            begin, end = entry["data_offsets"]  # type: ignore[index]
-            if not isinstance(entry["shape"], list) or not isinstance(dtype_name, str):
-                raise TypeError
-            if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
-                raise TypeError
-            if len(shape) > 64 or 8 * math.prod(max(n, 1) for n in shape) >= 2**63:
-                raise TypeError  # NumPy cannot, even where one of them is 0
-        except (TypeError, KeyError, ValueError):
-            raise self._damaged(f"the header's entry for tensor {name} is malformed") from None
-        if dtype_name not in self._dtypes:
+            with safe_open(self.path, framework="np") as file:
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
+                return [(n, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()]
+        except SafetensorError as error:
+            raise self._damaged(str(error).removeprefix("Error while deserializing ")) from None
+
+    def _info(
+        self, name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int
+    ) -> TensorInfo:
+        if dtype not in self._dtypes:
             raise WeightsError(
-                f"{self.path}: tensor {name} is stored as {dtype_name}: "
+                f"{self.path}: tensor {name} is stored as {dtype}: "
                 f"expected one of {', '.join(self._dtypes)}"
             )
-        dtype = self._dtypes[dtype_name]
-        n_bytes = dtype.itemsize
-        for n in shape:
-            n_bytes *= n
-        if end - begin != n_bytes:
-            raise self._damaged(
-                f"tensor {name} of shape {list(shape)} in {dtype_name} needs {n_bytes} bytes "
-                f"and has {end - begin}"
-            )
-        return TensorInfo(dtype, shape, data_begin + begin, data_begin + end)
+        info = TensorInfo(self._dtypes[dtype], shape, begin, end)
+        try:
+            self._view(info)
+        except (ValueError, OverflowError):  # too many axes, or one of 2^63 beside one of 0
+            raise self._damaged(f"no array can have the shape of tensor {name}") from None
+        return info
 
     def _damaged(self, what: str) -> WeightsError:
         if (instead := content_instead(self.path)) is not None:
             return WeightsError(f"{self.path} {instead}")
-        return WeightsError(f"{self.path} is damaged or truncated ({what}): get the file again")
+        return WeightsError(
+            f"{self.path} is damaged or truncated (it has {self._size} bytes; "
+            f"{what[:_LONGEST_REASON]}): get the file again"
+        )
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; a dtype's name in the format has its number of bits, as in F8_E4M3."""
+    bits = re.search(r"\d+", dtype)
+    return prod(shape) * (8 if bits is None else int(bits[0])) // 8  # BOOL has none

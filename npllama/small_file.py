@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON = 16 * 2**20
-"""Bytes of a JSON file or header; a 70B model's index has under 0.1 MB."""
+"""Bytes of a JSON file; a 70B model's index has under 0.1 MB."""
 MAX_TOKENIZER = 64 * 2**20
 """Bytes of a tokenizer; Llama 2's has 0.5 MB."""
 

@@ -12,8 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from npllama.operating_system import (
+    allowed_cores,
+    busy_seconds,
+    process_seconds,
+    running_threads,
+    usable_cores,
+)
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -218,7 +225,7 @@ class _FreeCores:
                 self._count = self._left(os.cpu_count(), _others_running(self._helpers))
             elif others is not None and self._others is not None:
                 busy = max(0, round((others - self._others) / elapsed))
-                self._count = self._left(len(os.sched_getaffinity(0)), busy)
+                self._count = self._left(len(allowed_cores()), busy)
             self._time, self._others = now, others
         return self._count
 
@@ -228,42 +235,10 @@ class _FreeCores:
 
     def _seconds_of_others(self) -> float | None:
         """Seconds of computing by other programs so far, on the cores that this one may use."""
-        busy = _busy_seconds()
+        busy = busy_seconds()
         if busy is None:
             return None
-        return busy - time.process_time() - sum(map(_process_seconds, self._helpers))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's share of time."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
-    return cores
-
-
-def _busy_seconds() -> float | None:
-    """Seconds that the usable cores have computed since the machine began; None off Linux."""
-    statistics = _machine_statistics()
-    if not statistics:
-        return None
-    ticks = 0
-    for i in os.sched_getaffinity(0):
-        if fields := statistics.get(f"cpu{i}"):  # a container may hide some
-            user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, fields)
-            ticks += user + nice + system + irq + softirq
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _process_seconds(pid: int) -> float:
-    """Seconds that a process has computed; 0 where it has ended."""
-    fields = _fields(Path(f"/proc/{pid}/stat"))
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+        return busy - time.process_time() - sum(map(process_seconds, self._helpers))
 
 
 def _others_running(helpers: Sequence[int]) -> int:
@@ -273,32 +248,10 @@ def _others_running(helpers: Sequence[int]) -> int:
     """
     least = sys.maxsize
     for _ in range(10):
-        anywhere = int(_machine_statistics().get("procs_running", ["0"])[0])
-        ours = sum(map(_threads_running, ("self", *helpers)))
+        anywhere = running_threads()
+        ours = sum(map(running_threads, (os.getpid(), *helpers)))
         least = min(least, anywhere - ours)
         if least <= 0:
             return 0
         time.sleep(0.002)
     return least
-
-
-def _threads_running(pid: int | str) -> int:
-    """Threads of a process that run, those of BLAS that wait for more work included."""
-    return sum(_fields(path)[:1] == ["R"] for path in Path(f"/proc/{pid}/task").glob("*/stat"))
-
-
-def _machine_statistics() -> dict[str, list[str]]:
-    """The lines of /proc/stat by their first word; empty off Linux."""
-    try:
-        lines = Path("/proc/stat").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: fields for name, *fields in map(str.split, filter(None, lines))}
-
-
-def _fields(path: Path) -> list[str]:
-    """What /proc tells of a process or thread after its name; empty where it has ended."""
-    try:
-        return path.read_text().rpartition(")")[2].split()
-    except OSError:
-        return []

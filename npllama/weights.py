@@ -198,11 +198,7 @@ class Checkpoint:
             if len(shape) == 2 and name in self._file_of and self._info(name).dtype == np.int8:
                 shapes[scale_name(name)] = shape[:1]
         check_none_missing(self.directory, list(shapes), self._file_of)
-        surplus = [
-            name
-            for name in self._file_of
-            if name not in shapes and not is_rotary_table(name) and not self._is_tie(name)
-        ]
+        surplus = [name for name in self._file_of if name not in shapes and not self._is_tie(name)]
         if surplus:
             raise WeightsError(
                 f"{self.directory}: {_listed(surplus)} not part of the model that config.json "
@@ -291,7 +287,10 @@ def is_rotary_table(name: str) -> bool:
 
 def _open_files(directory: Path, is_tied: bool) -> dict[str, SafetensorsFile]:
     """Tensor name -> the open file that holds it."""
-    files = {path.name: SafetensorsFile(path) for path in shard_files(directory)}
+    files = {
+        path.name: SafetensorsFile(path, is_ignored=is_rotary_table)
+        for path in shard_files(directory)
+    }
     file_of = {name: file for file in files.values() for name in file.tensors}
     if SINGLE not in files:
         tensors_of = {shard: file.tensors for shard, file in files.items()}

@@ -1,7 +1,6 @@
 """Which backend is picked, what it says where it cannot, and how much memory it reports."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import npllama
-from npllama import backend, process_memory
+from npllama import backend
 from npllama.backend import Backend, CupyBackend, cuda_device_count, get_backend
 from npllama.errors import BackendError
 
@@ -211,131 +210,6 @@ def test_without_a_driver_there_are_no_devices(monkeypatch):
 
 
 # -- memory
-
-
-def test_free_memory_is_above_zero_and_within_what_is_installed():
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 16 * MB < Backend().free_bytes() <= installed
-
-
-def test_peak_memory_counts_what_was_touched():
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = Backend().peak_bytes()
-    array = np.ones(60 * MB, dtype="uint8")
-    peak = Backend().peak_bytes()
-    assert before + 0.9 * array.nbytes < peak < before + 1.2 * array.nbytes
-    untouched = np.empty(1000 * MB, dtype="uint8")
-    assert Backend().peak_bytes() < peak + 0.1 * untouched.nbytes
-
-
-@pytest.mark.parametrize(
-    ("own", "resident", "peak"), [(5, 7, 7), (7, 5, 7), (7, None, 7), (None, None, None)]
-)
-def test_peak_memory_counts_other_processes_too(monkeypatch, own, resident, peak):
-    monkeypatch.setattr(process_memory, "_own_peak", lambda: own)
-    monkeypatch.setattr(process_memory, "resident_bytes", lambda: resident)
-    assert Backend().peak_bytes() == peak
-
-
-@pytest.fixture
-def system_files(monkeypatch, tmp_path):
-    """Writes files where the backend then finds /proc and /sys."""
-    monkeypatch.setattr(backend, "Path", lambda path: tmp_path / str(path).lstrip("/"))
-
-    def write(**files):
-        for name, text in files.items():
-            path = tmp_path / FILES[name]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(str(text) + "\n")
-
-    return write
-
-
-FILES = {
-    "meminfo": "proc/meminfo",
-    "v2_max": "sys/fs/cgroup/memory.max",
-    "v2_current": "sys/fs/cgroup/memory.current",
-    "v2_stat": "sys/fs/cgroup/memory.stat",
-    "v1_limit": "sys/fs/cgroup/memory/memory.limit_in_bytes",
-    "v1_usage": "sys/fs/cgroup/memory/memory.usage_in_bytes",
-    "v1_stat": "sys/fs/cgroup/memory/memory.stat",
-}
-
-
-def meminfo(kib):
-    return f"MemTotal: 1000000 kB\nMemFree: 5 kB\nMemAvailable: {kib} kB\nCached: 7 kB"
-
-
-def cgroup_v2(limit, used, cached, shared=0):
-    return {
-        "v2_max": limit,
-        "v2_current": used,
-        "v2_stat": f"anon 12345\nfile {cached}\nkernel 7\nshmem {shared}",
-    }
-
-
-def cgroup_v1(limit, used, cached, shared=0):
-    statistics = f"cache 3\nshmem 1\ntotal_cache {cached}\ntotal_shmem {shared}"
-    return {"v1_limit": limit, "v1_usage": used, "v1_stat": statistics}
-
-
-AVAILABLE = 800_000 * 1024
-
-
-@pytest.mark.parametrize("cgroup", [cgroup_v2, cgroup_v1])
-@pytest.mark.parametrize(
-    ("limit", "used", "cached", "free"),
-    [
-        (1000 * MB, 600 * MB, 0, 400 * MB),
-        (1000 * MB, 600 * MB, 100 * MB, 500 * MB),  # page cache is given back when asked for
-        (1000 * MB, 1001 * MB, 0, 0),
-        (64_000 * MB, 600 * MB, 0, AVAILABLE),
-        (9223372036854771712, 600 * MB, 0, AVAILABLE),  # how version 1 writes "no limit"
-    ],
-)
-def test_free_memory_is_the_least_of_the_machines_and_the_control_groups(
-    system_files, cgroup, limit, used, cached, free
-):
-    system_files(meminfo=meminfo(800_000), **cgroup(limit, used, cached))
-    assert Backend().free_bytes() == free
-
-
-@pytest.mark.parametrize("cgroup", [cgroup_v2, cgroup_v1])
-def test_shared_memory_counts_as_page_cache_and_is_not_given_back(system_files, cgroup):
-    system_files(meminfo=meminfo(800_000), **cgroup(1000 * MB, 700 * MB, 650 * MB, shared=600 * MB))
-    assert Backend().free_bytes() == 350 * MB
-
-
-def test_without_a_limit_free_memory_is_the_machines(system_files):
-    system_files(meminfo=meminfo(800_000))
-    assert Backend().free_bytes() == AVAILABLE
-    system_files(**cgroup_v2("max", 600 * MB, 0))
-    assert Backend().free_bytes() == AVAILABLE
-
-
-@pytest.mark.parametrize(
-    "damage", [{"v2_max": "lots"}, {"v2_current": ""}, {"v2_stat": "three words here"}]
-)
-def test_control_group_files_of_another_form_are_left_alone(system_files, damage):
-    system_files(meminfo=meminfo(800_000), **(cgroup_v2(MB, MB, 0) | damage))
-    assert Backend().free_bytes() == AVAILABLE
-
-
-@pytest.mark.parametrize("files", [{}, {"meminfo": "MemTotal: 5 kB"}])
-def test_without_meminfo_free_memory_is_at_most_what_is_installed(system_files, files):
-    system_files(**files)
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert Backend().free_bytes() == installed
-    system_files(**cgroup_v2(5 * MB, 2 * MB, 0))
-    assert Backend().free_bytes() == 3 * MB
-
-
-def test_where_nothing_is_known_free_memory_is_none(monkeypatch, system_files):
-    def sysconf(name):
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(backend.os, "sysconf", sysconf)
-    assert Backend().free_bytes() is None
 
 
 def test_free_gpu_memory_is_the_devices_and_what_the_pool_holds_unused():

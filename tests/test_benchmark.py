@@ -1,7 +1,6 @@
 """tools/benchmark.py: its figures follow from what was timed, and fit together."""
 
 import json
-import mmap
 import re
 import subprocess
 import sys
@@ -28,8 +27,8 @@ from conftest import ROOT, TINY, make_llama, make_ops
 from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
+from npllama.operating_system import resident_bytes
 from npllama.ops import Ops
-from npllama.process_memory import resident_bytes
 from npllama.threads import Threads
 
 GB = 10**9
@@ -254,34 +253,8 @@ def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
 # -- memory ------------------------------------------------------------------------------------
 
 
-def test_memory_is_summed_over_processes_and_shared_pages_count_once(tmp_path):
-    if resident_bytes() is None:
-        pytest.skip("this system tells no proportional set sizes")
-    mb = 10**6
-    file = tmp_path / "shared"
-    file.write_bytes(b"x" * (64 * mb))
-    code = (
-        "import mmap, sys; own = b'x' * 64_000_000; file = open(sys.argv[1], 'r+b'); "
-        "shared = mmap.mmap(file.fileno(), 0); "
-        "total = sum(shared[::4096]); print('ready', flush=True); sys.stdin.read()"
-    )
-    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as shared:
-        before = resident_bytes()
-        assert sum(shared[::4096]) > 0
-        command = [sys.executable, "-c", code, str(file)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-            child.stdout.readline()
-            more = resident_bytes() - before
-            of_child = resident_bytes(child.pid)
-            child.stdin.close()
-    assert 126 * mb < more < 160 * mb  # 64 of its own, 64 of both, and an interpreter
-    assert 94 * mb < of_child < 128 * mb  # half of what it shares
-
-
 def test_the_peak_is_seen_though_it_has_passed():
     with PeakMemory() as peak:
-        if resident_bytes() is None:
-            pytest.skip("this system tells no proportional set sizes")
         before = resident_bytes()
         block = np.ones(50 * 10**6, dtype="uint8")
         until = time.monotonic() + 60

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import TINY
 from model_directory import write_model
-from npllama import load, process_memory
+from npllama import load, operating_system
 from npllama.completion import Completion, Timings
 from npllama.config import LlamaConfig
 from npllama.generate import finish_reasons, main, parser, print_log_probs
@@ -345,10 +345,10 @@ def test_stats_show_speed_memory_and_the_seed(model, capsys):
 
 
 def test_stats_count_the_memory_of_worker_processes(model, capsys, monkeypatch):
-    monkeypatch.setattr(process_memory, "resident_bytes", lambda: 10**15)
+    monkeypatch.setattr(operating_system, "resident_bytes", lambda: 10**15)
     args = ("--model", model, "--backend", "numpy", "--prompt", "a", "--stats", *GREEDY)
     assert ", peak 1000000000.0 MB\n" in call(capsys, *args)[2]
-    monkeypatch.setattr(process_memory, "peak_bytes", lambda: 1000)
+    monkeypatch.setattr(operating_system, "peak_bytes", lambda: 1000)
     assert ", peak 0.0 MB (some weights were never read)\n" in call(capsys, *args)[2]
 
 
@@ -438,6 +438,7 @@ def test_help_explains_every_option():
 def test_help_and_import_load_nothing_for_later():
     """Each of these took a part of the 0.3 s that help and import may take on an idle machine."""
     later = ("subprocess", "concurrent.futures", "threadpoolctl", "multiprocessing", "tqdm")
+    later += ("psutil", "safetensors")
     code = (
         "import sys, npllama, npllama.generate\n"
         "try: npllama.generate.main(['--help'])\n"

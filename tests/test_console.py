@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-import command_line
 import convert
 import perplexity
 from conftest import ROOT, TINY
+from converting.interruption import Interrupted
 from model_directory import write_model
 from npllama import console, generate
 from npllama.console import ReaderLeftError, open_streams, reason, tell, utf8, write
@@ -144,11 +144,48 @@ def test_an_error_of_the_system_is_reported_as_what_it_is(capsys, monkeypatch):
     assert generate.main(["--prompt", "a"]) == 2
     line = "error: model.safetensors: Input/output error\n"
     assert capsys.readouterr() == ("", f"npllama: {line}")
-    assert command_line.exit_code("train", fail) == 2
-    assert capsys.readouterr().err == f"train: {line}"
     monkeypatch.setattr(convert, "read_source", fail)
     assert convert.main(["source", "--inspect"]) == 2
     assert capsys.readouterr().err == f"convert: {line}"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a\nb: expected c"), 2, r"error: a\nb: expected c"),
+        (MemoryError("Unable to allocate"), 2, "error: out of memory: use a smaller model"),
+        (OSError(errno.EIO, "Input/output error"), 2, "error: Input/output error"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(15), 143, "interrupted"),
+    ],
+)
+def test_every_error_is_one_line_and_an_exit_code(capsys, error, code, line):
+    def fail():
+        raise error
+
+    assert console.exit_code("name", fail) == code
+    assert capsys.readouterr() == ("", f"name: {line}\n")
+
+
+def test_without_an_error_the_exit_code_is_that_of_the_work(capsys):
+    assert [console.exit_code("name", lambda n=n: n) for n in (None, 0, 1, 130)] == [0, 0, 1, 130]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_not_foreseen_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        console.exit_code("name", lambda: 1 // 0)
+
+
+def test_a_program_says_what_a_signal_and_a_lack_of_memory_mean_for_it(capsys):
+    def fail(error):
+        raise error
+
+    for words, told in ((None, ""), ("goes on later", "name: goes on later\n")):
+        code = console.exit_code("name", lambda: fail(KeyboardInterrupt), lambda words=words: words)
+        assert (code, capsys.readouterr().err) == (130, told)
+    console.exit_code("name", lambda: fail(MemoryError), out_of_memory="use less")
+    assert capsys.readouterr().err == "name: error: out of memory: use less\n"
 
 
 def test_a_broken_pipe_that_is_not_standard_output_is_an_error(capsys, monkeypatch):

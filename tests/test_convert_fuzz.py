@@ -49,8 +49,8 @@ ODD_VALUES = (
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """test_new_directory.py tests what is synced and when; a busy disk would take minutes here."""
-    monkeypatch.setattr("converting.new_directory.os.fsync", lambda _file: None)
+    """test_atomic_directory.py tests what is synced; a busy disk would take minutes here."""
+    monkeypatch.setattr("atomic.os.fsync", lambda _file: None)
 
 
 # -- the files that are damaged

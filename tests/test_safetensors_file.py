@@ -1,7 +1,8 @@
-"""The reader of .safetensors files, held to the safetensors library."""
+"""The reader of .safetensors files: its views, and one line for what the library refuses."""
 
 import json
 import mmap
+import re
 import struct
 
 import ml_dtypes
@@ -37,6 +38,17 @@ def refused(path):
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message
     return message.removeprefix(str(path))
+
+
+def damaged(path):
+    """The same of a damaged file, which says how long it is: what is wrong, after that."""
+    message = refused(path)
+    match = re.fullmatch(
+        r" is damaged or truncated \(it has (\d+) bytes; (.+)\): get the file again", message
+    )
+    assert match is not None, message
+    assert int(match[1]) == path.stat().st_size
+    return match[2]
 
 
 def refused_by_the_library(path):
@@ -164,8 +176,7 @@ def test_opening_a_large_file_reads_none_of_it(path):
 def test_a_truncated_file_is_refused_wherever_it_ends(path, written):
     for size in range(len(written)):
         path.write_bytes(written[:size])
-        message = refused(path)
-        assert "truncated" in message and str(size) in message
+        assert "header" in damaged(path)
     path.write_bytes(written)
     assert len(SafetensorsFile(path).tensors) == 3
 
@@ -173,22 +184,21 @@ def test_a_truncated_file_is_refused_wherever_it_ends(path, written):
 @pytest.mark.parametrize("surplus", [b"\0", b" " * 8, b"\0" * 4096])
 def test_bytes_after_the_last_tensor_are_refused(path, written, surplus):
     path.write_bytes(written + surplus)
-    message = refused(path)
-    assert str(len(written)) in message and str(len(written) + len(surplus)) in message
+    assert "file not fully covered" in damaged(path)
     refused_by_the_library(path)
 
 
 @pytest.mark.parametrize("length", [10**8 + 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 def test_a_huge_header_length_is_refused_before_it_is_read(path, length):
     raw_file(path, b"{}", length=length)
-    assert f"claims {length} bytes and the file has 10" in refused(path)
+    assert "header too large" in damaged(path)
 
 
 def test_a_header_beyond_the_librarys_limit_is_refused_even_if_it_is_there(path):
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", 10**8 + 1))
         out.truncate(8 + 10**8 + 1)
-    assert str(10**8 + 1) in refused(path)
+    assert "header too large" in damaged(path)
     refused_by_the_library(path)
 
 
@@ -196,7 +206,17 @@ def test_a_header_beyond_the_librarys_limit_is_refused_even_if_it_is_there(path)
 def test_a_header_length_that_is_off_is_refused(path, written, change):
     length = struct.unpack("<Q", written[:8])[0]
     path.write_bytes(struct.pack("<Q", length + change) + written[8:])
-    refused(path)
+    assert "header" in damaged(path)
+
+
+@pytest.mark.parametrize("name", ["a b.safetensors", "ünï🦙.safetensors", "\udcff.safetensors"])
+def test_a_path_may_be_any_that_the_system_knows(tmp_path, name):
+    safetensors.numpy.save_file({"w": np.ones(2, dtype="float32")}, tmp_path / "plain")
+    try:
+        (tmp_path / "plain").rename(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert SafetensorsFile(tmp_path / name)["w"].tolist() == [1, 1]
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
@@ -222,9 +242,24 @@ NOT_A_HEADER = {
 @pytest.mark.parametrize("header", NOT_A_HEADER.values(), ids=NOT_A_HEADER)
 def test_a_header_that_is_no_json_object_is_refused(path, header):
     raw_file(path, header)
-    assert "header" in refused(path)
+    assert "in header" in damaged(path)
     refused_by_the_library(path)
 
+
+OTHER_DTYPES = {  # bytes of 8 numbers
+    "F64": 64,
+    "I32": 32,
+    "I64": 64,
+    "U8": 8,
+    "BOOL": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F4": 4,
+    "C64": 64,
+    "U16": 16,
+}
+F32 = np.array([1, 2, 3], dtype="float32").tobytes()
 
 MALFORMED = {
     "no object": [1, 2],
@@ -254,24 +289,36 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("value", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_entry_is_refused_by_its_name(path, value):
+def test_a_malformed_entry_is_refused_with_its_place(path, value):
     raw_file(path, {"my.tensor": value}, bytes(4))
-    message = refused(path)
-    assert "my.tensor" in message and "malformed" in message
+    assert re.search(r"header: .+ at line 1 column \d+$", damaged(path))
     refused_by_the_library(path)
 
 
-@pytest.mark.parametrize("dtype", ["F64", "I32", "I64", "U8", "BOOL", "F8_E4M3"])
-def test_a_dtype_of_no_use_here_is_refused_with_those_of_use(path, dtype):
-    raw_file(path, {"my.tensor": entry(0, 8, [1], dtype)}, bytes(8))
+@pytest.mark.parametrize(("dtype", "n"), OTHER_DTYPES.items())
+def test_a_dtype_of_no_use_here_is_refused_with_those_of_use(path, dtype, n):
+    raw_file(path, {"my.tensor": entry(0, n, [8], dtype)}, bytes(n))
     message = refused(path)
     assert "my.tensor" in message and f"as {dtype}" in message and "F32, F16, BF16" in message
+
+
+@pytest.mark.parametrize(("dtype", "n"), OTHER_DTYPES.items())
+def test_an_ignored_tensor_may_have_any_dtype(path, dtype, n):
+    header = {
+        "a": entry(0, 4),
+        "ignored": entry(4, 4 + n, [8], dtype),
+        "b": entry(4 + n, 12 + n),
+    }
+    raw_file(path, header, b"".join([F32[:4], bytes(n), F32[4:]]))
+    file = SafetensorsFile(path, is_ignored=lambda name: name == "ignored")
+    assert set(file.tensors) == {"a", "b"}
+    assert file["a"].tolist() == [1] and file["b"].tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "float32", "", "X", None, 32, [], ["F32"], {}, "F\n32"])
 def test_a_dtype_that_there_is_not_is_refused(path, dtype):
     raw_file(path, {"my.tensor": entry(0, 4, [1], dtype)}, bytes(4))
-    assert "my.tensor" in refused(path)
+    assert "in header: " in damaged(path)
     refused_by_the_library(path)
 
 
@@ -287,12 +334,9 @@ def test_a_dtype_that_there_is_not_is_refused(path, dtype):
         entry(8, 0, [2]),
     ],
 )
-def test_a_shape_that_does_not_fill_its_bytes_is_refused_with_both_numbers(path, value):
+def test_a_shape_that_does_not_fill_its_bytes_is_refused(path, value):
     raw_file(path, {"my.tensor": value}, bytes(8))
-    message = refused(path)
-    begin, end = value["data_offsets"]
-    assert "my.tensor" in message and str(value["shape"]) in message
-    assert f"has {end - begin}" in message
+    assert re.search("invalid (shape|offset)", damaged(path))
     refused_by_the_library(path)
 
 
@@ -311,7 +355,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("shape", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_a_shape_that_no_array_can_have_is_refused(path, shape):
     raw_file(path, {"my.tensor": entry(0, 0, shape)})
-    assert "my.tensor" in refused(path)
+    assert re.search("shape|number|invalid type", damaged(path))
     refused_by_the_library(path)
 
 
@@ -333,14 +377,13 @@ LAYOUTS = {
 def test_tensors_that_overlap_or_leave_gaps_are_refused(path, layout):
     header, size = layout
     raw_file(path, header, bytes(size))
-    message = refused(path)
-    assert "damaged" in message and "tensor" in message
+    assert re.search("invalid offset for tensor `[ab]`|file not fully covered", damaged(path))
     refused_by_the_library(path)
 
 
 def test_a_line_break_in_a_name_does_not_break_the_message(path):
-    raw_file(path, {"my\ntensor": entry(0, 8, [1])}, bytes(8))
-    assert "tensor" in refused(path)
+    raw_file(path, {"my\ntensor": entry(4, 8)}, bytes(8))
+    assert r"`my\ntensor`" in damaged(path)
 
 
 def test_no_flipped_byte_of_the_header_raises_anything_else(path, written, rng):

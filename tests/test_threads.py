@@ -14,9 +14,10 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 import npllama.threads
 from conftest import run_script
 from npllama.backend import Backend
+from npllama.operating_system import process_seconds, usable_cores
 from npllama.ops import NumpyOps
 from npllama.parameters import Matrix
-from npllama.threads import Threads, usable_cores
+from npllama.threads import Threads
 
 
 def blas_threads():
@@ -216,13 +217,13 @@ def test_fixed_and_never_more_than_blas_may_use():
     assert out.stdout == "1\n"
 
 
-@pytest.mark.skipif(usable_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="one core")
+@pytest.mark.skipif(usable_cores() < 2, reason="one core")
 def test_the_number_follows_what_other_programs_leave_free(monkeypatch):
     monkeypatch.setattr(npllama.threads, "_INTERVAL", 0.1)
     n = min(usable_cores(), 4)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
-        while any(npllama.threads._process_seconds(process.pid) < 0.02 for process in busy):
+        while any(process_seconds(process.pid) < 0.02 for process in busy):
             time.sleep(0.01)
         threads = Threads()
         assert threads.count < threads.most or threads.most == 1
@@ -238,12 +239,12 @@ def test_the_number_follows_what_other_programs_leave_free(monkeypatch):
 def test_what_helpers_and_this_process_compute_is_not_somebody_elses(monkeypatch):
     """The clock of all cores advances by what this process and its helper computed."""
     monkeypatch.setattr(npllama.threads, "usable_cores", lambda: 4)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(npllama.threads, "allowed_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(npllama.threads, "_others_running", lambda helpers: 0)
     seconds = {"all": 10.0, "helper": 3.0, "now": 100.0, "own": 5.0}
-    monkeypatch.setattr(npllama.threads, "_busy_seconds", lambda: seconds["all"])
-    monkeypatch.setattr(npllama.threads, "_process_seconds", lambda pid: seconds["helper"])
+    monkeypatch.setattr(npllama.threads, "busy_seconds", lambda: seconds["all"])
+    monkeypatch.setattr(npllama.threads, "process_seconds", lambda pid: seconds["helper"])
     monkeypatch.setattr(npllama.threads.time, "process_time", lambda: seconds["own"])
     monkeypatch.setattr(npllama.threads.time, "monotonic", lambda: seconds["now"])
     free = npllama.threads._FreeCores([7])

@@ -19,8 +19,8 @@ import training.progress
 from conftest import ROOT, TINY, data_file, make_ops
 from npllama.llama import SHIPPED, Llama
 from npllama.untrained import random_parameters
+from test_atomic import refuse_locks
 from test_console import Broken
-from test_file_system import refuse_locks
 from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint
@@ -540,9 +540,9 @@ def test_a_model_that_could_not_be_written_is_refused_before_the_first_step(
         (model / "notes.txt").touch()
     elif what == "a full disk":
         disk = SimpleNamespace(free=1000)
-        monkeypatch.setattr("converting.new_directory.shutil.disk_usage", lambda path: disk)
+        monkeypatch.setattr("atomic.shutil.disk_usage", lambda path: disk)
     else:
-        monkeypatch.setattr("converting.new_directory.os.access", lambda path, mode: False)
+        monkeypatch.setattr("atomic.os.access", lambda path, mode: False)
     assert train.main(arguments(place)) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"train: error: {messages[what]}") and err.count("\n") == 1

@@ -35,7 +35,7 @@ from npllama.backend import BACKENDS, get_backend
 from npllama.console import check_output, open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
-from npllama.threads import usable_cores
+from npllama.operating_system import usable_cores
 from npllama.weights import STORAGE_DTYPES
 
 

@@ -1,14 +1,11 @@
-"""What every tool's command line has in common: errors of one line, and exit codes."""
+"""What every tool's command line has in common: its parser, its errors, its output."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from npllama.console import reason, tell, write
-from npllama.errors import NpllamaError
-
-WRONG_INPUT, INTERRUPTED = 2, 130
+from npllama.console import WRONG_INPUT, write
+from npllama.console import exit_code as exit_code  # for the tools
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,26 +37,3 @@ def say(text: str) -> None:
         InputError: it cannot be written: closed, a pipe without a reader, or a full disk.
     """
     write(text + "\n")
-
-
-def exit_code(
-    tool: str, work: Callable[[], None], interrupted: Callable[[], str] = lambda: "interrupted"
-) -> int:
-    """Do the work; the exit code: 0, 2 after an error, 130 after Ctrl-C (or that of another
-    signal), the last two with one line on stderr that says why."""
-    try:
-        work()
-    except NpllamaError as error:
-        tell(f"{tool}: error: {error}")
-        return WRONG_INPUT
-    except MemoryError as error:
-        why = f" ({error})" if str(error) else ""
-        tell(f"{tool}: error: out of memory{why}: use a smaller model")
-        return WRONG_INPUT
-    except KeyboardInterrupt as error:
-        tell(f"{tool}: {interrupted()}")
-        return getattr(error, "exit_code", INTERRUPTED)
-    except OSError as error:
-        tell(f"{tool}: error: {reason(error)}")
-        return WRONG_INPUT
-    return 0

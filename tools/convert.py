@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from command_line import WRONG_INPUT, Parser, named_path, say
+from atomic import check_dest, identity, names_beside, resolved
+from command_line import Parser, exit_code, named_path, say
 from converting.conversion import convert
 from converting.description import description, dry_run
-from converting.interruption import Interrupted, interruptible
-from converting.new_directory import check_dest, identity, names_beside, resolved
+from converting.interruption import interruptible
 from converting.recognition import read_source
-from npllama.console import open_streams, reason, tell
-from npllama.errors import InputError, NpllamaError
+from npllama.console import open_streams, tell
+from npllama.errors import InputError
 from npllama.weights import STORAGE_DTYPES
 
 MAX_SHARD_SIZE = "4GB"
@@ -36,29 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     args = _parser().parse_args(argv)
     before = None
-    try:
+
+    def work() -> None:
+        nonlocal before
         with interruptible():
             if args.dest is not None:
                 args.dest = resolved(args.dest)
                 before = identity(args.dest)
             _run(args)
-    except NpllamaError as error:
-        tell(f"convert: error: {error}")
-        return WRONG_INPUT
-    except MemoryError:  # a size that is absurd, or a tensor of more than the memory
-        tell("convert: error: SOURCE needs more memory than there is")
-        return WRONG_INPUT
-    except OSError as error:
-        tell(f"convert: error: {reason(error)}")
-        return WRONG_INPUT
-    except Interrupted as interrupted:
-        said = "convert: interrupted"
-        if args.dest is not None:
-            is_same = identity(args.dest) == before
-            said += f": {args.dest} is {'as it was' if is_same else 'complete'}"
-        tell(said)
-        return interrupted.exit_code
-    return 0
+
+    def interrupted() -> str:
+        if args.dest is None:
+            return "interrupted"
+        is_same = identity(args.dest) == before
+        return f"interrupted: {args.dest} is {'as it was' if is_same else 'complete'}"
+
+    # a size in SOURCE is absurd, or a tensor larger than the memory
+    return exit_code("convert", work, interrupted, "SOURCE needs more than there is")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -22,10 +22,10 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from atomic import atomic_directory, resolved
 from command_line import Parser, exit_code, named_path
 from converting.interruption import interruptible
 from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
-from converting.new_directory import new_directory, resolved
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.console import open_streams, tell
 from npllama.errors import InputError
@@ -131,7 +131,7 @@ def _make(args: argparse.Namespace) -> None:
     if args.layers is not None:
         config = replace(config, n_layers=args.layers)
     n_bytes = 2 * config.n_parameters
-    with interruptible(), new_directory(resolved(args.dest), n_bytes, False) as partial:
+    with interruptible(), atomic_directory(resolved(args.dest), n_bytes, False) as partial:
         write_meta(partial, config)
     tell(f"wrote {args.dest}: {config.n_parameters:,} parameters in bfloat16")
 

@@ -9,16 +9,14 @@ at the end, RUN/model: a model directory in float32, for tools/convert.py to mak
 import argparse
 import hashlib
 import math
-import os
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from atomic import atomic_file, locked, parents_of
 from command_line import Parser, exit_code, named_path
 from converting.interruption import deferred, interruptible
-from converting.new_directory import parents_of
 from converting.tokenizers import read_tokenizer
-from file_system import locked
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
 from npllama.console import open_streams, reason, tell, utf8
@@ -261,9 +259,8 @@ def _check_identity(ours: dict, theirs: dict, checkpoint: Path) -> None:
 def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
     try:
         mark_as_run(out)
-        partial = out / "tokenizer.model.partial"
-        partial.write_bytes(tokenizer)
-        os.replace(partial, out / "tokenizer.model")
+        with atomic_file(out / "tokenizer.model") as partial:
+            partial.write_bytes(tokenizer)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
 

@@ -2,13 +2,13 @@
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
 from npllama.backend import Backend
+from npllama.operating_system import processor_name
 
 
 def machine(backend: Backend) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def machine(backend: Backend) -> dict[str, Any]:
     blas = _blas()
     return {
         "device": backend.device_name(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": n_threads(),
         "blas": None if blas is None else f"{blas['internal_api']} {blas['version']}",
@@ -34,13 +34,3 @@ def n_threads() -> int:
 def _blas() -> dict[str, Any] | None:
     found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     return found[0] if found else None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -3,7 +3,7 @@
 import threading
 from types import TracebackType
 
-from npllama.process_memory import resident_bytes
+from npllama.operating_system import resident_bytes
 
 _INTERVAL = 0.05
 
@@ -15,7 +15,7 @@ class PeakMemory:
         nbytes: the most that was seen; None where the system won't say.
     """
 
-    def __init__(self, pid: int | str = "self") -> None:
+    def __init__(self, pid: int | None = None) -> None:
         self.nbytes: int | None = None
         self._pid = pid
         self._done = threading.Event()

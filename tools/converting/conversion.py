@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from converting.new_directory import new_directory
+from atomic import atomic_directory
 from converting.numbers import Loss, as_dtype, as_int8, check_finite
 from converting.source import Source, Tensor
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
@@ -33,7 +33,7 @@ def convert(
     """Write `source` as the model directory `dest`, one tensor at a time, whole or not at all.
 
     Args:
-        dest: by its real name (new_directory.resolved).
+        dest: by its real name (atomic.resolved).
         dtype: of the matrices; None keeps each tensor's own.
         tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin; None takes the one beside
             the source.
@@ -46,7 +46,7 @@ def convert(
     total = sum(shard.nbytes for shard in shards)
     n_bytes = total + sum(len(content) for content in others.values())
     loss = Loss()
-    with new_directory(dest, n_bytes + 2**24, overwrite) as partial:
+    with atomic_directory(dest, n_bytes + 2**24, overwrite) as partial:
         # None: a bar on a terminal, quiet otherwise
         numbers = sum(shard.nbytes - len(shard.header) for shard in shards)
         with tqdm(total=numbers, unit="B", unit_scale=True, disable=None) as bar:

@@ -92,7 +92,7 @@ def read_hugging_face(directory: Path) -> Source:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     return {
         name: file_tensor(path, name, info.dtype, info.shape, info.begin)
-        for name, info in SafetensorsFile(path, _DTYPES).tensors.items()
+        for name, info in SafetensorsFile(path, _DTYPES, is_rotary_table).tensors.items()
     }
 
 

@@ -1,32 +1,28 @@
 """Where a run stands: weights, optimizer state and position, whole or not at all."""
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from file_system import sync
+from atomic import atomic_file
 from npllama.errors import InputError
 
 
 def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write beside `path` and rename: a kill at any moment leaves the old file or the new one.
+    """Write all of it, or leave the old file.
 
     Args:
         arrays: by name, float32.
         facts: what JSON can hold, such as the step.
+
+    Raises:
+        InputError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-        sync(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    with atomic_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
 
 
 def load_facts(path: Path) -> dict[str, Any]:

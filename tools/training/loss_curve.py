@@ -1,10 +1,10 @@
 """The loss over the steps of a run, as CSV and as a picture."""
 
 import csv
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from atomic import atomic_file
 from npllama.errors import InputError
 
 
@@ -26,26 +26,21 @@ _COLUMNS = [field.name for field in fields(Point)]
 
 
 def write_curve(path: Path, points: list[Point]) -> None:
-    """The points as CSV, written beside `path` and renamed.
+    """The points as CSV, all of them or the old file.
 
     Raises:
         InputError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            writer.writeheader()
-            for point in points:
-                writer.writerow(
-                    {
-                        name: f"{value:.6g}" if isinstance(value, float) else value
-                        for name, value in asdict(point).items()
-                    }
-                )
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        for point in points:
+            writer.writerow(
+                {
+                    name: f"{value:.6g}" if isinstance(value, float) else value
+                    for name, value in asdict(point).items()
+                }
+            )
 
 
 def check_matplotlib() -> None:
@@ -79,8 +74,7 @@ def draw_curve(csv_path: Path, png_path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     try:
-        figure.savefig(png_path, dpi=120)
-    except OSError as error:
-        raise InputError(f"{png_path} cannot be written: {error.strerror or error}") from None
+        with atomic_file(png_path) as partial:
+            figure.savefig(partial, dpi=120, format="png")
     finally:
         pyplot.close(figure)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converting.new_directory import check_place, new_directory, resolved
+from atomic import atomic_directory, check_place, resolved
 from converting.tokenizers import CONFIG as TOKENIZER_CONFIG
 from converting.writer import Entry, index_files, plan, to_json, write_shards
 from npllama.config import LlamaConfig
@@ -40,7 +40,7 @@ def write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
     }
     n_bytes = sum(shard.nbytes for shard in shards) + sum(map(len, others.values()))
     to_host = llama.backend.to_host
-    with new_directory(resolved(dest), n_bytes, overwrite=True) as partial:
+    with atomic_directory(resolved(dest), n_bytes, overwrite=True) as partial:
         tensors = ((name, to_host(array)) for name, array in arrays.items())
         write_shards(partial, shards, tensors, written=lambda n_bytes: None)
         for name, content in others.items():

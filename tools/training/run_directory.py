@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from converting.new_directory import is_free
+from atomic import is_free
 from npllama.console import reason
 from npllama.errors import InputError
 

@@ -1,4 +1,4 @@
-"""tools/file_system.py: without locks or syncs work goes on; errors of the disk are errors."""
+"""Files whole or not at all; without locks or syncs work goes on; errors of the disk are errors."""
 
 import errno
 import os
@@ -6,10 +6,10 @@ import stat
 
 import pytest
 
-import file_system
+import atomic
+from atomic import atomic_file, locked, sync
 from conftest import TINY
 from convert import main as convert_main
-from file_system import locked, sync
 from model_directory import random_tensors
 from npllama.errors import InputError
 from test_convert import write_llama2c
@@ -31,7 +31,7 @@ def refuse_locks(monkeypatch, number):
     def refuse(*_args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(file_system.fcntl, "flock", refuse)
+    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
 
 
 def refuse_syncs(monkeypatch, number, of_folders):
@@ -42,7 +42,37 @@ def refuse_syncs(monkeypatch, number, of_folders):
             raise OSError(number, os.strerror(number))
         fsync(file)
 
-    monkeypatch.setattr(file_system.os, "fsync", refuse)
+    monkeypatch.setattr(atomic.os, "fsync", refuse)
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_file_is_the_new_one_or_the_old_one(tmp_path, old, monkeypatch):
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+    before = names(tmp_path)
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_file(path) as partial:
+            partial.write_bytes(b"half")
+            assert (path.read_bytes() if path.exists() else None) == old
+            raise error
+        assert names(tmp_path) == before
+    full = pytest.raises(InputError, match=r"file cannot be written: No space left")
+    with full, monkeypatch.context() as patch, atomic_file(path) as partial:
+        partial.write_bytes(b"new")
+        refuse_syncs(patch, errno.ENOSPC, of_folders=False)
+    assert names(tmp_path) == before
+    assert old is None or path.read_bytes() == old
+    with atomic_file(path) as partial:
+        partial.write_bytes(b"new")
+    assert names(tmp_path) == ["file"] and path.read_bytes() == b"new"
+
+
+def test_a_file_of_a_folder_that_is_not_there_is_one_line(tmp_path):
+    path = tmp_path / "none" / "file"
+    missing = pytest.raises(InputError, match=r"none/file cannot be written: No such file")
+    with missing, atomic_file(path) as partial:
+        partial.write_bytes(b"new")
 
 
 def test_one_holder_at_a_time_and_no_file_stays(tmp_path):
@@ -117,7 +147,7 @@ def test_a_folder_that_cannot_be_opened_is_not_waited_for(tmp_path, monkeypatch)
         raise PermissionError(errno.EACCES, "Permission denied")
 
     (tmp_path / "file").touch()
-    monkeypatch.setattr(file_system.os, "open", refuse)
+    monkeypatch.setattr(atomic.os, "open", refuse)
     sync(tmp_path)
     with pytest.raises(PermissionError):
         sync(tmp_path / "file")

@@ -1,9 +1,14 @@
-"""A directory that appears whole or not at all.
+"""Files and directories that appear whole or not at all.
 
-Three names beside it are used: `.NAME.partial` for half-written work, `.NAME.replaced` for what
-moves aside until the new directory stands, and `.NAME.lock`, whose lock ends with its process.
+A directory uses three names beside it: `.NAME.partial` for half-written work, `.NAME.replaced`
+for what moves aside until the new directory stands, and `.NAME.lock`, whose lock ends with its
+process.
+
+Network file systems such as Lustre, NFS without a lock service, CIFS and FUSE lack locks, or a
+wait until a folder's names are on the disk. The programs then go on without them.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,14 +16,46 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converting.interruption import uninterrupted
-from file_system import locked, sync
 from npllama.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
 _COMPLETE = "config.json"  # without it no directory is a model
+_IS_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # the last on CIFS
+_IS_MISSING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_NO_LOCKS = _IS_MISSING | {errno.ENOLCK}
+_NO_SYNC = _IS_MISSING
+_NO_SYNC_OF_FOLDERS = _IS_MISSING | {errno.EBADF, errno.EISDIR, errno.EACCES}
 
 
 @contextmanager
-def new_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it becomes `path` when the block ends without error.
+
+    A program killed at any moment leaves the old `path` or the new one.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def atomic_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     """A folder beside `dest` to write to; it becomes `dest` when the block ends without error.
 
     With `overwrite` the old `dest` moves aside until the new one stands. A program killed at any
@@ -124,10 +161,10 @@ def is_free(standing: Path, dest: Path) -> bool:
 
 
 def check_place(dest: Path, n_bytes: int, overwrite: bool) -> None:
-    """Refuse at once what `new_directory` would refuse once the work is done; nothing is changed.
+    """Refuse at once what `atomic_directory` would refuse once the work is done; nothing is changed.
 
     Args:
-        dest, n_bytes, overwrite: as for `new_directory`.
+        dest, n_bytes, overwrite: as for `atomic_directory`.
 
     Raises:
         InputError: as for `check_dest`; or the folder of `dest` is not writable, or too small.
@@ -204,3 +241,70 @@ def _sync_content(directory: Path) -> None:
     for path in directory.iterdir():
         sync(path)
     sync(directory)
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock of the file `path` while the block runs; the file is made, and removed.
+
+    The system releases the lock however the process ends. Where the file system has no locks,
+    the block runs without one.
+
+    Raises:
+        InputError: another process holds the lock; the error has `message`.
+        OSError: the file cannot be made.
+    """
+    file = None if fcntl is None else _take(path, message)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                path.unlink()  # while it is still locked
+            os.close(file)
+
+
+def _take(path: Path, message: str) -> int | None:
+    """The descriptor of the locked file; None where there are no locks."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+        except OSError as error:
+            os.close(file)
+            if error.errno in _IS_LOCKED:
+                raise InputError(message) from None
+            with suppress(OSError):
+                path.unlink()
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # it was removed by the process that held the lock until now
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    It returns at once where the file system cannot wait.
+
+    Raises:
+        OSError: the content could not be written, as on a full or broken disk.
+    """
+    is_folder = path.is_dir()
+    if is_folder and fcntl is None:  # Windows opens no folder
+        return
+    try:
+        file = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno not in (_NO_SYNC_OF_FOLDERS if is_folder else _NO_SYNC):
+            raise

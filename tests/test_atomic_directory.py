@@ -95,7 +95,7 @@ def test_an_interrupt_in_the_instant_of_the_renames_comes_too_late(
         os.kill(os.getpid(), signal.SIGTERM)
         rename(*args)
 
-    monkeypatch.setattr("converting.new_directory.os.rename", interrupting)
+    monkeypatch.setattr("atomic.os.rename", interrupting)
     assert convert_main([str(source), str(tmp_path / "out")]) == 0
     assert loadable(tmp_path / "out")
 
@@ -223,8 +223,8 @@ def test_everything_is_on_the_disk_before_dest_is_named(tmp_path, source, monkey
         assert set(order) == {*inode.values(), before.stat().st_ino}
         rename(before, after)
 
-    monkeypatch.setattr("converting.new_directory.os.fsync", noting)
-    monkeypatch.setattr("converting.new_directory.os.rename", renaming)
+    monkeypatch.setattr("atomic.os.fsync", noting)
+    monkeypatch.setattr("atomic.os.rename", renaming)
     assert convert_main([str(source), str(tmp_path / "out")]) == 0
     assert {"model.safetensors", "config.json"} <= inode.keys()
     assert order[-1] == tmp_path.stat().st_ino  # the new name itself
@@ -240,7 +240,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_one(
     def full(_file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("converting.new_directory.os.fsync", full)
+    monkeypatch.setattr("atomic.os.fsync", full)
     assert convert_main([str(source), str(dest), "--overwrite"]) == 2
     assert capsys.readouterr().err.endswith("out cannot be written: No space left on device\n")
     assert (dest / "old").exists()
