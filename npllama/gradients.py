@@ -5,7 +5,7 @@ through the blocks in reverse; each computes again from its input what its deriv
 There is no tape and no second model. Memory: (2 L + 1) * B * T * D numbers and one block's own.
 """
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -116,11 +116,8 @@ def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dt
 
 def _like(part: Part, gradients: dict[str, Array]) -> Part:
     """Gradients by field name, in the shape of the part whose they are."""
-    arrays = {}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Matrix):
-            arrays[field.name] = Matrix(gradients[field.name])
-        else:
-            arrays[field.name] = gradients.get(field.name, value)  # norm_eps stays
-    return type(part)(**arrays)
+    arrays = {
+        name: Matrix(gradient) if isinstance(getattr(part, name), Matrix) else gradient
+        for name, gradient in gradients.items()
+    }
+    return replace(part, **arrays)  # norm_eps stays

@@ -19,6 +19,15 @@ from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
 from npllama.quantization import dequantize, quantize
 from npllama.safetensors_file import SafetensorsFile, TensorInfo
+from npllama.weight_table import (
+    EMBEDDING,
+    LM_HEAD,
+    NORM,
+    OF_LAYER,
+    layer_name,
+    named_weights,
+    tensor_shapes,
+)
 
 STORAGE_DTYPES = {
     "float32": np.dtype("float32"),
@@ -29,26 +38,10 @@ STORAGE_DTYPES = {
 INT8_CONFIG = {"format": "npllama-int8"}
 """What config.json says of int8 weights, so that other programs refuse rather than misread them:
 transformers only warns of a quant_method that it does not know, and refuses where there is none."""
+JOINED_NBYTES = 10**9
+"""Bytes of a model up to which matrices may be copied to lie side by side: loading then reads
+the file once, where larger models are only mapped."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-# field of Layer -> what follows "model.layers.{i}." in the file
-LAYER_NAMES = {
-    "attention_norm": "input_layernorm.weight",
-    "wq": "self_attn.q_proj.weight",
-    "wk": "self_attn.k_proj.weight",
-    "wv": "self_attn.v_proj.weight",
-    "wo": "self_attn.o_proj.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "w_gate": "mlp.gate_proj.weight",
-    "w_up": "mlp.up_proj.weight",
-    "w_down": "mlp.down_proj.weight",
-}
-
-
-def layer_name(index: int, field: str) -> str:
-    """The tensor's name in the file: layer_name(0, "wq") is model.layers.0.self_attn.q_proj..."""
-    return f"model.layers.{index}.{LAYER_NAMES[field]}"
 
 
 def scale_name(name: str) -> str:
@@ -56,41 +49,17 @@ def scale_name(name: str) -> str:
     return f"{name}.scale"
 
 
-def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint; a tied head has none of its own."""
-    d, f, v = config.dim, config.ffn_dim, config.vocab_size
-    kv = config.n_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d)}
-    for i in range(config.n_layers):
-        layer = {
-            "attention_norm": (d,),
-            "wq": (d, d),
-            "wk": (kv, d),
-            "wv": (kv, d),
-            "wo": (d, d),
-            "ffn_norm": (d,),
-            "w_gate": (f, d),
-            "w_up": (f, d),
-            "w_down": (d, f),
-        }
-        shapes |= {layer_name(i, field): shape for field, shape in layer.items()}
-    shapes[NORM] = (d,)
-    if not config.tie_embeddings:
-        shapes[LM_HEAD] = (v, d)
-    return shapes
-
-
 def named_arrays(parameters: Parameters, config: LlamaConfig) -> dict[str, Array]:
     """Every tensor of `tensor_shapes` by its name in a file: the arrays themselves, no copies,
     without the scales of int8."""
-    arrays: dict[str, Array] = {EMBEDDING: parameters.embedding.values}
-    for i, layer in enumerate(parameters.layers):
-        for field in LAYER_NAMES:
-            part = getattr(layer, field)
-            arrays[layer_name(i, field)] = part.values if isinstance(part, Matrix) else part
-    arrays[NORM] = parameters.head.norm
-    if not config.tie_embeddings:
-        arrays[LM_HEAD] = parameters.head.lm_head.values
+    arrays = {}
+    for name, weight, layer in named_weights(config):
+        if layer is not None:
+            owner: object = parameters.layers[layer]
+        else:
+            owner = parameters if weight.field == "embedding" else parameters.head
+        part = getattr(owner, weight.field)
+        arrays[name] = part.values if weight.is_matrix else part
     return arrays
 
 
@@ -147,16 +116,15 @@ class Checkpoint:
     def parameters(self, ops: Ops) -> Parameters:
         """Load: each tensor is converted where asked and handed to `ops.prepare` in turn."""
         eps = self.config.norm_eps
+        is_small = self.nbytes <= JOINED_NBYTES
         embedding = ops.prepare(self._matrix(EMBEDDING))
         layers = []
         for i in range(self.config.n_layers):
-            parts = {
-                field: self._norm(layer_name(i, field))
-                if field.endswith("_norm")
-                else self._matrix(layer_name(i, field))
-                for field in LAYER_NAMES
-            }
-            layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
+            parts = {}
+            for weight in OF_LAYER:
+                read = self._matrix if weight.is_matrix else self._norm
+                parts[weight.field] = read(layer_name(i, weight.field))
+            layers.append(ops.prepare(Layer(**parts, norm_eps=eps), may_copy=is_small))
         lm_head = embedding if self.config.tie_embeddings else self._matrix(LM_HEAD)
         head = ops.prepare(Head(self._norm(NORM), lm_head, eps))
         return Parameters(embedding, tuple(layers), head)

@@ -24,7 +24,7 @@ FLOORS = [
         "process_memory",
     ],
     ["backend", "config", "sentencepiece_model", "console"],
-    ["parameters", "ops.tiles", "tokenizer_json", "sampling", "quantization"],
+    ["parameters", "weight_table", "ops.tiles", "tokenizer_json", "sampling", "quantization"],
     ["tokenizer"],
     ["ops.equations", "chat", "tokenizer_files", "safetensors_file"],
     ["ops.sampling", "ops.derivatives", "ops.workers", "ops.pieces"],

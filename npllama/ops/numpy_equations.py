@@ -8,8 +8,8 @@ all of them, since waking a thread takes a quarter of that.
 """
 
 import math
-import weakref
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -42,53 +42,54 @@ class NumpyEquations(Equations):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        # float16 matrices that have been checked, by id: the array, and what came of it
-        self._checked: dict[int, tuple[weakref.ref, bool]] = {}
+        # float16 matrices that have been checked, and what came of it
+        self._checked: WeakKeyDictionary[Matrix, bool] = WeakKeyDictionary()
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O); a long prompt's has its tokens side by side in memory,
         which the following operations are fastest with."""
         values = w.values
-        if x.dtype != np.float32 or not self._can_be_widened(values):
+        if x.dtype != np.float32 or not self._can_be_widened(w):
             return super().linear(x, w)
         n_out, width = values.shape
-        if x.size == width and values.dtype == np.float32 and not self.shared.has(values):
+        if x.size == width and values.dtype == np.float32 and not self.shared.has(w):
             y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (O,)
         else:
-            y = self._product(x.reshape(-1, width), values)  # (..., D) -> (M, D) -> (M, O)
+            y = self._product(x.reshape(-1, width), w)  # (..., D) -> (M, D) -> (M, O)
         if w.scale is not None:
             y *= w.scale
         return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
 
-    def _can_be_widened(self, values: np.ndarray) -> bool:
+    def _can_be_widened(self, w: Matrix) -> bool:
         """Whether tiles widen this matrix right: a float16 matrix with an infinity or a NaN is
         left to the reference, so that it ends in the same NumericalError as in other dtypes.
 
         Checked at the first product, not while loading, which would read the whole file: that
         product reads the matrix anyway.
         """
-        if values.dtype != np.float16:
+        if w.values.dtype != np.float16:
             return True
-        array, result = self._checked.get(id(values), (None, False))
-        if array is None or array() is not values:
-            parts = np.array_split(values, self.backend.threads.most)
+        result = self._checked.get(w)
+        if result is None:
+            parts = np.array_split(w.values, self.backend.threads.most)
             result = all(self.backend.threads.map(lambda part, _slot: is_finite(part), parts))
-            self._checked[id(values)] = weakref.ref(values), result
+            self._checked[w] = result
         return result
 
-    def _product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """x (M, D) float32, values (O, D) in their storage dtype -> (M, O) float32.
+    def _product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
+        """x (M, D) float32, W (O, D) without its scale -> (M, O) float32.
 
         Computed as y^T = W x^T. Narrow values are widened tile by tile: for few rows by worker
         processes together, who multiply few rows by a small model's float32 matrices as well.
         """
+        values = w.values
         n_rows, n_out = len(x), len(values)
         threads = self.backend.threads
         is_cut_up = n_rows >= MANY_ROWS
         if is_cut_up and threads.most == 1 and values.dtype == np.float32:
             return x @ values.T  # rows as training's derivatives, which follow, are fastest with
-        if self.shared.has(values) and n_rows <= self.shared.most_rows(values):
-            y = self.shared.product(x, values)
+        if self.shared.has(w) and n_rows <= self.shared.most_rows(values):
+            y = self.shared.product(x, w)
         else:
             y = np.empty((n_out, n_rows), dtype="float32")
             n = threads.most if is_cut_up else 1

@@ -79,7 +79,6 @@ class Workers:
     """
 
     def __init__(self, n: int, matrices: list[np.ndarray]) -> None:
-        self._matrices = list(matrices)
         self._finished = 0  # the last product that all parts of are done
         self._are_ready = False
         self._lock = threading.Lock()
@@ -120,17 +119,18 @@ class Workers:
             self._are_ready = all(self._counters[_of_worker(rank, _READY)] for rank in ranks)
         return self._are_ready
 
-    def product(self, x: np.ndarray, index: int, n_parts: int) -> np.ndarray:
-        """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (O, M) float32.
+    def product(self, x: np.ndarray, w: np.ndarray, index: int, n_parts: int) -> np.ndarray:
+        """y^T = W x^T: x (M, D) float32, M <= MAX_ROWS, W (O, D) -> (O, M) float32.
 
         Args:
+            w: the matrix that was given as number `index`; it is not kept here, so that it lives
+                no longer than its model.
             n_parts: processes that compute, this one included.
         """
-        n_rows = len(x)
-        n_out = len(self._matrices[index])
+        n_rows, n_out = len(x), len(w)
         n_parts = min(n_parts, 1 + len(self._processes))
         if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
-            return product(x, self._matrices[index])
+            return product(x, w)
         with self._lock:
             counters = self._counters
             if counters[_SEQUENCE] != self._finished:  # an exception left it to those who compute
@@ -143,7 +143,7 @@ class Workers:
             for rank in range(1, n_parts):
                 if counters[_of_worker(rank, _ASLEEP)]:
                     self._wake(rank)
-            _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
+            _compute(self._x, self._y, w, n_rows, 0, n_parts)
             for rank in range(1, n_parts):
                 self._wait(rank, sequence)
             self._finished = sequence
@@ -239,15 +239,13 @@ def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
 def _compute(
     x: np.ndarray,
     y: np.ndarray,
-    matrices: list[np.ndarray],
-    index: int,
+    w: np.ndarray,
     n_rows: int,
     part: int,
     n_parts: int,
 ) -> None:
     """Rows of y^T (O, M) that are this part's: O * part / n_parts and on, by 16 since BLAS takes
     some rows at a time, and the rounding of those that are left over differs."""
-    w = matrices[index]
     n_out, width = w.shape
     begin = n_out * part // n_parts // 16 * 16
     end = n_out if part + 1 == n_parts else n_out * (part + 1) // n_parts // 16 * 16
@@ -283,6 +281,7 @@ def serve() -> None:
         sequence = counters[_SEQUENCE]
         n_parts = counters[_N_PARTS]
         if rank < n_parts:
-            _compute(x, y, matrices, counters[_MATRIX], counters[_N_ROWS], rank, n_parts)
+            w = matrices[counters[_MATRIX]]
+            _compute(x, y, w, counters[_N_ROWS], rank, n_parts)
             counters[done] = sequence
             since = time.perf_counter()

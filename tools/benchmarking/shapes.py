@@ -9,7 +9,8 @@ from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK
 from npllama.ops import ops_for
 from npllama.untrained import random_parameters
-from npllama.weights import EMBEDDING, LM_HEAD, STORAGE_DTYPES, tensor_shapes
+from npllama.weight_table import EMBEDDING, LM_HEAD, tensor_shapes
+from npllama.weights import STORAGE_DTYPES
 
 # Those at which others have published speeds: llama2.c's stories, TinyLlama, Llama 2.
 SHAPES = {

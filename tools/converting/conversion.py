@@ -16,7 +16,8 @@ from converting.writer import Entry, index_files, plan, to_json, write_shards
 from npllama.console import tell
 from npllama.errors import InputError, WeightsError
 from npllama.small_file import MAX_TOKENIZER, read_small_file
-from npllama.weights import EMBEDDING, INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
+from npllama.weight_table import EMBEDDING, tensor_shapes
+from npllama.weights import INT8_CONFIG, STORAGE_DTYPES, scale_name
 
 _FLOAT32 = np.dtype("float32")
 

@@ -12,16 +12,8 @@ from npllama.errors import TokenizerError, WeightsError
 from npllama.safetensors_file import DTYPES, SafetensorsFile
 from npllama.tokenizer_files import tokenizer_file
 from npllama.tokenizer_json import sentencepiece_from_json
-from npllama.weights import (
-    EMBEDDING,
-    INDEX,
-    LM_HEAD,
-    SINGLE,
-    check_index,
-    is_rotary_table,
-    scale_name,
-    shard_files,
-)
+from npllama.weight_table import EMBEDDING, LM_HEAD
+from npllama.weights import INDEX, SINGLE, check_index, is_rotary_table, scale_name, shard_files
 
 _DTYPES = DTYPES | {"F64": np.dtype("float64")}  # which npllama.load does not read
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -13,7 +13,7 @@ import numpy as np
 from npllama.config import LlamaConfig
 from npllama.errors import WeightsError
 from npllama.quantization import dequantize
-from npllama.weights import layer_name
+from npllama.weight_table import OF_LAYER
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,10 @@ def from_meta_row_order(tensors: dict[str, Tensor], config: LlamaConfig) -> dict
     """All tensors by their Hugging Face names, with every wq and wk in its row order."""
     turned = dict(tensors)
     for i in range(min(config.n_layers, len(tensors))):  # whatever the config claims
-        for field_, heads in (("wq", config.n_heads), ("wk", config.n_kv_heads)):
-            name = layer_name(i, field_)
-            if name in turned and len(turned[name].shape) == 2:  # else its shape is refused
+        for weight in OF_LAYER:
+            name, heads = weight.hf_name(i), weight.heads(config)
+            # of another shape it is refused
+            if heads is not None and name in turned and len(turned[name].shape) == 2:
                 turned[name] = in_hf_row_order(turned[name], heads)
     return turned
 
