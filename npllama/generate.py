@@ -22,6 +22,7 @@ from npllama.errors import InputError, NpllamaError, TokenizerWarning
 from npllama.generation import Completion, Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling import Sampling
+from npllama.weight_formats import FORMATS
 
 INTERRUPTED = 130
 
@@ -147,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     )
     machine.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16", "int8"),
+        choices=tuple(FORMATS),
         help="number format of the weights in memory (default: as stored)",
     )
     machine.add_argument(

@@ -86,10 +86,7 @@ def _dtype_of(parameters: Parameters) -> np.dtype:
     dtypes: set[np.dtype] = set()
     for part in (parameters.embedding, *parameters.layers, parameters.head):
         part.map(lambda array: dtypes.add(array.dtype) or array)
-    matrices = [parameters.embedding, parameters.head.lm_head]
-    matrices += [m for layer in parameters.layers for m in vars(layer).values()]
-    has_scale = any(getattr(m, "scale", None) is not None for m in matrices)
-    if has_scale or len(dtypes) > 1 or not dtypes <= {np.dtype("float32"), np.dtype("float64")}:
+    if len(dtypes) > 1 or not dtypes <= {np.dtype("float32"), np.dtype("float64")}:
         names = " and ".join(sorted(dtype.name for dtype in dtypes))
         raise InputError(
             f"the weights are {names}: gradients need them all in float32 (or all in float64); "

@@ -23,7 +23,8 @@ from npllama.parameters import Parameters
 from npllama.sampling import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import mismatch, read_tokenizer
-from npllama.weights import STORAGE_DTYPES, Checkpoint
+from npllama.weight_formats import FORMATS
+from npllama.weights import Checkpoint
 
 Prompt = str | Sequence[int]
 MAX_NEW_TOKENS = 512
@@ -70,7 +71,7 @@ class Llama(Transformer):
             self.notes = () if note is None else (note,)
         self._no_tokenizer = no_tokenizer
         self._n_tokens, self._allowed = self._choosable()
-        self.dtype = parameters.layers[0].wq.values.dtype.name
+        self.dtype = parameters.layers[0].wq.format.name
 
     def generate(
         self,
@@ -334,8 +335,8 @@ def load(
     >>> for piece in llama.stream("The sea"): ...       # doctest: +SKIP
     >>> logits = llama.logits(llama.encode("The sea"))  # doctest: +SKIP
     """
-    if dtype is not None and dtype not in STORAGE_DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(STORAGE_DTYPES)}")
+    if dtype is not None and dtype not in FORMATS:
+        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(FORMATS)}")
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
     directory = SHIPPED if path is None else _checked_directory(Path(path))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 from npllama.backend import Array
+from npllama.weight_formats import Format, format_of
 
 Part = TypeVar("Part", bound="_Mapped")
 
@@ -59,29 +60,33 @@ class _Mapped:
 
 @dataclass(frozen=True, eq=False)
 class Matrix(_Mapped):
-    """A weight in its storage dtype: W[o, d] = values[o, d] * scale[o].
+    """A weight W (O, D) as it is stored; its format knows how that is read.
 
     Attributes:
-        values: (O, D) in float32, float16, bfloat16 or int8.
+        values: (O, D) in the format's dtype.
         scale: (O,) float32, one factor an output row; None means 1.
+        format: which one it is, by the dtype of the values.
+        shape: (O, D), that of W.
         number: by which an `ops` that has prepared it knows it; None where it does not.
     """
 
     values: Array
     scale: Array | None = None
+    format: Format = field(init=False)
+    shape: tuple[int, ...] = field(init=False)
     number: int | None = field(default=None, init=False)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", format_of(self.values.dtype))
+        object.__setattr__(self, "shape", self.format.shape(self.values.shape))
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return sum(array.nbytes for array in self.arrays())
 
     def rows(self, some: slice) -> "Matrix":
         """A view of some of its rows."""
-        return Matrix(self.values[some], None if self.scale is None else self.scale[some])
+        return self.map(lambda array: array[some])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from npllama.config import LlamaConfig
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
-from npllama.quantization import quantize
+from npllama.weight_formats import format_of
 from npllama.weight_table import OF_LAYER, PRODUCTS, Weight
 
 
@@ -29,9 +29,7 @@ def random_parameters(
     def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
         values = generator.standard_normal((n_out, n_in), dtype="float32")
         values *= size * n_in**-0.5
-        if np.dtype(dtype) == np.int8:
-            return Matrix(*quantize(values))
-        return Matrix(values.astype(dtype, copy=False))
+        return Matrix(*format_of(dtype).from_float(values))
 
     def product(weights: tuple[Weight, ...]) -> dict[str, Matrix]:
         """Matrices of one input by their field, side by side as a converted file has them."""

@@ -50,7 +50,7 @@ class SharedProducts:
     def __init__(self, backend: Backend) -> None:
         self.workers: Workers | None = None
         self._backend = backend
-        self._matrices: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()  # by number
+        self._matrices: WeakValueDictionary[int, Matrix] = WeakValueDictionary()  # by number
         self._n_counted = 0  # of those when they were last counted; -1 where there are new ones
         self._known: dict[int, int] = {}  # number of a matrix -> its index among the workers'
         self._has_narrow = False
@@ -76,15 +76,16 @@ class SharedProducts:
             for i, (group, whole) in enumerate(zip(groups, wholes, strict=True))
             if self._is_worth_moving(group, whole, width, may_copy)
         ]
-        sizes = [sum(w.values.size for w in groups[i]) for i in moving]
-        least = max((_least(w.values, width) for i in moving for w in groups[i]), default=0)
-        if moving and sum(sizes) >= least:
-            shared = share_joined([[w.values for w in groups[i]] for i in moving])
-            for i, values in zip(moving, shared, strict=True):
-                wholes[i] = Matrix(values, _scales(groups[i]))
+        size = sum(_size(w) for i in moving for w in groups[i])
+        if moving and size >= max(_least(groups[i][0], width) for i in moving):
+            tiled = [(i, name) for i in moving for name in groups[i][0].format.tiled]
+            shared = share_joined([[getattr(w, name) for w in groups[i]] for i, name in tiled])
+            for i in moving:
+                arrays = {name: a for (j, name), a in zip(tiled, shared, strict=True) if j == i}
+                wholes[i] = _as_one(groups[i], arrays)
         for i, group in enumerate(groups):
             if wholes[i] is None and may_copy and _is_joinable(group):
-                wholes[i] = Matrix(np.concatenate([w.values for w in group]), _scales(group))
+                wholes[i] = _as_one(group, {})
         return wholes
 
     def _is_worth_moving(
@@ -92,9 +93,9 @@ class SharedProducts:
     ) -> bool:
         if not can_work() or self._backend.threads.most == 1 or not _is_joinable(group):
             return False
-        if _least(group[0].values, width) == math.inf:
+        if _least(group[0], width) == math.inf:
             return False
-        return (whole is None and may_copy) or any(place_of(w.values) is None for w in group)
+        return (whole is None and may_copy) or not all(_can_be_mapped(w) for w in group)
 
     def numbered(self, w: Matrix, width: int) -> Matrix:
         """The matrix with a number, by which its products are shared, where that is worth it.
@@ -102,13 +103,10 @@ class SharedProducts:
         Args:
             width: D of the model.
         """
-        values = w.values
-        if self._matrices.get(w.number) is values:
-            return w
-        if values.size < _least(values, width) or place_of(values) is None:
+        if w.number in self._matrices or _size(w) < _least(w, width) or not _can_be_mapped(w):
             return w
         numbered = w.with_derived(number=next(_numbers))
-        self._matrices[numbered.number] = values
+        self._matrices[numbered.number] = numbered
         self._n_counted = -1
         return numbered
 
@@ -138,7 +136,7 @@ class SharedProducts:
         others, and would keep the memory of those that are gone, end."""
         matrices = list(self._matrices.values())
         self._n_counted = len(matrices)
-        wide = [values.size for values in matrices if values.dtype == np.float32]
+        wide = [_size(w) for w in matrices if w.format.is_wide]
         self._n_wide = sum(wide)
         self._has_narrow = len(wide) < len(matrices)
         self._can_work = True
@@ -148,25 +146,25 @@ class SharedProducts:
         """Whether a product of few rows with this matrix is shared in this forward."""
         return self._is_helped and w.number in self._known
 
-    def most_rows(self, values: np.ndarray) -> int:
+    def most_rows(self, w: Matrix) -> int:
         """Rows of x up to which that is worth it: of float32 more are cut up among threads."""
-        return MANY_ROWS - 1 if values.dtype == np.float32 else MAX_ROWS
+        return MANY_ROWS - 1 if w.format.is_wide else MAX_ROWS
 
     def product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
-        """y^T = W x^T without W's scale: x (M, D) float32 -> (O, M) float32, for a W it `has`.
+        """y^T = W x^T, up to the factors of W's rows: x (M, D) float32 -> (O, M) float32.
 
         Raises:
             WorkerError: a process ended; float32 goes on without.
         """
         try:
             index = self._known[w.number]
-            return self.workers.product(x, w.values, index, self._backend.threads.count)
+            return self.workers.product(x, w, index, self._backend.threads.count)
         except WorkerError:
             if self._has_narrow:
                 raise
             self._can_work = False
             self._end()
-            return product(x, w.values)
+            return product(x, w)
 
     def _start(self) -> None:
         try:
@@ -190,26 +188,41 @@ class SharedProducts:
             self.workers, self._is_helped = None, False
 
 
-def _least(values: np.ndarray, width: int) -> float:
+def _size(w: Matrix) -> int:
+    return math.prod(w.shape)
+
+
+def _least(w: Matrix, width: int) -> float:
     """Numbers from which on a matrix of a model of this width is shared with workers."""
-    if values.dtype != np.float32:
+    if not w.format.is_wide:
         return SHARED_SIZE
     return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf
+
+
+def _can_be_mapped(w: Matrix) -> bool:
+    """Whether other processes can map all that tiles are widened from."""
+    return all(place_of(getattr(w, name)) is not None for name in w.format.tiled)
+
+
+def _is_joinable(matrices: Sequence[Matrix]) -> bool:
+    return len({(w.format, w.shape[1], len([*w.arrays()])) for w in matrices}) == 1
 
 
 def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
     """The matrices as one, a view, where they lie one after the other in memory."""
     if len(matrices) == 1:
         return matrices[0]
-    values = neighbours([w.values for w in matrices])
-    return None if values is None else Matrix(values, _scales(matrices))
+    if not _is_joinable(matrices):
+        return None
+    tiled = {n: neighbours([getattr(w, n) for w in matrices]) for n in matrices[0].format.tiled}
+    return None if any(a is None for a in tiled.values()) else _as_one(matrices, tiled)
 
 
-def _is_joinable(matrices: Sequence[Matrix]) -> bool:
-    return len({(w.values.dtype, w.shape[1], w.scale is None) for w in matrices}) == 1
-
-
-def _scales(matrices: Sequence[Matrix]) -> np.ndarray | None:
-    """The scales of matrices that are joined."""
-    scales = [w.scale for w in matrices if w.scale is not None]
-    return np.concatenate(scales) if scales else None
+def _as_one(matrices: Sequence[Matrix], joined: dict[str, np.ndarray]) -> Matrix:
+    """The matrices as one, of arrays that are joined already and of copies of the others."""
+    arrays = {}
+    for name in ("values", "scale"):
+        parts = [getattr(w, name) for w in matrices]
+        if parts[0] is not None:
+            arrays[name] = joined[name] if name in joined else np.concatenate(parts)
+    return Matrix(**arrays)

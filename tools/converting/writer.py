@@ -74,7 +74,7 @@ def _belongs_to_the_one_before(name: str) -> bool:
     """Whether a tensor is not parted from the one before it by the end of a file: a scale, and
     all but the first of the matrices that are joined."""
     found = find_hf(name)
-    return name.endswith(".scale") or (found is not None and found[0].follows)
+    return found is None or found[0].follows
 
 
 def _shard(file: str, entries: list[Entry]) -> Shard:
