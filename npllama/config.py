@@ -10,6 +10,7 @@ from npllama.errors import ConfigError
 from npllama.not_a_model import content_instead
 from npllama.rope_scaling import scaled_by
 from npllama.small_file import MAX_JSON, parse_json, read_small_file
+from npllama.weight_formats import FORMATS
 
 # Fields of a Hugging Face config that change the mathematics, each with the only values this
 # code implements. Absent is fine. Anything not read here or below leaves LlamaForCausalLM's
@@ -21,7 +22,7 @@ _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
-    "quantization_config": (None, {}, {"format": "npllama-int8"}),
+    "quantization_config": (None, {}, *(f.config for f in FORMATS.values() if f.config)),
     "is_encoder_decoder": (False, None),
 }
 _ARCHITECTURE = "LlamaForCausalLM"

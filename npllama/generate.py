@@ -33,6 +33,7 @@ from npllama.errors import InputError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling_options import Sampling
+from npllama.weight_formats import FORMATS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -185,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     )
     machine.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16", "int8"),
+        choices=tuple(FORMATS),
         help="number format of the weights in memory (default: as stored)",
     )
     machine.add_argument(

@@ -5,7 +5,7 @@ through the blocks in reverse; each computes again from its input what its deriv
 There is no tape and no second model. Memory: (2 L + 1) * B * T * D numbers and one block's own.
 """
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -86,10 +86,7 @@ def _dtype_of(parameters: Parameters) -> np.dtype:
     dtypes: set[np.dtype] = set()
     for part in (parameters.embedding, *parameters.layers, parameters.head):
         part.map(lambda array: dtypes.add(array.dtype) or array)
-    matrices = [parameters.embedding, parameters.head.lm_head]
-    matrices += [m for layer in parameters.layers for m in vars(layer).values()]
-    has_scale = any(getattr(m, "scale", None) is not None for m in matrices)
-    if has_scale or len(dtypes) > 1 or not dtypes <= {np.dtype("float32"), np.dtype("float64")}:
+    if len(dtypes) > 1 or not dtypes <= {np.dtype("float32"), np.dtype("float64")}:
         names = " and ".join(sorted(dtype.name for dtype in dtypes))
         raise InputError(
             f"the weights are {names}: gradients need them all in float32 (or all in float64); "
@@ -116,11 +113,8 @@ def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dt
 
 def _like(part: Part, gradients: dict[str, Array]) -> Part:
     """Gradients by field name, in the shape of the part whose they are."""
-    arrays = {}
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Matrix):
-            arrays[field.name] = Matrix(gradients[field.name])
-        else:
-            arrays[field.name] = gradients.get(field.name, value)  # norm_eps stays
-    return type(part)(**arrays)
+    arrays = {
+        name: Matrix(gradient) if isinstance(getattr(part, name), Matrix) else gradient
+        for name, gradient in gradients.items()
+    }
+    return replace(part, **arrays)  # norm_eps stays

@@ -31,7 +31,8 @@ from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import check_size, mismatch, read_tokenizer, tokenizer_file
-from npllama.weights import STORAGE_DTYPES, Checkpoint
+from npllama.weight_formats import FORMATS
+from npllama.weights import Checkpoint
 
 Prompt = str | Sequence[int]
 Method = TypeVar("Method", bound=Callable)
@@ -95,7 +96,7 @@ class Llama(Transformer):
             self.notes = () if note is None else (note,)
         self._no_tokenizer = no_tokenizer
         self._n_tokens, self._allowed = self._choosable()
-        self.dtype = parameters.layers[0].wq.values.dtype.name
+        self.dtype = parameters.layers[0].wq.format.name
 
     @_shows_keywords_of(Sampling)
     def generation(
@@ -328,8 +329,8 @@ def load(
     >>> for piece in llama.stream("The sea"): ...       # doctest: +SKIP
     >>> logits = llama.logits(llama.encode("The sea"))  # doctest: +SKIP
     """
-    if dtype is not None and dtype not in STORAGE_DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(STORAGE_DTYPES)}")
+    if dtype is not None and dtype not in FORMATS:
+        raise InputError(f"unknown dtype {dtype!r}: expected one of {', '.join(FORMATS)}")
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
     directory = SHIPPED if path is None else _checked_directory(as_given(path))

@@ -6,62 +6,97 @@ stores it.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 from npllama.backend import Array
+from npllama.weight_formats import Format, format_of
 
 Part = TypeVar("Part", bound="_Mapped")
 
 
 class _Mapped:
-    """A frozen dataclass of arrays and of other parts."""
+    """A frozen dataclass of arrays and of other parts.
+
+    Fields that follow from the others, such as views of them, are not given when a part is made:
+    they are None until `with_derived`, and again in what `map` or `dataclasses.replace` makes.
+    """
 
     def map(self: Part, move: Callable[[Array], Array]) -> Part:
-        """The same part with `move` applied to each of its arrays, one after the other."""
+        """The part with `move` applied to each of its arrays, one after the other; itself where
+        that changes none."""
         changed = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for name in self._own_fields():
+            value = getattr(self, name)
             if isinstance(value, _Mapped):
-                changed[field.name] = value.map(move)
+                new = value.map(move)
             elif hasattr(value, "shape"):
-                changed[field.name] = move(value)
-        return replace(self, **changed)  # type: ignore[type-var]
+                new = move(value)
+            else:
+                continue
+            if new is not value:
+                changed[name] = new
+        return replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def arrays(self) -> Iterator[Array]:
         """Each of its arrays, in the same order."""
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for name in self._own_fields():
+            value = getattr(self, name)
             if isinstance(value, _Mapped):
                 yield from value.arrays()
             elif hasattr(value, "shape"):
                 yield value
 
+    def with_derived(self: Part, **derived: object) -> Part:
+        """The same part with these derived fields."""
+        made = replace(self)  # type: ignore[type-var]
+        for name, value in derived.items():
+            object.__setattr__(made, name, value)
+        return made
 
-@dataclass(frozen=True)
+    def _own_fields(self) -> list[str]:
+        return [f.name for f in fields(self) if f.init]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
 class Matrix(_Mapped):
-    """A weight in its storage dtype: W[o, d] = values[o, d] * scale[o].
+    """A weight W (O, D) as it is stored; its format knows how that is read.
 
     Attributes:
-        values: (O, D) in float32, float16, bfloat16 or int8.
+        values: (O, D) in the format's dtype.
         scale: (O,) float32, one factor an output row; None means 1.
+        format: which one it is, by the dtype of the values.
+        shape: (O, D), that of W.
+        number: by which an `ops` that has prepared it knows it; None where it does not.
     """
 
     values: Array
     scale: Array | None = None
+    format: Format = field(init=False)
+    shape: tuple[int, ...] = field(init=False)
+    number: int | None = field(default=None, init=False)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", format_of(self.values.dtype))
+        object.__setattr__(self, "shape", self.format.shape(self.values.shape))
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        return sum(array.nbytes for array in self.arrays())
+
+    def rows(self, some: slice) -> "Matrix":
+        """A view of some of its rows."""
+        return self.map(lambda array: array[some])
 
 
 @dataclass(frozen=True)
 class Layer(_Mapped):
-    """One transformer block. Under sharding H, K and F are the counts of this shard."""
+    """One transformer block. Under sharding H, K and F are the counts of this shard.
+
+    Attributes:
+        qkv, gate_up: the matrices of one input as one, of which they are views; None where they
+            do not lie side by side in memory.
+    """
 
     attention_norm: Array  # (D,) float32
     wq: Matrix  # (H*C, D)
@@ -73,6 +108,8 @@ class Layer(_Mapped):
     w_up: Matrix  # (F, D)
     w_down: Matrix  # (D, F)
     norm_eps: float
+    qkv: Matrix | None = field(default=None, init=False)  # (H*C + 2*K*C, D)
+    gate_up: Matrix | None = field(default=None, init=False)  # (2*F, D)
 
 
 @dataclass(frozen=True)

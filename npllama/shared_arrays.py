@@ -160,18 +160,24 @@ class Mapped:
 
 
 def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Copies of `arrays` in shared memory, one after the other, without gaps where their sizes
-    are multiples of 64 bytes."""
+    """A copy of each array in shared memory."""
+    return share_joined([[array] for array in arrays])
+
+
+def share_joined(groups: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Of each group, of arrays (O_i, D) in one dtype, one copy (sum O_i, D) in shared memory."""
     offsets, size = [], 0
-    for array in arrays:
+    for group in groups:
         size = -(-size // _ALIGNMENT) * _ALIGNMENT
         offsets.append(size)
-        size += array.nbytes
+        size += sum(array.nbytes for array in group)
     memory = empty_shared(size, "uint8")
     shared = []
-    for array, offset in zip(arrays, offsets, strict=True):
-        copy = memory[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
-        copy[...] = array
+    for group, offset in zip(groups, offsets, strict=True):
+        n_bytes = sum(array.nbytes for array in group)
+        copy = memory[offset : offset + n_bytes].view(group[0].dtype)
+        copy = copy.reshape(-1, *group[0].shape[1:])
+        np.concatenate(group, out=copy)
         shared.append(copy)
     _make_huge(memory_of(memory))
     return shared

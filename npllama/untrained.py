@@ -1,13 +1,15 @@
 """A model that has learnt nothing: seeded random weights, where training begins."""
 
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
 from npllama.config import LlamaConfig
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
-from npllama.quantization import quantize
+from npllama.weight_formats import format_of
+from npllama.weight_table import OF_LAYER, PRODUCTS, Weight
 
 
 def random_parameters(
@@ -24,37 +26,30 @@ def random_parameters(
     generator = np.random.default_rng(seed)
     residual = (2 * config.n_layers) ** -0.5
 
-    def matrices(*n_outs: int, n_in: int, size: float = 1.0) -> list[Matrix]:
-        """Matrices of one input, side by side as a converted file has them."""
-        values = generator.standard_normal((sum(n_outs), n_in), dtype="float32")
-        values *= size * n_in**-0.5
-        if np.dtype(dtype) == np.int8:
-            together = Matrix(*quantize(values))
-        else:
-            together = Matrix(values.astype(dtype, copy=False))
-        ends = [0, *accumulate(n_outs)]
-        return [
-            together.map(lambda array, rows=slice(a, b): array[rows]) for a, b in pairwise(ends)
-        ]
-
     def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
-        return matrices(n_out, n_in=n_in, size=size)[0]
+        values = generator.standard_normal((n_out, n_in), dtype="float32")
+        values *= size * n_in**-0.5
+        return Matrix(*format_of(dtype).from_float(values))
 
-    d, f, v = config.dim, config.ffn_dim, config.vocab_size
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    def product(weights: tuple[Weight, ...]) -> dict[str, Matrix]:
+        """Matrices of one input by their field, side by side as a converted file has them."""
+        shapes = [weight.sizes(config) for weight in weights]
+        ends = [0, *accumulate(n_out for n_out, _n_in in shapes)]
+        is_residual = weights[0].shape[0] == "D"
+        together = matrix(ends[-1], shapes[0][1], residual if is_residual else 1.0)
+        rows = [together.rows(slice(a, b)) for a, b in pairwise(ends)]
+        return {weight.field: w for weight, w in zip(weights, rows, strict=True)}
 
     def ones() -> np.ndarray:
-        return np.ones(d, dtype="float32")
+        return np.ones(config.dim, dtype="float32")
 
-    eps = config.norm_eps
+    eps, v, d = config.norm_eps, config.vocab_size, config.dim
     embedding = ops.prepare(matrix(v, d, 0.02 * d**0.5))
     layers = []
     for _ in range(config.n_layers):
-        wq, wk, wv = matrices(q, kv, kv, n_in=d)
-        wo = matrix(d, q, residual)
-        w_gate, w_up = matrices(f, f, n_in=d)
-        w_down = matrix(d, f, residual)
-        layer = Layer(ones(), wq, wk, wv, wo, ones(), w_gate, w_up, w_down, norm_eps=eps)
-        layers.append(ops.prepare(layer))
+        parts: dict[str, Any] = {w.field: ones() for w in OF_LAYER if not w.is_matrix}
+        for weights in PRODUCTS.values():
+            parts |= product(weights)
+        layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
     lm_head = embedding if config.tie_embeddings else matrix(v, d)
     return Parameters(embedding, tuple(layers), ops.prepare(Head(ones(), lm_head, eps)))

@@ -8,7 +8,6 @@ import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from npllama.backend import Array
@@ -17,80 +16,36 @@ from npllama.errors import WeightsError
 from npllama.not_a_model import directory_instead, unfinished_download
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
-from npllama.quantization import dequantize, quantize
 from npllama.safetensors_file import SafetensorsFile, TensorInfo
+from npllama.weight_formats import FORMATS, Format, format_of
+from npllama.weight_table import (
+    EMBEDDING,
+    LM_HEAD,
+    NORM,
+    OF_LAYER,
+    layer_name,
+    named_weights,
+    tensor_shapes,
+)
 
-STORAGE_DTYPES = {
-    "float32": np.dtype("float32"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype("float16"),
-    "int8": np.dtype("int8"),
-}
-INT8_CONFIG = {"format": "npllama-int8"}
-"""What config.json says of int8 weights, so that other programs refuse rather than misread them:
-transformers only warns of a quant_method that it does not know, and refuses where there is none."""
+JOINED_NBYTES = 10**9
+"""Bytes of a model up to which q, k and v that lie apart in the file are copied to lie side by
+side. That reads them while loading; larger models are only mapped."""
+NORM_FORMAT = FORMATS["float32"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-# field of Layer -> what follows "model.layers.{i}." in the file
-LAYER_NAMES = {
-    "attention_norm": "input_layernorm.weight",
-    "wq": "self_attn.q_proj.weight",
-    "wk": "self_attn.k_proj.weight",
-    "wv": "self_attn.v_proj.weight",
-    "wo": "self_attn.o_proj.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "w_gate": "mlp.gate_proj.weight",
-    "w_up": "mlp.up_proj.weight",
-    "w_down": "mlp.down_proj.weight",
-}
-
-
-def layer_name(index: int, field: str) -> str:
-    """The tensor's name in the file: layer_name(0, "wq") is model.layers.0.self_attn.q_proj..."""
-    return f"model.layers.{index}.{LAYER_NAMES[field]}"
-
-
-def scale_name(name: str) -> str:
-    """The tensor beside an int8 matrix `name` that holds its rows' scales, (O,) float32."""
-    return f"{name}.scale"
-
-
-def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint; a tied head has none of its own."""
-    d, f, v = config.dim, config.ffn_dim, config.vocab_size
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d)}
-    for i in range(config.n_layers):
-        layer = {
-            "attention_norm": (d,),
-            "wq": (q, d),
-            "wk": (kv, d),
-            "wv": (kv, d),
-            "wo": (d, q),
-            "ffn_norm": (d,),
-            "w_gate": (f, d),
-            "w_up": (f, d),
-            "w_down": (d, f),
-        }
-        shapes |= {layer_name(i, field): shape for field, shape in layer.items()}
-    shapes[NORM] = (d,)
-    if not config.tie_embeddings:
-        shapes[LM_HEAD] = (v, d)
-    return shapes
 
 
 def named_arrays(parameters: Parameters, config: LlamaConfig) -> dict[str, Array]:
     """Every tensor of `tensor_shapes` by its name in a file: the arrays themselves, no copies,
     without the scales of int8."""
-    arrays: dict[str, Array] = {EMBEDDING: parameters.embedding.values}
-    for i, layer in enumerate(parameters.layers):
-        for field in LAYER_NAMES:
-            part = getattr(layer, field)
-            arrays[layer_name(i, field)] = part.values if isinstance(part, Matrix) else part
-    arrays[NORM] = parameters.head.norm
-    if not config.tie_embeddings:
-        arrays[LM_HEAD] = parameters.head.lm_head.values
+    arrays = {}
+    for name, weight, layer in named_weights(config):
+        if layer is not None:
+            owner: object = parameters.layers[layer]
+        else:
+            owner = parameters if weight.field == "embedding" else parameters.head
+        part = getattr(owner, weight.field)
+        arrays[name] = part.values if weight.is_matrix else part
     return arrays
 
 
@@ -113,7 +68,7 @@ class Checkpoint:
     Args:
         directory: holds model.safetensors, or shards and model.safetensors.index.json.
         config: what the tensors must add up to.
-        dtype: storage dtype of the matrices; None keeps each as stored. Norms are float32.
+        dtype: format of the matrices, by its name; None keeps each as stored. Norms are float32.
 
     Raises:
         WeightsError: tensors that are missing, surplus, misshapen or truncated, by name.
@@ -122,41 +77,37 @@ class Checkpoint:
     def __init__(self, directory: Path, config: LlamaConfig, dtype: str | None = None) -> None:
         self.directory = Path(directory)
         self.config = config
-        self.dtype = None if dtype is None else STORAGE_DTYPES[dtype]
+        self.format = None if dtype is None else FORMATS[dtype]
         self._file_of = _open_files(self.directory, config.tie_embeddings)
         self._check()
 
     @property
     def storage_dtype(self) -> np.dtype:
         """The dtype of the matrices once loaded, read off the first query projection."""
-        return self.dtype or self._info(layer_name(0, "wq")).dtype
+        return (self.format or self._stored_format(layer_name(0, "wq"))).dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters once loaded."""
         total = 0
         for name, shape in tensor_shapes(self.config).items():
-            dtype = self.dtype or self._info(name).dtype
-            if len(shape) == 1:
-                dtype = np.dtype("float32")
-            elif dtype == np.int8:
-                total += 4 * shape[0]  # the scales
-            total += dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            is_norm = len(shape) == 1
+            loaded = NORM_FORMAT if is_norm else self.format or self._stored_format(name)
+            total += loaded.nbytes(shape)
         return total
 
     def parameters(self, ops: Ops) -> Parameters:
         """Load: each tensor is converted where asked and handed to `ops.prepare` in turn."""
         eps = self.config.norm_eps
+        is_small = self.nbytes <= JOINED_NBYTES
         embedding = ops.prepare(self._matrix(EMBEDDING))
         layers = []
         for i in range(self.config.n_layers):
-            parts = {
-                field: self._norm(layer_name(i, field))
-                if field.endswith("_norm")
-                else self._matrix(layer_name(i, field))
-                for field in LAYER_NAMES
-            }
-            layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
+            parts = {}
+            for weight in OF_LAYER:
+                read = self._matrix if weight.is_matrix else self._norm
+                parts[weight.field] = read(layer_name(i, weight.field))
+            layers.append(ops.prepare(Layer(**parts, norm_eps=eps), may_copy=is_small))
         lm_head = embedding if self.config.tie_embeddings else self._matrix(LM_HEAD)
         head = ops.prepare(Head(self._norm(NORM), lm_head, eps))
         return Parameters(embedding, tuple(layers), head)
@@ -164,28 +115,26 @@ class Checkpoint:
     def _info(self, name: str) -> TensorInfo:
         return self._file_of[name].tensors[name]
 
+    def _stored_format(self, name: str) -> Format:
+        return format_of(self._info(name).dtype)
+
     def _norm(self, name: str) -> np.ndarray:
-        return self._file_of[name][name].astype("float32")
+        return self._file_of[name][name].astype(NORM_FORMAT.dtype)
 
     def _matrix(self, name: str) -> Matrix:
-        values = self._file_of[name][name]
-        scale = None
-        if values.dtype == np.int8:
-            scale = self._file_of[scale_name(name)][scale_name(name)]
-        if self.dtype is None or values.dtype == self.dtype:
-            return Matrix(values, scale)
-        if scale is not None:
-            values = dequantize(values, scale)
-        if self.dtype == np.int8:
-            return Matrix(*quantize(values))
-        with np.errstate(over="ignore"):
-            converted = values.astype(self.dtype)
-        if self.dtype == np.float16 and (np.isinf(converted) & ~np.isinf(values)).any():
+        stored = self._stored_format(name)
+        parts = stored.stored(name, self._info(name).shape)
+        arrays = [self._file_of[part][part] for part in parts]
+        if self.format is None or stored is self.format:
+            return Matrix(*arrays)
+        values = stored.to_float(*arrays)
+        converted = self.format.from_float(values)
+        if self.format.largest and (np.isinf(converted[0]) & ~np.isinf(values)).any():
             raise WeightsError(
-                f"{self._file_of[name].path}: tensor {name} has values beyond float16's range "
-                "of 65504: use --dtype bfloat16 or float32"
+                f"{self._file_of[name].path}: tensor {name} has values beyond {self.format.name}'s "
+                f"range of {self.format.largest}: use --dtype bfloat16 or float32"
             )
-        return Matrix(converted)
+        return Matrix(*converted)
 
     def _check(self) -> None:
         if self.config.n_layers > len(self._file_of):  # before a name is made for each
@@ -195,8 +144,9 @@ class Checkpoint:
             )
         shapes = tensor_shapes(self.config)
         for name, shape in list(shapes.items()):
-            if len(shape) == 2 and name in self._file_of and self._info(name).dtype == np.int8:
-                shapes[scale_name(name)] = shape[:1]
+            if len(shape) == 2 and name in self._file_of:
+                parts = self._stored_format(name).stored(name, shape)
+                shapes |= {part: part_shape for part, (_dtype, part_shape) in parts.items()}
         check_none_missing(self.directory, list(shapes), self._file_of)
         surplus = [name for name in self._file_of if name not in shapes and not self._is_tie(name)]
         if surplus:
@@ -211,9 +161,11 @@ class Checkpoint:
                     f"{self._file_of[name].path}: tensor {name} has shape {list(found)}: "
                     f"config.json asks for {list(shape)}"
                 )
-            if len(shape) == 1 and self._info(name).dtype == np.int8:
+            stored = self._stored_format(name)
+            if len(shape) == 1 and not stored.is_float:
                 raise WeightsError(
-                    f"{self._file_of[name].path}: tensor {name} is int8: expected a float dtype"
+                    f"{self._file_of[name].path}: tensor {name} is {stored.name}: expected a "
+                    "float dtype"
                 )
 
     def _is_tie(self, name: str) -> bool:

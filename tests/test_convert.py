@@ -38,6 +38,7 @@ from npllama.quantization import quantize
 from npllama.safetensors_file import SafetensorsFile
 from npllama.sentencepiece_model import bpe_model
 from npllama.tokenizer import Tokenizer
+from npllama.weight_formats import FORMATS
 from npllama.weights import EMBEDDING, INDEX, LM_HEAD, NORM, layer_name
 
 STORY = (  # what llama2.c publishes for stories260K: 200 greedy steps from BOS
@@ -755,7 +756,7 @@ def test_what_a_conversion_lost_is_measured_over_all_numbers(rng, dtype, monkeyp
     w[:, 3] *= 1e-5
     loss = numbers.Loss()
     if dtype == "int8":
-        values, scale = numbers.as_int8(w, loss)
+        values, scale = numbers.quantized(w, FORMATS["int8"], loss)
         error = np.abs(values * scale[:, None] - w).max(axis=1) / np.abs(w).max(axis=1)
         assert loss.int8_error == pytest.approx(error.max(), rel=1e-4)
         assert 0.3 * 0.5 / 127 < loss.int8_error < 1.01 * 0.5 / 127
@@ -769,9 +770,9 @@ def test_what_a_conversion_lost_is_measured_over_all_numbers(rng, dtype, monkeyp
 
 def test_a_row_of_zeros_and_one_that_scales_to_nothing_lose_nothing_and_all():
     loss = numbers.Loss()
-    numbers.as_int8(np.zeros((2, 3), dtype="float32"), loss)
+    numbers.quantized(np.zeros((2, 3), dtype="float32"), FORMATS["int8"], loss)
     assert loss.lines() == []
-    numbers.as_int8(np.full((1, 3), 1e-45, dtype="float32"), loss)
+    numbers.quantized(np.full((1, 3), 1e-45, dtype="float32"), FORMATS["int8"], loss)
     assert loss.int8_error == 1
 
 

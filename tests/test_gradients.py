@@ -13,7 +13,8 @@ from npllama.gradients import loss_and_gradients
 from npllama.model import Transformer
 from npllama.parameters import Head, Layer, Matrix, Parameters
 from npllama.untrained import random_parameters
-from npllama.weights import EMBEDDING, LAYER_NAMES, LM_HEAD, NORM, layer_name, named_arrays
+from npllama.weight_table import EMBEDDING, LM_HEAD, NORM, OF_LAYER
+from npllama.weights import named_arrays
 
 CASES = sorted(path.stem for path in (FIXTURES / "gradients").glob("*.json"))
 
@@ -23,7 +24,7 @@ def parameters_of(arrays, config):
     embedding = Matrix(arrays[EMBEDDING])
     layers = []
     for i in range(config.n_layers):
-        given = {field: arrays[layer_name(i, field)] for field in LAYER_NAMES}
+        given = {w.field: arrays[w.hf_name(i)] for w in OF_LAYER}
         parts = {field: a if a.ndim == 1 else Matrix(a) for field, a in given.items()}
         layers.append(Layer(**parts, norm_eps=config.norm_eps))
     lm_head = embedding if config.tie_embeddings else Matrix(arrays[LM_HEAD])

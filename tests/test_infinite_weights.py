@@ -11,8 +11,8 @@ from model_directory import random_tensors, write_model
 from npllama import load
 from npllama.errors import NumericalError
 from npllama.ops.pieces import MANY_ROWS
-from npllama.ops.tiles import is_finite
 from npllama.ops.workers import can_work
+from npllama.weight_formats import FORMATS
 from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name
 
 STORED = ("float32", "bfloat16", "float16")
@@ -68,6 +68,9 @@ def test_the_error_is_the_same_where_worker_processes_and_threads_compute(
     for ids in (SHORT, LONG):
         message = error_of(directory, ids, dtype, threads=2)
         assert "log-probability of nan for token 1: the weights are damaged" in message
+
+
+is_finite = FORMATS["float16"].is_finite
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])

@@ -24,7 +24,7 @@ DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
 SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
 NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
 NUMPY_DERIVATIVES, NUMPY_SAMPLING = "ops/numpy_derivatives.py", "ops/numpy_sampling.py"
-TILES, PIECES = "ops/tiles.py", "ops/pieces.py"
+TILES, PIECES, WEIGHT_FORMATS = "ops/tiles.py", "ops/pieces.py", "weight_formats.py"
 GENERATION, UNIFORMS = "generation.py", "uniforms.py"
 
 # what is wrong: (file, the right line's part, the mistake)
@@ -224,9 +224,9 @@ MISTAKES = {
         "super().sample(x[None, left], u)[0]",
     ),
     "float16 a power of two off": (
-        TILES,
-        "_X_EXPONENT, _Y_EXPONENT = 48, 64",
-        "_X_EXPONENT, _Y_EXPONENT = 48, 63",
+        WEIGHT_FORMATS,
+        "x_exponent, y_exponent = 48, 64",
+        "x_exponent, y_exponent = 48, 63",
     ),
     "NumPy override: sigmoid without its 1": (NUMPY_EQUATIONS, "    out += 1\n", ""),
     "NumPy override: a token's last place alone": (
@@ -289,7 +289,18 @@ MISTAKES = {
         "layers=tuple(reversed(dlayers))",
         "layers=tuple(dlayers)",
     ),
-    "NumPy override: scale forgotten": (NUMPY_EQUATIONS, "y *= w.scale", "pass"),
+    "NumPy override: scale forgotten": (NUMPY_EQUATIONS, "y = format_.scaled(w, y)", "pass"),
+    "scale of the outputs forgotten": (WEIGHT_FORMATS, "y *= w.scale", "pass"),
+    "scale of the embedding forgotten": (
+        WEIGHT_FORMATS,
+        "x = x * w.scale[index]",
+        "x * w.scale[index]",
+    ),
+    "a part of a tile's rows widened": (
+        TILES,
+        "slice(first, last), tile",
+        "slice(begin, last), tile",
+    ),
     "NumPy override: the last columns forgotten": (
         PIECES,
         "range(0, n_columns, at_once)",
@@ -356,6 +367,7 @@ SUITES = {
     NUMPY_SAMPLING: ("sampling", "overrides"),
     TILES: ("overrides::test_with_one_thread_it_computes_the_same", "overrides"),
     PIECES: ("pieces", "overrides"),
+    WEIGHT_FORMATS: ("equations", "overrides"),
     GENERATION: ("generation",),
     "decode_step.py": ("generation", "decode_step"),
     UNIFORMS: ("uniforms",),

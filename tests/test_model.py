@@ -16,7 +16,7 @@ from npllama.config import LlamaConfig
 from npllama.errors import InputError, OutOfMemoryError
 from npllama.llama import Llama
 from npllama.ops import NumpyOps
-from npllama.parameters import Matrix
+from npllama.weight_table import OF_LAYER
 
 F16 = np.dtype("float16")
 CLOSE = 1e-5  # of the largest logit
@@ -218,15 +218,20 @@ def test_bad_ids_are_refused_on_the_host(llama, ids, message):
 def half_of(parameters, i):
     """Half of each layer's heads and of its ffn width; embedding, norms and head are whole."""
 
-    def split(field, part):
-        if field in ("wo", "w_down"):
-            return part.map(lambda w: w[:, i * w.shape[1] // 2 : (i + 1) * w.shape[1] // 2])
-        return part.map(lambda w: w[i * w.shape[0] // 2 : (i + 1) * w.shape[0] // 2])
+    def half(w, axis):
+        n = w.shape[axis] // 2
+        return w[i * n : (i + 1) * n] if axis == 0 else w[:, i * n : (i + 1) * n]
 
     layers = []
     for layer in parameters.layers:
-        matrices = {f: part for f, part in vars(layer).items() if isinstance(part, Matrix)}
-        layers.append(replace(layer, **{f: split(f, part) for f, part in matrices.items()}))
+        halves = {
+            weight.field: getattr(layer, weight.field).map(
+                lambda w, axis=weight.split: half(w, axis)
+            )
+            for weight in OF_LAYER
+            if weight.split is not None
+        }
+        layers.append(replace(layer, **halves))
     return replace(parameters, layers=tuple(layers))
 
 

@@ -1,10 +1,12 @@
 """Model directories to parameters: names, shapes, dtypes, memory maps, and what is refused."""
 
+import gc
 import json
 import math
 import mmap
 import shutil
 import tracemalloc
+import weakref
 from dataclasses import replace
 
 import ml_dtypes
@@ -12,22 +14,29 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from conftest import FIXTURES, TINY, make_ops
+import convert
+import npllama.ops.shared_products as shared_products
+import npllama.weights
+from conftest import FIXTURES, TINY, make_llama, make_ops
 from model_directory import random_tensors, write_model
+from npllama.backend import Backend
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.errors import NpllamaError, WeightsError
+from npllama.llama import Llama
+from npllama.ops import NumpyOps
 from npllama.ops.workers import can_work
-from npllama.weights import (
+from npllama.shared_arrays import MappedFile, memory_of, place_of
+from npllama.threads import Threads
+from npllama.weight_table import (
     EMBEDDING,
-    INDEX,
-    LAYER_NAMES,
     LM_HEAD,
     NORM,
-    SINGLE,
-    Checkpoint,
+    OF_LAYER,
+    PRODUCTS,
     layer_name,
     tensor_shapes,
 )
+from npllama.weights import INDEX, SINGLE, Checkpoint
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TIED = LlamaConfig(**{**vars(TINY), "tie_embeddings": True})
@@ -50,9 +59,9 @@ def by_name(parameters):
         LM_HEAD: parameters.head.lm_head.values,
     }
     for i, layer in enumerate(parameters.layers):
-        for field in LAYER_NAMES:
-            part = getattr(layer, field)
-            arrays[layer_name(i, field)] = part if field.endswith("_norm") else part.values
+        for weight in OF_LAYER:
+            part = getattr(layer, weight.field)
+            arrays[weight.hf_name(i)] = part.values if weight.is_matrix else part
     return arrays
 
 
@@ -228,9 +237,15 @@ def test_a_head_that_is_missing_but_not_tied_is_refused_with_a_hint(tmp_path):
 # -- the memory map
 
 
+@pytest.fixture
+def is_large(monkeypatch):
+    """A model of any size counts as a large one, of which nothing is copied."""
+    monkeypatch.setattr(npllama.weights, "JOINED_NBYTES", 0)
+
+
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_on_the_cpu_matrices_are_views_of_the_file(tmp_path, stored, shards):
+def test_on_the_cpu_matrices_are_views_of_the_file(tmp_path, stored, shards, is_large):
     directory = write_model(tmp_path, TINY, dtype=stored, shards=shards)
     for asked in (None, stored):
         parameters = load(directory, make_ops("numpy"), dtype=asked)
@@ -254,7 +269,7 @@ def bytes_allocated(function):
         tracemalloc.stop()
 
 
-def test_loading_as_stored_allocates_less_than_one_matrix(tmp_path):
+def test_loading_as_stored_allocates_less_than_one_matrix(tmp_path, is_large):
     directory = write_model(tmp_path, BIG)
     ops = make_ops("numpy")
     peak, parameters = bytes_allocated(lambda: load(directory, ops, BIG))
@@ -268,6 +283,82 @@ def test_converting_allocates_the_result_and_little_more_than_one_matrix(tmp_pat
     peak, parameters = bytes_allocated(lambda: load(directory, ops, BIG, asked))
     assert peak < parameters.nbytes + 2 * LARGEST
     assert peak < 8 * LARGEST or not can_work()  # one layer at a time, then shared with workers
+
+
+# -- matrices of one input, side by side
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_small_model_is_joined_while_loading_and_computes_as_a_converted_one(
+    tmp_path, stored, n_threads, rng, monkeypatch
+):
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products.SharedProducts, "begin", lambda self: False)
+    config = TINY
+    apart = write_model(tmp_path / "apart", config, dtype=stored)
+    assert convert.main([str(apart), str(tmp_path / "side by side")]) == 0
+    logits = []
+    for directory in (apart, tmp_path / "side by side"):
+        ops = NumpyOps(Backend(threads=Threads(n_threads)))
+        parameters = load(directory, ops, config)
+        for layer in parameters.layers:
+            for name, weights in PRODUCTS.items():
+                if len(weights) == 1:
+                    continue
+                whole = getattr(layer, name).values
+                parts = [getattr(layer, weight.field).values for weight in weights]
+                assert all(np.shares_memory(part, whole) for part in parts)
+                assert np.array_equal(np.concatenate(parts), whole)
+            is_copied = directory is apart  # q, k and v; gate and up are neighbours there too
+            assert isinstance(memory_of(layer.qkv.values), MappedFile) != is_copied
+            assert isinstance(memory_of(layer.gate_up.values), MappedFile)
+            if can_work() and n_threads == 2:
+                assert place_of(layer.qkv.values) is not None
+        llama = Llama(config, parameters, ops)
+        logits.append(llama.logits([1, 5, 7]))
+    assert np.array_equal(*logits)
+
+
+def test_matrices_of_two_dtypes_stay_apart(tmp_path):
+    tensors = random_tensors(TINY)
+    tensors[layer_name(1, "wk")] = tensors[layer_name(1, "wk")].astype("float16")
+    first, second = load(write_model(tmp_path, TINY, tensors=tensors), make_ops("numpy")).layers
+    assert first.qkv is not None and second.qkv is None
+    assert second.wk.values.dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_weights_live_no_longer_than_their_model(dtype, monkeypatch):
+    monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
+    monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
+    ops = make_ops("numpy")
+    first, second = (make_llama(ops, seed=seed, dtype=dtype) for seed in (0, 1))
+    want = second.logits([1, 5])
+    first.logits([1, 5])
+    parts = (first.parameters.embedding, *first.parameters.layers, first.parameters.head)
+    dead = [weakref.ref(array) for part in parts for array in part.arrays()]
+    dead += [weakref.ref(w.values) for w in (first.parameters.layers[0].qkv,)]
+    dead += [weakref.ref(memory_of(array())) for array in dead]
+    workers = ops.shared.workers
+    assert (workers is not None) == can_work()
+    del first, parts
+    gc.collect()
+    assert not [ref for ref in dead if ref() is not None]
+    assert np.abs(second.logits([1, 5]) - want).max() <= 1e-5 * np.abs(want).max()
+    if workers is not None:  # those who map the memory of the first have ended
+        assert ops.shared.workers is not workers and all(p.poll() for p in workers._processes)
+        ops.shared.workers.close()
+
+
+def test_a_part_that_is_changed_has_nothing_left_of_what_was_derived(rng):
+    layer = make_llama(make_ops("numpy")).parameters.layers[0]
+    assert layer.qkv is not None
+    for changed in (replace(layer, wq=layer.wk), layer.map(np.copy)):
+        assert changed.qkv is None and changed.gate_up is None
+    assert layer.map(lambda array: array) is layer
 
 
 # -- conversion that would lose
@@ -302,7 +393,7 @@ def test_the_largest_float16_is_not_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("name", [EMBEDDING, NORM, *(layer_name(1, f) for f in LAYER_NAMES)])
+@pytest.mark.parametrize("name", [EMBEDDING, NORM, *(w.hf_name(1) for w in OF_LAYER)])
 def test_a_missing_tensor_is_named(tmp_path, name, shards):
     tensors = random_tensors(TINY)
     del tensors[name]

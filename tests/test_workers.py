@@ -27,6 +27,7 @@ from npllama.generate import main
 from npllama.ops import NumpyOps
 from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
+from npllama.parameters import Matrix
 from npllama.sampling_options import Sampling
 from npllama.shared_arrays import place_of, share
 from npllama.threads import Threads
@@ -41,12 +42,17 @@ BIG = LlamaConfig(256, 2, 4, 2, 1100, 260)  # gate and up together are 563,200 n
 @pytest.fixture(scope="module")
 def matrices():
     rng = np.random.default_rng(0)
-    return [(30 * rng.standard_normal(s)).astype(d) for d in DTYPES for s in SHAPES]
+    return [Matrix((30 * rng.standard_normal(s)).astype(d)) for d in DTYPES for s in SHAPES]
+
+
+def shared(matrices):
+    """The matrices in shared memory, which is theirs alone."""
+    return [Matrix(values) for values in share([w.values for w in matrices])]
 
 
 @pytest.fixture(scope="module")
 def workers(matrices):
-    made = Workers(3, share(matrices))
+    made = Workers(3, shared(matrices))
     yield made
     made.close()
 
@@ -74,20 +80,20 @@ def ends(pid, seconds=60):
 def test_their_products_are_those_of_one_process(workers, matrices, n_rows, rng):
     for i, w in enumerate(matrices):
         x = rng.standard_normal((n_rows, w.shape[1]), dtype="float32")
-        truth = w.astype("float64") @ x.T.astype("float64")
+        truth = w.values.astype("float64") @ x.T.astype("float64")
         for n_parts in (1, 2, 3, 9):
-            got = workers.product(x, i, n_parts)
+            got = workers.product(x, w, i, n_parts)
             assert got.shape == truth.shape and got.dtype == np.float32
             assert np.abs(got - truth).max() <= 2e-6 * np.abs(truth).max()
 
 
 def test_they_wake_up_from_sleep(workers, matrices, rng):
     x = rng.standard_normal((1, 700), dtype="float32")
-    want = workers.product(x, 0, 3)
+    want = workers.product(x, matrices[0], 0, 3)
     for pause in (0, _SPIN, 1.01 * _SPIN, _SPIN + 1e-4, 3 * _SPIN, 0.3):
         for _ in range(20 if pause < 0.1 else 2):
             time.sleep(pause)
-            assert np.array_equal(workers.product(x, 0, 3), want)
+            assert np.array_equal(workers.product(x, matrices[0], 0, 3), want)
 
 
 def wait_until(condition, seconds=60):
@@ -120,9 +126,9 @@ def unread_bytes(workers):
 
 @pytest.mark.parametrize("at", ["_compute", "_wake"])
 def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, rng, at):
-    made = Workers(2, share(matrices))
+    made = Workers(2, shared(matrices))
     x = [rng.standard_normal((64, w.shape[1]), dtype="float32") for w in matrices]
-    want = [made.product(x[i], i, 2) for i in range(len(matrices))]
+    want = [made.product(x[i], matrices[i], i, 2) for i in range(len(matrices))]
     owner = made if at == "_wake" else npllama.ops.workers
     right = getattr(owner, at)
 
@@ -134,34 +140,34 @@ def test_a_product_after_one_that_ctrl_c_ended_is_right(matrices, monkeypatch, r
             monkeypatch.setattr(owner, at, interrupted)
             asleep = stopped_in_its_sleep(made) if at == "_wake" else contextlib.nullcontext()
             with asleep, pytest.raises(KeyboardInterrupt):
-                made.product(x[i], i, 2)
+                made.product(x[i], matrices[i], i, 2)
             monkeypatch.setattr(owner, at, right)
-            assert np.array_equal(made.product(x[i - 1], i - 1, 2), want[i - 1])
+            assert np.array_equal(made.product(x[i - 1], matrices[i - 1], i - 1, 2), want[i - 1])
     made.close()
 
 
 def test_surplus_bytes_wake_nobody(matrices):
-    made = Workers(2, share(matrices))
+    made = Workers(2, shared(matrices))
     x = np.ones((1, 700), dtype="float32")
-    want = made.product(x, 0, 2)
+    want = made.product(x, matrices[0], 0, 2)
     wait_until(lambda: asleep(made))
     for _ in range(20):
         made._wake(1)
         wait_until(lambda: unread_bytes(made) == 0)
         assert asleep(made)
-    assert np.array_equal(made.product(x, 0, 2), want)
+    assert np.array_equal(made.product(x, matrices[0], 0, 2), want)
     made.close()
 
 
 def test_waiting_for_one_that_does_not_run_fills_no_pipe(matrices, monkeypatch):
-    made = Workers(2, share(matrices))
+    made = Workers(2, shared(matrices))
     x = np.ones((1, 700), dtype="float32")
-    want = made.product(x, 0, 2)
+    want = made.product(x, matrices[0], 0, 2)
     looks, poll = [], subprocess.Popen.poll
     monkeypatch.setattr(subprocess.Popen, "poll", lambda self: looks.append(1) or poll(self))
     with ThreadPoolExecutor(1) as pool:
         with stopped_in_its_sleep(made):
-            product = pool.submit(made.product, x, 0, 2)
+            product = pool.submit(made.product, x, matrices[0], 0, 2)
             wait_until(lambda: len(looks) > 20)  # at a worker that sleeps
             assert 0 < unread_bytes(made) <= 2
         assert np.array_equal(product.result(), want)
@@ -173,16 +179,18 @@ def test_a_product_after_one_that_ended_before_it_was_handed_out_waits_for_nobod
     code = (
         "import numpy as np\n"
         "from npllama.ops.workers import Workers\n"
+        "from npllama.parameters import Matrix\n"
         "from npllama.shared_arrays import share\n"
         "class Interrupted:\n"
         "    def __setitem__(self, *args): raise KeyboardInterrupt\n"
-        "w = Workers(3, share([np.ones((96, 9), dtype='int8')]))\n"
+        "m = [Matrix(share([np.ones((96, 9), dtype='int8')])[0])]\n"
+        "w = Workers(3, m)\n"
         "x = np.ones((1, 9), dtype='float32')\n"
-        "for n_parts in (3, 2): w.product(x, 0, n_parts)\n"
+        "for n_parts in (3, 2): w.product(x, m[0], 0, n_parts)\n"
         "right, w._x = w._x, Interrupted()\n"
-        "try: w.product(x, 0, 3)\n"
+        "try: w.product(x, m[0], 0, 3)\n"
         "except KeyboardInterrupt: w._x = right\n"
-        "assert (w.product(x, 0, 3) == 9).all()\n"
+        "assert (w.product(x, m[0], 0, 3) == 9).all()\n"
     )
     run_script(code)
 
@@ -191,15 +199,17 @@ def test_a_fork_computes_by_itself_and_its_end_ends_no_worker():
     code = (
         "import numpy as np, os\n"
         "from npllama.ops.workers import Workers\n"
+        "from npllama.parameters import Matrix\n"
         "from npllama.shared_arrays import share\n"
-        "w = Workers(2, share([np.ones((40, 9), dtype='int8')]))\n"
+        "m = [Matrix(share([np.ones((40, 9), dtype='int8')])[0])]\n"
+        "w = Workers(2, m)\n"
         "x = np.ones((1, 9), dtype='float32')\n"
-        "w.product(x, 0, 2)\n"
+        "w.product(x, m[0], 0, 2)\n"
         "pid = os.fork()\n"
-        "assert (w.product(x, 0, 2) == 9).all()\n"
+        "assert (w.product(x, m[0], 0, 2) == 9).all()\n"
         "if pid:\n"
         "    assert os.waitpid(pid, 0)[1] == 0\n"
-        "    assert (w.product(x, 0, 2) == 9).all()\n"
+        "    assert (w.product(x, m[0], 0, 2) == 9).all()\n"
     )
     run_script(code)
 
@@ -220,14 +230,14 @@ def test_ctrl_c_is_not_for_them(workers):
 
 
 def test_closing_ends_them(matrices):
-    made = Workers(2, share(matrices[:1]))
+    made = Workers(2, shared(matrices[:1]))
     pids = made.pids
     made.close()
     assert pids and not any(map(alive, pids))
 
 
 def test_they_leave_when_nobody_holds_them_any_more(matrices):
-    pids = Workers(2, share(matrices[:1])).pids
+    pids = Workers(2, shared(matrices[:1])).pids
     assert all(map(ends, pids))
 
 
@@ -235,9 +245,11 @@ def test_they_leave_when_their_parent_is_killed():
     code = (
         "import numpy as np, time\n"
         "from npllama.ops.workers import Workers\n"
+        "from npllama.parameters import Matrix\n"
         "from npllama.shared_arrays import share\n"
-        "w = Workers(3, share([np.ones((9, 9), dtype='int8')]))\n"
-        "w.product(np.ones((1, 9), dtype='float32'), 0, 3)\n"
+        "m = [Matrix(share([np.ones((9, 9), dtype='int8')])[0])]\n"
+        "w = Workers(3, m)\n"
+        "w.product(np.ones((1, 9), dtype='float32'), m[0], 0, 3)\n"
         "print(*w.pids, flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -254,9 +266,11 @@ def test_they_leave_when_their_parent_is_killed_and_a_fork_of_it_lives_on():
     code = (
         "import numpy as np, os, time\n"
         "from npllama.ops.workers import Workers\n"
+        "from npllama.parameters import Matrix\n"
         "from npllama.shared_arrays import share\n"
-        "w = Workers(2, share([np.ones((9, 9), dtype='int8')]))\n"
-        "w.product(np.ones((1, 9), dtype='float32'), 0, 2)\n"
+        "m = [Matrix(share([np.ones((9, 9), dtype='int8')])[0])]\n"
+        "w = Workers(2, m)\n"
+        "w.product(np.ones((1, 9), dtype='float32'), m[0], 0, 2)\n"
         "if not os.fork(): print(os.getpid(), *w.pids, flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -277,16 +291,18 @@ def test_they_work_for_a_program_without_standard_streams():
     code = (
         "import numpy as np, sys\n"
         "from npllama.ops.workers import Workers\n"
+        "from npllama.parameters import Matrix\n"
         "from npllama.shared_arrays import share\n"
-        "w = Workers(2, share([np.ones((40, 9), dtype='int8')]))\n"
-        "assert (w.product(np.ones((1, 9), dtype='float32'), 0, 2) == 9).all()\n"
+        "m = [Matrix(share([np.ones((40, 9), dtype='int8')])[0])]\n"
+        "w = Workers(2, m)\n"
+        "assert (w.product(np.ones((1, 9), dtype='float32'), m[0], 0, 2) == 9).all()\n"
     )
     command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
     assert subprocess.run(command, timeout=60).returncode == 0
 
 
 def test_one_that_was_stopped_ends_as_well(matrices):
-    made = Workers(2, share(matrices[:1]))
+    made = Workers(2, shared(matrices[:1]))
     (pid,) = made.pids
     os.kill(pid, signal.SIGSTOP)
     made.close()
@@ -295,13 +311,13 @@ def test_one_that_was_stopped_ends_as_well(matrices):
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_worker_is_one_clear_line(matrices, kill):
-    made = Workers(2, share(matrices[:1]))
+    made = Workers(2, shared(matrices[:1]))
     x = np.ones((1, 700), dtype="float32")
-    made.product(x, 0, 2)
+    made.product(x, matrices[0], 0, 2)
     os.kill(made.pids[0], kill)
     with pytest.raises(WorkerError, match=rf"killed by signal {kill.value}.*--threads 1") as error:
         for _ in range(100):
-            made.product(x, 0, 2)
+            made.product(x, matrices[0], 0, 2)
             time.sleep(0.01)
     assert "\n" not in str(error.value)
     made.close()
@@ -314,15 +330,15 @@ def test_they_need_no_folder_that_can_be_written(matrices, monkeypatch):
     monkeypatch.setattr(tempfile, "gettempdir", no_folder)
     monkeypatch.setattr(tempfile, "_get_default_tempdir", no_folder)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    made = Workers(2, share(matrices))
-    assert (made.product(np.zeros((1, 700), dtype="float32"), 0, 2) == 0).all()
+    made = Workers(2, shared(matrices))
+    assert (made.product(np.zeros((1, 700), dtype="float32"), matrices[0], 0, 2) == 0).all()
     made.close()
 
 
 def test_a_worker_that_cannot_be_started_is_one_clear_line(matrices, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(WorkerError, match=r"could not be started.*--threads 1"):
-        Workers(2, share(matrices[:1]))
+        Workers(2, shared(matrices[:1]))
 
 
 # -- the model with workers

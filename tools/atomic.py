@@ -161,7 +161,7 @@ def is_free(standing: Path, dest: Path) -> bool:
 
 
 def check_place(dest: Path, n_bytes: int, overwrite: bool) -> None:
-    """Refuse at once what `atomic_directory` would refuse once the work is done; nothing is changed.
+    """Refuse at once what `atomic_directory` would refuse after the work; nothing is changed.
 
     Args:
         dest, n_bytes, overwrite: as for `atomic_directory`.

@@ -36,7 +36,7 @@ from npllama.console import check_output, open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.operating_system import usable_cores
-from npllama.weights import STORAGE_DTYPES
+from npllama.weight_formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _step_nbytes(llama: Llama, dtype: str) -> int:
     """Bytes that a decode step reads where all numbers of the model are stored in `dtype`."""
     c = llama.config
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.dim
-    return (c.n_parameters - embedding) * STORAGE_DTYPES[dtype].itemsize
+    return (c.n_parameters - embedding) * FORMATS[dtype].dtype.itemsize
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--dtype",
-        choices=tuple(STORAGE_DTYPES),
+        choices=tuple(FORMATS),
         help="of the weights in memory (default: as stored; float32 for a shape)",
     )
     p.add_argument("--backend", choices=BACKENDS, default="auto")

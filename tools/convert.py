@@ -26,7 +26,7 @@ from converting.interruption import interruptible
 from converting.recognition import read_source
 from npllama.console import open_streams, tell
 from npllama.errors import InputError
-from npllama.weights import STORAGE_DTYPES
+from npllama.weight_formats import FORMATS
 
 MAX_SHARD_SIZE = "4GB"
 
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--dtype",
-        choices=tuple(STORAGE_DTYPES),
+        choices=tuple(FORMATS),
         help="number format of the weights; int8 is a quarter of float32 (default: as stored)",
     )
     p.add_argument(

@@ -25,11 +25,10 @@ from tqdm import tqdm
 from atomic import atomic_directory, resolved
 from command_line import Parser, exit_code, named_path
 from converting.interruption import interruptible
-from converting.meta_layout import LAYER_FIELDS, TOP_NAMES
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.console import open_streams, tell
 from npllama.errors import InputError
-from npllama.weights import layer_name, tensor_shapes
+from npllama.weight_table import named_weights
 
 TINY_LLAMA = LlamaConfig(2048, 22, 32, 4, 5632, 32000, 2048)
 _BLOCK = 2**22
@@ -78,10 +77,8 @@ class _Pickler(pickle._Pickler):  # the Python one, whose opcodes can be written
 
 def meta_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Meta's name of every tensor, and its shape."""
-    names = {hf: meta for meta, hf in TOP_NAMES.items()}
-    for i in range(config.n_layers):
-        names |= {layer_name(i, f): f"layers.{i}.{meta}" for meta, f in LAYER_FIELDS.items()}
-    return {names[hf]: shape for hf, shape in tensor_shapes(config).items()}
+    rows = named_weights(config)
+    return {weight.meta_name(layer): weight.sizes(config) for _name, weight, layer in rows}
 
 
 def write_meta(dest: Path, config: LlamaConfig) -> None:

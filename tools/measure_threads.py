@@ -23,7 +23,7 @@ from npllama.backend import get_backend
 from npllama.console import open_streams
 from npllama.errors import InputError
 from npllama.llama import Llama
-from npllama.weights import STORAGE_DTYPES
+from npllama.weight_formats import FORMATS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--shape", choices=tuple(SHAPES), help="random weights in memory")
     p.add_argument(
         "--dtype",
-        choices=tuple(STORAGE_DTYPES),
+        choices=tuple(FORMATS),
         help="of the weights in memory (default: as stored; float32 for a shape)",
     )
     p.add_argument("--threads", type=int, metavar="N", help="(default: all free cores)")

@@ -25,7 +25,7 @@ from npllama.console import check_output, open_streams, tell
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.ops import Ops
-from npllama.weights import STORAGE_DTYPES
+from npllama.weight_formats import FORMATS
 from training.stories import read_stories
 
 Map = Callable[[Callable[[str], "Score"], Sequence[str]], Iterable["Score"]]
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--limit", type=int, metavar="N", help="score the first N texts alone")
     p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto")
-    p.add_argument("--dtype", choices=tuple(STORAGE_DTYPES), help="(default: as stored)")
+    p.add_argument("--dtype", choices=tuple(FORMATS), help="(default: as stored)")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     return p
 

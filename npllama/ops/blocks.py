@@ -195,8 +195,12 @@ class Ops(SamplingEquations, Derivatives):
 
     # -- hooks: where a backend or several processes differ from this reference --------------
 
-    def prepare(self, part: Part) -> Part:
-        """The one place at load where weights are fused, uploaded or sharded."""
+    def prepare(self, part: Part, may_copy: bool = False) -> Part:
+        """The one place at load where weights are joined, uploaded or sharded.
+
+        Args:
+            may_copy: a backend that gains by matrices of one input side by side may copy them.
+        """
         return part.map(self.backend.to_device)
 
     def computing(self, n_rows: int) -> AbstractContextManager:

@@ -8,6 +8,7 @@ import numpy as np
 from npllama.backend import Array
 from npllama.ops.blocks import Ops
 from npllama.parameters import Matrix
+from npllama.weight_formats import format_of
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
@@ -23,13 +24,12 @@ class CupyOps(Ops):
         mixed dtypes, and 3-D operands, would copy W at full width on every call. int8 is
         widened, since its product would accumulate in int8 and overflow.
         """
-        is_16_bit = w.values.dtype.itemsize == 2
-        dtype = w.values.dtype if is_16_bit else x.dtype
+        dtype = w.format.product_dtype or x.dtype
         flat = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)  # (..., D) -> (M, D)
-        y = flat @ w.values.astype(dtype, copy=False).T  # (M, D) @ (D, O) -> (M, O)
+        y = flat @ w.format.unscaled(w, dtype).T  # (M, D) @ (D, O) -> (M, O)
         y = y.astype(x.dtype, copy=False)
-        y = y.reshape(*x.shape[:-1], w.shape[0])  # (M, O) -> (..., O)
-        return y if w.scale is None else y * w.scale.astype(x.dtype)
+        y = w.format.scaled(w, y)
+        return y.reshape(*x.shape[:-1], w.shape[0])  # (M, O) -> (..., O)
 
     def cached_attention(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
@@ -55,4 +55,4 @@ class CupyOps(Ops):
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""
-        return np.dtype("float16") if storage_dtype == np.int8 else storage_dtype
+        return format_of(storage_dtype).cache_dtype

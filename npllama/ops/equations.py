@@ -29,24 +29,21 @@ class Equations:
 
         Args:
             tokens: (B, T) integers in [0, V); checked on the host, since NumPy takes -1.
-            w: (V, D) in any storage dtype; only the rows in use are widened.
+            w: (V, D) in any format; only the rows in use are widened.
 
         Returns:
             (B, T, D) in `dtype`.
 
         Source: Vaswani et al. 2017, section 3.4 (without the factor sqrt(D)).
         """
-        x = w.values[tokens].astype(dtype)  # (V, D), (B, T) -> (B, T, D)
-        if w.scale is not None:
-            x = x * w.scale[tokens][..., None].astype(dtype)  # (B, T, D) * (B, T, 1)
-        return x
+        return w.format.rows(w, tokens, dtype)  # (V, D), (B, T) -> (B, T, D)
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """Projection without bias:  y = x W^T.
 
         Args:
             x: (..., D).
-            w: (O, D) in any storage dtype, widened whole to x's; a scale multiplies the
+            w: (O, D) in any format, widened whole to x's dtype; a scale multiplies the
                 O outputs, since it is one factor a row of W.
 
         Returns:
@@ -54,8 +51,8 @@ class Equations:
 
         Source: Vaswani et al. 2017, section 3.2.2 (the W of "projections").
         """
-        y = x @ w.values.astype(x.dtype, copy=False).T  # (..., D) @ (D, O) -> (..., O)
-        return y if w.scale is None else y * w.scale.astype(x.dtype)
+        y = x @ w.format.unscaled(w, x.dtype).T  # (..., D) @ (D, O) -> (..., O)
+        return w.format.scaled(w, y)
 
     # -- normalization -----------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ all of them, since waking a thread takes a quarter of that.
 """
 
 import math
-import weakref
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from npllama.backend import Array, Backend
 from npllama.ops.equations import Equations
 from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
 from npllama.ops.shared_products import SharedProducts
-from npllama.ops.tiles import is_finite, product
+from npllama.ops.tiles import product
 from npllama.parameters import Matrix
 
 QUERIES = 128
@@ -44,59 +44,57 @@ class NumpyEquations(Equations):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        # float16 matrices that have been checked, by id: the array, and what came of it
-        self._checked: dict[int, tuple[weakref.ref, bool]] = {}
+        # matrices that have been checked for infinities and NaNs, and what came of it
+        self._checked: WeakKeyDictionary[Matrix, bool] = WeakKeyDictionary()
         self._hidden: dict[tuple[int, int], np.ndarray] = {}  # by T and N
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O); a long prompt's has its tokens side by side in memory,
         which the following operations are fastest with."""
-        values = w.values
-        if x.dtype != np.float32 or not self._can_be_widened(values):
+        format_ = w.format
+        if x.dtype != np.float32 or (format_.must_be_finite and not self._is_finite(w)):
             return super().linear(x, w)
-        n_out, width = values.shape
-        if x.size == width and values.dtype == np.float32 and not self.shared.has(values):
-            y = values.dot(x.reshape(width))  # (..., D) -> (D,) -> (O,)
+        n_out, width = w.shape
+        if x.size == width and format_.is_wide and not self.shared.has(w):
+            y = w.values.dot(x.reshape(width))  # (..., D) -> (D,) -> (O,)
         else:
-            y = self._product(x.reshape(-1, width), values)  # (..., D) -> (M, D) -> (M, O)
-        if w.scale is not None:
-            y *= w.scale
+            y = self._product(x.reshape(-1, width), w)  # (..., D) -> (M, D) -> (M, O)
+        y = format_.scaled(w, y)
         return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
 
-    def _can_be_widened(self, values: np.ndarray) -> bool:
+    def _is_finite(self, w: Matrix) -> bool:
         """Whether tiles widen this matrix right: a float16 matrix with an infinity or a NaN is
-        left to the reference, so that it ends in the same NumericalError as in other dtypes.
+        left to the reference, so that it ends in the same NumericalError as in other formats.
 
         Checked at the first product, not while loading, which would read the whole file: that
         product reads the matrix anyway.
         """
-        if values.dtype != np.float16:
-            return True
-        array, result = self._checked.get(id(values), (None, False))
-        if array is None or array() is not values:
-            parts = np.array_split(values, self.backend.threads.most)
-            result = all(self.backend.threads.map(lambda part, _slot: is_finite(part), parts))
-            self._checked[id(values)] = weakref.ref(values), result
+        result = self._checked.get(w)
+        if result is None:
+            threads = self.backend.threads
+            parts = np.array_split(w.values, threads.most)
+            result = all(threads.map(lambda part, _slot: w.format.is_finite(part), parts))
+            self._checked[w] = result
         return result
 
-    def _product(self, x: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """x (M, D) float32, values (O, D) in their storage dtype -> (M, O) float32.
+    def _product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
+        """x (M, D) float32, W (O, D) up to the factors of its rows -> (M, O) float32.
 
         Computed as y^T = W x^T. Narrow values are widened tile by tile: for few rows by worker
         processes together, who multiply few rows by a small model's float32 matrices as well.
         """
-        n_rows, n_out = len(x), len(values)
+        n_rows, n_out = len(x), w.shape[0]
         threads = self.backend.threads
         is_cut_up = n_rows >= MANY_ROWS
-        if is_cut_up and threads.most == 1 and values.dtype == np.float32:
-            return x @ values.T  # rows as training's derivatives, which follow, are fastest with
-        if self.shared.has(values) and n_rows <= self.shared.most_rows(values):
-            y = self.shared.product(x, values)
+        if is_cut_up and threads.most == 1 and w.format.is_wide:
+            return x @ w.values.T  # rows as training's derivatives, which follow, are fastest with
+        if self.shared.has(w) and n_rows <= self.shared.most_rows(w):
+            y = self.shared.product(x, w)
         else:
             y = np.empty((n_out, n_rows), dtype="float32")
             n = threads.most if is_cut_up else 1
             parts = [slice(n_out * i // n, n_out * (i + 1) // n) for i in range(n)]
-            for_each(threads, lambda some, _slot: product(x, values[some], y[some]), parts, n_rows)
+            for_each(threads, lambda some, _slot: product(x, w, some, y[some]), parts, n_rows)
         return y.T if is_cut_up else np.ascontiguousarray(y.T)  # (O, M) -> (M, O)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,22 +16,10 @@ from npllama.ops.numpy_sampling import NumpySampling
 from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.shared_products import SharedProducts
 from npllama.parameters import Head, Layer, Matrix
-from npllama.shared_arrays import neighbours
+from npllama.weight_table import PRODUCTS
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
-
-
-@dataclass(frozen=True)
-class _Joined:
-    """Matrices of a layer that lie side by side, each group as one; None where they do not."""
-
-    layer: Layer | None
-    qkv: Matrix | None  # (H*C + 2*K*C, D)
-    gate_up: Matrix | None  # (2*F, D)
-
-
-_APART = _Joined(layer=None, qkv=None, gate_up=None)
 
 
 class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
@@ -43,7 +32,6 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
         self.shared = SharedProducts(backend)
-        self._joined: dict[int, _Joined] = {}  # by the id of the layer, which keeps it while here
 
     # -- blocks --------------------------------------------------------------------------------
 
@@ -71,11 +59,10 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """Gate and up in one product, the residual in place: at 512 tokens of D = 768 on two cores
         0.8 of the reference's time."""
-        joined = self._joined_of(layer).gate_up
-        if joined is None or x.dtype != np.float32:
+        if layer.gate_up is None or x.dtype != np.float32:
             return super().feed_forward(x, layer)
         h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)
-        both = self.linear(h, joined)  # (B, T, 2 F)
+        both = self.linear(h, layer.gate_up)  # (B, T, 2 F)
         n = both.shape[-1] // 2
         gate, up = both[..., :n], both[..., n:]  # (B, T, 2 F) -> (B, T, F) each
         y = self.swiglu(gate, up)
@@ -89,42 +76,47 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         """One product for q, k and v, of which q and k are rotated together: h (B, T, D) ->
         (B, n, H, C), (B, T, K, C) twice. Of few rows also where the last ones' q is enough: W is
         read once whatever their number. At D = 768 on two cores 0.8 of the reference's time."""
-        joined = self._joined_of(layer).qkv
         batch, n_new, _ = h.shape
         is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
-        if joined is None or h.dtype != np.float32 or not is_all:
+        if layer.qkv is None or h.dtype != np.float32 or not is_all:
             return super().queries_keys_values(h, layer, positions, n_last)
         head_dim = 2 * positions.cos.shape[-1]
         n_q, n_k = layer.wq.shape[0] // head_dim, layer.wk.shape[0] // head_dim
-        y = self.linear(h, joined).reshape(batch, n_new, -1, head_dim)  # (B, T, H + 2K, C)
+        y = self.linear(h, layer.qkv).reshape(batch, n_new, -1, head_dim)  # (B, T, H + 2K, C)
         qk = self.rope(y[:, :, : n_q + n_k], positions.cos, positions.sin)
         return last(qk[:, :, :n_q], n_last), qk[:, :, n_q:], y[:, :, n_q + n_k :]
 
-    def _joined_of(self, layer: Layer) -> _Joined:
-        return self._joined.get(id(layer), _APART)
-
     # -- hooks ---------------------------------------------------------------------------------
 
-    def prepare(self, part: Part) -> Part:
+    def prepare(self, part: Part, may_copy: bool = False) -> Part:
         """Matrices that lie side by side are joined; with worker processes those are shared that
         it is worth it for, which moves them to shared memory where they are not in a file."""
-        part = self.shared.moved(part.map(self.backend.to_device))
+        part = part.map(self.backend.to_device)
         if isinstance(part, Layer):
-            qkv = _side_by_side(part.wq, part.wk, part.wv)
-            gate_up = _side_by_side(part.w_gate, part.w_up)
-            self._joined[id(part)] = _Joined(part, qkv, gate_up)
-            self.shared.add(
-                [
-                    *([qkv] if qkv else [part.wq, part.wk, part.wv]),
-                    part.wo,
-                    *([gate_up] if gate_up else [part.w_gate, part.w_up]),
-                    part.w_down,
-                ],
-                part,
-            )
-        elif isinstance(part, Head):
-            self.shared.add([part.lm_head], part)
-        return part
+            return self._prepared_layer(part, may_copy)
+        if isinstance(part, Head):
+            (w,) = self.shared.joined([[part.lm_head]], may_copy=False)
+            return replace(part, lm_head=self.shared.numbered(w, w.shape[1]))
+        (w,) = self.shared.joined([[part]], may_copy=False)
+        return w
+
+    def _prepared_layer(self, layer: Layer, may_copy: bool) -> Layer:
+        """Of each product the matrix that it is computed with, and views of its rows."""
+        width = layer.wq.shape[1]
+        groups = [[getattr(layer, weight.field) for weight in ws] for ws in PRODUCTS.values()]
+        changed: dict[str, Matrix] = {}
+        joined: dict[str, Matrix] = {}
+        for (name, weights), group, whole in zip(
+            PRODUCTS.items(), groups, self.shared.joined(groups, may_copy), strict=True
+        ):
+            multiplied = group if whole is None else [whole]
+            parts = [self.shared.numbered(w, width) for w in multiplied]
+            if len(parts) < len(weights):
+                joined[name] = parts[0]
+                ends = [0, *accumulate(w.shape[0] for w in group)]
+                parts = [parts[0].rows(slice(a, b)) for a, b in pairwise(ends)]
+            changed |= {weight.field: w for weight, w in zip(weights, parts, strict=True)}
+        return replace(layer, **changed).with_derived(**joined)
 
     def computing(self, n_rows: int) -> AbstractContextManager:
         """One forward at a time, with as many threads of BLAS as there are free cores.
@@ -159,12 +151,3 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         """The scratch, and queries and outputs of one chunk."""
         scores = self.scratch_size(n_heads, n_kv_heads, chunk, context)
         return 4 * (scores + 3 * n_heads * chunk * head_dim)
-
-
-def _side_by_side(*matrices: Matrix) -> Matrix | None:
-    """The matrices as one, a view, where they lie one after the other in memory."""
-    values = neighbours([w.values for w in matrices])
-    if values is None:
-        return None
-    scales = [w.scale for w in matrices if w.scale is not None]
-    return Matrix(values, np.concatenate(scales) if scales else None)

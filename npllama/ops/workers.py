@@ -27,6 +27,7 @@ import numpy as np
 
 from npllama.errors import WorkerError
 from npllama.ops.tiles import product
+from npllama.parameters import Matrix
 from npllama.shared_arrays import Mapped, Place, can_share, empty_shared, place_of
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Job:
     counters: Place
     x: Place  # (MAX_ROWS * widest D,)
     y: Place  # (longest O * MAX_ROWS,)
-    matrices: list[Place]
+    matrices: list[dict[str, Place]]  # of each the arrays that tiles are widened from
 
 
 class Workers:
@@ -72,14 +73,13 @@ class Workers:
 
     Args:
         n: processes, this one included.
-        matrices: each (O, D), in a file or in shared memory.
+        matrices: each (O, D), what tiles are widened from in a file or in shared memory.
 
     Raises:
         WorkerError: a process could not be started, or ended by itself.
     """
 
-    def __init__(self, n: int, matrices: list[np.ndarray]) -> None:
-        self._matrices = list(matrices)
+    def __init__(self, n: int, matrices: list[Matrix]) -> None:
         self._finished = 0  # the last product that all parts of are done
         self._are_ready = False
         self._lock = threading.Lock()
@@ -97,9 +97,12 @@ class Workers:
                 empty_shared(longest * MAX_ROWS, "float32"),
             )
             self._counters = memoryview(counters)
-            places = [place_of(array) for array in (counters, self._x, self._y, *matrices)]
+            places = [place_of(array) for array in (counters, self._x, self._y)]
+            of_matrices = [
+                {name: place_of(getattr(w, name)) for name in w.format.tiled} for w in matrices
+            ]
             for rank in range(1, n):
-                self._start(_Job(rank, *places[:3], places[3:]))
+                self._start(_Job(rank, *places, of_matrices))
         except OSError as error:
             raise WorkerError(
                 f"a worker process could not be started ({error.strerror}): use --threads 1"
@@ -120,17 +123,19 @@ class Workers:
             self._are_ready = all(self._counters[_of_worker(rank, _READY)] for rank in ranks)
         return self._are_ready
 
-    def product(self, x: np.ndarray, index: int, n_parts: int) -> np.ndarray:
-        """y^T = W x^T with matrix `index`: x (M, D) float32, M <= MAX_ROWS -> (O, M) float32.
+    def product(self, x: np.ndarray, w: Matrix, index: int, n_parts: int) -> np.ndarray:
+        """y^T = W x^T, up to the factors of W's rows: x (M, D) float32, M <= MAX_ROWS, W (O, D)
+        -> (O, M) float32.
 
         Args:
+            w: the matrix that was given as number `index`; it is not kept here, so that it lives
+                no longer than its model.
             n_parts: processes that compute, this one included.
         """
-        n_rows = len(x)
-        n_out = len(self._matrices[index])
+        n_rows, n_out = len(x), w.shape[0]
         n_parts = min(n_parts, 1 + len(self._processes))
         if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
-            return product(x, self._matrices[index])
+            return product(x, w)
         with self._lock:
             counters = self._counters
             if counters[_SEQUENCE] != self._finished:  # an exception left it to those who compute
@@ -143,7 +148,7 @@ class Workers:
             for rank in range(1, n_parts):
                 if counters[_of_worker(rank, _ASLEEP)]:
                     self._wake(rank)
-            _compute(self._x, self._y, self._matrices, index, n_rows, 0, n_parts)
+            _compute(self._x, self._y, w, n_rows, 0, n_parts)
             for rank in range(1, n_parts):
                 self._wait(rank, sequence)
             self._finished = sequence
@@ -161,7 +166,8 @@ class Workers:
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
         stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # needs no folder
         self._stderrs.append(stderr)
-        places = (job.counters, job.x, job.y, *job.matrices)
+        places = [job.counters, job.x, job.y]
+        places += [place for matrix in job.matrices for place in matrix.values()]
         handed = {int(place.path.removeprefix("/dev/fd/")) for place in places}
         threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
         process = subprocess.Popen(
@@ -239,20 +245,19 @@ def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
 def _compute(
     x: np.ndarray,
     y: np.ndarray,
-    matrices: list[np.ndarray],
-    index: int,
+    w: Matrix,
     n_rows: int,
     part: int,
     n_parts: int,
 ) -> None:
     """Rows of y^T (O, M) that are this part's: O * part / n_parts and on, by 16 since BLAS takes
     some rows at a time, and the rounding of those that are left over differs."""
-    w = matrices[index]
     n_out, width = w.shape
     begin = n_out * part // n_parts // 16 * 16
     end = n_out if part + 1 == n_parts else n_out * (part + 1) // n_parts // 16 * 16
     x = x[: n_rows * width].reshape(n_rows, width)
-    product(x, w[begin:end], y[begin * n_rows : end * n_rows].reshape(end - begin, n_rows))
+    out = y[begin * n_rows : end * n_rows].reshape(end - begin, n_rows)
+    product(x, w, slice(begin, end), out)
 
 
 def serve() -> None:
@@ -262,7 +267,10 @@ def serve() -> None:
     places = [Place(**job[name]) for name in ("counters", "x", "y")]
     counters, x, y = (mapped.array(place, writable=True) for place in places)
     counters = memoryview(counters)
-    matrices = [mapped.array(Place(**place)) for place in job["matrices"]]
+    matrices = [
+        Matrix(**{name: mapped.array(Place(**place)) for name, place in places.items()})
+        for places in job["matrices"]
+    ]
     rank = job["rank"]
     done, asleep = _of_worker(rank, _DONE), _of_worker(rank, _ASLEEP)
     counters[_of_worker(rank, _READY)] = 1
@@ -283,6 +291,7 @@ def serve() -> None:
         sequence = counters[_SEQUENCE]
         n_parts = counters[_N_PARTS]
         if rank < n_parts:
-            _compute(x, y, matrices, counters[_MATRIX], counters[_N_ROWS], rank, n_parts)
+            w = matrices[counters[_MATRIX]]
+            _compute(x, y, w, counters[_N_ROWS], rank, n_parts)
             counters[done] = sequence
             since = time.perf_counter()

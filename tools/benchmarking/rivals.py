@@ -17,7 +17,7 @@ from benchmarking.peak_memory import PeakMemory
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, OutOfMemoryError
-from npllama.weights import STORAGE_DTYPES
+from npllama.weight_formats import FORMATS
 
 WORKER = Path(__file__).with_name("transformers_worker.py")
 
@@ -49,10 +49,10 @@ class Transformers:
     """
 
     def __init__(self, config: LlamaConfig, dtype: str, task: Task, n_threads: int) -> None:
-        self.dtype = "float32" if dtype == "int8" else dtype
+        self.dtype = FORMATS[dtype].torch_dtype
         self.name = f"transformers {self.dtype}"
         self.task = task
-        nbytes = config.n_parameters * STORAGE_DTYPES[self.dtype].itemsize
+        nbytes = config.n_parameters * FORMATS[self.dtype].dtype.itemsize
         free = Backend().free_bytes()
         if free is not None and nbytes > free:
             raise OutOfMemoryError(

@@ -9,7 +9,8 @@ from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK
 from npllama.ops import ops_for
 from npllama.untrained import random_parameters
-from npllama.weights import EMBEDDING, LM_HEAD, STORAGE_DTYPES, tensor_shapes
+from npllama.weight_formats import FORMATS
+from npllama.weight_table import EMBEDDING, LM_HEAD, tensor_shapes
 
 # Those at which others have published speeds: llama2.c's stories, TinyLlama, Llama 2.
 SHAPES = {
@@ -30,7 +31,7 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
         OutOfMemoryError: it does not fit; found out before any of it is made.
     """
     ops = ops_for(backend)
-    storage = STORAGE_DTYPES[dtype]
+    storage = FORMATS[dtype].dtype
     cache_dtype = ops.cache_dtype(storage)
     check_memory(
         config,

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from atomic import atomic_directory
-from converting.numbers import Loss, as_dtype, as_int8, check_finite
+from converting.numbers import Loss, as_dtype, check_finite, quantized
 from converting.source import Source, Tensor
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.tokenizers import read_tokenizer, tokenizer_config
@@ -17,9 +17,10 @@ from npllama.console import tell
 from npllama.errors import InputError, WeightsError
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer_files import read_tokenizer as load_tokenizer
-from npllama.weights import EMBEDDING, INT8_CONFIG, STORAGE_DTYPES, scale_name, tensor_shapes
+from npllama.weight_formats import FORMATS, Format, format_of
+from npllama.weight_table import EMBEDDING, tensor_shapes
 
-_FLOAT32 = np.dtype("float32")
+_FLOAT32 = FORMATS["float32"]
 
 
 def convert(
@@ -109,10 +110,10 @@ def _content(path: Path) -> bytes:
 def entries(source: Source, dtype: str | None) -> Iterator[Entry]:
     """What is written, in the order of the file."""
     for name, shape in tensor_shapes(source.config).items():
-        target = _target_dtype(source, name, dtype)
-        yield Entry(name, target, shape)
-        if target == np.int8:
-            yield Entry(scale_name(name), _FLOAT32, shape[:1])
+        for part, (part_dtype, part_shape) in (
+            _target(source, name, dtype).stored(name, shape).items()
+        ):
+            yield Entry(part, part_dtype, part_shape)
 
 
 def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[str, np.ndarray]]:
@@ -120,7 +121,7 @@ def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[s
     if source.stored_tie is not None:
         _check_tie(source.stored_tie, source.tensors[EMBEDDING])
     for name in tensor_shapes(source.config):
-        target = _target_dtype(source, name, dtype)
+        target = _target(source, name, dtype)
         yield from _converted(name, source.tensors[name], target, loss)
 
 
@@ -137,46 +138,44 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _converted(
-    name: str, tensor: Tensor, target: np.dtype, loss: Loss
+    name: str, tensor: Tensor, target: Format, loss: Loss
 ) -> list[tuple[str, np.ndarray]]:
     """A function of its own, so that nothing of one tensor lives on while the next is read."""
-    if target == np.int8 and tensor.read_int8 is not None:  # as stored, not rounded again
-        values, scale = tensor.read_int8()
-        with np.errstate(over="ignore", invalid="ignore"):
-            check_finite(scale * np.float32(128), tensor.where)  # and so is each product
-        return [(scale_name(name), scale), (name, values)]
+    parts = target.stored(name, tensor.shape)
+    if target is tensor.format:  # as stored, not rounded again
+        arrays = tuple(part.read() for part in tensor.parts)
+        check_finite(target.bound(*arrays), tensor.where)
+        return list(zip(parts, arrays, strict=True))
     values = np.ascontiguousarray(tensor.read())
     check_finite(values, tensor.where)
-    if target != np.int8:
-        return [(name, as_dtype(values, target, tensor.where, loss))]
+    if target.is_float:
+        return [(name, as_dtype(values, target.dtype, tensor.where, loss))]
     if values.dtype == np.float64:  # scales are float32
-        values = as_dtype(values, _FLOAT32, tensor.where, Loss())
-    values, scale = as_int8(values, loss)
-    return [(scale_name(name), scale), (name, values)]
+        values = as_dtype(values, _FLOAT32.dtype, tensor.where, Loss())
+    return list(zip(parts, quantized(values, target, loss), strict=True))
 
 
-def _target_dtype(source: Source, name: str, dtype: str | None) -> np.dtype:
+def _target(source: Source, name: str, dtype: str | None) -> Format:
     """As stored unless given (float64 becomes float32); norms beside int8 are float32.
 
     int8 with scales of groups, as llama2.c's, is not npllama's int8: it becomes float32.
     """
     tensor = source.tensors[name]
-    if dtype is None and tensor.read_int8 is not None:
-        return STORAGE_DTYPES["int8"]
     if dtype is None:
-        return _FLOAT32 if tensor.dtype == np.float64 else tensor.dtype
-    if dtype == "int8" and len(tensor.shape) == 1:
-        return _FLOAT32
-    return STORAGE_DTYPES[dtype]
+        stored = tensor.format or format_of(tensor.dtype)
+        return stored if stored.name in FORMATS else _FLOAT32
+    target = FORMATS[dtype]
+    return target if target.is_float or len(tensor.shape) == 2 else _FLOAT32
 
 
 def hf_config(source: Source, dtype: str | None) -> dict[str, object]:
     """config.json: the source's own where it has one, with the dtype that was written."""
-    written = [entry.dtype for entry in entries(source, dtype)]
-    name = "float32" if written[0] == np.int8 else written[0].name
+    written = [_target(source, name, dtype) for name in tensor_shapes(source.config)]
+    name = written[0].torch_dtype
     fields = (source.hf_config or source.config.to_hf(name)) | {"torch_dtype": name}
     fields.pop("dtype", None)  # transformers 5's spelling, which would contradict the other
     fields.pop("quantization_config", None)
-    if np.dtype("int8") in written:
-        fields["quantization_config"] = INT8_CONFIG
+    for format_ in written:
+        if format_.config is not None:
+            fields["quantization_config"] = format_.config
     return fields

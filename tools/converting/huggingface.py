@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converting.source import Source, Tensor, file_tensor, scaled_int8
+from converting.source import Source, Tensor, file_tensor, quantized
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
@@ -12,16 +12,9 @@ from npllama.errors import OtherTokenizerError, TokenizerError, WeightsError
 from npllama.safetensors_file import DTYPES, SafetensorsFile
 from npllama.tokenizer_files import tokenizer_file
 from npllama.tokenizer_json import sentencepiece_from_json
-from npllama.weights import (
-    EMBEDDING,
-    INDEX,
-    LM_HEAD,
-    SINGLE,
-    check_index,
-    is_rotary_table,
-    scale_name,
-    shard_files,
-)
+from npllama.weight_formats import FORMATS, scale_name
+from npllama.weight_table import EMBEDDING, LM_HEAD
+from npllama.weights import INDEX, SINGLE, check_index, is_rotary_table, shard_files
 
 _DTYPES = DTYPES | {"F64": np.dtype("float64")}  # which npllama.load does not read
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -101,21 +94,30 @@ def _torch(path: Path) -> dict[str, Tensor]:
 
 
 def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """int8 matrices joined with the scales beside them."""
+    """Quantized matrices joined with the scales beside them."""
     joined = {}
     scales = {scale_name(name) for name in tensors}
     for name, tensor in tensors.items():
         if name in scales:
             continue
         scale = tensors.get(scale_name(name))
-        if scale is not None and (tensor.dtype != np.int8 or len(tensor.shape) != 2):
-            raise WeightsError(
-                f"{scale.where} is surplus: {name} is {tensor.dtype} of shape "
-                f"{list(tensor.shape)}, and int8 matrices alone have scales"
-            )
-        if scale is not None and scale.shape != tensor.shape[:1]:
-            raise WeightsError(f"{scale.where} has shape {list(scale.shape)}: expected one a row")
-        if scale is not None and scale.dtype != np.float32:
-            raise WeightsError(f"{scale.where} is stored as {scale.dtype}: expected float32")
-        joined[name] = tensor if scale is None else scaled_int8(tensor, scale)
+        joined[name] = tensor if scale is None else _quantized(name, tensor, scale)
     return joined
+
+
+def _quantized(name: str, values: Tensor, scale: Tensor) -> Tensor:
+    found = [f for f in FORMATS.values() if not f.is_float and f.dtype == values.dtype]
+    if not found or len(values.shape) != 2:
+        raise WeightsError(
+            f"{scale.where} is surplus: {name} is {values.dtype} of shape {list(values.shape)}, "
+            "and int8 matrices alone have scales"
+        )
+    stored = found[0].stored(name, found[0].shape(values.shape))
+    dtype, shape = stored[scale_name(name)]
+    if scale.shape != shape:
+        raise WeightsError(
+            f"{scale.where} has shape {list(scale.shape)}: expected {list(shape)}, one a row"
+        )
+    if scale.dtype != dtype:
+        raise WeightsError(f"{scale.where} is stored as {scale.dtype}: expected {dtype}")
+    return quantized(found[0], (values, scale))

@@ -12,7 +12,7 @@ from converting.source import Source, Tensor, file_tensor, from_meta_row_order, 
 from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig
 from npllama.errors import ConfigError, InputError, WeightsError
-from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name, tensor_shapes
+from npllama.weight_table import EMBEDDING, LM_HEAD, NORM, layer_name, tensor_shapes
 
 _MAGIC = 0x616B3432  # "ak42": versions 1 and 2 begin with it, version 0 does not
 _SEVEN = struct.Struct("<7i")  # dim, hidden, layers, heads, kv_heads, vocab, seq_len

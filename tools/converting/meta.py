@@ -9,10 +9,7 @@ from converting.source import Source, Tensor, concatenated, from_meta_row_order
 from converting.torch_file import checked_tensors, read_torch_file
 from npllama.config import LlamaConfig, read_json
 from npllama.errors import ConfigError, WeightsError
-from npllama.weights import EMBEDDING, LAYER_NAMES, layer_name
-
-# shards hold columns of these, and rows of the other matrices
-_SPLIT_BY_COLUMNS = (EMBEDDING, LAYER_NAMES["wo"], LAYER_NAMES["w_down"])
+from npllama.weight_table import EMBEDDING, find_hf, layer_name
 
 
 def is_meta(directory: Path) -> bool:
@@ -106,7 +103,8 @@ def _rows(shards: list[dict[str, Tensor]], name: str, path: Path) -> int:
 
 
 def _merged(name: str, shards: list[dict[str, Tensor]], paths: list[Path]) -> Tensor:
-    """One tensor of all shards: norms are equal in each, matrices are split by rows or columns."""
+    """One tensor of all shards: norms are equal in each, matrices are split by rows or columns
+    (`split` in npllama.weight_table)."""
     for shard, path in zip(shards, paths, strict=True):
         if shard.keys() != shards[0].keys():
             odd = sorted(shard.keys() ^ shards[0].keys())[0]
@@ -120,9 +118,10 @@ def _merged(name: str, shards: list[dict[str, Tensor]], paths: list[Path]) -> Te
             f"{parts[0].where} has shape {list(parts[0].shape)} in {parts[0].dtype} and another "
             "in another shard: these are shards of different models"
         )
-    if len(parts[0].shape) != 2:
+    weight, _layer = find_hf(name)
+    if weight.split is None or len(parts[0].shape) != 2:  # a wrong shape is refused later
         return _equal_in_all(parts)
-    return concatenated(parts, axis=1 if name.endswith(_SPLIT_BY_COLUMNS) else 0)
+    return concatenated(parts, weight.split)
 
 
 def _equal_in_all(parts: list[Tensor]) -> Tensor:

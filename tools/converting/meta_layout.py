@@ -6,21 +6,8 @@ from typing import Any
 from converting.source import Tensor
 from npllama.config import LlamaConfig
 from npllama.errors import ConfigError, WeightsError
-from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name
+from npllama.weight_table import find_meta
 
-# Meta's name within a layer -> the field of Layer
-LAYER_FIELDS = {
-    "attention_norm.weight": "attention_norm",
-    "attention.wq.weight": "wq",
-    "attention.wk.weight": "wk",
-    "attention.wv.weight": "wv",
-    "attention.wo.weight": "wo",
-    "ffn_norm.weight": "ffn_norm",
-    "feed_forward.w1.weight": "w_gate",
-    "feed_forward.w2.weight": "w_down",
-    "feed_forward.w3.weight": "w_up",
-}
-TOP_NAMES = {"tok_embeddings.weight": EMBEDDING, "norm.weight": NORM, "output.weight": LM_HEAD}
 _SKIPPED = ("rope.freqs", "freqs_cos", "freqs_sin")  # rotary tables, computed here instead
 
 
@@ -30,21 +17,11 @@ def by_hf_name(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if name in _SKIPPED:
             continue
-        hf_name = TOP_NAMES.get(name)
-        parts = name.split(".", 2)
-        if (
-            hf_name is None
-            and len(parts) == 3
-            and parts[0] == "layers"
-            and parts[1].isdecimal()
-            and len(parts[1]) < 9
-        ):
-            layer_field = LAYER_FIELDS.get(parts[2])
-            if layer_field is not None and str(int(parts[1])) == parts[1]:
-                hf_name = layer_name(int(parts[1]), layer_field)
-        if hf_name is None:
+        found = find_meta(name)
+        if found is None:
             raise WeightsError(f"{path}: tensor {name} is not part of a LLaMA")
-        named[hf_name] = tensor
+        weight, layer = found
+        named[weight.hf_name(layer)] = tensor
     return named
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from npllama.errors import WeightsError
-from npllama.quantization import dequantize, quantize
+from npllama.weight_formats import Format
 
 _CHUNK = 2**20  # numbers at a time: temporaries stay in the cache, and small
 _UNSIGNED = {2: np.dtype("uint16"), 4: np.dtype("uint32"), 8: np.dtype("uint64")}
@@ -103,21 +103,21 @@ def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.
     return out
 
 
-def as_int8(w: np.ndarray, loss: Loss) -> tuple[np.ndarray, np.ndarray]:
-    """W (O, D) in a float dtype -> values (O, D) int8 and scale (O,) float32, see
-    npllama.quantization; noting in `loss` what this loses."""
-    values, scale = quantize(w)
+def quantized(w: np.ndarray, target: Format, loss: Loss) -> tuple[np.ndarray, ...]:
+    """W (O, D) in a float dtype -> the arrays of a quantized format, noting in `loss` what this
+    loses."""
+    arrays = target.from_float(w)
     rows = max(1, _CHUNK // max(1, w.shape[1]))
     for begin in range(0, len(w), rows):
         some = slice(begin, begin + rows)
         before = w[some].astype("float32")  # (rows, D)
-        error = dequantize(values[some], scale[some])
+        error = target.to_float(*(array[some] for array in arrays))
         error -= before
         largest = np.abs(before, out=before).max(axis=1, initial=0)  # (rows, D) -> (rows,)
         error = np.abs(error, out=error).max(axis=1, initial=0)
         part = np.divide(error, largest, out=np.zeros_like(error), where=largest > 0)
         loss.int8_error = max(loss.int8_error, float(part.max(initial=0)))
-    return values, scale
+    return arrays
 
 
 def _note(before: np.ndarray, after: np.ndarray, smallest: float, loss: Loss) -> None:

@@ -10,7 +10,8 @@ from converting.source import Source
 from converting.torch_file import is_torch_file
 from npllama.errors import InputError, WeightsError
 from npllama.not_a_model import as_given, directory_instead, file_instead, missing_instead
-from npllama.weights import check_none_missing, tensor_shapes
+from npllama.weight_table import tensor_shapes
+from npllama.weights import check_none_missing
 
 
 def read_source(path: Path) -> Source:

@@ -13,7 +13,8 @@ import numpy as np
 from npllama.config import LlamaConfig
 from npllama.errors import WeightsError
 from npllama.quantization import dequantize
-from npllama.weights import layer_name
+from npllama.weight_formats import Format
+from npllama.weight_table import OF_LAYER
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Tensor:
         where: file and name, for messages.
         dtype: of what `read` gives.
         read: the values in `dtype` and `shape`; each call reads the file again.
-        read_int8: values (O, D) int8 and scale (O,) float32, where the file holds such.
+        format: of a quantized matrix that the file holds as npllama does: that of its `parts`.
         parts: what the file holds, where `read` makes the values of it: int8 and scales.
         place: where in a file the numbers lie; two names of one tensor share it.
     """
@@ -33,7 +34,7 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    read_int8: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    format: Format | None = None
     parts: tuple["Tensor", ...] = ()
     place: tuple | None = None
 
@@ -160,16 +161,17 @@ def in_hf_row_order(w: Tensor, heads: int) -> Tensor:
         pairs = w.read().reshape(heads, rows // heads // 2, 2, width)
         return pairs.swapaxes(1, 2).reshape(rows, width)  # (heads, 2, C/2, D) -> (heads*C, D)
 
-    return replace(w, read=read, read_int8=None)
+    return replace(w, read=read, format=None)
 
 
 def from_meta_row_order(tensors: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
     """All tensors by their Hugging Face names, with every wq and wk in its row order."""
     turned = dict(tensors)
     for i in range(min(config.n_layers, len(tensors))):  # whatever the config claims
-        for field_, heads in (("wq", config.n_heads), ("wk", config.n_kv_heads)):
-            name = layer_name(i, field_)
-            if name in turned and len(turned[name].shape) == 2:  # else its shape is refused
+        for weight in OF_LAYER:
+            name, heads = weight.hf_name(i), weight.heads(config)
+            # of another shape it is refused
+            if heads is not None and name in turned and len(turned[name].shape) == 2:
                 turned[name] = in_hf_row_order(turned[name], heads)
     return turned
 
@@ -185,14 +187,11 @@ def grouped_int8(values: Tensor, scales: Tensor, group: int) -> Tensor:
     return Tensor(values.where, np.dtype("float32"), values.shape, read, parts=parts)
 
 
-def scaled_int8(values: Tensor, scale: Tensor) -> Tensor:
-    """int8 values with one scale a row, as float32, or as they are."""
-
-    def read_int8() -> tuple[np.ndarray, np.ndarray]:
-        return values.read(), scale.read()
+def quantized(format_: Format, parts: tuple[Tensor, ...]) -> Tensor:
+    """A matrix in a quantized format of npllama's, whose arrays are `parts`, as float32."""
 
     def read() -> np.ndarray:
-        return dequantize(*read_int8())
+        return format_.to_float(*(part.read() for part in parts))
 
-    parts = (values, scale)
-    return Tensor(values.where, np.dtype("float32"), values.shape, read, read_int8, parts)
+    shape = format_.shape(parts[0].shape)
+    return Tensor(parts[0].where, np.dtype("float32"), shape, read, format_, parts)

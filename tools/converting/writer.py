@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from npllama.safetensors_file import DTYPES
-from npllama.weights import INDEX, LAYER_NAMES, SINGLE
+from npllama.weight_table import find_hf
+from npllama.weights import INDEX, SINGLE
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NEIGHBOURS = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # never separated by the end of a shard
-_FOLLOWS = {LAYER_NAMES[name] for group in _NEIGHBOURS for name in group[1:]}
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ def plan(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
     """Divide tensors into files of at most `max_shard_size` bytes, but at least one group each."""
     groups: list[list[Entry]] = []
     for entry in entries:
-        suffix = entry.name.split(".", 3)[-1].removesuffix(".scale")
-        if groups and (suffix in _FOLLOWS or entry.name.endswith(".scale")):
+        if groups and _belongs_to_the_one_before(entry.name):
             groups[-1].append(entry)
         else:
             groups.append([entry])
@@ -70,6 +68,13 @@ def plan(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
         _shard(f"model-{i:05}-of-{len(files):05}.safetensors", file)
         for i, file in enumerate(files, start=1)
     ]
+
+
+def _belongs_to_the_one_before(name: str) -> bool:
+    """Whether a tensor is not parted from the one before it by the end of a file: a scale, and
+    all but the first of the matrices that are joined."""
+    found = find_hf(name)
+    return found is None or found[0].follows
 
 
 def _shard(file: str, entries: list[Entry]) -> Shard:
