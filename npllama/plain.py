@@ -16,8 +16,8 @@ import numpy as np
 
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
-from npllama.console import open_streams, tell, utf8, write
-from npllama.errors import NpllamaError, TokenizerError
+from npllama.console import exit_code, open_streams, utf8, write
+from npllama.errors import TokenizerError
 from npllama.llama import MAX_NEW_TOKENS, SHIPPED
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
@@ -109,20 +109,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--model", type=Path, default=SHIPPED, help="(default: the shipped model)")
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     options = p.parse_args(arguments)
-    try:
-        config = LlamaConfig.from_directory(options.model)
-        parameters = Checkpoint(options.model, config, "float32").parameters(Ops(Backend()))
-        tokenizer = read_tokenizer(options.model, config)
-        if tokenizer is None:
-            raise TokenizerError(f"{options.model} has no tokenizer.model or tokenizer.json")
-        ids = tokenizer.encode(options.prompt)  # BOS first
-        new = list(generate(parameters, config, ids, options.max_new_tokens))
-        said = tokenizer.decode(ids)
-        write(options.prompt + tokenizer.decode(ids + new)[len(said) :] + "\n")
-    except NpllamaError as error:
-        tell(f"plain: error: {error}")
-        return 2
-    return 0
+    return exit_code("plain", lambda: run(options.model, options.prompt, options.max_new_tokens))
+
+
+def run(directory: Path, prompt: str, max_new_tokens: int) -> None:
+    config = LlamaConfig.from_directory(directory)
+    parameters = Checkpoint(directory, config, "float32").parameters(Ops(Backend()))
+    tokenizer = read_tokenizer(directory, config)
+    if tokenizer is None:
+        raise TokenizerError(f"{directory} has no tokenizer.model or tokenizer.json")
+    ids = tokenizer.encode(prompt)  # BOS first
+    new = list(generate(parameters, config, ids, max_new_tokens))
+    said = tokenizer.decode(ids)
+    write(prompt + tokenizer.decode(ids + new)[len(said) :] + "\n")
 
 
 if __name__ == "__main__":
