@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from npllama.backend import BACKENDS
-from npllama.chat import check_chat_template, encode_chat
 from npllama.completion import Completion
 from npllama.console import (
     INTERRUPTED,
@@ -29,6 +28,7 @@ from npllama.console import (
     utf8,
     write,
 )
+from npllama.dialogue import check_chat_template, encode_chat
 from npllama.errors import InputError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load

@@ -123,7 +123,7 @@ class Llama(Transformer):
             stop: texts that end the completion and are not part of it.
             ignore_eos: go on after an end-of-sequence id.
             fresh_text: the completion begins a text of its own, as the answer to
-                npllama.chat.encode_chat does, and has no leading space.
+                npllama.dialogue.encode_chat does, and has no leading space.
             cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
                 at first), which are not read again, and afterwards the prompt and the completion
                 without its last id. `cache.truncate(row, length)` takes back what the next

@@ -134,7 +134,7 @@ class Transformer:
         """
         ops, parameters = self.ops, self.parameters
         *before, (last_layer, last_cache) = zip(parameters.layers, cache.layers, strict=True)
-        with ops.computing(tokens.size):
+        with ops.forward_context(tokens.size):
             positions = cache.on_device(place)
             x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
             for layer, layer_cache in before:
@@ -210,7 +210,7 @@ class Transformer:
         self.check_memory(1, n, more=4 * (maps + 2 * (c.n_layers + 1) * n * c.dim))
         cache = self.new_cache(context=len(ids))
         positions = cache.positions(len(ids))
-        with ops.computing(len(ids)):
+        with ops.forward_context(len(ids)):
             x = ops.embed(tokens[None], self.parameters.embedding)  # (T,) -> (1, T, D)
             hidden, attention = [to_host(x[0]).copy()], []
             for layer, layer_cache in zip(self.parameters.layers, cache.layers, strict=True):

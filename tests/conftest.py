@@ -12,11 +12,11 @@ import pytest
 from model_directory import byte_tokenizer
 from npllama.backend import Backend, CupyBackend, cuda_device_count
 from npllama.config import LlamaConfig
+from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
-from npllama.untrained import random_parameters
 from strict_array import StrictBackend
 
 ROOT = Path(__file__).parent.parent

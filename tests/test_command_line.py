@@ -406,7 +406,7 @@ def test_dtype_is_what_computes(model, capsys, dtype):
 
 
 def test_chat_wraps_the_prompt_as_ids(model, capsys):
-    from npllama.chat import encode_chat
+    from npllama.dialogue import encode_chat
 
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     llama = load(model, backend="numpy")

@@ -10,9 +10,9 @@ from conftest import TINY, make_llama
 from model_directory import BYTE_PIECES
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
+from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.sampling_options import Sampling
-from npllama.untrained import random_parameters
 
 GREEDY = Sampling(temperature=0)
 LIVELY = Sampling(temperature=1.5, top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.3)

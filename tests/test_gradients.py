@@ -10,9 +10,9 @@ from conftest import FIXTURES, TINY
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
 from npllama.gradients import loss_and_gradients
+from npllama.initialization import random_parameters
 from npllama.model import Transformer
 from npllama.parameters import Head, Layer, Matrix, Parameters
-from npllama.untrained import random_parameters
 from npllama.weight_table import EMBEDDING, LM_HEAD, NORM, OF_LAYER
 from npllama.weights import named_arrays
 

@@ -10,7 +10,7 @@ from conftest import TINY
 from model_directory import random_tensors, write_model
 from npllama import load
 from npllama.errors import NumericalError
-from npllama.ops.pieces import MANY_ROWS
+from npllama.ops.chunks import MANY_ROWS
 from npllama.ops.workers import can_work
 from npllama.weight_formats import FORMATS
 from npllama.weights import EMBEDDING, LM_HEAD, NORM, layer_name

@@ -9,12 +9,12 @@ from model_directory import write_model
 from npllama import load
 from npllama.config import LlamaConfig
 from npllama.errors import OutOfMemoryError
+from npllama.initialization import random_parameters
 from npllama.kv_cache import KVCache
 from npllama.llama import Llama
 from npllama.memory import mapped_nbytes, workspace_nbytes
 from npllama.model import PREFILL_CHUNK
 from npllama.sampling_options import Sampling
-from npllama.untrained import random_parameters
 
 LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
 

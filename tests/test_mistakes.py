@@ -24,7 +24,7 @@ DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
 SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
 NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
 NUMPY_DERIVATIVES, NUMPY_SAMPLING = "ops/numpy_derivatives.py", "ops/numpy_sampling.py"
-TILES, PIECES, WEIGHT_FORMATS = "ops/tiles.py", "ops/pieces.py", "weight_formats.py"
+TILES, CHUNKS, WEIGHT_FORMATS = "ops/tiles.py", "ops/chunks.py", "weight_formats.py"
 GENERATION, UNIFORMS = "generation.py", "uniforms.py"
 
 # what is wrong: (file, the right line's part, the mistake)
@@ -302,12 +302,12 @@ MISTAKES = {
         "slice(begin, last), tile",
     ),
     "NumPy override: the last columns forgotten": (
-        PIECES,
+        CHUNKS,
         "range(0, n_columns, at_once)",
         "range(0, n_columns - at_once, at_once)",
     ),
     "NumPy override: a column computed twice": (
-        PIECES,
+        CHUNKS,
         "slice(begin, min(begin + at_once, n_columns))",
         "slice(begin, min(begin + at_once + 1, n_columns))",
     ),
@@ -366,7 +366,7 @@ SUITES = {
     NUMPY_DERIVATIVES: ("overrides",),
     NUMPY_SAMPLING: ("sampling", "overrides"),
     TILES: ("overrides::test_with_one_thread_it_computes_the_same", "overrides"),
-    PIECES: ("pieces", "overrides"),
+    CHUNKS: ("chunks", "overrides"),
     WEIGHT_FORMATS: ("equations", "overrides"),
     GENERATION: ("generation",),
     "decode_step.py": ("generation", "decode_step"),

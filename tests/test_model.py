@@ -124,7 +124,7 @@ def test_prefill_memory_grows_with_the_context_not_its_square():
     """The scores of one chunk at a time: peak memory at twice the context is about twice."""
     import tracemalloc
 
-    from npllama.untrained import random_parameters
+    from npllama.initialization import random_parameters
 
     ops = make_ops("numpy")
     config = LlamaConfig(32, 1, 4, 2, 32, 64, context_length=8192)
@@ -253,7 +253,7 @@ def test_two_shards_are_the_model_with_nothing_but_all_reduce_between_them(where
             return ops.backend.to_device(total)
 
         ops.all_reduce = all_reduce
-        ops.computing = lambda _n_rows: nullcontext()  # as in a process of its own: no turns
+        ops.forward_context = lambda _n_rows: nullcontext()  # as in a process of its own: no turns
         parameters = half_of(whole.parameters, i)
         parameters = replace(parameters, layers=tuple(map(ops.prepare, parameters.layers)))
         llama = Llama(config, parameters, ops)

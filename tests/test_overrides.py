@@ -361,7 +361,7 @@ NOT_MATHEMATICS = {
     "attention_nbytes",  # test_memory.py
     "scratch_size",  # test_the_scratch_has_room_for_some_queries_of_a_key_head_in_every_thread
     "prepare",  # test_weights.py, test_workers.py
-    "computing",  # test_workers.py
+    "forward_context",  # test_workers.py
     "cache_dtype",  # test_the_cache_keeps_the_dtype_that_design_says
 }
 
@@ -455,10 +455,10 @@ def test_with_one_thread_it_computes_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "rope", "swiglu", "feed_forward", "attention_block"])
-def test_in_many_pieces_it_computes_the_same(name, monkeypatch):
-    """Rows of the grid as many as are cut up, each piece a few columns of them."""
-    monkeypatch.setattr("npllama.ops.pieces.MANY_ROWS", 30)
-    monkeypatch.setattr("npllama.ops.pieces.PIECE", 70)
+def test_in_many_chunks_it_computes_the_same(name, monkeypatch):
+    """Rows of the grid as many as are cut up, each chunk a few columns of them."""
+    monkeypatch.setattr("npllama.ops.chunks.MANY_ROWS", 30)
+    monkeypatch.setattr("npllama.ops.chunks.CHUNK", 70)
     ops = NumpyOps(Backend(threads=Threads(2)))
     some = cases(name, lambda dtype, label: dtype == "float32" and "B1-T33" in label)
     assert_equals_the_reference(ops, some)

@@ -10,8 +10,8 @@ from conftest import FIXTURES
 from npllama import generate, plain
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
+from npllama.initialization import random_parameters
 from npllama.ops import Ops
-from npllama.untrained import random_parameters
 from npllama.weights import Checkpoint
 
 FIXTURE_NAMES = sorted(path.name for path in (FIXTURES / "hf").iterdir())

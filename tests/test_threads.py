@@ -148,7 +148,7 @@ def test_forks_while_another_thread_computes_hang_nobody():
         "done = threading.Event()\n"
         "def compute(n_rows):\n"
         "    x = np.ones((1, n_rows, 700), dtype='float32')\n"
-        "    with ops.computing(n_rows): return (ops.linear(x, w) == 700).all()\n"
+        "    with ops.forward_context(n_rows): return (ops.linear(x, w) == 700).all()\n"
         "def go_on():\n"
         "    while not done.is_set(): assert compute(30) and compute(100)\n"
         "compute(1)\n"

@@ -17,8 +17,8 @@ import npllama
 import train
 import training.progress
 from conftest import ROOT, TINY, data_file, make_ops
+from npllama.initialization import random_parameters
 from npllama.llama import SHIPPED, Llama
-from npllama.untrained import random_parameters
 from test_atomic import refuse_locks
 from test_console import Broken
 from training.adamw import Schedule

@@ -25,7 +25,7 @@ from npllama.config import LlamaConfig
 from npllama.errors import WorkerError
 from npllama.generate import main
 from npllama.ops import NumpyOps
-from npllama.ops.pieces import MANY_ROWS
+from npllama.ops.chunks import MANY_ROWS
 from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
 from npllama.parameters import Matrix
 from npllama.sampling_options import Sampling
@@ -513,7 +513,7 @@ def test_blas_has_one_thread_beside_workers_and_where_many_rows_are_cut_up(
 ):
     monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
     _, ops = big_llama(dtype, 2)
-    with ops.computing(n_rows):
+    with ops.forward_context(n_rows):
         libraries = ThreadpoolController().select(user_api="blas").lib_controllers
         assert {library.get_num_threads() for library in libraries} == {n_threads}
     if ops.shared.workers is not None:

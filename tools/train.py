@@ -21,11 +21,11 @@ from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
 from npllama.console import open_streams, reason, tell, utf8
 from npllama.errors import ConfigError, InputError
+from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.ops import ops_for
 from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
-from npllama.untrained import random_parameters
 from perplexity import score_texts
 from training.adamw import Schedule
 from training.batches import Batches

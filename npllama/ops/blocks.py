@@ -203,7 +203,7 @@ class Ops(SamplingEquations, Derivatives):
         """
         return part.map(self.backend.to_device)
 
-    def computing(self, n_rows: int) -> AbstractContextManager:
+    def forward_context(self, n_rows: int) -> AbstractContextManager:
         """The context that a forward of n_rows = B * T tokens runs in; here none."""
         return nullcontext()
 

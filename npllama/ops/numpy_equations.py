@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from npllama.backend import Array, Backend
+from npllama.ops.chunks import MANY_ROWS, for_each, in_chunks
 from npllama.ops.equations import Equations
-from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
 from npllama.ops.shared_products import SharedProducts
 from npllama.ops.tiles import product
 from npllama.parameters import Matrix
@@ -154,7 +154,7 @@ class NumpyEquations(Equations):
             part += halves[:, :, some, ::-1] * sin
 
         batch, n_tokens, n_heads, head_dim = x.shape
-        in_pieces(self.backend.threads, compute, n_heads, batch * n_tokens, head_dim)
+        in_chunks(self.backend.threads, compute, n_heads, batch * n_tokens, head_dim)
         return y.reshape(x.shape)
 
     def attention_weights(self, q: Array, k: Array) -> Array:
@@ -255,7 +255,7 @@ class NumpyEquations(Equations):
             np.divide(gate[..., some], part, out=part)
             part *= up[..., some]
 
-        in_pieces(self.backend.threads, compute, gate.shape[-1], gate.size // gate.shape[-1])
+        in_chunks(self.backend.threads, compute, gate.shape[-1], gate.size // gate.shape[-1])
         return y
 
 

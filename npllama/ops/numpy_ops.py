@@ -10,10 +10,10 @@ import numpy as np
 
 from npllama.backend import Array, Backend
 from npllama.ops.blocks import Ops, Part, last
+from npllama.ops.chunks import MANY_ROWS
 from npllama.ops.numpy_derivatives import NumpyDerivatives
 from npllama.ops.numpy_equations import NumpyEquations, tokens_at_once
 from npllama.ops.numpy_sampling import NumpySampling
-from npllama.ops.pieces import MANY_ROWS
 from npllama.ops.shared_products import SharedProducts
 from npllama.parameters import Head, Layer, Matrix
 from npllama.weight_table import PRODUCTS
@@ -118,17 +118,17 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
             changed |= {weight.field: w for weight, w in zip(weights, parts, strict=True)}
         return replace(layer, **changed).with_derived(**joined)
 
-    def computing(self, n_rows: int) -> AbstractContextManager:
+    def forward_context(self, n_rows: int) -> AbstractContextManager:
         """One forward at a time, with as many threads of BLAS as there are free cores.
 
         BLAS has one thread where many rows are cut up among threads of our own, and beside
         workers: its threads spin for some 50 ms after a product and would take their cores.
         Where one thread is all there may be, several forwards run at once.
         """
-        return self._computing(n_rows)
+        return self._forward_context(n_rows)
 
     @contextmanager
-    def _computing(self, n_rows: int) -> Iterator[None]:
+    def _forward_context(self, n_rows: int) -> Iterator[None]:
         threads = self.backend.threads
         if threads.most == 1:
             with threads.blas_alone():

@@ -9,7 +9,7 @@ import numpy as np
 
 from npllama.backend import Backend
 from npllama.errors import WorkerError
-from npllama.ops.pieces import MANY_ROWS
+from npllama.ops.chunks import MANY_ROWS
 from npllama.ops.tiles import product
 from npllama.ops.workers import MAX_ROWS, Workers, can_work
 from npllama.parameters import Matrix

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
+from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.memory import check_memory
 from npllama.model import PREFILL_CHUNK
 from npllama.ops import ops_for
-from npllama.untrained import random_parameters
 from npllama.weight_formats import FORMATS
 from npllama.weight_table import EMBEDDING, LM_HEAD, tensor_shapes
 

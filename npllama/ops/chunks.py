@@ -1,4 +1,4 @@
-"""One operation on many tokens, cut up: in pieces that stay in a core's cache, on all cores."""
+"""One operation on many tokens, cut up: in chunks that stay in a core's cache, on all cores."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -9,7 +9,7 @@ from npllama.threads import Threads
 
 Item = TypeVar("Item")
 
-PIECE = 64 * 1024
+CHUNK = 64 * 1024
 """Numbers of an elementwise operation that are computed at a time, since several ufuncs go over
 them: they stay in a core's own cache, and are worth a thread's waking up."""
 
@@ -37,7 +37,7 @@ def for_each(
         threads.map(compute, items)
 
 
-def in_pieces(
+def in_chunks(
     threads: Threads,
     function: Callable[[slice], None],
     n_columns: int,
@@ -49,7 +49,7 @@ def in_pieces(
     if n_rows < MANY_ROWS:
         function(slice(None))
     else:
-        at_once = max(1, PIECE // (width * n_rows))
+        at_once = max(1, CHUNK // (width * n_rows))
         begins = range(0, n_columns, at_once)
-        pieces = [slice(begin, min(begin + at_once, n_columns)) for begin in begins]
-        for_each(threads, lambda piece, _slot: function(piece), pieces, n_rows)
+        chunks = [slice(begin, min(begin + at_once, n_columns)) for begin in begins]
+        for_each(threads, lambda chunk, _slot: function(chunk), chunks, n_rows)

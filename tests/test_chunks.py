@@ -1,4 +1,4 @@
-"""Work that is cut up: every column once, whatever the size of a piece."""
+"""Work that is cut up: every column once, whatever the size of a chunk."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import npllama.ops.pieces as pieces
-from npllama.ops.pieces import MANY_ROWS, for_each, in_pieces
+import npllama.ops.chunks as chunks
+from npllama.ops.chunks import MANY_ROWS, for_each, in_chunks
 from npllama.threads import Threads
 
 
@@ -17,16 +17,16 @@ from npllama.threads import Threads
 def test_every_column_is_computed_once(n_rows, n_columns, width):
     seen = []
     everything = list(range(n_columns))
-    in_pieces(Threads(2), lambda some: seen.append(everything[some]), n_columns, n_rows, width)
-    assert sorted(column for piece in seen for column in piece) == everything
+    in_chunks(Threads(2), lambda some: seen.append(everything[some]), n_columns, n_rows, width)
+    assert sorted(column for chunk in seen for column in chunk) == everything
     if n_rows >= MANY_ROWS:
         numbers = max(map(len, seen)) * width * n_rows
-        assert numbers <= pieces.PIECE or max(map(len, seen)) == 1
+        assert numbers <= chunks.CHUNK or max(map(len, seen)) == 1
 
 
-def test_few_rows_are_one_piece():
+def test_few_rows_are_one_chunk():
     seen = []
-    in_pieces(Threads(2), seen.append, 10**6, MANY_ROWS - 1)
+    in_chunks(Threads(2), seen.append, 10**6, MANY_ROWS - 1)
     assert seen == [slice(None)]
 
 

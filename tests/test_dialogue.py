@@ -5,7 +5,7 @@ import json
 import pytest
 
 from model_directory import byte_tokenizer
-from npllama.chat import check_chat_template, encode_chat
+from npllama.dialogue import check_chat_template, encode_chat
 from npllama.errors import ConfigError, InputError, TokenizerError
 
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
