@@ -16,7 +16,7 @@ from npllama.config import LlamaConfig
 from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
-from npllama.memory import check_memory
+from npllama.memory import require_free_memory
 from npllama.model import PREFILL_CHUNK, Transformer
 from npllama.not_a_model import (
     HOW_TO_GET_ONE,
@@ -349,7 +349,7 @@ def load(
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
-    check_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
+    require_free_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
     for note in llama.notes:

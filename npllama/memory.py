@@ -10,7 +10,7 @@ from npllama.parameters import Parameters
 from npllama.shared_arrays import MappedFile, memory_of
 
 
-def check_memory(
+def require_free_memory(
     config: LlamaConfig,
     ops: Ops,
     cache_dtype: np.dtype,

@@ -9,7 +9,7 @@ from npllama.backend import Array
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
 from npllama.kv_cache import KVCache, Place
-from npllama.memory import check_memory, mapped_nbytes
+from npllama.memory import mapped_nbytes, require_free_memory
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
 
@@ -87,7 +87,7 @@ class Transformer:
         """Raise OutOfMemoryError where `batch` rows of `context` positions, and `more` bytes,
         do not fit beside the weights."""
         chunk = min(PREFILL_CHUNK, context)
-        check_memory(
+        require_free_memory(
             self.sizes,
             self.ops,
             self.cache_dtype,

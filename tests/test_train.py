@@ -24,7 +24,7 @@ from test_console import Broken
 from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint
-from training.run import Run, Workers
+from training.run import Run, WorkerThreads
 from training.tokenizer import train_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
@@ -223,9 +223,9 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
     for implementation in ("numpy", "strict", "strict-cupy"):
         ops = make_ops(implementation)
         llama = Llama(TINY, random_parameters(TINY, ops), ops)
-        workers = Workers(1)
+        workers = WorkerThreads(1)
         schedule = Schedule(1e-2, 1, 3, 0.0)
-        run = Run(llama, batches, schedule, decay=0.1, largest_norm=1.0, workers=workers)
+        run = Run(llama, batches, schedule, decay=0.1, max_grad_norm=1.0, workers=workers)
         with workers:
             losses = [run.step().loss for _ in range(3)]
         assert losses == sorted(losses, reverse=True)
@@ -293,7 +293,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(place, capsys):
 
 
 def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
-    """In a process of its own: its peak against the sum that check_memory makes."""
+    """In a process of its own: its peak against the sum that check_training_memory makes."""
     wide = {"hidden_size": 512, "intermediate_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | wide))
     text = "\n<|endoftext|>\n".join(f"{SENTENCE} {i} " * 2 for i in range(40))

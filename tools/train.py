@@ -33,7 +33,7 @@ from training.checkpoint import load_checkpoint, load_facts, save_checkpoint
 from training.loss_curve import check_matplotlib, draw_curve
 from training.model_writer import check_model_place, write_model
 from training.progress import Progress
-from training.run import Run, Workers, check_memory
+from training.run import Run, WorkerThreads, check_training_memory
 from training.run_directory import CHECKPOINT, LOCK, check_out, mark_as_run
 from training.stories import encode_stories, read_stories
 from training.tokenizer import train_tokenizer
@@ -131,7 +131,7 @@ def _run(
     ops = ops_for(get_backend(options.backend))
     n_workers = options.threads or ops.backend.threads.most
     ops.backend.threads = Threads(1)  # a micro-batch has one
-    check_memory(config, ops, min(options.micro_batch, options.batch), n_workers)
+    check_training_memory(config, ops, min(options.micro_batch, options.batch), n_workers)
     sample = [] if options.sample is None else tokenizer.encode(options.sample)
     if len(sample) >= config.context_length:
         raise InputError(f"--sample fills the context of {config.context_length}: shorten it")
@@ -141,8 +141,8 @@ def _run(
         batches,
         Schedule(options.lr, options.warmup, options.steps, options.final_lr),
         decay=options.weight_decay,
-        largest_norm=options.clip,
-        workers=Workers(n_workers),
+        max_grad_norm=options.clip,
+        workers=WorkerThreads(n_workers),
     )
 
 

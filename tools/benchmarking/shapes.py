@@ -6,7 +6,7 @@ from npllama.backend import Backend
 from npllama.config import LlamaConfig
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
-from npllama.memory import check_memory
+from npllama.memory import require_free_memory
 from npllama.model import PREFILL_CHUNK
 from npllama.ops import ops_for
 from npllama.weight_formats import FORMATS
@@ -33,7 +33,7 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
     ops = ops_for(backend)
     storage = FORMATS[dtype].dtype
     cache_dtype = ops.cache_dtype(storage)
-    check_memory(
+    require_free_memory(
         config,
         ops,
         cache_dtype,

@@ -84,14 +84,14 @@ class AdamW:
             pass
 
 
-def clip(gradients: Arrays, largest_norm: float, xp: Any) -> Array:
-    """Scale all gradients, in place, to a joint norm of at most `largest_norm`; the norm before,
+def clip(gradients: Arrays, max_grad_norm: float, xp: Any) -> Array:
+    """Scale all gradients, in place, to a joint norm of at most `max_grad_norm`; the norm before,
     an array of shape ().
 
     Source: Pascanu et al. 2013, algorithm 1.
     """
     norm = xp.sqrt(sum((xp.square(g).sum() for g in gradients.values()), 0.0))
-    scale = xp.minimum(1.0, largest_norm / (norm + 1e-6)).astype("float32")
+    scale = xp.minimum(1.0, max_grad_norm / (norm + 1e-6)).astype("float32")
     for g in gradients.values():
         g *= scale
     return norm

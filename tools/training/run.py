@@ -30,7 +30,7 @@ class StepResult:
     learning_rate: float
 
 
-def check_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int) -> None:
+def check_training_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int) -> None:
     """Raise OutOfMemoryError where a run of such a model does not fit, before it is made.
 
     Weights, the optimizer's m and v, the sum of the gradients and one gradient a worker; and for
@@ -54,7 +54,7 @@ def check_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int
         )
 
 
-class Workers:
+class WorkerThreads:
     """Threads that each compute a micro-batch's gradient, with one BLAS thread each.
 
     Half of a small model's step is elementwise, which NumPy computes on one core, so a core a
@@ -65,7 +65,7 @@ class Workers:
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "WorkerThreads":
         self._pool = ThreadPoolExecutor(self.n)
         self._limits = threadpool_limits(1, user_api="blas")
         return self
@@ -93,13 +93,13 @@ class Run:
         schedule: Schedule,
         *,
         decay: float,
-        largest_norm: float,
-        workers: Workers,
+        max_grad_norm: float,
+        workers: WorkerThreads,
     ) -> None:
         self.model = model
         self.batches = batches
         self.schedule = schedule
-        self.largest_norm = largest_norm
+        self.max_grad_norm = max_grad_norm
         self.workers = workers
         self.xp = model.backend.xp
         self.weights = named_arrays(model.parameters, model.config)
@@ -115,7 +115,7 @@ class Run:
         micro_batches = self.batches.step(self.steps_done)
         loss, gradients = self._gradients(micro_batches)
         to_host = self.model.backend.to_host
-        norm = float(to_host(clip(gradients, self.largest_norm, self.xp)))
+        norm = float(to_host(clip(gradients, self.max_grad_norm, self.xp)))
         loss = float(to_host(loss))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(
