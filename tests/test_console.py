@@ -13,7 +13,7 @@ import pytest
 import convert
 import perplexity
 from conftest import ROOT, TINY
-from converting.interruption import Interrupted
+from interruption import Interrupted
 from model_directory import write_model
 from npllama import console, generate
 from npllama.console import ReaderLeftError, open_streams, reason, tell, utf8, write

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import converting.numbers as numbers
+import converting.dtypes as dtypes
 from conftest import DATA, FIXTURES, ROOT, TINY, data_file, make_llama
 from convert import main as convert_main
 from converting.conversion import convert as convert_in_process
-from converting.recognition import read_source
+from converting.read_source import read_source
 from converting.source import read_numbers
 from converting.tokenizers import read_tokenizer
 from model_directory import BYTE_PIECES, random_tensors, write_model
@@ -751,17 +751,17 @@ def test_a_conversion_says_what_it_lost(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_what_a_conversion_lost_is_measured_over_all_numbers(rng, dtype, monkeypatch):
-    monkeypatch.setattr(numbers, "_CHUNK", 100)
+    monkeypatch.setattr(dtypes, "_CHUNK", 100)
     w = rng.standard_normal((7, 53)).astype("float32")
     w[:, 3] *= 1e-5
-    loss = numbers.Loss()
+    loss = dtypes.Loss()
     if dtype == "int8":
-        values, scale = numbers.quantized(w, FORMATS["int8"], loss)
+        values, scale = dtypes.quantized(w, FORMATS["int8"], loss)
         error = np.abs(values * scale[:, None] - w).max(axis=1) / np.abs(w).max(axis=1)
         assert loss.int8_error == pytest.approx(error.max(), rel=1e-4)
         assert 0.3 * 0.5 / 127 < loss.int8_error < 1.01 * 0.5 / 127
         return
-    after = numbers.as_dtype(w, np.dtype(dtype), "here", loss).astype("float32")
+    after = dtypes.as_dtype(w, np.dtype(dtype), "here", loss).astype("float32")
     is_small = np.abs(after) < (2.0**-14 if dtype == "float16" else 1e-37)
     error = np.abs((after - w) / w)[~is_small]
     assert loss.relative_error == pytest.approx(error.max(), rel=1e-4)
@@ -769,10 +769,10 @@ def test_what_a_conversion_lost_is_measured_over_all_numbers(rng, dtype, monkeyp
 
 
 def test_a_row_of_zeros_and_one_that_scales_to_nothing_lose_nothing_and_all():
-    loss = numbers.Loss()
-    numbers.quantized(np.zeros((2, 3), dtype="float32"), FORMATS["int8"], loss)
+    loss = dtypes.Loss()
+    dtypes.quantized(np.zeros((2, 3), dtype="float32"), FORMATS["int8"], loss)
     assert loss.lines() == []
-    numbers.quantized(np.full((1, 3), 1e-45, dtype="float32"), FORMATS["int8"], loss)
+    dtypes.quantized(np.full((1, 3), 1e-45, dtype="float32"), FORMATS["int8"], loss)
     assert loss.int8_error == 1
 
 
@@ -926,7 +926,7 @@ def test_memory_holds_one_tensor_at_a_time(
     tmp_path, monkeypatch, large_source, stored, dtype, factor
 ):
     source = large_source(stored)
-    monkeypatch.setattr("converting.numbers._CHUNK", 2**14)
+    monkeypatch.setattr("converting.dtypes._CHUNK", 2**14)
     source = read_source(source)
     tracemalloc.start()
     try:

@@ -22,7 +22,7 @@ import pytest
 import npllama
 from conftest import FIXTURES, ROOT, TINY
 from converting.conversion import convert
-from converting.recognition import read_source
+from converting.read_source import read_source
 from converting.tokenizers import read_tokenizer
 from model_directory import BYTE_PIECES, random_tensors, write_model
 from npllama.backend import Backend

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from converting.interruption import uninterrupted
+from interruption import uninterrupted
 from npllama.errors import InputError
 
 try:

@@ -21,9 +21,9 @@ from pathlib import Path
 from atomic import check_dest, identity, names_beside, resolved
 from command_line import Parser, exit_code, named_path, say
 from converting.conversion import convert
-from converting.description import description, dry_run
-from converting.interruption import interruptible
-from converting.recognition import read_source
+from converting.inspection import description, dry_run
+from converting.read_source import read_source
+from interruption import interruptible
 from npllama.console import open_streams, tell
 from npllama.errors import InputError
 from npllama.weight_formats import FORMATS

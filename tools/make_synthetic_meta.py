@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from atomic import atomic_directory, resolved
 from command_line import Parser, exit_code, named_path
-from converting.interruption import interruptible
+from interruption import interruptible
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.console import open_streams, tell
 from npllama.errors import InputError

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from atomic import atomic_file, locked, parents_of
 from command_line import Parser, exit_code, named_path
-from converting.interruption import deferred, interruptible
 from converting.tokenizers import read_tokenizer
+from interruption import deferred, interruptible
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
 from npllama.console import open_streams, reason, tell, utf8

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from atomic import atomic_directory
-from converting.numbers import Loss, as_dtype, check_finite, quantized
+from converting.dtypes import Loss, as_dtype, check_finite, quantized
 from converting.source import Source, Tensor
 from converting.tokenizers import DESCRIBING as TOKENIZER_FILES
 from converting.tokenizers import read_tokenizer, tokenizer_config

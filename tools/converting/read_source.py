@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from converting.dtypes import FLOATS
 from converting.huggingface import is_hugging_face, read_hugging_face
 from converting.llama2c import is_llama2c_bin, read_llama2c_bin, read_llama2c_training
 from converting.meta import is_meta, read_meta
-from converting.numbers import FLOATS
 from converting.source import Source
 from converting.torch_file import is_torch_file
 from npllama.errors import InputError, WeightsError
