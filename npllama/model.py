@@ -133,20 +133,20 @@ class Transformer:
         Of the last layer, all but the last positions need no more than their keys and values.
         """
         ops, parameters = self.ops, self.parameters
-        *before, (last_layer, last_cache) = zip(parameters.layers, cache.layers, strict=True)
+        last = len(parameters.layers) - 1
         with ops.forward_context(tokens.size):
             positions = cache.on_device(place)
             x = ops.embed(tokens, parameters.embedding)  # (B, T) -> (B, T, D)
-            for layer, layer_cache in before:
-                x = ops.attention_block(x, layer, layer_cache, positions)
+            for i, (layer, layer_cache) in enumerate(
+                zip(parameters.layers, cache.layers, strict=True)
+            ):
+                n = max(n_last, 1) if i == last else None  # at least 1: no array is empty
+                x = ops.attention_block(x, layer, layer_cache, positions, n)  # -> (B, n, D)
                 x = ops.feed_forward(x, layer)
-            # (B, T, D) -> (B, n, D), n at least 1: no array is empty
-            x = ops.attention_block(x, last_layer, last_cache, positions, max(n_last, 1))
             cache.advance_on_device(place)
             if n_last == 0:
                 shape = (len(x), 0, self.config.vocab_size)
                 return self.backend.xp.zeros(shape, dtype="float32")
-            x = ops.feed_forward(x, last_layer)
             return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
 
     def prefill(

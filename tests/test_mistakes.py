@@ -193,11 +193,6 @@ MISTAKES = {
         "q.reshape(n_kv_heads, groups, head_dim) * np.float32(1 / math.sqrt(head_dim))",
         "q.reshape(n_kv_heads, groups, head_dim)",
     ),
-    "NumPy override: a token does not see itself": (
-        NUMPY_BLOCKS,
-        "keys[:, start], values[:, start] = k[b, 0], v[b, 0]",
-        "values[:, start] = v[b, 0]",
-    ),
     "NumPy override: turned back": (
         NUMPY_EQUATIONS,
         "_SIGNS = np.array([[-1], [1]]",

@@ -105,7 +105,7 @@ def test_the_last_layer_and_the_head_run_on_the_last_positions_alone(
         *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 1), ("head", 1),
         *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 3), ("head", 3),
         *[("feed_forward", 5)] * n_layers, ("head", 5),
-        *[("feed_forward", 5)] * (n_layers - 1),
+        *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 1),  # no array is empty
     ]  # fmt: skip
     assert [x.shape for x in logits.values()] == [(1, n, TINY.vocab_size) for n in (1, 3, 5, 0)]
     for n in (1, 3):

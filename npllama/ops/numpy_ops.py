@@ -19,7 +19,7 @@ from npllama.parameters import Head, Layer, Matrix
 from npllama.weight_table import PRODUCTS
 
 if TYPE_CHECKING:
-    from npllama.kv_cache import LayerCache, Positions
+    from npllama.kv_cache import Positions
 
 
 class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
@@ -41,20 +41,6 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         if tokens.size < MANY_ROWS or self.backend.threads.most == 1:
             return x
         return np.asarray(x, order="F")
-
-    def cached_attention(
-        self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
-    ) -> Array:
-        """Where each row has one new token, in fewer calls: a decode step at D = 288 is 1.03 times
-        as fast (two cores); one at D = 768 is not any more."""
-        if k.shape[1] > 1 or q.dtype != np.float32 or cache.k.dtype != np.float32:
-            return super().cached_attention(q, k, v, cache, positions)
-        o = np.empty((q.shape[0], 1, q.shape[2] * q.shape[3]), dtype="float32")  # (B, 1, H*C)
-        for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
-            keys, values = cache.k[row, :, : start + 1], cache.v[row, :, : start + 1]  # (K, N, C)
-            keys[:, start], values[:, start] = k[b, 0], v[b, 0]
-            o[b] = self.attention(q[b].swapaxes(0, 1), keys, values, cache.scratch).reshape(1, -1)
-        return o
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """Gate and up in one product, the residual in place: at 512 tokens of D = 768 on two cores
