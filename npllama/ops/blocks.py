@@ -79,8 +79,8 @@ class Ops(SamplingEquations, Derivatives):
             k_row, v_row = cache.k[row, :, :end], cache.v[row, :, :end]  # (K, N, C)
             q_row = q[b].swapaxes(0, 1)  # (n, H, C) -> (H, n, C)
             o = self.attention(q_row, k_row, v_row, cache.scratch)
-            heads.append(o.swapaxes(0, 1))  # (H, n, C) -> (n, H, C)
-        o = self.xp.stack(heads)  # B x (n, H, C) -> (B, n, H, C)
+            heads.append(o.swapaxes(0, 1)[None])  # (H, n, C) -> (1, n, H, C)
+        o = self.xp.concatenate(heads)  # B x (1, n, H, C) -> (B, n, H, C)
         return o.reshape(*o.shape[:2], -1)  # (B, n, H, C) -> (B, n, H*C)
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
