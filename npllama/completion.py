@@ -8,7 +8,8 @@ class Timings:
     """Where the time of one generation went; shared by all rows of a batch.
 
     Attributes:
-        prompt_tokens, new_tokens: over all rows.
+        prompt_tokens, new_tokens: over all rows; of prompts those that were read, not those that a
+            cache held.
         first_token_seconds: from the start to the first row's first token.
         prefill_seconds: the prompts, and the first token of each row.
         decode_seconds: all further tokens, without the caller's own time between them.

@@ -63,7 +63,8 @@ class Generation:
         self._in_flight: deque[tuple[list[Row], Array, Array]] = deque()
         self._launched = 0  # tokens of each row that are computed or queued
         cached = [0] * len(rows) if cache is None else cache.lengths
-        n_read = sum(len(row.prompt_ids) - cached[row.number] for row in rows)
+        active = [row for row in rows if row.finish_reason is None]
+        n_read = sum(len(row.prompt_ids) - cached[row.number] for row in active)
         self.timings = Timings(prompt_tokens=n_read)
 
     def completions(self) -> list[Completion]:
@@ -96,6 +97,9 @@ class Generation:
         if self._cache is None:
             longest = max(len(row.prompt_ids) + row.limit for row in active)
             self._cache = self.model.new_cache(len(self.rows), longest)
+        for row in active:  # another generation may have run since this one was made
+            self._cache.check_prefix(row.number, row.prompt_ids)
+        self._cache.user = self
         try:
             self._prefill(active)
             while True:
@@ -145,6 +149,8 @@ class Generation:
             kept = [i for i, row in enumerate(self._active) if row in going_on]
             self._state = self._state.of_rows(self.backend.to_device(np.array(kept)))
             self._active = going_on
+        if self._cache.user is not self:
+            raise InputError("another generation uses the cache: this one cannot go on")
         place = self._cache.place(1, tuple(row.number for row in going_on))
         results = self._compiled(self._state, self._cache, place)
         self._cache.advance(place.rows, [1] * len(place.rows))
@@ -184,13 +190,15 @@ class Generation:
         return row.accept(id_, log_prob)
 
     def _settle(self) -> None:
-        """Leave in each row of the cache what it is known to hold: steps that were launched
-        ahead, or interrupted, may have left more."""
+        """Leave in each row of the cache its prompt and its completion without the last id, as
+        far as they were read: steps that were launched ahead or interrupted may have left more."""
+        if self._cache.user is not self:
+            return
+        self._cache.user = None
         for row in self.rows:
             ids = row.prompt_ids + row.ids
-            length = self._cache.lengths[row.number]
-            if row.ids:
-                length = min(length, len(ids) - 1)
+            known = len(row.prompt_ids) + max(len(row.ids) - 1, 0)
+            length = min(self._cache.lengths[row.number], known)
             self._cache.truncate(row.number, length)
             self._cache.ids[row.number] = ids[:length]
 

@@ -81,6 +81,7 @@ class KVCache:
         device_lengths: (batch,) int32, the same on the device.
         ids: the token ids that each row holds, as far as they are known: those of
             `Transformer.prefill` and of a generation.
+        user: the generation that writes to it now, if one does.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class KVCache:
         self.layers = tuple(LayerCache(k[i], v[i], scratch) for i in range(n_layers))
         self.lengths = [0] * batch
         self.ids: list[list[int]] = [[] for _ in range(batch)]
+        self.user: object = None
         self.device_lengths = xp.zeros(batch, dtype="int32")
         self._new = xp.arange(context, dtype="int32")
         self._device_rows = {tuple(range(batch)): xp.arange(batch, dtype="int32")}
@@ -163,8 +165,10 @@ class KVCache:
         """Forget all but the first `length` positions of a row.
 
         Raises:
-            InputError: the row has fewer.
+            InputError: there is no such row, or it has fewer.
         """
+        if not 0 <= row < len(self.lengths):
+            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
         if not 0 <= length <= self.lengths[row]:
             raise InputError(
                 f"row {row} of the cache holds {self.lengths[row]} positions: "
@@ -173,3 +177,23 @@ class KVCache:
         self.lengths[row] = length
         self.device_lengths[row] = length
         del self.ids[row][length:]
+
+    def check_prefix(self, row: int, ids: Sequence[int]) -> None:
+        """Raise InputError unless a row holds some first ids of a prompt, not all of them: the
+        last one is read in any case, since the next follows from it."""
+        held, length = self.ids[row], self.lengths[row]
+        if len(ids) > self.context:
+            raise InputError(f"{len(ids)} tokens do not fit the cache's room for {self.context}")
+        if len(held) != length:
+            raise InputError(
+                f"row {row} of the cache holds {length} positions, of which the ids of "
+                f"{len(held)} are known: cache.truncate({row}, {len(held)}) keeps those"
+            )
+        pairs = enumerate(zip(held, ids, strict=False))
+        same = next((i for i, (one, other) in pairs if one != other), length)
+        keep = min(same, len(ids) - 1)
+        if keep < length:
+            raise InputError(
+                f"row {row} of the cache holds {length} ids and the prompt begins with {keep} of "
+                f"them that can be kept: cache.truncate({row}, {keep}) first"
+            )

@@ -126,8 +126,8 @@ class Llama(Transformer):
                 npllama.dialogue.encode_chat does, and has no leading space.
             cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
                 at first), which are not read again, and afterwards the prompt and the completion
-                without its last id. `cache.truncate(row, length)` takes back what the next
-                prompt does not have.
+                without its last id (a prompt that is to get no new token is not read).
+                `cache.truncate(row, length)` takes back what the next prompt does not have.
             sampling: how tokens are chosen.
             changes: fields of npllama.Sampling (temperature, top_k, ...) that replace those of
                 `sampling`.
@@ -152,7 +152,7 @@ class Llama(Transformer):
         stops = _checked_stops(stop)
         if stops and self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        if isinstance(prompts, str | bytes) or not prompts:
+        if isinstance(prompts, str | bytes) or len(prompts) == 0:
             raise InputError("prompts is not a list of at least one prompt")
         if cache is not None:
             self._check_cache(cache, len(prompts))
@@ -160,9 +160,7 @@ class Llama(Transformer):
         rows = []
         for number, prompt in enumerate(prompts):
             where = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
-            ids = self._checked_ids(prompt, where)
-            if cache is not None:
-                _check_cached(cache, number, ids, where)
+            ids = self._checked_ids(prompt, where, number, cache)
             rows.append(
                 Row(
                     number=number,
@@ -257,13 +255,17 @@ class Llama(Transformer):
         allowed[beyond] = True
         return n_tokens, self.backend.to_device(allowed)
 
-    def _checked_ids(self, prompt: Prompt, where: str) -> list[int]:
+    def _checked_ids(
+        self, prompt: Prompt, where: str, row: int, cache: KVCache | None
+    ) -> list[int]:
         try:
             ids = self.encode(prompt)
             self.to_tokens(ids)
+            if cache is not None:
+                cache.check_prefix(row, ids)
         except InputError as error:
             raise InputError(f"{where}{error}") from None
-        return ids
+        return list(map(int, ids))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, BOS first; ids are taken as they are.
@@ -275,7 +277,8 @@ class Llama(Transformer):
         [1, 261]
         """
         if not isinstance(prompt, str):
-            if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            is_scalar = isinstance(prompt, np.ndarray) and prompt.ndim == 0
+            if isinstance(prompt, bytes) or is_scalar or not isinstance(prompt, Iterable):
                 raise InputError(f"the prompt is {prompt!r}: expected a text or token ids")
             return list(prompt)
         if self.tokenizer is None:
@@ -382,27 +385,6 @@ def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
         expected = [*inspect.signature(Llama.generation).parameters][2:]
         raise TypeError(f"no keyword is named {unknown[0]}: expected one of {', '.join(expected)}")
     return replace(sampling, **changes)
-
-
-def _check_cached(cache: KVCache, row: int, ids: Sequence[int], where: str) -> None:
-    """Raise InputError unless a row of the cache holds some first ids of a prompt."""
-    held, length = cache.ids[row], cache.lengths[row]
-    if len(ids) > cache.context:
-        raise InputError(
-            f"{where}{len(ids)} tokens do not fit the cache's room for {cache.context}"
-        )
-    if len(held) != length:
-        raise InputError(
-            f"{where}row {row} of the cache holds {length} positions, of which the ids of "
-            f"{len(held)} are known: cache.truncate({row}, {len(held)}) keeps those"
-        )
-    same = next((i for i, pair in enumerate(zip(held, ids)) if pair[0] != pair[1]), len(held))  # noqa: B905 (one is longer)
-    keep = min(same, len(ids) - 1)  # the last id is read in any case: the next follows from it
-    if keep < length:
-        raise InputError(
-            f"{where}row {row} of the cache holds {length} ids and the prompt begins with "
-            f"{keep} of them that can be kept: cache.truncate({row}, {keep}) first"
-        )
 
 
 def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

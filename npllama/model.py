@@ -67,9 +67,19 @@ class Transformer:
         self.rope_table = ops.rope_table(self.context, ops.rope_frequencies(config))
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
-        """An empty cache of `batch` rows with room for `context` positions each."""
+        """An empty cache of `batch` rows with room for `context` positions each, by default the
+        model's.
+
+        Raises:
+            InputError: no rows, or a context of none or of more positions than the model's.
+        """
         sizes = self.sizes
-        context = context or self.context
+        context = self.context if context is None else context
+        if not 1 <= context <= self.context or batch < 1:
+            raise InputError(
+                f"a cache of {batch} rows and {context} positions: expected at least 1 row, and 1 "
+                f"to {self.context} positions"
+            )
         chunk = min(PREFILL_CHUNK, context)
         return KVCache(
             self.backend,
@@ -143,25 +153,31 @@ class Transformer:
                 n = max(n_last, 1) if i == last else None  # at least 1: no array is empty
                 x = ops.attention_block(x, layer, layer_cache, positions, n)  # -> (B, n, D)
                 x = ops.feed_forward(x, layer)
-            cache.advance_on_device(place)
             if n_last == 0:
                 shape = (len(x), 0, self.config.vocab_size)
-                return self.backend.xp.zeros(shape, dtype="float32")
-            return ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
+                logits = self.backend.xp.zeros(shape, dtype="float32")
+            else:
+                logits = ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
+            cache.advance_on_device(place)  # last: an error before it leaves the cache as it was
+            return logits
 
     def prefill(
-        self, ids: Sequence[int], cache: KVCache, row: int = 0, chunk: int = PREFILL_CHUNK
+        self, ids: Sequence[int], cache: KVCache, row: int = 0, chunk: int | None = None
     ) -> Array:
         """Feed a prompt, or the rest of one, to a row in chunks; (1, V) logits of the next token.
 
-        The head runs once, on the last position. Any `chunk` gives the same logits.
+        The head runs once, on the last position. Any `chunk` gives the same logits; None is
+        PREFILL_CHUNK.
         """
+        chunk = chunk or PREFILL_CHUNK
         tokens = self.to_tokens(ids)
         for begin in range(0, len(ids), chunk):
             is_last = begin + chunk >= len(ids)
             part = tokens[None, begin : begin + chunk]  # (T,) -> (1, chunk)
+            is_known = len(cache.ids[row]) == cache.lengths[row]
             logits = self.forward(part, cache, (row,), n_last=1 if is_last else 0)
-            cache.ids[row] += map(int, ids[begin : begin + chunk])
+            if is_known:
+                cache.ids[row] += map(int, ids[begin : begin + chunk])
         return logits[:, 0]  # (1, 1, V) -> (1, V)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:

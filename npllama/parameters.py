@@ -18,8 +18,8 @@ Part = TypeVar("Part", bound="_Mapped")
 class _Mapped:
     """A frozen dataclass of arrays and of other parts.
 
-    Fields that follow from the others, such as views of them, are not given when a part is made:
-    they are None until `with_derived`, and again in what `map` or `dataclasses.replace` makes.
+    Fields that follow from the others are not given when a part is made. Those that `ops.prepare`
+    sets are None until then, and again in what `map` or `dataclasses.replace` makes.
     """
 
     def map(self: Part, move: Callable[[Array], Array]) -> Part:
@@ -89,7 +89,7 @@ class Matrix(_Mapped):
         return self.map(lambda array: array[some])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer(_Mapped):
     """One transformer block. Under sharding H, K and F are the counts of this shard.
 
@@ -112,7 +112,7 @@ class Layer(_Mapped):
     gate_up: Matrix | None = field(default=None, init=False)  # (2*F, D)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head(_Mapped):
     """What turns the last hidden state into logits."""
 

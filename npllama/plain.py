@@ -2,8 +2,9 @@
 
     python -m npllama.plain --prompt "Once upon a time" [--model DIR]
 
-It prints what `python -m npllama.generate --temperature 0 --backend numpy` prints. Nothing here
-is fast; the tests hold the library to it. Letters: T new tokens, N cached positions with them,
+It prints what `python -m npllama.generate --temperature 0 --backend numpy` prints (which never
+chooses rows of the vocabulary that only pad it). Nothing here is fast; the tests hold the library
+to it. Letters: T new tokens, N cached positions with them,
 D width, H query heads, K key-value heads, G = H/K, C head width, F ffn width, V vocabulary.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
 from npllama.console import exit_code, open_streams, utf8, write
-from npllama.errors import TokenizerError
+from npllama.errors import InputError, TokenizerError
 from npllama.llama import MAX_NEW_TOKENS, SHIPPED
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
@@ -106,19 +107,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
     p = argparse.ArgumentParser(prog="python -m npllama.plain", description=__doc__.split("\n")[0])
     p.add_argument("--prompt", required=True, type=utf8, help="the text to continue")
-    p.add_argument("--model", type=Path, default=SHIPPED, help="(default: the shipped model)")
+    p.add_argument("--model", default=SHIPPED, help="(default: the shipped model)")
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     options = p.parse_args(arguments)
     return exit_code("plain", lambda: run(options.model, options.prompt, options.max_new_tokens))
 
 
-def run(directory: Path, prompt: str, max_new_tokens: int) -> None:
+def run(model: str | Path, prompt: str, max_new_tokens: int) -> None:
+    if not str(model) or not Path(model).is_dir():
+        raise InputError(f"--model is {str(model)!r}: expected a model directory")
+    directory = Path(model)
     config = LlamaConfig.from_directory(directory)
     parameters = Checkpoint(directory, config, "float32").parameters(Ops(Backend()))
     tokenizer = read_tokenizer(directory, config)
     if tokenizer is None:
         raise TokenizerError(f"{directory} has no tokenizer.model or tokenizer.json")
-    ids = tokenizer.encode(prompt)  # BOS first
+    ids = tokenizer.encode_prompt(prompt)  # BOS first
+    if len(ids) > config.context_length or max_new_tokens < 0:
+        raise InputError(
+            f"{len(ids)} ids and {max_new_tokens} new ones: expected at most "
+            f"{config.context_length} ids, and at least 0 new ones"
+        )
     new = list(generate(parameters, config, ids, max_new_tokens))
     said = tokenizer.decode(ids)
     write(prompt + tokenizer.decode(ids + new)[len(said) :] + "\n")

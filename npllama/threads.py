@@ -74,7 +74,7 @@ class Threads:
     @contextlib.contextmanager
     def blas(self, n: int) -> Iterator[None]:
         """A `turn` in which products of NumPy's BLAS use n threads; it restores their number."""
-        with self.turn():
+        with self.turn(), _numbers_restored():
             before = _numbers_of_threads()
             try:
                 _set_blas([n] * len(before))
@@ -86,18 +86,9 @@ class Threads:
     def blas_alone(self) -> Iterator[None]:
         """A context in which products of NumPy's BLAS use one thread, and which several threads of
         a program are in at once, each on a core of its own."""
-        with _alone_lock:
-            if not _alone:
-                _before_alone[:] = _numbers_of_threads()
-            _alone.append(None)
-            _set_blas([1] * len(_before_alone))
-        try:
+        with _numbers_restored():
+            _set_blas([1] * len(_blas_libraries()))
             yield
-        finally:
-            with _alone_lock:
-                _alone.pop()
-                if not _alone:
-                    _set_blas(_before_alone)
 
     def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
         """function(item, slot) for each item, in order, `count` of them at a time; two that run
@@ -147,9 +138,27 @@ class Threads:
 
 
 _turn = threading.RLock()
-_alone_lock = threading.Lock()
-_alone: list[None] = []  # one for each context of `blas_alone`
-_before_alone: list[int] = []  # threads of each library before the first of them
+_lock = threading.Lock()
+_n_inside = 0  # contexts that have been entered and not left
+_original: list[int] = []  # threads of each library before the first of them
+
+
+@contextlib.contextmanager
+def _numbers_restored() -> Iterator[None]:
+    """BLAS has the numbers of threads from before the first such context once the last is left,
+    whatever contexts of several threads did to each other's."""
+    global _n_inside
+    with _lock:
+        if _n_inside == 0:
+            _original[:] = _numbers_of_threads()
+        _n_inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _n_inside = max(0, _n_inside - 1)  # in a fork it begins anew
+            if _n_inside == 0:
+                _set_blas(_original)
 
 
 @lru_cache(maxsize=1)
@@ -167,9 +176,8 @@ def _guard_forks() -> None:
 
 def _new_locks() -> None:
     """In a fork: the threads that held them do not exist here."""
-    global _turn, _alone_lock
-    _turn, _alone_lock = threading.RLock(), threading.Lock()
-    _alone.clear()
+    global _turn, _lock, _n_inside
+    _turn, _lock, _n_inside = threading.RLock(), threading.Lock(), 0
 
 
 def _numbers_of_threads() -> list[int]:

@@ -22,7 +22,7 @@ from strict_array import StrictBackend
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 FIXTURES = Path(__file__).parent / "fixtures"
-sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its rooms
+sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its modules
 
 # A shell's background job ignores Ctrl-C, and so would every program that the tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)

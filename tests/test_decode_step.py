@@ -1,5 +1,6 @@
 """What a decode step may read: a captured one sees the device alone."""
 
+from collections import deque
 from dataclasses import fields, replace
 
 import numpy as np
@@ -24,11 +25,12 @@ class Frozen(tuple):
 
 class CapturingOps(CupyOps):
     """From a step's second call of a key on, it has no host positions, and the arrays that it was
-    given at the first."""
+    given at the first. Results live until the call after the next."""
 
     def __init__(self, backend):
         super().__init__(backend)
         self.keys, self.replays = {}, 0
+        self.results = deque(maxlen=2)  # of the last two calls
 
     def compile(self, step):
         def compiled(state, cache, place):
@@ -42,6 +44,10 @@ class CapturingOps(CupyOps):
             held = state.tokens.array
             ids, log_probs = step(state, cache, place)
             assert state.tokens.array is held and ids.array is not held
+            if len(self.results) == 2:  # this call's take the place of those before the last
+                for old in self.results[0]:
+                    old.array[...] = -1
+            self.results.append((ids, log_probs))
             return ids, log_probs
 
         return compiled

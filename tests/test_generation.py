@@ -381,8 +381,12 @@ OPTIONS = {"max_new_tokens": 6, "seed": 3, "ignore_eos": True}
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
 def test_continuing_on_a_kept_cache_equals_starting_anew(llama, monkeypatch, chunk):
-    monkeypatch.setattr("npllama.model.PREFILL_CHUNK", chunk)
     whole = llama.generate(PROMPT, **OPTIONS)
+    monkeypatch.setattr("npllama.model.PREFILL_CHUNK", chunk)
+    forward, widths = llama.forward, []
+    monkeypatch.setattr(
+        llama, "forward", lambda t, *a, **k: widths.append(t.shape[1]) or forward(t, *a, **k)
+    )
     for split in range(len(PROMPT)):
         cache = llama.new_cache(context=30)
         if split:
@@ -393,6 +397,7 @@ def test_continuing_on_a_kept_cache_equals_starting_anew(llama, monkeypatch, chu
         assert completion.timings.prompt_tokens == len(PROMPT) - split
         assert cache.ids[0] == (PROMPT + whole.ids)[:-1]
         assert cache.lengths == [len(PROMPT) + 5]
+    assert max(widths) == min(chunk, len(PROMPT))
 
 
 def test_a_batch_goes_on_from_rows_of_different_lengths(llama):
@@ -472,3 +477,80 @@ def test_a_cache_of_another_model_or_batch_is_refused(ops, llama):
 def test_the_caches_room_ends_a_completion(llama):
     completion = llama.generate(PROMPT, cache=llama.new_cache(context=10), seed=1, ignore_eos=True)
     assert (len(completion.ids), completion.finish_reason) == (2, "length")
+
+
+def test_wherever_a_generation_is_left_the_cache_knows_what_it_holds(llama):
+    prompts = [PROMPT, [1, 8, 9]]
+    want = [c.ids for c in llama.generate_batch(prompts, **OPTIONS)]
+    for n_steps in range(9):
+        cache = llama.new_cache(batch=2, context=30)
+        running = iter(llama.generation(prompts, cache=cache, **OPTIONS))
+        for _ in range(n_steps):
+            next(running)
+        running.close()
+        for row, prompt in enumerate(prompts):
+            assert len(cache.ids[row]) == cache.lengths[row]
+            cache.truncate(row, min(cache.lengths[row], len(prompt) - 1))
+        again = llama.generate_batch(prompts, cache=cache, **OPTIONS)
+        assert [c.ids for c in again] == want
+
+
+def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
+    cache = llama.new_cache(context=30)
+    first, second = (llama.generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
+    list(first)
+    held = list(cache.ids[0])
+    with pytest.raises(InputError, match=r"begins with 7 of them .* cache.truncate\(0, 7\)"):
+        list(second)
+    assert cache.ids == [held] and cache.lengths == [len(held)]
+
+
+def test_an_old_iterator_neither_goes_on_nor_writes_over_a_newer_ones_record(llama):
+    cache = llama.new_cache(context=40)
+    old = iter(llama.generation([[3, 4, 5]], cache=cache, **OPTIONS))
+    next(old)
+    cache.truncate(0, 0)
+    newer = llama.generate(PROMPT, cache=cache, **OPTIONS)
+    with pytest.raises(InputError, match="another generation uses the cache"):
+        for _ in range(4):
+            next(old)
+    assert cache.ids[0] == (PROMPT + newer.ids)[:-1]
+    longer = [*PROMPT, *newer.ids, 77]
+    got = llama.generate(longer, cache=cache, **OPTIONS)
+    assert got.ids == llama.generate(longer, **OPTIONS).ids
+
+
+def test_ids_behind_unknown_ones_are_not_known(ops, llama):
+    cache = llama.new_cache(context=30)
+    llama.forward(ops.backend.to_device(np.array([[90, 91]], dtype="int32")), cache)
+    llama.prefill([1, 5], cache)
+    assert (cache.lengths, cache.ids) == ([4], [[]])
+
+
+def test_an_error_in_the_head_leaves_the_cache_as_it_was(ops, llama, monkeypatch, to_host):
+    cache = llama.new_cache(context=30)
+    llama.prefill(PROMPT[:3], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.ops, "head", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            llama.prefill(PROMPT[3:5], cache)
+    assert cache.lengths == to_host(cache.device_lengths).tolist() == [3]
+    assert (
+        llama.generate(PROMPT, cache=cache, **OPTIONS).ids == llama.generate(PROMPT, **OPTIONS).ids
+    )
+
+
+def test_a_prompt_that_is_to_get_no_token_is_not_read(llama):
+    cache = llama.new_cache(context=30)
+    completion = llama.generate(PROMPT, cache=cache, max_new_tokens=0)
+    assert (cache.lengths, completion.timings.prompt_tokens) == ([0], 0)
+
+
+def test_prompts_may_be_arrays(llama):
+    prompts = np.array([[1, 5], [1, 8]])
+    got = llama.generate_batch(prompts, **OPTIONS)
+    assert [c.ids for c in got] == [llama.generate_batch(prompts, **OPTIONS)[i].ids for i in (0, 1)]
+    with pytest.raises(InputError, match="expected a text or token ids"):
+        llama.generate(np.array(5))
+    with pytest.raises(InputError, match="at least one prompt"):
+        llama.generate_batch(np.zeros((0, 2), dtype="int64"))

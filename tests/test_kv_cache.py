@@ -85,6 +85,18 @@ def test_a_row_cannot_be_truncated_to_more_than_it_holds(llama, length):
         cache.truncate(0, length)
 
 
+@pytest.mark.parametrize("row", [-1, 1])
+def test_a_row_that_is_none_cannot_be_truncated(llama, row):
+    with pytest.raises(InputError, match=f"there is no row {row}"):
+        llama.new_cache(batch=1).truncate(row, 0)
+
+
+@pytest.mark.parametrize("size", [{"context": 65}, {"context": 0}, {"context": -1}, {"batch": 0}])
+def test_a_cache_has_rows_and_no_more_positions_than_the_model(llama, size):
+    with pytest.raises(InputError, match=r"expected at least 1 row, and 1 to 64 positions"):
+        llama.new_cache(**size)
+
+
 def test_the_bucket_holds_the_longest_row(llama, monkeypatch):
     monkeypatch.setattr("npllama.kv_cache.BUCKET", 8)
     cache = llama.new_cache(batch=2, context=20)

@@ -153,8 +153,8 @@ MISTAKES = {
     ),
     "a cache is left with what was launched ahead": (
         GENERATION,
-        "length = min(length, len(ids) - 1)",
-        "pass",
+        "length = min(self._cache.lengths[row.number], known)",
+        "length = self._cache.lengths[row.number]",
     ),
     "the same random number at every step": (
         "decode_step.py",

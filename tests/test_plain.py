@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from conftest import FIXTURES
+from conftest import FIXTURES, TINY
+from model_directory import write_model
 from npllama import generate, plain
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
@@ -45,7 +46,25 @@ def test_a_prompt_in_two_parts_gives_the_same_states(rng):
     assert np.allclose(got, whole(x, 0), atol=1e-5)
 
 
-def test_a_directory_that_is_none_is_one_line(capsys, tmp_path):
-    assert plain.main(["--prompt", "a", "--model", str(tmp_path)]) == 2
+def test_without_bos_it_prints_what_the_command_line_prints(capsys, tmp_path):
+    model = write_model(tmp_path / "model", TINY)
+    (model / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    options = ["--prompt", "The", "--model", str(model), "--max-new-tokens", "9"]
+    assert plain.main(options) == 0
+    page = capsys.readouterr().out
+    assert generate.main([*options, "--temperature", "0", "--backend", "numpy"]) == 0
+    assert page == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [["--model", ""], ["--model", "/nowhere"], ["--max-new-tokens", "-1"]]
+)
+def test_wrong_input_is_one_line(capsys, options):
+    assert plain.main(["--prompt", "a", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("plain: error: ") and error.count("\n") == 1
+
+
+def test_a_prompt_beyond_the_context_is_one_line(capsys):
+    assert plain.main(["--prompt", "a cat " * 1000]) == 2
+    assert "expected at most 512 ids" in capsys.readouterr().err

@@ -113,13 +113,26 @@ def test_forwards_of_one_thread_each_run_at_once():
             both.wait()  # only where two are inside does it open
             assert set(blas_threads()) == {1}
 
-    with threads.blas(2), ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, range(2)))
-        assert set(blas_threads()) == {2}
     assert blas_threads() == before
 
 
-def test_an_interrupted_context_leaves_blas_as_it_was(monkeypatch):
+@pytest.mark.parametrize("first", [0, 1])
+def test_contexts_of_both_kinds_that_overlap_leave_blas_as_it_was(first):
+    before = blas_threads()
+    contexts = [Threads(2).blas(2), Threads(1).blas_alone()]
+    with ThreadPoolExecutor(1) as pool:
+        one, other = contexts[first], contexts[1 - first]
+        pool.submit(one.__enter__).result()
+        other.__enter__()
+        pool.submit(one.__exit__, None, None, None).result()
+        other.__exit__(None, None, None)
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("context", [Threads(2).blas(1), Threads(1).blas_alone()])
+def test_an_interrupted_context_leaves_blas_as_it_was(monkeypatch, context):
     before, right = blas_threads(), npllama.threads._set_blas
 
     def interrupted(numbers):
@@ -128,9 +141,10 @@ def test_an_interrupted_context_leaves_blas_as_it_was(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(npllama.threads, "_set_blas", interrupted)
-    with pytest.raises(KeyboardInterrupt), Threads(2).blas(1):
+    with pytest.raises(KeyboardInterrupt), context:
         pass
     assert blas_threads() == before
+    assert npllama.threads._n_inside == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -35,8 +35,8 @@ class CupyOps(Ops):
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
         """One new token in each row: by the positions on the device alone, as a captured step
-        needs it. All rows attend together to the first `bucket` keys, of which those behind a
-        row's own position are masked."""
+        needs it. All rows attend together to the first `bucket` keys, of which those after a
+        row's own position are hidden."""
         xp = self.xp
         if k.shape[1] > 1:
             return super().cached_attention(q, k, v, cache, positions)
