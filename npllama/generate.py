@@ -264,8 +264,7 @@ def run(args: argparse.Namespace) -> int:
     interrupted = False
     try:
         if args.json:
-            for _ in generation:
-                pass
+            generation.run()
         else:
             heads = [""] * len(prompts)
             if not args.no_echo:

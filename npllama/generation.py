@@ -18,6 +18,9 @@ from npllama.row import Row
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
+TURN = 0.02
+"""Seconds of steps in one turn of a generation whose text nobody waits for."""
+
 
 class Generation:
     """Runs a batch of rows to their ends; iterating yields (row number, text) as it is made.
@@ -82,6 +85,19 @@ class Generation:
             )
             for row in self.rows
         ]
+
+    def run(self) -> None:
+        """Iterate to the end, for a caller who does not take the text as it is made.
+
+        Several steps are one turn (`Ops.turn`): handing it to another thread takes longer than a
+        small model's NumPy calls.
+        """
+        steps, is_running = iter(self), True
+        while is_running:
+            with self.ops.turn():
+                until = time.monotonic() + TURN
+                is_running = any(time.monotonic() > until for _ in steps)
+            self.backend.threads.give_way()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         if self._began:

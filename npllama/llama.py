@@ -235,8 +235,7 @@ class Llama(Transformer):
         [4, 4]
         """
         generation = self.generation(prompts, **options)
-        for _ in generation:
-            pass
+        generation.run()
         return generation.completions()
 
     def _choosable(self) -> tuple[int, Array | None]:

@@ -71,6 +71,11 @@ class Threads:
         _guard_forks()
         return _turn
 
+    def give_way(self) -> None:
+        """Let a thread that waits for its turn have it; for nothing where none does."""
+        if _turn.waiting:
+            time.sleep(0.0005)  # long enough for it to wake up
+
     @contextlib.contextmanager
     def blas(self, n: int) -> Iterator[None]:
         """A `turn` in which products of NumPy's BLAS use n threads; it restores their number."""
@@ -137,7 +142,32 @@ class Threads:
         return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
 
 
-_turn = threading.RLock()
+class _Turn:
+    """A reentrant lock that knows which threads wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.waiting: set[int] = set()
+
+    def acquire(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.waiting.add(threading.get_ident())
+            try:
+                self._lock.acquire()
+            finally:
+                self.waiting.discard(threading.get_ident())
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+_turn = _Turn()
 _lock = threading.Lock()
 _n_inside = 0  # contexts that have been entered and not left
 _original: list[int] = []  # threads of each library before the first of them
@@ -177,7 +207,7 @@ def _guard_forks() -> None:
 def _new_locks() -> None:
     """In a fork: the threads that held them do not exist here."""
     global _turn, _lock, _n_inside
-    _turn, _lock, _n_inside = threading.RLock(), threading.Lock(), 0
+    _turn, _lock, _n_inside = _Turn(), threading.Lock(), 0
 
 
 def _numbers_of_threads() -> list[int]:

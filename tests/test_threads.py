@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import npllama.threads
-from conftest import run_script
+from conftest import make_llama, run_script
 from npllama.backend import Backend
 from npllama.operating_system import process_seconds, usable_cores
 from npllama.ops import NumpyOps
@@ -102,6 +102,38 @@ def test_threads_take_turns():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(40)))
     assert max(most) == 1 and blas_threads() == before
+
+
+def test_a_turn_knows_who_waits_and_gives_way():
+    threads, order = Threads(2), []
+
+    def work(name):
+        for _ in range(3):
+            with threads.turn():
+                order.append(name)
+                while name == "first" and len(order) == 1 and not npllama.threads._turn.waiting:
+                    time.sleep(0.001)  # until the other one waits
+            threads.give_way()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(work, "first")
+        while not order:
+            time.sleep(0.001)
+        pool.submit(work, "second").result(timeout=60)
+        first.result(timeout=60)
+    assert sorted(order) == ["first"] * 3 + ["second"] * 3
+    assert not npllama.threads._turn.waiting
+
+
+def test_generations_in_several_threads_are_what_they_are_alone(monkeypatch):
+    monkeypatch.setattr("npllama.generation.TURN", 0.001)
+    llama = make_llama(NumpyOps(Backend(threads=Threads(2))))
+    prompts = [[1, 5, i] for i in range(6)]
+    options = {"max_new_tokens": 20, "seed": 1, "ignore_eos": True}
+    want = [llama.generate(prompt, **options).ids for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda prompt: llama.generate(prompt, **options).ids, prompts))
+    assert got == want
 
 
 def test_forwards_of_one_thread_each_run_at_once():

@@ -207,6 +207,10 @@ class Ops(SamplingEquations, Derivatives):
         """The context that a forward of n_rows = B * T tokens runs in; here none."""
         return nullcontext()
 
+    def turn(self) -> AbstractContextManager:
+        """The context of several steps whose text nobody waits for; here none."""
+        return nullcontext()
+
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """The dtype in which keys and values are kept for weights of `storage_dtype`."""
         return np.dtype("float32")

@@ -1,7 +1,7 @@
 """What NumPy does better than blocks.py: joined products, and all cores for a prompt."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -112,6 +112,11 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         Where one thread is all there may be, several forwards run at once.
         """
         return self._forward_context(n_rows)
+
+    def turn(self) -> AbstractContextManager:
+        """Forwards of one generation; those of other threads wait."""
+        threads = self.backend.threads
+        return threads.turn() if threads.most > 1 else nullcontext()
 
     @contextmanager
     def _forward_context(self, n_rows: int) -> Iterator[None]:

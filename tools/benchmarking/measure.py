@@ -112,8 +112,7 @@ def generate(llama: Llama, task: Task) -> Sample:
     generation = llama.generation(
         task.prompts, max_new_tokens=task.new_tokens, sampling=GREEDY, seed=0, ignore_eos=True
     )
-    for _ in generation:
-        pass
+    generation.run()
     t = generation.timings
     return Sample(t.prefill_tokens_per_second, t.decode_tokens_per_second, t.first_token_seconds)
 
