@@ -95,7 +95,7 @@ class Layer(_Mapped):
 
     Attributes:
         qkv, gate_up: the matrices of one input as one, of which they are views; None where they
-            do not lie side by side in memory.
+            are not contiguous in memory.
     """
 
     attention_norm: Array  # (D,) float32

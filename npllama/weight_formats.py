@@ -22,7 +22,7 @@ _CHUNK = 512 * 1024  # numbers that are looked at a time: they stay in the cache
 
 
 class Format:
-    """Numbers of a dtype, with a factor a row where a matrix has a scale.
+    """Elements of a dtype, with a factor per row where a matrix has a scale.
 
     Attributes:
         name: as --dtype names it.

@@ -49,8 +49,8 @@ class NumpyEquations(Equations):
         self._hidden: dict[tuple[int, int], np.ndarray] = {}  # by T and N
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T: (..., D) -> (..., O); a long prompt's has its tokens side by side in memory,
-        which the following operations are fastest with."""
+        """y = x W^T: (..., D) -> (..., O). A long prompt's result is token-contiguous, which the
+        following operations are fastest with."""
         format_ = w.format
         if x.dtype != np.float32 or (format_.must_be_finite and not self._is_finite(w)):
             return super().linear(x, w)

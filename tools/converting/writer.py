@@ -71,8 +71,8 @@ def plan(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
 
 
 def _belongs_to_the_one_before(name: str) -> bool:
-    """Whether a tensor is not parted from the one before it by the end of a file: a scale, and
-    all but the first of the matrices that are joined."""
+    """Whether a tensor stays in the file of the one before it: a scale does, and all but the
+    first of the matrices that are joined."""
     found = find_hf(name)
     return found is None or found[0].follows
 
