@@ -1,13 +1,15 @@
-"""What CuPy does better than the reference: 16-bit matrix products on tensor cores."""
+"""What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
 
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from npllama.backend import Array
+from npllama.backend import Array, Backend
 from npllama.ops.blocks import Ops
-from npllama.parameters import Matrix
+from npllama.ops.cuda import decode_attention, gemv
+from npllama.ops.cuda.kernels import Kernels
+from npllama.parameters import Head, Layer, Matrix
 from npllama.weight_formats import format_of
 
 if TYPE_CHECKING:
@@ -15,7 +17,51 @@ if TYPE_CHECKING:
 
 
 class CupyOps(Ops):
-    """Overrides for CUDA; each computes what the method of the same name in Ops does."""
+    """Overrides for CUDA; each computes what the method of the same name in Ops does.
+
+    Where shapes and dtypes fit a kernel, the kernel computes it, and array calls elsewhere.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.kernels = Kernels(backend)
+
+    def attention_block(
+        self,
+        x: Array,
+        layer: Layer,
+        cache: "LayerCache",
+        positions: "Positions",
+        n_last: int | None = None,
+    ) -> Array:
+        """One new token in each row: three kernels."""
+        n_rows = x.shape[0]
+        if (
+            x.shape[1] == 1
+            and gemv.fits(layer.qkv, n_rows)
+            and gemv.fits(layer.wo, n_rows)
+            and decode_attention.fits(cache)
+        ):
+            norm, eps = layer.attention_norm, layer.norm_eps
+            qkv = gemv.gemv(self.kernels, layer.qkv, x, norm=norm, eps=eps)  # (B, 1, (H + 2K) C)
+            o = decode_attention.attend(self.kernels, qkv, cache, positions)  # (B, 1, H*C)
+            return gemv.gemv(self.kernels, layer.wo, o, residual=x)
+        return super().attention_block(x, layer, cache, positions, n_last)
+
+    def feed_forward(self, x: Array, layer: Layer) -> Array:
+        """One new token in each row: two kernels."""
+        n_rows = x.shape[0]
+        if x.shape[1] == 1 and gemv.fits(layer.gate_up, n_rows) and gemv.fits(layer.w_down, n_rows):
+            norm, eps = layer.ffn_norm, layer.norm_eps
+            y = gemv.gemv(self.kernels, layer.gate_up, x, norm=norm, eps=eps, swiglu=True)
+            return gemv.gemv(self.kernels, layer.w_down, y, residual=x)  # (B, 1, F) -> (B, 1, D)
+        return super().feed_forward(x, layer)
+
+    def head(self, x: Array, head: Head) -> Array:
+        """One token in each row: one kernel."""
+        if x.shape[1] == 1 and gemv.fits(head.lm_head, x.shape[0]):
+            return gemv.gemv(self.kernels, head.lm_head, x, norm=head.norm, eps=head.norm_eps)
+        return super().head(x, head)
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T, for 16-bit W in that dtype with float32 accumulation; returned as x's dtype.

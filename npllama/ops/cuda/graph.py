@@ -1,0 +1,1 @@
+"""The decode step, captured as CUDA graphs and replayed."""

@@ -1,0 +1,1 @@
+"""The next token of each row, chosen in one kernel."""
