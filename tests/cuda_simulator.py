@@ -1,0 +1,313 @@
+"""Compiles CUDA C++ with g++ and runs its kernels on NumPy arrays; every access is watched.
+
+    module = Module(code, ("scale<float>",))
+    module.launch("scale<float>", (4,), (32,), (x, y, np.int32(len(x))))
+
+A mistake ends in a KernelError of one line: what, file and line, block and thread. The runtime in
+cuda_sim/ says how it is found.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent / "cuda_sim"
+COMMON = ("-std=c++17", "-fPIC", "-g1", "-w", f"-I{HERE}")
+KERNEL = (
+    "-O1",
+    "-fsanitize=thread",  # linked without its library: cuda_sim.cpp is called instead
+    "-fno-sanitize-recover=all",
+    "-fsanitize=alignment,bounds,null,signed-integer-overflow,shift,integer-divide-by-zero",
+    "-fvisibility=hidden",  # each library has its own __shared__
+    "-fno-gnu-unique",
+)
+MAX_STATIC_SHARED = 48 * 1024
+MAX_SHARED = 227 * 1024
+ORDERS = ("forward", "backward", "random")
+"""Orders in which the threads of a block run, and the blocks of a grid."""
+
+_DYNAMIC = re.compile(
+    r"extern\s+__shared__\s+(?:(?:__align__|alignas)\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]\s*;"
+)
+_PLAIN = re.compile(
+    r'^\s*extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)', re.MULTILINE
+)
+_OVERLAP = "cuda_sim::wait_for_previous_kernel"
+
+
+class KernelError(Exception):
+    """What a kernel did wrong, and where."""
+
+
+class CompilationError(Exception):
+    """What g++ says of a source."""
+
+
+@functools.cache
+def compiler() -> str | None:
+    """g++ 12 or later, which has _Float16; None where there is none."""
+    path = shutil.which("g++")
+    if path is None:
+        return None
+    version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout
+    return path if int(version.split(".")[0] or 0) >= 12 else None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that ended well.
+
+    Attributes:
+        read, written: bytes of each argument, by all threads; 0 for a number or a null pointer.
+        number: what the next launch on the stream names as the previous one.
+    """
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    read: tuple[int, ...]
+    written: tuple[int, ...]
+    number: int
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_char_p),
+        ("is_pointer", ctypes.c_int),
+        ("is_const", ctypes.c_int),
+        ("size", ctypes.c_int),
+    ]
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("parameters", ctypes.POINTER(_Parameter)),
+        ("n_parameters", ctypes.c_int),
+        ("call", ctypes.c_void_p),
+    ]
+
+
+class _Extent(ctypes.Structure):
+    _fields_ = [
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("granule", ctypes.c_uint32),
+        ("writable", ctypes.c_uint32),
+        ("argument", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("read", ctypes.c_uint64),
+        ("written", ctypes.c_uint64),
+    ]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint64),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("extents", ctypes.POINTER(_Extent)),
+        ("n_extents", ctypes.c_uint32),
+        ("order", ctypes.c_uint32),
+        ("seed", ctypes.c_uint32),
+        ("overlapped", ctypes.c_uint32),
+        ("previous", ctypes.c_uint32),
+        ("number", ctypes.c_uint32),
+    ]
+
+
+class Module:
+    """Kernels of a source.
+
+    A source that calls cuda_sim::wait_for_previous_kernel is launched to overlap the kernel before
+    it: then the rules of npllama/ops/kernels/common.cu are checked.
+
+    Attributes:
+        names: its kernels: those given, and those declared extern "C".
+    """
+
+    def __init__(self, code: str, names: Sequence[str] = (), filename: str = "kernel.cu") -> None:
+        self.names = (*names, *_PLAIN.findall(code))
+        self._overlapped = _OVERLAP in code
+        code = _DYNAMIC.sub(r"\1* \2 = (\1*)cuda_sim::dynamic_shared();", code)
+        adders = "\n".join(f"CUDA_SIM_KERNEL({i}, {name})" for i, name in enumerate(self.names))
+        text = f'#include "cuda_sim.h"\n#line 1 "{filename}"\n{code}\n{adders}\n'
+        self._path = _library(Path(filename).stem, text, KERNEL, (str(_runtime_path()),))
+        self._kernels = dict(zip(self.names, _registered(self._path), strict=True))
+
+    def check(self, name: str, args: Sequence) -> None:
+        """KernelError where the arguments do not fit the kernel's parameters."""
+        self._arguments(name, args)
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: Sequence,
+        shared: int = 0,
+        *,
+        order: str = "forward",
+        seed: int = 0,
+        previous: int = 0,
+    ) -> Launch:
+        """Run a kernel.
+
+        Args:
+            args: NumPy arrays as device memory, NumPy scalars of the exact type, None for null.
+            shared: bytes of dynamic shared memory.
+            order: one of ORDERS.
+            previous: number of the launch before it on its stream, which may still run; 0 where
+                all that was written before is complete.
+
+        Raises:
+            KernelError: arguments that do not fit, or a mistake of the kernel.
+        """
+        values, extents = self._arguments(name, args)
+        grid, block = ((*size, 1, 1)[:3] for size in (grid, block))
+        if min(block) < 1 or np.prod(block) > 1024 or min(grid) < 1 or max(grid[1:]) > 65535:
+            raise KernelError(f"{name}: {grid} blocks of {block} threads cannot be launched")
+        array = (_Extent * len(extents))(*extents)
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        given = _Launch(
+            grid=grid,
+            block=block,
+            shared=shared,
+            arguments=pointers,
+            extents=array,
+            n_extents=len(extents),
+            order=ORDERS.index(order),
+            seed=seed,
+            overlapped=self._overlapped,
+            previous=previous,
+        )
+        error = _runtime().cuda_sim_launch(self._kernels[name], ctypes.byref(given))
+        if error:
+            raise KernelError(f"{name}: {self._located(error.decode())}")
+        read, written = [0] * len(args), [0] * len(args)
+        for extent in array:
+            read[extent.argument], written[extent.argument] = extent.read, extent.written
+        return Launch(name, grid, block, shared, tuple(read), tuple(written), given.number)
+
+    def _arguments(self, name, args):
+        """The parameters as bytes, and the extents of the arrays."""
+        kernel = self._kernels[name].contents
+        if len(args) != kernel.n_parameters:
+            raise KernelError(f"{name} takes {kernel.n_parameters} arguments, not {len(args)}")
+        values, extents = [], []
+        for i, argument in enumerate(args):
+            parameter = kernel.parameters[i]
+            values.append(_value(f"{name}, argument {i}", argument, parameter))
+            if isinstance(argument, np.ndarray):
+                begin = argument.ctypes.data
+                end, writable = begin + argument.nbytes, int(not parameter.is_const)
+                extents.append(_Extent(begin, end, argument.itemsize, writable, i))
+        for i, a in enumerate(extents):
+            for b in extents[:i]:
+                if a.begin < b.end and b.begin < a.end and (a.writable or b.writable):
+                    raise KernelError(
+                        f"{name}: argument {b.argument} overlaps argument {a.argument}, and one "
+                        "of them may be written"
+                    )
+        return values, extents
+
+    def _located(self, message):
+        text, _, offset = message.partition(" @")
+        if not offset:
+            return message
+        command = ["addr2line", "-e", self._path, "-i", offset]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        lines = [line for line in lines if f"{HERE}/" not in line] or lines
+        return f"{text}, {Path(lines[0].split(' ')[0]).name}"
+
+
+def _value(where, argument, parameter):
+    """The bytes that the kernel receives for one argument."""
+    type_ = parameter.type.decode()
+    if not parameter.is_pointer:
+        dtype = getattr(argument, "dtype", None)
+        if isinstance(argument, np.ndarray) or dtype is None:
+            raise KernelError(f"{where}: a {type(argument).__name__}, expected numpy.{type_}")
+        if dtype.name != type_:
+            raise KernelError(f"{where}: {dtype.name}, expected {type_}")
+        return ctypes.create_string_buffer(argument.tobytes(), parameter.size)
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if not isinstance(argument, np.ndarray):
+        raise KernelError(f"{where}: a {type(argument).__name__}, expected an array or None")
+    if type_ and argument.dtype.name != type_:
+        raise KernelError(f"{where}: an array of {argument.dtype.name}, expected {type_}")
+    if not argument.flags.c_contiguous:
+        raise KernelError(f"{where}: the array is not contiguous; a kernel ignores strides")
+    return ctypes.c_void_p(argument.ctypes.data)
+
+
+# -- compiled libraries, kept in a temporary directory
+
+
+def _cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"npllama-cuda-sim-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _headers() -> str:
+    return "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
+
+
+def _library(stem, text, flags, parts=()) -> Path:
+    """A shared library of a source; compiled where the cache has none."""
+    key = hashlib.sha256("\0".join((text, _headers(), *COMMON, *flags, *parts)).encode())
+    target = _cache() / f"lib{stem}-{key.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        source, partial = Path(folder) / f"{stem}.cpp", Path(folder) / "partial.so"
+        source.write_text(text)
+        part = Path(folder) / "part.o"
+        _run([compiler(), *COMMON, *flags, "-c", source, "-o", part])
+        # linked without the flags, which would bring the thread sanitizer's own library
+        _run([compiler(), "-shared", part, *parts, "-o", partial, "-ldl"])
+        partial.replace(target)  # at once: another process may do the same
+    return target
+
+
+def _run(command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompilationError(result.stderr)
+
+
+@functools.cache
+def _runtime_path() -> Path:
+    return _library("cuda_sim", (HERE / "cuda_sim.cpp").read_text(), ("-O2",))
+
+
+@functools.cache
+def _runtime() -> ctypes.PyDLL:
+    # PyDLL keeps the interpreter's lock: there is one device, and one launch runs at a time
+    library = ctypes.PyDLL(str(_runtime_path()), mode=ctypes.RTLD_GLOBAL)
+    library.cuda_sim_kernel.restype = ctypes.POINTER(_Kernel)
+    library.cuda_sim_launch.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache  # a library registers its kernels when it is loaded, which is once
+def _registered(path):
+    runtime = _runtime()
+    before = runtime.cuda_sim_n_kernels()
+    ctypes.CDLL(str(path))
+    return [runtime.cuda_sim_kernel(i) for i in range(before, runtime.cuda_sim_n_kernels())]
