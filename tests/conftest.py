@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cuda_simulator import compiler
 from model_directory import byte_tokenizer
 from npllama.backend import Backend, CupyBackend, cuda_device_count
 from npllama.config import LlamaConfig
@@ -18,6 +19,7 @@ from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
 from strict_array import StrictBackend
+from strict_cupy import StrictCupyBackend
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -28,7 +30,8 @@ sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its modules
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Every way to compute the same mathematics: the reference and each backend's overrides.
-# "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried.
+# "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried;
+# "strict-cupy" runs the kernels too, where there is a compiler for them.
 HOST_IMPLEMENTATIONS = ("numpy", "strict", "strict-cupy")
 CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 
@@ -63,11 +66,19 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if "implementation" in getattr(item, "fixturenames", ())]
 
 
+class ArrayCalls(CupyOps):
+    """CupyOps without its kernels."""
+
+    attention_block, feed_forward, head = Ops.attention_block, Ops.feed_forward, Ops.head
+
+
 def make_ops(implementation) -> Ops:
     if implementation == "numpy":
         return NumpyOps(Backend(threads=Threads(2)))
-    if implementation.startswith("strict"):
-        return (CupyOps if implementation == "strict-cupy" else Ops)(StrictBackend())
+    if implementation == "strict":
+        return Ops(StrictBackend())
+    if implementation == "strict-cupy":
+        return CupyOps(StrictCupyBackend()) if compiler() else ArrayCalls(StrictBackend())
     import cupy
 
     return (CupyOps if implementation == "cupy" else Ops)(CupyBackend(cupy))

@@ -2,10 +2,12 @@
 
 Its arrays do not mix with NumPy's, are not converted to them silently, have only the methods
 and keywords of CuPy's, and cannot be read as Python numbers: on a GPU that waits for the
-device, and while a graph is captured it raises.
+device, and while a graph is captured it raises. What is computed is asked of a `Device`:
+strict_cupy.py has one with streams, graphs and kernels.
 """
 
 import json
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,25 @@ _UNARY_AND_COMPARING = ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "
 API = json.loads((Path(__file__).parent / "cupy_api.json").read_text())
 
 
+_IN_PLACE_METHODS = ("fill", "partition", "put", "sort")
+_IN_PLACE_FUNCTIONS = ("copyto", "fill_diagonal", "place", "put", "put_along_axis", "putmask")
+
+
+class Device:
+    """Computes on the NumPy arrays inside of strict arrays; this one at once."""
+
+    def call(self, name, function, args, kwargs):
+        """The result of an operation; it may be a view of an argument."""
+        return function(*args, **kwargs)
+
+    def change(self, name, function, target, args, kwargs):
+        """An operation that writes to its first argument."""
+        function(target, *args, **kwargs)
+
+    def wrap(self, array):
+        return StrictArray(array, self)
+
+
 def _unwrap(value):
     if isinstance(value, StrictArray):
         return value.array
@@ -39,20 +60,36 @@ def _unwrap(value):
     return value
 
 
-def _wrap(value):
+def _wrap(value, device):
     if isinstance(value, np.ndarray | np.generic):
-        return StrictArray(np.asarray(value))
+        return device.wrap(np.asarray(value))
     if isinstance(value, tuple):
-        return tuple(_wrap(item) for item in value)
+        return tuple(_wrap(item, device) for item in value)
     return value
 
 
-def _checked_call(name, function, allowed, args, kwargs):
+def _call(device, name, function, args, kwargs):
+    kwargs = {key: _unwrap(value) for key, value in kwargs.items()}
+    return _wrap(device.call(name, function, _unwrap(args), kwargs), device)
+
+
+def _change(device, name, function, target, args, kwargs):
+    kwargs = {key: _unwrap(value) for key, value in kwargs.items()}
+    device.change(name, function, _unwrap(target), _unwrap(args), kwargs)
+
+
+def _check_keywords(name, allowed, kwargs):
     unknown = set(kwargs) - set(allowed)
     if unknown:
         raise TypeError(f"CuPy's {name} has no keyword {', '.join(sorted(unknown))}")
-    result = function(*_unwrap(args), **{key: _unwrap(value) for key, value in kwargs.items()})
-    return _wrap(result)
+
+
+def _item(array, key):
+    """array[key], as CuPy a view also where it is one number."""
+    keys = key if isinstance(key, tuple) else (key,)
+    if any(isinstance(k, np.ndarray | list) for k in keys) or any(k is Ellipsis for k in keys):
+        return array[key]
+    return array[(*keys, Ellipsis)]
 
 
 class StrictArray:
@@ -61,8 +98,9 @@ class StrictArray:
     __array_ufunc__ = None  # NumPy arrays then leave operators to this class, which refuses
     __hash__ = None
 
-    def __init__(self, array):
+    def __init__(self, array, device=None):
         self.array = array
+        self._on = device or HOST
 
     def __array__(self, *args, **kwargs):
         raise TypeError("implicit conversion to a NumPy array: use backend.to_host")
@@ -70,20 +108,26 @@ class StrictArray:
     def __getattr__(self, name):
         if name not in API["ndarray"]:
             raise AttributeError(f"CuPy's arrays have no {name}")
-        value = getattr(self.array, name)
-        if not callable(value):
-            return _wrap(value)
-        allowed = API["ndarray"][name]
-        return lambda *args, **kwargs: _checked_call(name, value, allowed, args, kwargs)
+        method = getattr(np.ndarray, name)
+        if not callable(method):
+            return _wrap(getattr(self.array, name), self._on)
+
+        def call(*args, **kwargs):
+            _check_keywords(name, API["ndarray"][name], kwargs)
+            if name in _IN_PLACE_METHODS:
+                return _change(self._on, name, method, self, args, kwargs)
+            return _call(self._on, name, method, (self, *args), kwargs)
+
+        return call
 
     def __len__(self):
         return len(self.array)
 
     def __getitem__(self, key):
-        return _wrap(self.array[_unwrap(key)])
+        return _call(self._on, "__getitem__", _item, (self, key), {})
 
     def __setitem__(self, key, value):
-        self.array[_unwrap(key)] = _unwrap(value)
+        _change(self._on, "__setitem__", operator.setitem, self, (key, value), {})
 
     def __repr__(self):
         return f"StrictArray({self.array!r})"
@@ -94,16 +138,19 @@ class StrictArray:
     __bool__ = __int__ = __float__ = __index__ = _synchronizes
 
 
+HOST = Device()
+
+
 def _operator(name):
     def method(self, *others):
-        return _wrap(getattr(np.ndarray, name)(self.array, *(_unwrap(other) for other in others)))
+        return _call(self._on, name, getattr(np.ndarray, name), (self, *others), {})
 
     return method
 
 
 def _in_place(name):
     def method(self, other):
-        getattr(np.ndarray, name)(self.array, _unwrap(other))
+        _change(self._on, name, getattr(np.ndarray, name), self, (other,), {})
         return self
 
     return method
@@ -146,14 +193,28 @@ _OWN = {"cumsum": _cumsum, "partition": _partition}
 class StrictModule:
     """An `xp` with CuPy's functions and keywords, and no others."""
 
+    def __init__(self, device=HOST):
+        self._on = device
+
     def __getattr__(self, name):
         if name not in API["functions"]:
             raise AttributeError(f"CuPy has no {name}")
         function = _OWN.get(name) or getattr(np, name)
         if not callable(function) or isinstance(function, type):
             return function
-        allowed = API["functions"][name]
-        return lambda *args, **kwargs: _checked_call(name, function, allowed, args, kwargs)
+
+        def call(*args, **kwargs):
+            _check_keywords(name, API["functions"][name], kwargs)
+            if name in _IN_PLACE_FUNCTIONS:
+                return _change(self._on, name, function, args[0], args[1:], kwargs)
+            out = kwargs.pop("out", None)
+            if out is None:
+                return _call(self._on, name, function, args, kwargs)
+            into = lambda target, *args, **kwargs: function(*args, out=target, **kwargs)  # noqa: E731
+            _change(self._on, name, into, out, args, kwargs)
+            return out
+
+        return call
 
 
 class StrictBackend(Backend):

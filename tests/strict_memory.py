@@ -1,0 +1,137 @@
+"""Device and pinned memory of the CuPy for tests: pools, and what a graph knows of an array."""
+
+import math
+import weakref
+from collections import defaultdict
+
+import numpy as np
+
+
+class CUDARuntimeError(RuntimeError):
+    """What CuPy raises under this name, and what CUDA passes in silence."""
+
+
+def owner_of(array: np.ndarray) -> np.ndarray:
+    """The array that a view is of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def poison(array: np.ndarray) -> np.ndarray:
+    """Fresh memory holds anything: here NaN, and the largest or negative integers."""
+    array.reshape(-1).view("uint8")[:] = 0xFF
+    return array
+
+
+class Block(bytearray):
+    """Memory of a private pool."""
+
+
+class MemoryPool:
+    """Hands out memory, takes it back when an array dies, and hands it out again.
+
+    The memory lives as long as the pool. The default pool hands out none itself: it counts what
+    the arrays that are alive hold.
+    """
+
+    _ALIGNMENT = 512
+
+    def __init__(self):
+        self._free = defaultdict(list)  # size -> blocks
+        self._blocks = []
+        self._used = self._total = 0
+
+    def malloc(self, size):
+        """What `using_allocator` is given, which then asks the pool for arrays (`empty`)."""
+        raise NotImplementedError("memory that is no array's")
+
+    def empty(self, shape, dtype) -> np.ndarray:
+        """An array in memory of this pool, filled with 0xFF."""
+        dtype = np.dtype(dtype)
+        size = max(1, math.prod(shape) * dtype.itemsize)
+        size = -(-size // self._ALIGNMENT) * self._ALIGNMENT
+        if not self._free[size]:
+            self._blocks.append(Block(size + self._ALIGNMENT))
+            self._free[size].append(self._blocks[-1])
+        block = self._free[size].pop()
+        offset = -_address(block) % self._ALIGNMENT
+        array = np.ndarray(shape, dtype, block, offset)
+        self.count(array, size)
+        weakref.finalize(array, self._free[size].append, block)
+        return poison(array)
+
+    def count(self, owner, size):
+        """Count an array for as long as it lives."""
+        self._used += size
+        self._total = max(self._total, self._used)
+        weakref.finalize(owner, self._uncount, size)
+
+    def _uncount(self, size):
+        self._used -= size
+
+    def used_bytes(self):
+        return self._used
+
+    def total_bytes(self):
+        return self._total
+
+    def free_bytes(self):
+        return self._total - self._used
+
+    def free_all_blocks(self):
+        free = {id(block) for blocks in self._free.values() for block in blocks}
+        self._blocks = [block for block in self._blocks if id(block) not in free]
+        self._free.clear()
+        self._total = self._used
+
+
+class Held:
+    """An array as a graph holds it: by address, without keeping its memory alive.
+
+    Memory of a private pool is there for as long as the pool; other memory goes back to the
+    default pool when its array dies, and then belongs to somebody else.
+    """
+
+    def __init__(self, array: np.ndarray):
+        owner = owner_of(array)
+        self._owner, self._block = weakref.ref(owner), lambda: None
+        if isinstance(owner.base, Block):
+            self._block = weakref.ref(owner.base)
+            self._in_block = owner.ctypes.data - _address(owner.base)
+        self._in_owner = array.ctypes.data - owner.ctypes.data
+        self._shape, self._strides, self._dtype = array.shape, array.strides, array.dtype
+
+    def array(self) -> np.ndarray:
+        """The array again."""
+        owner, block = self._owner(), self._block()
+        if owner is not None:
+            if owner.size == 0:
+                return np.empty(self._shape, self._dtype)
+            memory, offset = owner.ravel(order="K").view("uint8"), self._in_owner
+        elif block is not None:
+            memory, offset = block, self._in_block + self._in_owner
+        else:
+            raise CUDARuntimeError(
+                f"the graph uses an array of {self._dtype.name}, shape {self._shape}, that was "
+                "freed after its capture: it must live as long as the graph, or be of a private "
+                "pool that does"
+            )
+        return np.ndarray(self._shape, self._dtype, memory, offset, self._strides)
+
+
+def _address(block: Block) -> int:
+    return np.frombuffer(block, "uint8").ctypes.data
+
+
+class PinnedMemory(bytearray):
+    """What `alloc_pinned_memory` gives: a buffer for np.frombuffer(memory, dtype, count)."""
+
+    def __init__(self, n_bytes):
+        super().__init__(-(-n_bytes // 512) * 512)  # CuPy rounds up as well
+        self[:] = b"\xff" * len(self)
+
+
+def is_pinned(array: np.ndarray) -> bool:
+    base = owner_of(array).base
+    return isinstance(base.obj if isinstance(base, memoryview) else base, PinnedMemory)

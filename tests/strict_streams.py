@@ -1,0 +1,229 @@
+"""Streams, events and graphs of the CuPy for tests.
+
+All work is done when it is queued, in the order of the calls. What the order does not promise is an
+error: memory used on two streams without a synchronization, memory that a graph no longer has, and
+a host copy is made when the host waits for it.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from strict_memory import CUDARuntimeError, Held, is_pinned, poison
+
+
+@dataclass
+class Node:
+    """A piece of device work; arrays in its arguments are held by address.
+
+    run(previous, *arguments) is given the number of the kernel that was queued directly before it,
+    or 0, and returns its own if it is a kernel.
+    """
+
+    run: object
+    arguments: tuple
+
+    def __post_init__(self):
+        self.arguments = tuple(map_arrays(Held, argument) for argument in self.arguments)
+
+
+def map_arrays(change, value, kind=np.ndarray):
+    """`value` with `change` applied to each array in its tuples, lists and dictionaries."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_arrays(change, item, kind) for item in value)
+    if isinstance(value, dict):
+        return {key: map_arrays(change, item, kind) for key, item in value.items()}
+    return value
+
+
+def arrays_in(value):
+    """The arrays in its tuples, lists and dictionaries."""
+    found = []
+    map_arrays(found.append, value)
+    return found
+
+
+@dataclass(eq=False)
+class Stream:
+    """A queue of device work; `device` is set by the class that `device.streams()` makes.
+
+    Attributes:
+        clock: how much work was queued.
+        previous_kernel: number of the kernel that was queued last; 0 after other work.
+    """
+
+    null: bool = False
+    non_blocking: bool = False
+    ptds: bool = False
+    priority: int | None = None
+    clock: int = field(default=0, init=False)
+    previous_kernel: int = field(default=0, init=False)
+    capture: list | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.ptr = 0 if self.null else id(self)
+        self._done = 0  # the host has waited for all work until then
+        self._waited = []  # (own clock, other stream, its clock)
+        self._copies = []  # (clock, host array, what it will hold)
+        self._invalid = False
+
+    def __repr__(self):
+        return "the null stream" if self.null else f"stream {id(self):x}"
+
+    # -- order
+
+    def is_after(self, other, time):
+        """Whether work queued here from now on comes after that of `other` until `time`."""
+        if other is self or time <= other._done:
+            return True
+        if any(other is stream and time <= until for _, stream, until in self._waited):
+            return True
+        # the null stream and blocking streams wait for each other
+        null, plain = (self, other) if self.null else (other, self)
+        return null.null and not plain.non_blocking
+
+    def queue(self, node: Node):
+        """Do device work, or record it while capturing."""
+        if self.capture is not None:
+            self.capture.append(node)
+        else:
+            self._do(node)
+
+    def _do(self, node):
+        arguments = map_arrays(Held.array, node.arguments, Held)
+        previous = self.previous_kernel
+        self.touch(arrays_in(arguments))
+        self.previous_kernel = node.run(previous, *arguments) or 0
+
+    def touch(self, arrays):
+        """Note that queued work uses these arrays."""
+        self.clock += 1
+        self.previous_kernel = 0
+        for array in arrays:
+            self.device.uses.touch(array, self)
+
+    # -- the host waits
+
+    def synchronize(self):
+        self.wait_until(self.clock, "synchronize")
+
+    @property
+    def done(self):
+        if self.capture is not None:
+            self._invalid = True  # CuPy returns False, and the capture is lost
+            return False
+        self.synchronize()
+        return True
+
+    def wait_until(self, time, what):
+        self.refuse_while_capturing(what)
+        if time <= self._done:
+            return
+        self._done = time
+        for clock, stream, until in self._waited:
+            if clock <= time:
+                stream.wait_until(until, what)
+        for clock, host, values in self._copies:
+            if clock <= time:
+                host[...] = values
+        self._copies = [copy for copy in self._copies if copy[0] > time]
+
+    def refuse_while_capturing(self, what):
+        if self.capture is not None:
+            self._invalid = True
+            raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while capturing")
+
+    def copy_to_host(self, array, out):
+        """Queue a copy to pinned memory, which holds 0xFF until the host has waited for it."""
+        if not is_pinned(out):
+            raise CUDARuntimeError("a copy that does not block needs pinned memory")
+        if not out.flags.c_contiguous or (out.shape, out.dtype) != (array.shape, array.dtype):
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}: expected contiguous {array.dtype} {array.shape}"
+            )
+        self.touch([array])
+        self._copies.append((self.clock, out, array.copy()))
+        poison(out)
+
+    # -- the current stream
+
+    def __enter__(self):
+        self.device.stack.append(self)
+        return self
+
+    def __exit__(self, *_):
+        self.device.stack.pop()
+
+    def use(self):
+        self.device.stack[-1] = self
+        return self
+
+    # -- events
+
+    def record(self, event=None):
+        event = event or Event()
+        event.at = (self, self.clock)
+        return event
+
+    def wait_event(self, event):
+        self.refuse_while_capturing("an event of another stream")  # CUDA would fork the capture
+        stream, time = event.at
+        self._waited.append((self.clock, stream, time))
+
+    # -- graphs
+
+    def is_capturing(self):
+        return self.capture is not None
+
+    def begin_capture(self, mode=None):
+        if self.null:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self.capture is not None:
+            raise CUDARuntimeError("cudaErrorIllegalState: already capturing")
+        self.capture, self._invalid = [], False
+
+    def end_capture(self):
+        if self.capture is None:
+            raise CUDARuntimeError("cudaErrorIllegalState: not capturing")
+        nodes, self.capture = self.capture, None
+        if self._invalid:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated")
+        self.device.n_captures += 1
+        return Graph(self.device, nodes)
+
+
+class Event:
+    """A point in a stream's work."""
+
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        self.at = None
+
+    def record(self, stream=None):
+        (stream or self.device.stream).record(self)
+
+    def synchronize(self):
+        if self.at is not None:
+            stream, time = self.at
+            stream.wait_until(time, "synchronize an event")
+
+    @property
+    def done(self):
+        self.synchronize()
+        return True
+
+
+class Graph:
+    """Recorded work with recorded addresses."""
+
+    def __init__(self, device, nodes):
+        self._device, self._nodes = device, nodes
+
+    def launch(self, stream=None):
+        stream = stream or self._device.stream
+        for node in self._nodes:
+            stream.queue(node)
+
+    def upload(self, stream=None):
+        """Makes the first launch quicker; here there is nothing to do."""
