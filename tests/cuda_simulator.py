@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,9 +306,17 @@ def _runtime() -> ctypes.PyDLL:
     return library
 
 
-@functools.cache  # a library registers its kernels when it is loaded, which is once
+_LOADING = threading.Lock()
+_KERNELS: dict[Path, list] = {}
+
+
 def _registered(path):
-    runtime = _runtime()
-    before = runtime.cuda_sim_n_kernels()
-    ctypes.CDLL(str(path))
-    return [runtime.cuda_sim_kernel(i) for i in range(before, runtime.cuda_sim_n_kernels())]
+    """Its kernels, which a library registers when it is loaded, which is once."""
+    with _LOADING:
+        if path not in _KERNELS:
+            runtime = _runtime()
+            before = runtime.cuda_sim_n_kernels()
+            ctypes.CDLL(str(path))
+            numbers = range(before, runtime.cuda_sim_n_kernels())
+            _KERNELS[path] = [runtime.cuda_sim_kernel(i) for i in numbers]
+        return _KERNELS[path]

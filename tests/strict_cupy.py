@@ -101,7 +101,7 @@ class CupyDevice(strict_array.Device):
         self.Event = type("Event", (Event,), {"device": self})
         self.Stream.null = self.Stream(null=True)
         self._local = threading.local()
-        self._order, self._launches = "forward", None
+        self._launches = None
 
     # -- what a thread has set
 
@@ -119,6 +119,10 @@ class CupyDevice(strict_array.Device):
     @property
     def _private_pool(self) -> MemoryPool | None:
         return getattr(self._local, "pool", None)
+
+    @property
+    def _order(self) -> str:
+        return getattr(self._local, "order", "forward")
 
     @contextmanager
     def using_allocator(self, malloc):
@@ -231,11 +235,11 @@ class CupyDevice(strict_array.Device):
     @contextmanager
     def thread_order(self, order):
         """The order in which threads and blocks run: one of cuda_simulator.ORDERS."""
-        before, self._order = self._order, order
+        before, self._local.order = self._order, order
         try:
             yield
         finally:
-            self._order = before
+            self._local.order = before
 
     @contextmanager
     def recording(self):

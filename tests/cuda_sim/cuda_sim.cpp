@@ -53,7 +53,7 @@ namespace {
 constexpr size_t STACK = 128 << 10;
 constexpr int MAX_THREADS = 1024;
 constexpr size_t MAX_SHARED = 256 << 10;
-constexpr uint64_t MAX_ACCESSES = 1 << 27;
+constexpr uint64_t MAX_ACCESSES = 1 << 26;  // and barriers, of a launch
 
 // -- the block that runs -------------------------------------------------------------------------
 
@@ -201,6 +201,10 @@ uint32_t me() { return block_index * n_threads + current + 1; }
   _longjmp(launcher, 1);
 }
 
+void count(Where where) {
+  if (++n_accesses > MAX_ACCESSES) stop(where, "the kernel does not end");
+}
+
 void switch_to_scheduler() { cuda_sim_switch(&fibers[current].context, scheduler); }
 
 // -- races ---------------------------------------------------------------------------------------
@@ -323,7 +327,7 @@ bool access_array(uintptr_t p, size_t size, Mode mode, bool counted, Where where
     check_overlap(p, size, mode, where);
     if (counted && mode != WRITE) e.read += size;
     if (counted && mode != READ) e.written += size;
-    if (++n_accesses > MAX_ACCESSES) stop(where, "the kernel does not end");
+    count(where);
     if (e.writable)
       for (size_t i = (p - e.begin) / e.granule; i * e.granule < p - e.begin + size; i++)
         touch(launch->cells.at[e.first_cell + i], launch->stamp, mode, false, where, p);
@@ -342,7 +346,7 @@ void access(uintptr_t p, size_t size, Mode mode, Where where) {
   }
   if (p - (uintptr_t)&cuda_sim_indices < sizeof cuda_sim_indices) return;
   if (Shared* shared = shared_memory_of(p, size)) {
-    if (++n_accesses > MAX_ACCESSES) stop(where, "the kernel does not end");
+    count(where);
     each_cell(*shared, p, size, [&](Cell& c) { touch(c, block_stamp, mode, true, where, p); });
     return;
   }
@@ -510,6 +514,7 @@ unsigned int reduced(Reduction how, unsigned int a, unsigned int b) {
 // a warp operation: waits for all lanes of mask; a shuffle's result is the source lane's value, a
 // ballot's the lanes whose value is not 0, a reduction's that of all values
 uint64_t rendezvous(Kind kind, unsigned int mask, uint64_t value, int source, Site site) {
+  count({nullptr, site});
   Fiber& f = fibers[current];
   Warp& w = warps[current / 32];
   int lane = current % 32, first = current - lane, present = std::min(32, n_threads - first);
@@ -582,6 +587,7 @@ void* dynamic_shared() { return dynamic_memory; }
 void fail(const char* what, Site s) { stop({nullptr, s}, "%s", what); }
 Votes block_barrier(int vote, Site site) {
   Fiber& f = fibers[current];
+  count({nullptr, site});
   f.site = site;
   f.state = AT_BARRIER;
   n_waiting++;

@@ -63,11 +63,17 @@ class Kernels:
         else:
             self._overlap.launch(kernel, grid, block, args, shared)
 
+    def source(self, file: str) -> str:
+        """What is compiled for a file, common.cu in front; messages name the file and its line."""
+        return "".join(
+            f'#line 1 "{part}.cu"\n' + (SOURCES / f"{part}.cu").read_text()
+            for part in ("common", file)
+        )
+
     def _kernel(self, file: str, name: str) -> object:
         if (file, name) not in self._kernels:
-            code = "".join((SOURCES / f"{part}.cu").read_text() for part in ("common", file))
             module = self._cupy.RawModule(
-                code=code, options=("--std=c++17",), name_expressions=(name,)
+                code=self.source(file), options=("--std=c++17",), name_expressions=(name,)
             )
             kernel = module.get_function(name)
             # all of the shared memory: two kernels that overlap have their queues there

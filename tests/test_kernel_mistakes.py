@@ -1,0 +1,109 @@
+"""Mistakes seeded in the kernels, one line changed each: the simulator, or the values, find all.
+
+For npllama/ops/kernels/FILE.cu there is tests/kernel_mistakes/FILE.py with
+
+    MISTAKES = [
+        ("the barrier before the sums are read", "  __syncthreads();  // sums\n", ""),
+        ("one column too many", "c < n_chunks", "c <= n_chunks"),
+    ]
+
+of (name, text before, text after), where `before` occurs exactly once in common.cu + FILE.cu, and
+
+    def run(launcher):
+        w = launcher.to_device(np.ones((4, 64), "float32"))
+        y = launcher.xp.empty((4,), "float32")
+        launcher.launch("gemv", "gemv<float, 1>", (4,), (32,), (w, y, 64))
+        assert np.allclose(launcher.to_host(y), 64)
+
+the shortest launches that find them all: each mistake is compiled anew, 1 to 3 seconds for each
+kernel that is launched, so the fewest instantiations. `launcher` is a Kernels: npllama.ops.cuda's
+functions take it as well. A KernelError or an AssertionError is a find; run() is tried in three
+orders of the threads, and passes in all on the unchanged source. A module for a file without
+kernels of its own gives them in SOURCE.
+"""
+
+import importlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cuda_simulator import ORDERS, KernelError, compiler
+from npllama.ops.cuda.kernels import SOURCES, Kernels
+from strict_cupy import DEVICE, StrictCupyBackend
+
+FILES = sorted(path.stem for path in SOURCES.glob("*.cu"))
+MODULES = sorted(p.stem for p in (Path(__file__).parent / "kernel_mistakes").glob("[!_]*.py"))
+FEWEST = 10
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
+
+
+class Launcher(Kernels):
+    """The kernels with one text changed."""
+
+    def __init__(self, module, before="", after=""):
+        self.backend = StrictCupyBackend()
+        super().__init__(self.backend)
+        self.xp = self.backend.xp
+        self.to_device, self.to_host = self.backend.to_device, self.backend.to_host
+        self._own, self._before, self._after = getattr(module, "SOURCE", ""), before, after
+
+    def source(self, file):
+        if self._own:
+            common = f'#line 1 "common.cu"\n{(SOURCES / "common.cu").read_text()}'
+            text = f'{common}#line 1 "{file}.cu"\n{self._own}'
+        else:
+            text = super().source(file)
+        if not self._before:
+            return text
+        assert self._before != self._after
+        n = text.count(self._before)
+        if n != 1:
+            raise LookupError(f"{self._before!r} occurs {n} times in {file}.cu, expected once")
+        return text.replace(self._before, self._after)
+
+
+def load(name):
+    return importlib.import_module(f"kernel_mistakes.{name}")
+
+
+def find(name, number):
+    """What finds a mistake first, in any order of the threads; None where nothing does."""
+    module = load(name)
+    _, before, after = module.MISTAKES[number]
+    launcher = Launcher(module, before, after)
+    for order in ORDERS:
+        try:
+            with DEVICE.thread_order(order):
+                module.run(launcher)
+        except (KernelError, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Two at once, and a crash or an endless loop ends a worker alone."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_mistake_is_found(name, workers):
+    module = load(name)
+    finds = [workers.submit(find, name, i) for i in range(len(module.MISTAKES))]
+    for order in ORDERS:
+        with DEVICE.thread_order(order):
+            module.run(Launcher(module))
+    for (mistake, _, _), result in zip(module.MISTAKES, finds, strict=True):
+        error = result.result(timeout=120)
+        print(f"{mistake}: {error}")
+        assert error, f"not found: {mistake}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_has_mistakes(name):
+    assert name in MODULES
+    assert len({mistake[1:] for mistake in load(name).MISTAKES}) >= FEWEST
