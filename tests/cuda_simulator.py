@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent / "cuda_sim"
-COMMON = ("-std=c++17", "-fPIC", "-g1", "-w", f"-I{HERE}")
+COMMON = ("-std=c++17", "-fPIC", "-g1", "-gdwarf-4", "-w", f"-I{HERE}")
 KERNEL = (
     "-O1",
     "-fsanitize=thread",  # linked without its library: cuda_sim.cpp is called instead
@@ -120,6 +120,7 @@ class _Launch(ctypes.Structure):
         ("shared", ctypes.c_uint64),
         ("arguments", ctypes.POINTER(ctypes.c_void_p)),
         ("extents", ctypes.POINTER(_Extent)),
+        ("max_accesses", ctypes.c_uint64),
         ("n_extents", ctypes.c_uint32),
         ("order", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
@@ -163,6 +164,7 @@ class Module:
         order: str = "forward",
         seed: int = 0,
         previous: int = 0,
+        max_accesses: int = 1 << 26,
     ) -> Launch:
         """Run a kernel.
 
@@ -172,6 +174,7 @@ class Module:
             order: one of ORDERS.
             previous: number of the launch before it on its stream, which may still run; 0 where
                 all that was written before is complete.
+            max_accesses: how many, barriers included, a kernel makes that ends.
 
         Raises:
             KernelError: arguments that do not fit, or a mistake of the kernel.
@@ -188,6 +191,7 @@ class Module:
             shared=shared,
             arguments=pointers,
             extents=array,
+            max_accesses=max_accesses,
             n_extents=len(extents),
             order=ORDERS.index(order),
             seed=seed,

@@ -53,7 +53,6 @@ namespace {
 constexpr size_t STACK = 128 << 10;
 constexpr int MAX_THREADS = 1024;
 constexpr size_t MAX_SHARED = 256 << 10;
-constexpr uint64_t MAX_ACCESSES = 1 << 26;  // and barriers, of a launch
 
 // -- the block that runs -------------------------------------------------------------------------
 
@@ -106,7 +105,7 @@ char message[2048];
 std::mt19937 order_rng;
 int order;  // 0 in order, 1 in reverse, 2 at random
 bool overlapped;  // launched to start before the previous kernel ends
-uint64_t n_accesses;
+uint64_t n_accesses, max_accesses;  // of the launch, with its barriers and warp operations
 
 // -- memory: who touched a cell last, and when ---------------------------------------------------
 
@@ -118,8 +117,9 @@ struct Access {
 struct Cell {
   uint32_t stamp;  // of the launch, or of the block for shared memory: older marks are void
   uint32_t copying;  // the thread whose asynchronous copy fills it
-  bool atomic, split;  // split: its bytes have cells of their own
-  Access write, earlier_atomic, read, other_read;
+  bool split;  // its bytes have cells of their own
+  Access write, atomic, other_atomic, read, other_read;  // the last ones, others by other threads
+  bool is_set() const { return write.thread || atomic.thread; }
 };
 struct Cells {  // zero, and in memory only where touched
   Cell* at = nullptr;
@@ -202,7 +202,7 @@ uint32_t me() { return block_index * n_threads + current + 1; }
 }
 
 void count(Where where) {
-  if (++n_accesses > MAX_ACCESSES) stop(where, "the kernel does not end");
+  if (++n_accesses > max_accesses) stop(where, "the kernel does not end");
 }
 
 void switch_to_scheduler() { cuda_sim_switch(&fibers[current].context, scheduler); }
@@ -237,25 +237,27 @@ void touch(Cell& c, uint32_t stamp, Mode mode, bool must_be_set, Where where, ui
          "thread has not waited for it", mode == READ ? "read" : "write", (void*)p, who);
   }
   const char* after_write = mode == READ ? "a read after a write" : "a write after a write";
-  if (!(mode == ATOMIC && c.atomic)) {
-    check_order(c.write, after_write, where, p);
-    check_order(c.earlier_atomic, after_write, where, p);
+  check_order(c.write, after_write, where, p);
+  if (mode != ATOMIC) {
+    check_order(c.atomic, after_write, where, p);
+    check_order(c.other_atomic, after_write, where, p);
   }
-  if (mode != WRITE && must_be_set && !c.write.thread)
+  if (mode != WRITE && must_be_set && !c.is_set())
     stop(where, "read of shared memory that no thread of the block has written, at %p", (void*)p);
+  if (mode != READ) {
+    check_order(c.read, "a write after a read", where, p);
+    check_order(c.other_read, "a write after a read", where, p);
+  }
   Access now{me(), block_epoch, fibers[current].warp_epoch, ++now_time};
-  if (mode == READ) {
-    if (c.read.thread && c.read.thread != now.thread) c.other_read = c.read;
-    c.read = now;
+  if (mode == WRITE) {
+    c.write = now;
+    c.atomic = c.other_atomic = c.read = c.other_read = {};
     return;
   }
-  check_order(c.read, "a write after a read", where, p);
-  check_order(c.other_read, "a write after a read", where, p);
-  if (mode == WRITE) c.earlier_atomic = {};
-  else if (c.atomic && c.write.thread != now.thread) c.earlier_atomic = c.write;
-  c.write = now;
-  c.atomic = mode == ATOMIC;
-  c.read = c.other_read = {};
+  Access& last = mode == READ ? c.read : c.atomic;
+  Access& other = mode == READ ? c.other_read : c.other_atomic;
+  if (last.thread && last.thread != now.thread) other = last;
+  last = now;
 }
 
 // calls `act` with each cell of the bytes p .. p + size - 1 of shared memory
@@ -313,7 +315,7 @@ void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
       size_t begin = std::max(p, e.begin) - e.begin, end = std::min(p + size, e.end) - e.begin;
       for (size_t i = begin / e.granule; i * e.granule < end; i++) {
         const Cell& c = previous->cells.at[e.first_cell + i];
-        if (c.stamp == previous->stamp && c.write.thread)
+        if (c.stamp == previous->stamp && c.is_set())
           stop(where, "read of what the previous kernel wrote, before wait_for_previous_kernel()");
       }
     }
@@ -600,8 +602,8 @@ uint64_t warp_operation(Kind kind, unsigned int mask, uint64_t value, int source
   return rendezvous(kind, mask, value, source, site);
 }
 void fence() { fences[block_index] = now_time; }
-void before_atomic(void* p, int size) {
-  Where where{__builtin_return_address(0)};
+void before_atomic(void* p, int size, Site site) {
+  Where where{nullptr, site};
   if ((uintptr_t)p % size) stop(where, "misaligned atomic operation of %d bytes", size);
   access((uintptr_t)p, size, ATOMIC, where);
   if (fences[block_index]) releases[block_index] = {fences[block_index], ++now_time};
@@ -644,6 +646,7 @@ struct GivenLaunch {
   uint64_t shared;  // bytes of dynamic shared memory
   void** arguments;
   GivenExtent* extents;
+  uint64_t max_accesses;
   uint32_t n_extents, order, seed;
   uint32_t overlapped;
   uint32_t previous;  // number of the launch before it on its stream; 0: what it wrote is complete
@@ -684,6 +687,7 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
   order_rng.seed(g.seed);
   now_time = 0;
   n_accesses = 0;
+  max_accesses = g.max_accesses;
   const uint32_t n_blocks = g.grid[0] * g.grid[1] * g.grid[2];
   releases.assign(n_blocks, {0, 0});
   fences.assign(n_blocks, 0);

@@ -2,7 +2,7 @@
 //
 // A thread of a block is a fiber (cuda_sim.cpp); one block runs after another. Compiled with
 // -fsanitize=thread and linked without libtsan, every load and store of a kernel calls
-// cuda_sim.cpp, which knows the arrays of the launch, the barriers passed, and who was there before.
+// cuda_sim.cpp, which knows the arrays of the launch, the barriers passed, and who was there.
 #pragma once
 
 #include <cmath>
@@ -18,12 +18,14 @@
 #define __device__
 #define __host__
 #define __constant__ const
-#define __shared__ static  // one block runs at a time; cuda_simulator.py rewrites the extern ones
+// One block runs at a time; `used`, or g++ would drop what is written and not read.
+// cuda_simulator.py rewrites the extern ones.
+#define __shared__ __attribute__((used)) static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 // the caller's line: these builtins are evaluated where a default argument is used
 #define CUDA_SIM_HERE const char* file = __builtin_FILE(), int line = __builtin_LINE()
 #define CUDA_SIM_SITE (cuda_sim::Site{file, line})
@@ -67,7 +69,7 @@ struct Votes { int any, all, count; };
 Votes block_barrier(int vote, Site);
 uint64_t warp_operation(Kind, unsigned int mask, uint64_t value, int source, Site);
 void fence();
-void before_atomic(void* address, int size);
+void before_atomic(void* address, int size, Site);
 void* dynamic_shared();
 int lane();
 void copy_later(void* shared, const void* global, size_t size, size_t zeros, Site);
@@ -220,7 +222,7 @@ CUDA_SIM_REDUCE(unsigned int, __reduce_and_sync, cuda_sim::AND)
 CUDA_SIM_REDUCE(unsigned int, __reduce_or_sync, cuda_sim::OR)
 CUDA_SIM_REDUCE(unsigned int, __reduce_xor_sync, cuda_sim::XOR)
 
-// -- loads and stores with a cache hint; sized by the type, so a misaligned one is an error --------
+// -- loads and stores with a cache hint; sized by the type, so a misaligned one is an error ------
 
 #define CUDA_SIM_LOAD(name)                                                                       \
   template <class T> inline T name(const T* p, CUDA_SIM_HERE) {                                   \
@@ -250,43 +252,45 @@ template <class T> constexpr bool is_integer() {
 template <class T> constexpr bool is_ordered() {
   return is_integer<T>() || std::is_same_v<T, long long>;
 }
-template <class T, class F> CUDA_SIM_UNWATCHED T exchange(T* p, F changed) {
-  before_atomic(p, sizeof(T));
+template <class T, class F> CUDA_SIM_UNWATCHED T exchange(T* p, Site site, F changed) {
+  before_atomic(p, sizeof(T), site);
   T old = *p;
   *p = changed(old);
   return old;
 }
 }  // namespace cuda_sim
 
-template <class T> T atomicAdd(T* p, cuda_sim::same<T> v) {
+template <class T> T atomicAdd(T* p, cuda_sim::same<T> v, CUDA_SIM_HERE) {
   static_assert(cuda_sim::is_integer<T>() || std::is_floating_point_v<T>);
-  return cuda_sim::exchange(p, [=](T old) {
+  return cuda_sim::exchange(p, CUDA_SIM_SITE, [=](T old) {
     if constexpr (std::is_same_v<T, int>) return (int)((unsigned int)old + (unsigned int)v);
     else return old + v;
   });
 }
-template <class T> T atomicMax(T* p, cuda_sim::same<T> v) {
+template <class T> T atomicMax(T* p, cuda_sim::same<T> v, CUDA_SIM_HERE) {
   static_assert(cuda_sim::is_ordered<T>());
-  return cuda_sim::exchange(p, [=](T old) { return old > v ? old : v; });
+  return cuda_sim::exchange(p, CUDA_SIM_SITE, [=](T old) { return old > v ? old : v; });
 }
-template <class T> T atomicMin(T* p, cuda_sim::same<T> v) {
+template <class T> T atomicMin(T* p, cuda_sim::same<T> v, CUDA_SIM_HERE) {
   static_assert(cuda_sim::is_ordered<T>());
-  return cuda_sim::exchange(p, [=](T old) { return old < v ? old : v; });
+  return cuda_sim::exchange(p, CUDA_SIM_SITE, [=](T old) { return old < v ? old : v; });
 }
-template <class T> T atomicExch(T* p, cuda_sim::same<T> v) {
+template <class T> T atomicExch(T* p, cuda_sim::same<T> v, CUDA_SIM_HERE) {
   static_assert(cuda_sim::is_integer<T>() || std::is_same_v<T, float>);
-  return cuda_sim::exchange(p, [=](T) { return v; });
+  return cuda_sim::exchange(p, CUDA_SIM_SITE, [=](T) { return v; });
 }
-template <class T> T atomicOr(T* p, cuda_sim::same<T> v) {
+template <class T> T atomicOr(T* p, cuda_sim::same<T> v, CUDA_SIM_HERE) {
   static_assert(cuda_sim::is_integer<T>());
-  return cuda_sim::exchange(p, [=](T old) { return old | v; });
+  return cuda_sim::exchange(p, CUDA_SIM_SITE, [=](T old) { return old | v; });
 }
-template <class T> T atomicCAS(T* p, cuda_sim::same<T> expected, cuda_sim::same<T> v) {
+template <class T>
+T atomicCAS(T* p, cuda_sim::same<T> expected, cuda_sim::same<T> v, CUDA_SIM_HERE) {
   static_assert(cuda_sim::is_integer<T>());
-  return cuda_sim::exchange(p, [=](T old) { return old == expected ? v : old; });
+  return cuda_sim::exchange(p, CUDA_SIM_SITE, [=](T old) { return old == expected ? v : old; });
 }
-inline unsigned int atomicInc(unsigned int* p, unsigned int limit) {
-  return cuda_sim::exchange(p, [=](unsigned int old) { return old >= limit ? 0 : old + 1; });
+inline unsigned int atomicInc(unsigned int* p, unsigned int limit, CUDA_SIM_HERE) {
+  return cuda_sim::exchange(p, CUDA_SIM_SITE,
+                            [=](unsigned int old) { return old >= limit ? 0 : old + 1; });
 }
 
 // -- kernels as data: a launch checks its arguments by this --------------------------------------
