@@ -162,6 +162,7 @@ class CupyDevice(strict_array.Device):
             function(target, *args, **kwargs)
             return
         _check_capturable(name, (target, *args), kwargs)
+        _trial(function, (target, *args), kwargs)  # an error is raised at the caller's line
 
         def run(_, target, args, kwargs):
             function(target, *args, **kwargs)
@@ -171,17 +172,8 @@ class CupyDevice(strict_array.Device):
     def _capture(self, stream, name, function, args, kwargs):
         """Record an operation; its result is new memory, or a view of an argument."""
         _check_capturable(name, args, kwargs)
-        stands = {}  # what is run now, for shapes and dtypes: zeros, laid out as the arguments are
-
-        def stand_in(array):
-            stands.setdefault(id(array), _stand_in(array))
-            return stands[id(array)]
-
-        with np.errstate(all="ignore"):
-            trial = _as_arrays(
-                function(*map_arrays(stand_in, args), **map_arrays(stand_in, kwargs))
-            )
-        if not arrays_in(trial) or _are_views(arrays_in(trial), stands.values()):
+        trial, is_view = _trial(function, args, kwargs)
+        if is_view:
             return function(*args, **kwargs)
         outputs = map_arrays(lambda array: self._allocated(name, array), trial)
         if name in ("empty", "empty_like"):
@@ -271,7 +263,20 @@ def _are_views(outputs, inputs):
     return all(any(owner_of(array) is owner for owner in owners) for array in outputs)
 
 
-def _stand_in(array):
+def _trial(function, args, kwargs):
+    """What an operation gives for zeros, for its shape and dtype, and whether that is a view."""
+    zeros = {}
+
+    def stand_in(array):
+        return zeros.setdefault(id(array), _zeros_like(array))
+
+    with np.errstate(all="ignore"):
+        result = function(*map_arrays(stand_in, args), **map_arrays(stand_in, kwargs))
+    result = _as_arrays(result)
+    return result, _are_views(arrays_in(result), zeros.values())
+
+
+def _zeros_like(array):
     """Zeros of the shape, dtype and strides of `array`, in memory of their own."""
     begin, end = np.lib.array_utils.byte_bounds(array)
     memory = np.zeros(max(end - begin, 1), "uint8")

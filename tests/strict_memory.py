@@ -58,17 +58,14 @@ class MemoryPool:
         offset = -_address(block) % self._ALIGNMENT
         array = np.ndarray(shape, dtype, block, offset)
         self.count(array, size)
-        weakref.finalize(array, self._free[size].append, block)
+        weakref.finalize(array, _take_back, weakref.ref(self), size, block)
         return poison(array)
 
     def count(self, owner, size):
         """Count an array for as long as it lives."""
         self._used += size
         self._total = max(self._total, self._used)
-        weakref.finalize(owner, self._uncount, size)
-
-    def _uncount(self, size):
-        self._used -= size
+        weakref.finalize(owner, _uncount, weakref.ref(self), size)
 
     def used_bytes(self):
         return self._used
@@ -84,6 +81,19 @@ class MemoryPool:
         self._blocks = [block for block in self._blocks if id(block) not in free]
         self._free.clear()
         self._total = self._used
+
+
+# an array does not keep its pool alive, as in CuPy
+
+
+def _uncount(pool, size):
+    if pool() is not None:
+        pool()._used -= size
+
+
+def _take_back(pool, size, block):
+    if pool() is not None:
+        pool()._free[size].append(block)
 
 
 class Held:

@@ -169,6 +169,8 @@ class Stream:
 
     def wait_event(self, event):
         self.refuse_while_capturing("an event of another stream")  # CUDA would fork the capture
+        if event.at is None:
+            return
         stream, time = event.at
         self._waited.append((self.clock, stream, time))
 
