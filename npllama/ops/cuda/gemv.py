@@ -18,15 +18,14 @@ _SHARED = 112 * 1024  # of a block: a multiprocessor has room for two, of one ke
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch of gemv.cu cuts the work up.
+    """How a launch of gemv.cu divides the work.
 
     Attributes:
-        m: vectors that the kernel is compiled for, 1, 2, 4 or 8.
+        m: vectors that the kernel is compiled for: 1, 2, 4 or 8.
         threads: of a block, which share a row's 16-byte chunks.
         chunks: of a row that a thread takes at once.
         rows: of W in a batch, the unit of the queue.
         stages: batches in flight.
-        digits: whether int8 weights are multiplied as integers.
         grid: blocks.
         shared: bytes of shared memory of a block.
     """
@@ -36,7 +35,6 @@ class Plan:
     chunks: int
     rows: int
     stages: int
-    digits: bool
     grid: int
     shared: int
 
@@ -45,40 +43,63 @@ class Plan:
 def plan(
     itemsize: int, n_out: int, width: int, n_rows: int, swiglu: bool, n_sms: int, max_shared: int
 ) -> Plan:
-    """The cut of W (n_out, width) times n_rows vectors.
+    """How to multiply W (n_out, width) with n_rows vectors.
 
     Args:
         n_sms: multiprocessors of the device.
         max_shared: bytes of shared memory that a block may have.
     """
     m = next(m for m in (1, 2, 4, 8) if m >= n_rows)
-    numbers = _CHUNK // itemsize
+    limit = min(_SHARED, max_shared)
+    threads, chunks = _tile(itemsize, width, m)
+    row_bytes = threads * chunks * _CHUNK
+    least = 2 if swiglu else 1  # a row of gate and one of up
+    most = max(least, min(32 // m, _BATCH // row_bytes))
+    rows = max(r for r in (1, 2, 4) if r <= most)
+    queue = min(_QUEUE if m <= 2 else _QUEUE * 2 // 3, limit * 8 // 9)
+    stages = max(2, min(8, queue // (rows * row_bytes)))
+    grid, shared = blocks(
+        m, threads, chunks, rows, stages, n_out, swiglu=swiglu, n_sms=n_sms, limit=limit
+    )
+    return Plan(m, threads, chunks, rows, stages, grid, shared)
+
+
+def _tile(itemsize: int, width: int, m: int) -> tuple[int, int]:
+    """Threads, and chunks of each: one tile where the registers hold so much of m rows of x, else
+    tiles of about equal size."""
+    numbers = _CHUNK // itemsize  # of a chunk
     most_threads = _MOST_THREADS if m == 1 else 256 if m * numbers <= 64 else 128
-    most_chunks = max(1, min(3, 64 // (m * numbers)))  # as many as the registers hold of x
+    most_chunks = max(1, min(3, (24 if m == 1 else 32) // (m * numbers)))
     n_chunks = width // numbers
     n_tiles = -(-n_chunks // (most_threads * most_chunks))
-    tile = -(-n_chunks // n_tiles)  # all tiles of about the same size
+    tile = -(-n_chunks // n_tiles)
     chunks = -(-tile // most_threads)
-    threads = -(-tile // (32 * chunks)) * 32
-    row_bytes = threads * chunks * _CHUNK
-    rows = max(r for r in (1, 2, 4) if r == 1 or (r * m <= 32 and r * row_bytes <= _BATCH))
-    if swiglu:
-        rows = max(rows, 2)  # a row of gate and one of up
-    batch = rows * row_bytes
-    warps = threads // 32
-    # one multiprocessor's share of the rows, or a part of it where its sums need too much memory
-    of_unit = 2 if swiglu else 1
+    return -(-tile // (32 * chunks)) * 32, chunks
+
+
+def blocks(
+    m: int,
+    threads: int,
+    chunks: int,
+    rows: int,
+    stages: int,
+    n_out: int,
+    *,
+    swiglu: bool,
+    n_sms: int,
+    limit: int,
+) -> tuple[int, int]:
+    """How many blocks, and bytes of shared memory of each.
+
+    One block a multiprocessor; several where the sums of one's rows would exceed the limit.
+    """
+    warps, of_unit = threads // 32, 2 if swiglu else 1
     n_units = n_out // of_unit
-    limit = min(_SHARED, max_shared)
-    most_queue = min(_QUEUE if m <= 2 else _QUEUE * 2 // 3, limit * 8 // 9)
-    stages = max(2, min(8, most_queue // batch))
+    fixed = stages * rows * chunks * threads * _CHUNK + 4 * warps * m  # queue, squares
     of_row = 4 * (warps * m + m + 1)  # sums, residuals, scale
-    room = (limit - stages * batch - 4 * warps * m) // of_row
-    n_parts = -(-n_units * of_unit // max(1, n_sms * (room - of_unit)))
-    grid = min(n_units, n_sms * n_parts)
-    pitch = -(-n_units // grid) * of_unit
-    shared = stages * batch + 4 * warps * m + pitch * of_row
-    return Plan(m, threads, chunks, rows, stages, itemsize == 1, grid, shared)
+    units = max(1, (limit - fixed) // (of_row * of_unit))  # of a block, at most
+    grid = min(n_units, n_sms * -(-n_units // (n_sms * units)))
+    return grid, fixed + -(-n_units // grid) * of_unit * of_row
 
 
 def fits(w: Matrix | None, n_rows: int) -> bool:
@@ -118,7 +139,7 @@ def gemv(
     cut = plan(w.values.itemsize, n_out, width, n_rows, swiglu, *device)
     name = (
         f"gemv<{C_TYPES[w.format.name]}, {cut.m}, {cut.threads}, {cut.chunks}, {cut.rows}, "
-        f"{cut.stages}, {_cpp(swiglu)}, {_cpp(cut.digits)}>"
+        f"{cut.stages}, {_cpp(norm is not None)}, {_cpp(swiglu)}, {_cpp(w.values.itemsize == 1)}>"
     )
     y = xp.empty((n_rows, 1, n_out // 2 if swiglu else n_out), dtype="float32")
     x = xp.ascontiguousarray(x)

@@ -217,7 +217,7 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
 
 // This thread's columns of x * norm in one tile, of n_tokens rows of x, zeros elsewhere. Each lane 0
 // adds its warp's sums of x^2 to squares (M).
-template <typename W, int M, int THREADS, int CHUNKS, bool DIGITS>
+template <typename W, int M, int THREADS, int CHUNKS, bool NORM, bool DIGITS>
 __device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, const float* x,
                                     const float* __restrict__ norm, int n_tokens, int width,
                                     int tile, float* squares) {
@@ -230,7 +230,7 @@ __device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, cons
     for (int i = 0; i < N; i += 4) {
       const int d = first + j * THREADS * N + i;
       float4 v = make_float4(1, 1, 1, 1);
-      if (norm != nullptr && d < width) v = __ldg(reinterpret_cast<const float4*>(norm + d));
+      if (NORM && d < width) v = __ldg(reinterpret_cast<const float4*>(norm + d));
       factor[j][i] = v.x, factor[j][i + 1] = v.y, factor[j][i + 2] = v.z, factor[j][i + 3] = v.w;
     }
   if (tile == 0) wait_for_previous_kernel();  // x is of that kernel
@@ -249,7 +249,7 @@ __device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, cons
       }
 #pragma unroll
   for (int m = 0; m < M; m++) {
-    if (norm != nullptr) {
+    if (NORM) {
       float sum = 0;
 #pragma unroll
       for (int j = 0; j < CHUNKS; j++)
@@ -305,7 +305,8 @@ __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* su
 // (n_tokens, n_weight_rows, or half of that with SWIGLU); n_tokens <= M. width * sizeof(W) is a
 // multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below.
 // registers: at most 128
-template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU, bool DIGITS>
+template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU,
+          bool DIGITS>
 __global__ void __launch_bounds__(THREADS, 2)
 gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
      const float* __restrict__ norm, const float* residual, float* y, int n_weight_rows, int width,
@@ -341,8 +342,8 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
   Columns<W, M, CHUNKS, DIGITS> columns;
   int stage = 0;
   for (int tile = 0; tile < n_tiles; tile++) {
-    read_columns<W, M, THREADS, CHUNKS, DIGITS>(columns, x, norm, n_tokens, width, tile,
-                                                squares + warp * M);
+    read_columns<W, M, THREADS, CHUNKS, NORM, DIGITS>(columns, x, norm, n_tokens, width, tile,
+                                                      squares + warp * M);
     if (tile == 0) {
       let_next_kernel_start();
       if (residual != nullptr) {
@@ -375,6 +376,6 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
   }
   __pipeline_wait_prior(0);
   __syncthreads();
-  write_outputs<M, THREADS>(share, sums, pitch, squares, scales, scale != nullptr, norm != nullptr,
+  write_outputs<M, THREADS>(share, sums, pitch, squares, scales, scale != nullptr, NORM,
                             residuals, residual != nullptr, y, n_tokens, width, eps);
 }
