@@ -28,13 +28,19 @@ class Kernels:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._cupy = backend.xp
+        self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
 
     @cached_property
     def n_sms(self) -> int:
         """Streaming multiprocessors of the device."""
         return self._cupy.cuda.Device().attributes["MultiProcessorCount"]
+
+    @cached_property
+    def max_shared(self) -> int:
+        """Bytes of shared memory that a block may ask for."""
+        attributes = self._cupy.cuda.Device().attributes
+        return attributes["MaxSharedMemoryPerBlockOptin"]
 
     def launch(
         self,

@@ -1,0 +1,381 @@
+// Products of a weight matrix with 1 to 8 vectors, as a decode step needs them:
+//
+//   y[m, o] = sum_d h[m, d] W[o, d] * scale[o] + residual[m, o]
+//   h[m, d] = x[m, d] * norm[d] / sqrt(mean_d x[m, d]^2 + eps)
+//
+// and with SWIGLU, where the rows of W are those of gate above those of up,
+//
+//   y[m, f] = silu(g) u,   g = sum_d h[m, d] W[f, d] scale[f],   u = the same of row F + f.
+//
+// Without norm h is x; scale and residual are optional as well. W is read once, and reading it is
+// nearly all of the time: at 7 billion weights of 16 bits a token is 13 GB. So a block, of which
+// there is one on each multiprocessor, takes a contiguous part of the rows of W and keeps a queue
+// of them in flight from global to shared memory (asynchronous copies, which need no registers).
+// The queue fills before the kernel waits for x, while the kernel before it still runs.
+//
+// The threads of a block share the columns: thread t takes the 16-byte chunks t, t + THREADS, ...
+// of each row, and keeps the same columns of x in registers. It multiplies only what it copied
+// itself. So the loop over the rows has no barrier; each warp leaves its part of each sum in shared
+// memory, and after one barrier the parts are added up. A row of more than THREADS * CHUNKS chunks
+// is taken in tiles of so many: first the first tile of all rows of the block, then the next.
+
+template <typename W> struct Chunk { static constexpr int SIZE = 16 / sizeof(W); };  // weights
+
+// COUNT sums over a warp, a power of two up to 32: lane l returns that of v[l / (32 / COUNT)].
+// Half of the lanes keep the lower half of the sums and send the others the upper half; then again
+// with half as many sums. So COUNT - 1 shuffles do, and one for each halving of the lanes that are
+// left with one sum, where a sum at a time takes 5 COUNT.
+template <int COUNT, int MASK = 16> __device__ inline float warp_sums(float* v) {
+  if constexpr (COUNT == 1) {
+#pragma unroll
+    for (int mask = MASK; mask > 0; mask /= 2) v[0] += __shfl_xor_sync(ALL_LANES, v[0], mask);
+    return v[0];
+  } else {
+    const bool keeps_upper = (threadIdx.x & MASK) != 0;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; i++) {
+      const float lower = v[i], upper = v[i + COUNT / 2];
+      v[i] = keeps_upper ? upper : lower;
+      v[i] += __shfl_xor_sync(ALL_LANES, keeps_upper ? lower : upper, MASK);
+    }
+    return warp_sums<COUNT / 2, MASK / 2>(v);
+  }
+}
+
+// -- what a thread holds of h, and how it multiplies ----------------------------------------------
+//
+// set() takes the columns of row m, (CHUNKS, 16 / sizeof(W)); add() adds the products with 16 bytes
+// of a row of W to that row's Sums; value() is their sum for row m.
+
+template <typename W, int M, int CHUNKS, bool DIGITS> struct Columns {
+  static constexpr int N = Chunk<W>::SIZE;
+  float h[M][CHUNKS][N];
+
+  struct Sums { float even[M], odd[M]; };  // two chains of additions: half the latency
+
+  __device__ void set(int m, const float (&row)[CHUNKS][N]) {
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+      for (int i = 0; i < N; i++) h[m][j][i] = row[j][i];
+  }
+  __device__ void clear(Sums& sums) const {
+#pragma unroll
+    for (int m = 0; m < M; m++) sums.even[m] = sums.odd[m] = 0;
+  }
+  __device__ void add(Sums& sums, uint4 bits, int j) const {
+    float w[N];
+    unpack<W>(bits, w);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int i = 0; i < N; i += 2) {
+        sums.even[m] += w[i] * h[m][j][i];
+        sums.odd[m] += w[i + 1] * h[m][j][i + 1];
+      }
+  }
+  __device__ float value(const Sums& sums, int m) const { return sums.even[m] + sums.odd[m]; }
+};
+
+// int8 weights by integer products, four in one instruction, where the other way takes three
+// instructions for each weight. h is written as unit * (digit0 + 2^8 digit1 + 2^16 digit2) with
+// digits of 8 bits, and the sums of each digit's products are exact. The unit is 2^-23 of the
+// largest number that the thread holds of a row, so that the error is no larger than what float32
+// rounds that number's product by.
+template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
+  static constexpr int N = Chunk<signed char>::SIZE, WORDS = N / 4;
+  static constexpr float LARGEST = 127 * 65536;  // with digits of at most 127, rounding included
+  int digits[M][CHUNKS][3][WORDS];  // four columns a word
+  float unit[M];
+
+  struct Sums { int of_digit[M][3]; };
+
+  __device__ void set(int m, const float (&row)[CHUNKS][N]) {
+    float largest = 0, nothing = 0;  // but NaN where a number is not finite, as the sum would be
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        largest = fmaxf(largest, fabsf(row[j][i]));
+        nothing += row[j][i] * 0.0f;
+      }
+    unit[m] = largest / LARGEST + nothing;
+    const float factor = largest > 1e-30f ? LARGEST / largest : 0.0f;  // does not overflow
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+      for (int word = 0; word < WORDS; word++) {
+        unsigned int q[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          // the low three bytes of (q + 0x8080) ^ 0x8080 are q's digits from -128 to 127: a byte of
+          // 128 or more carries one into the next
+          q[i] = (__float2int_rn(row[j][4 * word + i] * factor) + 0x8080) ^ 0x8080;
+        }
+        // four numbers of three bytes -> three words of four bytes
+        const unsigned int low01 = __byte_perm(q[0], q[1], 0x5140);  // bytes 0 0 1 1 of q0 q1 q0 q1
+        const unsigned int low23 = __byte_perm(q[2], q[3], 0x5140);
+        const unsigned int high01 = __byte_perm(q[0], q[1], 0x0062);  // byte 2 of both
+        const unsigned int high23 = __byte_perm(q[2], q[3], 0x0062);
+        digits[m][j][0][word] = __byte_perm(low01, low23, 0x5410);
+        digits[m][j][1][word] = __byte_perm(low01, low23, 0x7632);
+        digits[m][j][2][word] = __byte_perm(high01, high23, 0x5410);
+      }
+  }
+  __device__ void clear(Sums& sums) const {
+#pragma unroll
+    for (int m = 0; m < M; m++) sums.of_digit[m][0] = sums.of_digit[m][1] = sums.of_digit[m][2] = 0;
+  }
+  __device__ void add(Sums& sums, uint4 bits, int j) const {
+    const int words[WORDS] = {(int)bits.x, (int)bits.y, (int)bits.z, (int)bits.w};
+#pragma unroll
+    for (int word = 0; word < WORDS; word++)
+#pragma unroll
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < 3; k++)
+          sums.of_digit[m][k] = __dp4a(words[word], digits[m][j][k][word], sums.of_digit[m][k]);
+  }
+  // a sum is at most 16 CHUNKS 2^14, so that two of them fit in an int
+  __device__ float value(const Sums& sums, int m) const {
+    const int low = sums.of_digit[m][1] * 256 + sums.of_digit[m][0];
+    return ((float)sums.of_digit[m][2] * 65536.0f + (float)low) * unit[m];
+  }
+};
+
+// -- the queue of weights -------------------------------------------------------------------------
+
+// A block's part of the work. A unit is what makes one output: a row of W, or with SWIGLU a row of
+// gate and one of up, which then stand beside each other in the order of the block's rows.
+template <bool SWIGLU> struct Share {
+  static constexpr int ROWS_OF_UNIT = SWIGLU ? 2 : 1;
+  int first, n_units, n_rows, n_all_units;
+
+  __device__ explicit Share(int n_weight_rows) {
+    n_all_units = n_weight_rows / ROWS_OF_UNIT;
+    first = (int)((long long)n_all_units * blockIdx.x / gridDim.x);
+    n_units = (int)((long long)n_all_units * (blockIdx.x + 1) / gridDim.x) - first;
+    n_rows = n_units * ROWS_OF_UNIT;
+  }
+  // the row of W of the block's row i
+  __device__ int row(int i) const {
+    return first + i / ROWS_OF_UNIT + (i % ROWS_OF_UNIT) * n_all_units;
+  }
+};
+
+// ROWS rows of a tile are a batch; STAGES batches are in flight.
+template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU> struct Queue {
+  static_assert(!SWIGLU || ROWS % 2 == 0, "gate and up are in one batch");
+  static constexpr int TILE = THREADS * CHUNKS;  // chunks of a row
+
+  const Share<SWIGLU>& share;
+  uint4* mine;          // this thread's first chunk in shared memory (STAGES, ROWS, CHUNKS, THREADS)
+  const char* next;     // this thread's first chunk of the next batch in global memory
+  size_t row_bytes;
+  int n_chunks, chunk;  // of a row; and which one `next` is
+  int rows_left;        // of the tile
+
+  __device__ Queue(const Share<SWIGLU>& share_, const W* w, int width, uint4* shared)
+      : share(share_), mine(shared + threadIdx.x) {
+    row_bytes = (size_t)width * sizeof(W);
+    n_chunks = width / Chunk<W>::SIZE;
+    chunk = threadIdx.x;
+    rows_left = share.n_rows;
+    next = (const char*)w + row_bytes * share.first + chunk * 16;
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) copy_next(stage);
+  }
+  // Ask for a batch; what is not there becomes zeros.
+  __device__ void copy_next(int stage) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const int unit = r / Share<SWIGLU>::ROWS_OF_UNIT, is_up = r % Share<SWIGLU>::ROWS_OF_UNIT;
+      const char* from = next + row_bytes * unit + (is_up ? row_bytes * share.n_all_units : 0);
+#pragma unroll
+      for (int j = 0; j < CHUNKS; j++) {
+        const bool is_there = r < rows_left && chunk + j * THREADS < n_chunks;
+        __pipeline_memcpy_async(at(stage, r, j), from + j * THREADS * 16, 16, is_there ? 0 : 16);
+      }
+    }
+    __pipeline_commit();
+    next += row_bytes * (ROWS / Share<SWIGLU>::ROWS_OF_UNIT);
+    rows_left -= ROWS;
+    if (rows_left <= 0) {  // the first batch of the next tile; past the last one nothing is there
+      const int n_batches = (share.n_rows + ROWS - 1) / ROWS;
+      next -= row_bytes * (ROWS / Share<SWIGLU>::ROWS_OF_UNIT) * n_batches;
+      next += TILE * 16;
+      chunk += TILE;
+      rows_left = share.n_rows;
+    }
+  }
+  __device__ uint4* at(int stage, int r, int j) const {
+    return mine + ((stage * ROWS + r) * CHUNKS + j) * THREADS;
+  }
+};
+
+// -- the kernel -----------------------------------------------------------------------------------
+
+// This thread's columns of x * norm in one tile, of n_tokens rows of x, zeros elsewhere. Each lane 0
+// adds its warp's sums of x^2 to squares (M).
+template <typename W, int M, int THREADS, int CHUNKS, bool NORM, bool DIGITS>
+__device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, const float* x,
+                                    const float* __restrict__ norm, int n_tokens, int width,
+                                    int tile, float* squares) {
+  constexpr int N = Chunk<W>::SIZE;
+  float factor[CHUNKS][N], h[M][CHUNKS][N];
+  const int first = (tile * THREADS * CHUNKS + threadIdx.x) * N;
+#pragma unroll
+  for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      const int d = first + j * THREADS * N + i;
+      float4 v = make_float4(1, 1, 1, 1);
+      if (NORM && d < width) v = __ldg(reinterpret_cast<const float4*>(norm + d));
+      factor[j][i] = v.x, factor[j][i + 1] = v.y, factor[j][i + 2] = v.z, factor[j][i + 3] = v.w;
+    }
+  if (tile == 0) wait_for_previous_kernel();  // x is of that kernel
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+      for (int i = 0; i < N; i += 4) {
+        const int d = first + j * THREADS * N + i;
+        float4 v = make_float4(0, 0, 0, 0);
+        if (m < n_tokens && d < width) {
+          v = __ldcg(reinterpret_cast<const float4*>(x + (size_t)m * width + d));
+        }
+        h[m][j][i] = v.x, h[m][j][i + 1] = v.y, h[m][j][i + 2] = v.z, h[m][j][i + 3] = v.w;
+      }
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    if (NORM) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+          sum += h[m][j][i] * h[m][j][i];
+          h[m][j][i] *= factor[j][i];
+        }
+      sum = warp_sum(sum);
+      if (threadIdx.x % 32 == 0) squares[m] = tile == 0 ? sum : squares[m] + sum;
+    }
+    columns.set(m, h[m]);
+  }
+}
+
+// y of the block's units from the sums of its warps: sums (WARPS, M, pitch), squares (WARPS, M),
+// scales (pitch), residuals (M, pitch).
+template <int M, int THREADS, bool SWIGLU>
+__device__ inline void write_outputs(const Share<SWIGLU>& share, const float* sums, int pitch,
+                                     const float* squares, const float* scales, bool has_scale,
+                                     bool has_norm, const float* residuals, bool has_residual,
+                                     float* y, int n_tokens, int width, float eps) {
+  constexpr int WARPS = THREADS / 32;
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    if (m >= n_tokens) break;
+    float inverse = 1;  // 1 / RMS
+    if (has_norm) {
+      float sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < WARPS; warp++) sum += squares[warp * M + m];
+      inverse = rsqrtf(sum / width + eps);
+    }
+    for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS) {
+      float outputs[Share<SWIGLU>::ROWS_OF_UNIT];
+#pragma unroll
+      for (int i = 0; i < Share<SWIGLU>::ROWS_OF_UNIT; i++) {
+        const int row = unit * Share<SWIGLU>::ROWS_OF_UNIT + i;
+        float sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++) sum += sums[(warp * M + m) * pitch + row];
+        outputs[i] = sum * inverse * (has_scale ? scales[row] : 1.0f);
+      }
+      float value = outputs[0];
+      if (SWIGLU) value = silu(value) * outputs[Share<SWIGLU>::ROWS_OF_UNIT - 1];
+      if (has_residual) value += residuals[m * pitch + unit];
+      y[(size_t)m * share.n_all_units + share.first + unit] = value;
+    }
+  }
+}
+
+// W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), y and residual
+// (n_tokens, n_weight_rows, or half of that with SWIGLU); n_tokens <= M. width * sizeof(W) is a
+// multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below.
+// registers: at most 128
+template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU,
+          bool DIGITS>
+__global__ void __launch_bounds__(THREADS, 2)
+gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
+     const float* __restrict__ norm, const float* residual, float* y, int n_weight_rows, int width,
+     int n_tokens, float eps) {
+  typedef Queue<W, THREADS, CHUNKS, ROWS, STAGES, SWIGLU> Weights;
+  constexpr int WARPS = THREADS / 32, LANES_OF_SUM = 32 / (ROWS * M);
+  static_assert(LANES_OF_SUM > 0, "each lane has one sum of a batch");
+  const Share<SWIGLU> share(n_weight_rows);
+  // rows of the largest share
+  const int pitch = (share.n_all_units + gridDim.x - 1) / gridDim.x * Share<SWIGLU>::ROWS_OF_UNIT;
+  const int n_tiles = (width / Chunk<W>::SIZE + Weights::TILE - 1) / Weights::TILE;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  extern __shared__ uint4 shared[];                   // (STAGES, ROWS, CHUNKS, THREADS)
+  float* sums = reinterpret_cast<float*>(shared + STAGES * ROWS * Weights::TILE);
+  float* squares = sums + WARPS * M * pitch;          // after sums (WARPS, M, pitch): (WARPS, M)
+  float* scales = squares + WARPS * M;                // (pitch)
+  float* residuals = scales + pitch;                  // (M, pitch)
+
+  // Each thread copies the scales and residuals of its own units beside the weights: read at the
+  // end, they would keep every block waiting.
+  if (scale != nullptr) {
+    for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS) {
+      for (int i = unit * Share<SWIGLU>::ROWS_OF_UNIT; i < (unit + 1) * Share<SWIGLU>::ROWS_OF_UNIT; i++)
+        __pipeline_memcpy_async(scales + i, scale + share.row(i), 4);
+    }
+  }
+  Weights weights(share, w, width, shared);
+
+  // the sum that this lane keeps: of row sum_row of a batch and token sum_token
+  const int sum_row = lane / LANES_OF_SUM / M, sum_token = lane / LANES_OF_SUM % M;
+  float* my_sums = sums + (warp * M + sum_token) * pitch + sum_row;
+  Columns<W, M, CHUNKS, DIGITS> columns;
+  int stage = 0;
+  for (int tile = 0; tile < n_tiles; tile++) {
+    read_columns<W, M, THREADS, CHUNKS, NORM, DIGITS>(columns, x, norm, n_tokens, width, tile,
+                                                      squares + warp * M);
+    if (tile == 0) {
+      let_next_kernel_start();
+      if (residual != nullptr) {
+        for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS)
+          for (int m = 0; m < n_tokens; m++)
+            __pipeline_memcpy_async(residuals + m * pitch + unit,
+                                    residual + (size_t)m * share.n_all_units + share.first + unit, 4);
+      }
+    }
+    for (int row = 0; row < share.n_rows; row += ROWS) {
+      __pipeline_wait_prior(STAGES - 1);  // the oldest batch is there
+      typename Columns<W, M, CHUNKS, DIGITS>::Sums batch[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) columns.clear(batch[r]);
+#pragma unroll
+      for (int j = 0; j < CHUNKS; j++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) columns.add(batch[r], *weights.at(stage, r, j), j);
+      weights.copy_next(stage);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      float v[ROWS * M];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int m = 0; m < M; m++) v[r * M + m] = columns.value(batch[r], m);
+      const float sum = warp_sums<ROWS * M>(v);
+      if (lane % LANES_OF_SUM == 0 && row + sum_row < share.n_rows)
+        my_sums[row] = tile == 0 ? sum : my_sums[row] + sum;
+    }
+  }
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  write_outputs<M, THREADS>(share, sums, pitch, squares, scales, scale != nullptr, NORM,
+                            residuals, residual != nullptr, y, n_tokens, width, eps);
+}
