@@ -1,21 +1,76 @@
 """Attention of one new token in each row: RoPE, the write to the cache, softmax(q K^T) V."""
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from npllama.backend import Array
-from npllama.ops.cuda.kernels import Kernels
+from npllama.ops.cuda.kernels import C_TYPES, Kernels
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
 
+CACHE_DTYPES = ("float16", "bfloat16", "float32")
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the attention is divided.
+
+    Attributes:
+        heads: GB, query heads of a key-value head that a block computes with.
+        keys: keys whose loads a thread has in flight.
+        groups: of lanes in a block; each computes with a key at a time.
+        splits: parts of a row's keys, each computed by a block of its own.
+    """
+
+    heads: int
+    keys: int
+    groups: int
+    splits: int
+
+
+def plan(
+    n_rows: int, n_kv_heads: int, n_groups: int, itemsize: int, bucket: int, n_sms: int
+) -> Plan:
+    """The division that was measured best, as a rule.
+
+    Reading keys and values takes the time. An SM reads fast enough with about 64 keys in flight:
+    one block of 16 groups with 4 keys each, or more blocks with fewer keys. Blocks beyond those
+    make a second wave, and each has its own beginning and end: splits are not more than fill the
+    SMs once. Two query heads a block read the keys half as often; four leave too few blocks where
+    the context is short.
+
+    Args:
+        n_groups: G, query heads of a key-value head.
+        itemsize: bytes of a number in the cache.
+        bucket: keys of the longest row, at most.
+    """
+    heads = 2 if n_groups % 2 == 0 else 1
+    in_flight, groups = 4, 16
+    keys = in_flight // heads
+    blocks_an_sm = in_flight // keys
+    if itemsize == 4:  # as many bytes, and as many registers
+        keys //= 2
+    n_blocks = n_rows * n_kv_heads * n_groups // heads  # of one split each
+    steps = -(-bucket // (groups * keys))
+    splits = min(max(n_sms * blocks_an_sm // n_blocks, 1), steps)
+    return Plan(heads, keys, groups, splits)
+
 
 def fits(cache: "LayerCache") -> bool:
-    """Whether `attend` takes a cache of this head width and dtype."""
-    return False
+    """Whether `attend` takes a cache of this head width and dtype: float16, bfloat16 or float32,
+    C a multiple of 16 up to 256."""
+    head_dim = cache.k.shape[-1]
+    return cache.k.dtype.name in CACHE_DTYPES and head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def attend(kernels: Kernels, qkv: Array, cache: "LayerCache", positions: "Positions") -> Array:
     """Rotates q and k, writes k and v to the cache, and attends to each row's keys 0 .. S.
+
+    The kernel reads positions from the device alone; `positions.bucket` bounds them. It reads of
+    the cache what is live, and writes position S of each row alone.
 
     Args:
         qkv: (B, 1, (H + 2K) C) float32, not rotated.
@@ -23,4 +78,58 @@ def attend(kernels: Kernels, qkv: Array, cache: "LayerCache", positions: "Positi
     Returns:
         o, (B, 1, H*C) float32.
     """
-    raise NotImplementedError
+    n_rows, _, width = qkv.shape
+    _, n_kv_heads, context, head_dim = cache.k.shape
+    n_heads = width // head_dim - 2 * n_kv_heads
+    p = plan(
+        n_rows,
+        n_kv_heads,
+        n_heads // n_kv_heads,
+        cache.k.dtype.itemsize,
+        positions.bucket,
+        kernels.n_sms,
+    )
+    return attend_as(kernels, p, qkv, cache, positions)
+
+
+def attend_as(
+    kernels: Kernels, p: Plan, qkv: Array, cache: "LayerCache", positions: "Positions"
+) -> Array:
+    """`attend`, divided as `p` says."""
+    xp = kernels.xp
+    n_rows, _, width = qkv.shape
+    _, n_kv_heads, context, head_dim = cache.k.shape
+    n_heads = width // head_dim - 2 * n_kv_heads
+    n_blocks = n_heads // p.heads  # of a row and a split
+    threads = p.groups * lanes(head_dim)
+    type_ = C_TYPES[cache.k.dtype.name]
+    o = xp.empty((n_rows, 1, n_heads * head_dim), dtype="float32")
+    partials = xp.empty((n_rows, n_heads, p.splits, head_dim + 2), dtype="float32")
+    kernels.launch(
+        "decode_attention",
+        f"attend<{type_}, {head_dim}, {p.heads}, {p.keys}, {threads}>",
+        (p.splits, n_blocks, n_rows),
+        (threads,),
+        (
+            qkv,
+            positions.cos,
+            positions.sin,
+            cache.k,
+            cache.v,
+            positions.device_rows,
+            positions.device_starts,
+            partials,
+            kernels.counters(n_rows * n_blocks),
+            o,
+            n_kv_heads,
+            n_blocks // n_kv_heads,
+            context,
+            1 / math.sqrt(head_dim),
+        ),
+    )
+    return o
+
+
+def lanes(head_dim: int) -> int:
+    """Threads that share a key: 8 columns each, and a power of two."""
+    return 1 << (head_dim // 8 - 1).bit_length()

@@ -28,13 +28,23 @@ class Kernels:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._cupy = backend.xp
+        self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
+        self._counters: dict[int, Array] = {}
 
     @cached_property
     def n_sms(self) -> int:
         """Streaming multiprocessors of the device."""
         return self._cupy.cuda.Device().attributes["MultiProcessorCount"]
+
+    def counters(self, n: int) -> Array:
+        """(n,) int32, zeros, which a kernel that counts in them leaves as zeros.
+
+        They are made at the first call and kept: a captured step finds them at their address.
+        """
+        if n not in self._counters:
+            self._counters[n] = self.xp.zeros(n, dtype="int32")
+        return self._counters[n]
 
     def launch(
         self,
