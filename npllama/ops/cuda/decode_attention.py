@@ -15,7 +15,7 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class Division:
     """How the attention is divided.
 
     Attributes:
@@ -31,9 +31,9 @@ class Plan:
     splits: int
 
 
-def plan(
+def divide(
     n_rows: int, n_kv_heads: int, n_groups: int, itemsize: int, bucket: int, n_sms: int
-) -> Plan:
+) -> Division:
     """The division that was measured best, as a rule.
 
     Reading keys and values takes the time. An SM reads fast enough with about 64 keys in flight:
@@ -56,7 +56,7 @@ def plan(
     n_blocks = n_rows * n_kv_heads * n_groups // heads  # of one split each
     steps = -(-bucket // (groups * keys))
     splits = min(max(n_sms * blocks_an_sm // n_blocks, 1), steps)
-    return Plan(heads, keys, groups, splits)
+    return Division(heads, keys, groups, splits)
 
 
 def fits(cache: "LayerCache") -> bool:
@@ -66,7 +66,13 @@ def fits(cache: "LayerCache") -> bool:
     return cache.k.dtype.name in CACHE_DTYPES and head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
 
 
-def attend(kernels: Kernels, qkv: Array, cache: "LayerCache", positions: "Positions") -> Array:
+def attend(
+    kernels: Kernels,
+    qkv: Array,
+    cache: "LayerCache",
+    positions: "Positions",
+    division: Division | None = None,
+) -> Array:
     """Rotates q and k, writes k and v to the cache, and attends to each row's keys 0 .. S.
 
     The kernel reads positions from the device alone; `positions.bucket` bounds them. It reads of
@@ -74,6 +80,7 @@ def attend(kernels: Kernels, qkv: Array, cache: "LayerCache", positions: "Positi
 
     Args:
         qkv: (B, 1, (H + 2K) C) float32, not rotated.
+        division: by default `divide`'s.
 
     Returns:
         o, (B, 1, H*C) float32.
@@ -81,7 +88,7 @@ def attend(kernels: Kernels, qkv: Array, cache: "LayerCache", positions: "Positi
     n_rows, _, width = qkv.shape
     _, n_kv_heads, context, head_dim = cache.k.shape
     n_heads = width // head_dim - 2 * n_kv_heads
-    p = plan(
+    d = division or divide(
         n_rows,
         n_kv_heads,
         n_heads // n_kv_heads,
@@ -89,26 +96,16 @@ def attend(kernels: Kernels, qkv: Array, cache: "LayerCache", positions: "Positi
         positions.bucket,
         kernels.n_sms,
     )
-    return attend_as(kernels, p, qkv, cache, positions)
-
-
-def attend_as(
-    kernels: Kernels, p: Plan, qkv: Array, cache: "LayerCache", positions: "Positions"
-) -> Array:
-    """`attend`, divided as `p` says."""
     xp = kernels.xp
-    n_rows, _, width = qkv.shape
-    _, n_kv_heads, context, head_dim = cache.k.shape
-    n_heads = width // head_dim - 2 * n_kv_heads
-    n_blocks = n_heads // p.heads  # of a row and a split
-    threads = p.groups * lanes(head_dim)
+    n_blocks = n_heads // d.heads  # of a row and a split
+    threads = d.groups * lanes(head_dim)
     type_ = C_TYPES[cache.k.dtype.name]
     o = xp.empty((n_rows, 1, n_heads * head_dim), dtype="float32")
-    partials = xp.empty((n_rows, n_heads, p.splits, head_dim + 2), dtype="float32")
+    partials = xp.empty((n_rows, n_heads, d.splits, head_dim + 2), dtype="float32")
     kernels.launch(
         "decode_attention",
-        f"attend<{type_}, {head_dim}, {p.heads}, {p.keys}, {threads}>",
-        (p.splits, n_blocks, n_rows),
+        f"attend<{type_}, {head_dim}, {d.heads}, {d.keys}, {threads}>",
+        (d.splits, n_blocks, n_rows),
         (threads,),
         (
             qkv,

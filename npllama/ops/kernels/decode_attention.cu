@@ -272,22 +272,30 @@ __device__ inline bool is_last(int* counter, int n_blocks) {
 
 // Grid (n_splits, K * n_slices, B), n_slices = G / GB.
 //   qkv (B, (H + 2K) C); cos, sin (B, C/2) of each row's position
-//   k_cache, v_cache (any number of rows, K, context, C); rows, starts (B,): row and S of each token
+//   k_cache, v_cache (any number of rows, K, context, C)
+//   rows, starts (B,): the cache's row and the position S of each token
 //   partials (B, H, n_splits, C + 2), any contents; counters (B, K * n_slices), zeros
 //   o (B, H, C)
-// Before the wait it reads starts and rows, which array calls wrote before the layer's first kernel,
-// and the keys of earlier steps. The new key is taken from qkv, and not from the cache.
+//
+// What it reads before the wait: starts, rows, cos and sin, which array calls wrote before the
+// layer's first kernel, and the keys and values of earlier steps. The new key and value are not
+// read from the cache, but taken from qkv by each block that needs them.
+//
+// At least one block an SM (the 1 in the bounds): left to itself, ptxas may spill registers so that
+// more blocks fit.
+template <typename T, int C, int GB, int KEYS, int THREADS>
 // registers: at most 128
-template <typename T, int C, int GB, int KEYS, int THREADS> __global__ void __launch_bounds__(THREADS)
-attend(const float* qkv, const float* cos, const float* sin, T* k_cache, T* v_cache,
-       const int* rows, const int* starts, float* partials, int* counters, float* o,
-       int n_kv_heads, int n_slices, int context, float scale) {
+__global__ void __launch_bounds__(THREADS, 1) attend(
+    const float* qkv, const float* cos, const float* sin, T* k_cache, T* v_cache,
+    const int* rows, const int* starts, float* partials, int* counters, float* o,
+    int n_kv_heads, int n_slices, int context, float scale) {
   using Threads = Arrangement<C, KEYS, THREADS>;
   constexpr int LANES = Threads::LANES, GROUPS = Threads::GROUPS, STEP = Threads::STEP;
   __shared__ GroupResults<C, GB, GROUPS> results;
 
   const int b = blockIdx.z, kv_head = blockIdx.y / n_slices, slice = blockIdx.y % n_slices;
-  const int n_splits = gridDim.x, n_heads = n_kv_heads * n_slices * GB, first_head = blockIdx.y * GB;
+  const int n_splits = gridDim.x, n_parts = gridDim.y;
+  const int n_heads = n_parts * GB, first_head = blockIdx.y * GB;
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const bool has_columns = lane * 8 < C;
   const int column = has_columns ? lane * 8 : 0;
@@ -299,7 +307,8 @@ attend(const float* qkv, const float* cos, const float* sin, T* k_cache, T* v_ca
   T* k_column = k_cache + key_0 * C + column;
   T* v_column = v_cache + key_0 * C + column;
   auto read = [&](int first_key) {
-    return read_cache<T, C, KEYS, GROUPS>(k_column, v_column, first_key + group, end_of_cached, has_columns);
+    return read_cache<T, C, KEYS, GROUPS>(
+        k_column, v_column, first_key + group, end_of_cached, has_columns);
   };
   KeysAndValues<T, KEYS> next = read(keys.begin);
   const Rotation<C> rope(cos + (size_t)b * (C / 2), sin + (size_t)b * (C / 2), column);
@@ -350,13 +359,16 @@ attend(const float* qkv, const float* cos, const float* sin, T* k_cache, T* v_ca
   __syncthreads();
   float* o_heads = o + ((size_t)b * n_heads + first_head) * C;
   float* parts = partials + ((size_t)b * n_heads + first_head) * n_splits * (C + 2);
-  auto split_results = [&](int g) { return SplitResults<C>{parts + (size_t)g * n_splits * (C + 2)}; };
+  auto split_results = [&](int g) {
+    return SplitResults<C>{parts + (size_t)g * n_splits * (C + 2)};
+  };
   for (int i = threadIdx.x; i < GB * C; i += THREADS) {
     const Part found = results.combine(i / C, i % C);
     if (keys.n_used == 1) o_heads[i] = found.o / found.sum;
     else split_results(i / C).put(blockIdx.x, i % C, found);
   }
-  if (keys.n_used == 1 || !is_last(counters + (size_t)b * gridDim.y + blockIdx.y, keys.n_used)) return;
+  int* counter = counters + (size_t)b * n_parts + blockIdx.y;
+  if (keys.n_used == 1 || !is_last(counter, keys.n_used)) return;
   for (int i = threadIdx.x; i < GB * C; i += THREADS) {
     const Part found = split_results(i / C).combine(keys.n_used, i % C);
     o_heads[i] = found.o / found.sum;
