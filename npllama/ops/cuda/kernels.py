@@ -38,12 +38,12 @@ class Kernels:
         return self._cupy.cuda.Device().attributes["MultiProcessorCount"]
 
     def counters(self, n: int) -> Array:
-        """(n,) int32, zeros, which a kernel that counts in them leaves as zeros.
+        """(n,) uint32, zeros, which a kernel that counts in them leaves as zeros.
 
         They are made at the first call and kept: a captured step finds them at their address.
         """
         if n not in self._counters:
-            self._counters[n] = self.xp.zeros(n, dtype="int32")
+            self._counters[n] = self.xp.zeros(n, dtype="uint32")
         return self._counters[n]
 
     def launch(

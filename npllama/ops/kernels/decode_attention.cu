@@ -254,17 +254,14 @@ template <int C> struct SplitResults {
 };
 
 // Whether this block is the last of `n_blocks` to come here; then it sees what all of them wrote.
-// The counter is 0 before the first and after the last.
-__device__ inline bool is_last(int* counter, int n_blocks) {
-  __shared__ int n_before;
+// The counter is 0 before the first and after the last: atomicInc goes from n_blocks - 1 to 0.
+__device__ inline bool is_last(unsigned int* counter, unsigned int n_blocks) {
+  __shared__ unsigned int n_before;
   __threadfence();  // what this thread wrote, before the count
   __syncthreads();
-  if (threadIdx.x == 0) {
-    n_before = atomicAdd(counter, 1);
-    if (n_before == n_blocks - 1) *counter = 0;
-  }
+  if (threadIdx.x == 0) n_before = atomicInc(counter, n_blocks - 1);
   __syncthreads();
-  __threadfence();  // the count, before what others wrote
+  __threadfence();  // the count, before what others wrote is read
   return n_before == n_blocks - 1;
 }
 
@@ -287,7 +284,7 @@ template <typename T, int C, int GB, int KEYS, int THREADS>
 // registers: at most 128
 __global__ void __launch_bounds__(THREADS, 1) attend(
     const float* qkv, const float* cos, const float* sin, T* k_cache, T* v_cache,
-    const int* rows, const int* starts, float* partials, int* counters, float* o,
+    const int* rows, const int* starts, float* partials, unsigned int* counters, float* o,
     int n_kv_heads, int n_slices, int context, float scale) {
   using Threads = Arrangement<C, KEYS, THREADS>;
   constexpr int LANES = Threads::LANES, GROUPS = Threads::GROUPS, STEP = Threads::STEP;
@@ -367,7 +364,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(
     if (keys.n_used == 1) o_heads[i] = found.o / found.sum;
     else split_results(i / C).put(blockIdx.x, i % C, found);
   }
-  int* counter = counters + (size_t)b * n_parts + blockIdx.y;
+  unsigned int* counter = counters + (size_t)b * n_parts + blockIdx.y;
   if (keys.n_used == 1 || !is_last(counter, keys.n_used)) return;
   for (int i = threadIdx.x; i < GB * C; i += THREADS) {
     const Part found = split_results(i / C).combine(keys.n_used, i % C);
