@@ -1,4 +1,7 @@
-"""Mistakes in decode_attention.cu that its tests must find: (what, text before, text after)."""
+"""Mistakes in decode_attention.cu, and the launches that find them: one instantiation."""
+
+from npllama.ops.cuda.decode_attention import Division
+from test_kernels_decode_attention import Case, check_many_numbers, replayed
 
 MISTAKES = [
     # what the equations say
@@ -157,3 +160,11 @@ MISTAKES = [
         "counters + blockIdx.y",
     ),
 ]
+
+
+def run(launcher):
+    """Lanes without columns, rows in another order, empty splits, a row with S = 0."""
+    launcher.n_sms = 12
+    Case("float16", 48, 2, 4, (37, 0, 200), (2, 0, 3), 5).check(launcher)
+    Case("float16", 48, 2, 4, (70,)).check(launcher, Division(2, 2, 16, 4), replayed)
+    check_many_numbers(launcher)
