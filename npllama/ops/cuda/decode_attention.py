@@ -36,11 +36,13 @@ def divide(
 ) -> Division:
     """The division that was measured best, as a rule.
 
-    Reading keys and values takes the time. An SM reads fast enough with about 64 keys in flight:
-    one block of 16 groups with 4 keys each, or more blocks with fewer keys. Blocks beyond those
-    make a second wave, and each has its own beginning and end: splits are not more than fill the
-    SMs once. Two query heads a block read the keys half as often; four leave too few blocks where
-    the context is short.
+    The time goes into reading keys and values. An SM needs about 64 keys in flight for that: one
+    block of 16 groups with 4 keys each, or two blocks with 2. As many splits as fill the SMs once
+    with such blocks: with fewer some SMs have nothing to read, and more were slower, for each
+    block has a beginning and an end of its own. No more splits than the bucket has steps.
+
+    Two query heads a block halve what is read of the L2 where heads share keys. With four, half
+    as many blocks have the keys of a short context to read.
 
     Args:
         n_groups: G, query heads of a key-value head.

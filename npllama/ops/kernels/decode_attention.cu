@@ -63,13 +63,13 @@ template <typename T> __device__ inline Eight<T> narrow_eight(const float* from)
 
 // -- which keys a block takes ---------------------------------------------------------------------
 
-// The keys begin .. end - 1 of a split. Splits are whole steps, so that no block computes more
-// steps than needed; with few keys the last splits are empty, and `n_used` splits have keys.
+// The keys begin .. end - 1 of a split. All have as many, but the last: as many for each group, and
+// a whole step at least. With few keys the last splits are empty, and `n_used` splits have keys.
 struct Split { int begin, end, n_used; };
 
-__device__ inline Split split_of_keys(int split, int n_splits, int n_keys, int step) {
-  const int n_steps = (n_keys + step - 1) / step;
-  const int size = (n_steps + n_splits - 1) / n_splits * step;
+__device__ inline Split split_of_keys(int split, int n_splits, int n_keys, int groups, int step) {
+  const int for_each_group = (n_keys + n_splits * groups - 1) / (n_splits * groups);
+  const int size = max(for_each_group * groups, step);
   return {split * size, min((split + 1) * size, n_keys), (n_keys + size - 1) / size};
 }
 
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(
   const int column = has_columns ? lane * 8 : 0;
 
   const int position = starts[b], n_keys = position + 1;
-  const Split keys = split_of_keys(blockIdx.x, n_splits, n_keys, STEP);
+  const Split keys = split_of_keys(blockIdx.x, n_splits, n_keys, GROUPS, STEP);
   const int end_of_cached = min(keys.end, position);
   const size_t key_0 = ((size_t)rows[b] * n_kv_heads + kv_head) * context;
   T* k_column = k_cache + key_0 * C + column;
