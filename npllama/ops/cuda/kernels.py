@@ -30,6 +30,7 @@ class Kernels:
     def __init__(self, backend: Backend) -> None:
         self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
+        self._counters: dict[int, Array] = {}
 
     @cached_property
     def n_sms(self) -> int:
@@ -41,6 +42,15 @@ class Kernels:
         """Bytes of shared memory that a block may ask for."""
         attributes = self._cupy.cuda.Device().attributes
         return attributes["MaxSharedMemoryPerBlockOptin"]
+
+    def counters(self, n: int) -> Array:
+        """(n,) uint32, zeros, which a kernel that counts in them leaves as zeros.
+
+        They are made at the first call and kept: a captured step finds them at their address.
+        """
+        if n not in self._counters:
+            self._counters[n] = self.xp.zeros(n, dtype="uint32")
+        return self._counters[n]
 
     def launch(
         self,

@@ -1,0 +1,373 @@
+// Attention of the decode step: one new token in each of B rows, at position S of its row.
+//
+//   q, k, v of the token: the heads of qkv[b], H of q, K of k, K of v, each of width C
+//   q = rope(q, S), k = rope(k, S)
+//   k and v are written to the cache (rows, K, context, C) at the row's position S
+//   o = softmax(q [k_0 .. k_S]^T / sqrt(C)) [v_0 .. v_S]          for each of the H heads
+//
+// G = H / K query heads attend to the keys of one key-value head.
+//
+// How the threads share the work. The time goes into reading keys and values, once each, so they
+// are spread over the whole device:
+//   - A block takes a row, a key-value head, GB of its G query heads, and a split of the keys.
+//   - A block's threads form groups. A group takes a key at a time; each of its lanes takes 8
+//     columns of q, k, v and o: 16 bytes of a 16-bit key are one load.
+//   - A thread reads the KEYS keys and values of a step while it computes with those of the step
+//     before: a load takes as long as hundreds of instructions.
+// Each group has the softmax of its own keys alone. Sums of softmaxes over separate keys are
+// combined by their maxima: first those of a block's groups, in shared memory, then those of the
+// splits, in global memory, by the block that finishes last.
+
+constexpr int next_power_of_two(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// How a block's threads are arranged for head width C. The lanes of a group are a power of two,
+// for the sum over a group by shuffles; where C / 8 is none, the lanes behind it have no columns.
+template <int C, int KEYS, int THREADS> struct Arrangement {
+  static constexpr int LANES = next_power_of_two(C / 8);
+  static constexpr int GROUPS = THREADS / LANES;
+  static constexpr int STEP = GROUPS * KEYS;  // keys that a block computes with at once
+  static_assert(C % 16 == 0 && C <= 256, "a half of a head is whole groups of 8 columns");
+  static_assert(THREADS % 32 == 0 && GROUPS > 0, "whole warps");
+};
+
+// 8 numbers as they are stored: 16 bytes, of float32 32.
+template <typename T> struct Eight { uint4 words[sizeof(T) / 2]; };
+
+// L2 alone (ld.global.cg): nobody reads them twice through the same L1.
+template <typename T> __device__ inline Eight<T> load_eight(const T* from) {
+  Eight<T> eight;
+#pragma unroll
+  for (int w = 0; w < (int)(sizeof(T) / 2); w++)
+    eight.words[w] = __ldcg(reinterpret_cast<const uint4*>(from) + w);
+  return eight;
+}
+template <typename T> __device__ inline void store_eight(T* to, const Eight<T>& eight) {
+#pragma unroll
+  for (int w = 0; w < (int)(sizeof(T) / 2); w++) reinterpret_cast<uint4*>(to)[w] = eight.words[w];
+}
+template <typename T> __device__ inline void widen_eight(const Eight<T>& eight, float* to) {
+#pragma unroll
+  for (int w = 0; w < (int)(sizeof(T) / 2); w++)
+    unpack<T>(eight.words[w], to + w * (16 / sizeof(T)));
+}
+template <typename T> __device__ inline Eight<T> narrow_eight(const float* from) {
+  union { Eight<T> eight; T numbers[8]; } u;
+#pragma unroll
+  for (int i = 0; i < 8; i++) u.numbers[i] = narrow<T>(from[i]);
+  return u.eight;
+}
+
+// -- which keys a block takes ---------------------------------------------------------------------
+
+// The keys begin .. end - 1 of a split. All have as many, but the last: as many for each group, and
+// a whole step at least. With few keys the last splits are empty, and `n_used` splits have keys.
+struct Split { int begin, end, n_used; };
+
+__device__ inline Split split_of_keys(int split, int n_splits, int n_keys, int groups, int step) {
+  const int for_each_group = (n_keys + n_splits * groups - 1) / (n_splits * groups);
+  const int size = max(for_each_group * groups, step);
+  return {split * size, min((split + 1) * size, n_keys), (n_keys + size - 1) / size};
+}
+
+// -- RoPE -----------------------------------------------------------------------------------------
+
+// A lane's 8 columns of the rotation by a position's angles:
+//   y_i = x_i cos_i + x_partner sin_i,  the partner C / 2 columns away, sin < 0 in the first half.
+template <int C> struct Rotation {
+  float cos[8], sin[8];
+  int column, partner;
+
+  __device__ Rotation(const float* cos_row, const float* sin_row, int first_column) {
+    constexpr int HALF = C / 2;
+    const bool is_first = first_column < HALF;
+    column = first_column;
+    partner = is_first ? column + HALF : column - HALF;
+    const int angle = is_first ? column : partner;
+    read(cos_row + angle, cos);
+    read(sin_row + angle, sin);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sin[i] = is_first ? -sin[i] : sin[i];
+  }
+
+  // to = factor * rope(head), this lane's columns
+  __device__ void rotate(const float* head, float factor, float* to) const {
+    float x[8], other[8];
+    read(head + column, x);
+    read(head + partner, other);
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = (x[i] * cos[i] + other[i] * sin[i]) * factor;
+  }
+
+  __device__ static void read(const float* from, float* to) {
+    widen_eight<float>(load_eight(from), to);
+  }
+};
+
+// -- keys and values ------------------------------------------------------------------------------
+
+// A lane's columns of the keys and values that its group takes in one step; 0 where there is none.
+template <typename T, int KEYS> struct KeysAndValues { Eight<T> k[KEYS], v[KEYS]; };
+
+// `key` is the group's first key, and the next ones follow GROUPS behind each other: neighbouring
+// groups read neighbouring keys. k_column, v_column: this lane's first column of key 0.
+template <typename T, int C, int KEYS, int GROUPS>
+__device__ inline KeysAndValues<T, KEYS> read_cache(
+    const T* k_column, const T* v_column, int key, int end, bool has_columns) {
+  KeysAndValues<T, KEYS> read = {};
+#pragma unroll
+  for (int u = 0; u < KEYS; u++) {
+    if (has_columns && key + u * GROUPS < end) {
+      const size_t at = (size_t)(key + u * GROUPS) * C;
+      read.k[u] = load_eight(k_column + at);
+      read.v[u] = load_eight(v_column + at);
+    }
+  }
+  return read;
+}
+
+// q k^T / sqrt(C) of one key: 8 products a lane, summed over the lanes of the group.
+template <typename T, int LANES>
+__device__ inline float score(const float* q, const float* k) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum += q[i] * k[i];
+#pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, mask);
+  return sum;
+}
+
+// -- softmax --------------------------------------------------------------------------------------
+
+// exp(score - top), and 0 for the score -infinity also where no score has been higher yet.
+__device__ inline float weight_of(float score, float top) {
+  return __expf(score - (top == MINUS_INFINITY ? 0.0f : top));
+}
+
+// softmax(scores) V of GB heads over the keys so far, this lane's columns:
+//   top = max_j score_j,  sum = sum_j exp(score_j - top),  o = sum_j exp(score_j - top) v_j
+// When a higher score comes, sum and o are scaled down to it: the softmax needs one pass over the
+// keys (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
+template <int GB> struct OnlineSoftmax {
+  float top[GB], sum[GB], o[GB][8];
+
+  __device__ OnlineSoftmax() {
+#pragma unroll
+    for (int g = 0; g < GB; g++) {
+      top[g] = MINUS_INFINITY;
+      sum[g] = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) o[g][i] = 0;
+    }
+  }
+
+  // Take KEYS more keys; their scores become their weights.
+  template <typename T, int KEYS>
+  __device__ void add(float (&scores)[GB][KEYS], const Eight<T> (&values)[KEYS]) {
+#pragma unroll
+    for (int g = 0; g < GB; g++) {
+      float higher = top[g];
+#pragma unroll
+      for (int u = 0; u < KEYS; u++) higher = fmaxf(higher, scores[g][u]);
+      const float old = weight_of(top[g], higher);
+      top[g] = higher;
+      sum[g] *= old;
+#pragma unroll
+      for (int i = 0; i < 8; i++) o[g][i] *= old;
+#pragma unroll
+      for (int u = 0; u < KEYS; u++) {
+        scores[g][u] = weight_of(scores[g][u], higher);
+        sum[g] += scores[g][u];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < KEYS; u++) {
+      float v[8];
+      widen_eight<T>(values[u], v);
+#pragma unroll
+      for (int g = 0; g < GB; g++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) o[g][i] += scores[g][u] * v[i];
+    }
+  }
+};
+
+// One column of a softmax over part of the keys.
+struct Part { float top, sum, o; };
+
+// The softmax over the keys of both.
+__device__ inline Part combined(Part a, Part b) {
+  const float top = fmaxf(a.top, b.top), of_a = weight_of(a.top, top), of_b = weight_of(b.top, top);
+  return {top, a.sum * of_a + b.sum * of_b, a.o * of_a + b.o * of_b};
+}
+
+// What the groups of a block found, in shared memory.
+template <int C, int GB, int GROUPS> struct GroupResults {
+  float top[GROUPS][GB], sum[GROUPS][GB];
+  float4 o[GROUPS][GB][C / 4];
+
+  __device__ void put(int group, int lane, const OnlineSoftmax<GB>& found) {
+    if (lane * 8 >= C) return;
+#pragma unroll
+    for (int g = 0; g < GB; g++) {
+      const float* x = found.o[g];
+      o[group][g][lane * 2] = make_float4(x[0], x[1], x[2], x[3]);
+      o[group][g][lane * 2 + 1] = make_float4(x[4], x[5], x[6], x[7]);
+      if (lane == 0) top[group][g] = found.top[g], sum[group][g] = found.sum[g];
+    }
+  }
+  __device__ Part combine(int g, int column) const {
+    Part all = {MINUS_INFINITY, 0, 0};
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) all.top = fmaxf(all.top, top[j][g]);
+#pragma unroll
+    for (int j = 0; j < GROUPS; j++) {
+      const float weight = weight_of(top[j][g], all.top);
+      all.sum += sum[j][g] * weight;
+      all.o += reinterpret_cast<const float*>(o[j][g])[column] * weight;
+    }
+    return all;
+  }
+};
+
+// What the splits of a head found, in global memory: for each split top, sum and o, C + 2 numbers.
+template <int C> struct SplitResults {
+  float* of_head;  // (n_splits, C + 2)
+
+  __device__ void put(int split, int column, Part found) {
+    float* to = of_head + (size_t)split * (C + 2);
+    if (column == 0) to[0] = found.top, to[1] = found.sum;
+    to[2 + column] = found.o;
+  }
+  __device__ Part combine(int n_splits, int column) const {
+    Part all = {MINUS_INFINITY, 0, 0};
+#pragma unroll 8  // the loads do not depend on each other
+    for (int j = 0; j < n_splits; j++) {
+      const float* from = of_head + (size_t)j * (C + 2);
+      all = combined(all, {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2 + column)});
+    }
+    return all;
+  }
+};
+
+// Whether this block is the last of `n_blocks` to come here; then it sees what all of them wrote.
+// The counter is 0 before the first and after the last: atomicInc goes from n_blocks - 1 to 0.
+__device__ inline bool is_last(unsigned int* counter, unsigned int n_blocks) {
+  __shared__ unsigned int n_before;
+  __threadfence();  // what this thread wrote, before the count
+  __syncthreads();
+  if (threadIdx.x == 0) n_before = atomicInc(counter, n_blocks - 1);
+  __syncthreads();
+  __threadfence();  // the count, before what others wrote is read
+  return n_before == n_blocks - 1;
+}
+
+// -- the kernel -----------------------------------------------------------------------------------
+
+// Grid (n_splits, K * n_slices, B), n_slices = G / GB.
+//   qkv (B, (H + 2K) C); cos, sin (B, C/2) of each row's position
+//   k_cache, v_cache (any number of rows, K, context, C)
+//   rows, starts (B,): the cache's row and the position S of each token
+//   partials (B, H, n_splits, C + 2), any contents; counters (B, K * n_slices), zeros
+//   o (B, H, C)
+//
+// What it reads before the wait: starts, rows, cos and sin, which array calls wrote before the
+// layer's first kernel, and the keys and values of earlier steps. The new key and value are not
+// read from the cache, but taken from qkv by each block that needs them.
+//
+// At least one block an SM (the 1 in the bounds): left to itself, ptxas may spill registers so that
+// more blocks fit.
+template <typename T, int C, int GB, int KEYS, int THREADS>
+// registers: at most 128
+__global__ void __launch_bounds__(THREADS, 1) attend(
+    const float* qkv, const float* cos, const float* sin, T* k_cache, T* v_cache,
+    const int* rows, const int* starts, float* partials, unsigned int* counters, float* o,
+    int n_kv_heads, int n_slices, int context, float scale) {
+  using Threads = Arrangement<C, KEYS, THREADS>;
+  constexpr int LANES = Threads::LANES, GROUPS = Threads::GROUPS, STEP = Threads::STEP;
+  __shared__ GroupResults<C, GB, GROUPS> results;
+
+  const int b = blockIdx.z, kv_head = blockIdx.y / n_slices, slice = blockIdx.y % n_slices;
+  const int n_splits = gridDim.x, n_parts = gridDim.y;
+  const int n_heads = n_parts * GB, first_head = blockIdx.y * GB;
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  const bool has_columns = lane * 8 < C;
+  const int column = has_columns ? lane * 8 : 0;
+
+  const int position = starts[b], n_keys = position + 1;
+  const Split keys = split_of_keys(blockIdx.x, n_splits, n_keys, GROUPS, STEP);
+  const int end_of_cached = min(keys.end, position);
+  const size_t key_0 = ((size_t)rows[b] * n_kv_heads + kv_head) * context;
+  T* k_column = k_cache + key_0 * C + column;
+  T* v_column = v_cache + key_0 * C + column;
+  auto read = [&](int first_key) {
+    return read_cache<T, C, KEYS, GROUPS>(
+        k_column, v_column, first_key + group, end_of_cached, has_columns);
+  };
+  KeysAndValues<T, KEYS> next = read(keys.begin);
+  const Rotation<C> rope(cos + (size_t)b * (C / 2), sin + (size_t)b * (C / 2), column);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if ((int)blockIdx.x >= keys.n_used) return;
+
+  // the new token: q, and k and v as the cache holds them
+  const float* token = qkv + (size_t)b * (n_heads + 2 * n_kv_heads) * C;
+  float q[GB][8];
+#pragma unroll
+  for (int g = 0; g < GB; g++) rope.rotate(token + (size_t)(first_head + g) * C, scale, q[g]);
+  Eight<T> k_new = {}, v_new = {};
+  if (keys.end == n_keys && has_columns) {
+    const float* k = token + (size_t)(n_heads + kv_head) * C;
+    float x[8];
+    rope.rotate(k, 1.0f, x);
+    k_new = narrow_eight<T>(x);
+    rope.read(k + (size_t)n_kv_heads * C + column, x);
+    v_new = narrow_eight<T>(x);
+    if (slice == 0 && group == 0) {
+      store_eight(k_column + (size_t)position * C, k_new);
+      store_eight(v_column + (size_t)position * C, v_new);
+    }
+  }
+
+  OnlineSoftmax<GB> softmax;
+  for (int first_key = keys.begin; first_key < keys.end; first_key += STEP) {
+    KeysAndValues<T, KEYS> now = next;
+    next = read(first_key + STEP);
+    float scores[GB][KEYS];
+#pragma unroll
+    for (int u = 0; u < KEYS; u++) {
+      const int key = first_key + u * GROUPS + group;
+      if (key == position) now.k[u] = k_new, now.v[u] = v_new;
+      float k[8];
+      widen_eight<T>(now.k[u], k);
+#pragma unroll
+      for (int g = 0; g < GB; g++) {
+        const float s = score<T, LANES>(q[g], k);
+        scores[g][u] = key < keys.end ? s : MINUS_INFINITY;
+      }
+    }
+    softmax.add(scores, now.v);
+  }
+
+  results.put(group, lane, softmax);
+  __syncthreads();
+  float* o_heads = o + ((size_t)b * n_heads + first_head) * C;
+  float* parts = partials + ((size_t)b * n_heads + first_head) * n_splits * (C + 2);
+  auto split_results = [&](int g) {
+    return SplitResults<C>{parts + (size_t)g * n_splits * (C + 2)};
+  };
+  for (int i = threadIdx.x; i < GB * C; i += THREADS) {
+    const Part found = results.combine(i / C, i % C);
+    if (keys.n_used == 1) o_heads[i] = found.o / found.sum;
+    else split_results(i / C).put(blockIdx.x, i % C, found);
+  }
+  unsigned int* counter = counters + (size_t)b * n_parts + blockIdx.y;
+  if (keys.n_used == 1 || !is_last(counter, keys.n_used)) return;
+  for (int i = threadIdx.x; i < GB * C; i += THREADS) {
+    const Part found = split_results(i / C).combine(keys.n_used, i % C);
+    o_heads[i] = found.o / found.sum;
+  }
+}
