@@ -28,7 +28,7 @@ class Kernels:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._cupy = backend.xp
+        self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
 
     @cached_property
@@ -87,7 +87,7 @@ class Kernels:
 
 
 def _as_c(value: Argument) -> Argument:
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool | np.generic) or value is None:  # a np.float64 is a float too
         return value
     if isinstance(value, int):
         return np.int32(value)
