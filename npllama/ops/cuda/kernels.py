@@ -36,6 +36,12 @@ class Kernels:
         """Streaming multiprocessors of the device."""
         return self._cupy.cuda.Device().attributes["MultiProcessorCount"]
 
+    @cached_property
+    def max_shared(self) -> int:
+        """Bytes of shared memory that a block may ask for."""
+        attributes = self._cupy.cuda.Device().attributes
+        return attributes["MaxSharedMemoryPerBlockOptin"]
+
     def launch(
         self,
         file: str,

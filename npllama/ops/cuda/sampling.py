@@ -12,8 +12,8 @@ FILTERS = ("keep_top_k", "keep_top_p", "keep_min_p")
 """Methods of ops whose filters the kernel has, in the order in which it applies them."""
 MOST_TOKENS = 2**18  # whose fixed-point probabilities have room in 64 bits
 MOST_THREADS = 1024
-KEPT_BYTES = 140_000
-"""Shared memory of a block that holds its row: beside the histogram, what sm_80 has."""
+OWN_SHARED = 10 * 1024
+"""Bytes of shared memory that a block needs beside a row of logits, rounded up."""
 
 
 def fits(logits: Array, sampling: Sampling) -> bool:
@@ -43,7 +43,7 @@ def next_token(
     values = dict(sampling.filters())
     top_k, min_p = values.get("keep_top_k", 0), values.get("keep_min_p", 0)
     ids, log_probs = xp.empty(n_rows, dtype="int64"), xp.empty(n_rows, dtype="float32")
-    is_kept = is_sampled and 4 * n_tokens <= KEPT_BYTES
+    is_kept = is_sampled and 4 * n_tokens <= kernels.max_shared - OWN_SHARED
     kernels.launch(
         "sampling",
         f"next_token<{_c(is_sampled)}, {_c(is_kept)}>",
