@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this ma
 
 ARGUMENTS = (
     "logits", "uniform", "seen", "allowed", "ids", "log_probs", "n_vocab", "n_tokens", "penalty",
-    "temperature", "top_k", "top_p", "log_min_p",
+    "sharpness", "top_k", "top_p", "log2_min_p",
 )  # fmt: skip
 LARGEST_BELOW_1 = np.nextafter(1.0, 0.0)
 GREEDY, IN_SHARED, FROM_L2 = (
@@ -310,10 +310,13 @@ def test_a_row_of_nothing_else(changes, bad):
 def test_a_greedy_row_is_read_once():
     case, kernels = drawn(3, 1000), Launcher()
     case.run(kernels, sampling(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1))
-    assert kernels.read["logits"] == 3 * (1000 + 1) * 4  # and the token's, for its log-probability
+    assert kernels.read["logits"] == 3 * 1000 * 4
     assert kernels.written["ids"] == 3 * 8 and kernels.written["log_probs"] == 3 * 4
     assert kernels.written["seen"] == 3
     assert kernels.read["seen"] == kernels.read["uniform"] == kernels.read["allowed"] == 0
+    case.run(kernels, sampling(temperature=0.0, repetition_penalty=1.25))
+    assert kernels.read["logits"] == 3 * (1000 + 1) * 4  # and the token's, for its log-probability
+    assert kernels.read["seen"] == 3 * 1000
 
 
 def test_a_row_in_shared_memory_is_read_once():

@@ -59,10 +59,10 @@ def next_token(
             n_vocab,
             n_tokens,
             float(sampling.repetition_penalty),
-            float(min(max(sampling.temperature, 1e-30), 1e30)),
+            math.log2(math.e) / min(max(sampling.temperature, 1e-30), 1e30),
             0 if top_k >= n_tokens else int(top_k),
             np.float64(values.get("keep_top_p", 1)),
-            math.log(min_p) if min_p > 0 else -math.inf,
+            math.log2(min_p) if min_p > 0 else -math.inf,
         ),
         shared=4 * n_tokens if is_kept else 0,
     )

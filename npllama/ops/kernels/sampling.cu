@@ -1,22 +1,22 @@
 // The next token of each row, from its logits: npllama/ops/sampling.py's `next_token`.
 //
 // One block computes one row. Its warps divide the vocabulary into contiguous segments of one
-// length, in which neighbouring lanes read neighbouring logits. A row is read up to four times:
-//   1. its maximum, the likeliest token and the sum of exponentials; the greedy choice ends here,
-//   2. for top_k and then top_p: a search for the least logit that is kept, see `least_kept`,
-//   3. the probability of what is kept, a sum for each segment,
-//   4. the segment in which the sum reaches the uniform, and in it the token.
+// length, in which neighbouring lanes read neighbouring logits. The steps:
+//   1. the maximum, the likeliest token and the sum of exponentials, in one pass (`summarize`);
+//      the greedy choice ends here,
+//   2. for top_k and then top_p a search for the least logit that is kept (`least_kept`),
+//   3. the draw: the probability of each segment, and then the token in one of them (`draw`).
 //
-// Probabilities are added as whole numbers, see `mass`. Such sums are the same in every order, so
-// the token does not depend on which thread came first, and a threshold splits no equals.
+// Probabilities are added as whole numbers (`Weight`). Such a sum is the same in every order, so
+// the token does not depend on which thread came first.
 //
-// A new filter joins in `Kept` if it compares a logit with a number known before, and as another
-// call of `least_kept` if it needs a search; sampling.py's FILTERS then names it.
+// A new filter joins in `Kept`, which says what is left after all of them, and in FILTERS of
+// ops/cuda/sampling.py. If it needs a search, that is another call of `least_kept` in `next_token`.
 
 constexpr int MAX_WARPS = 32;
 constexpr int MAX_THREADS = 32 * MAX_WARPS;
-constexpr float LEAST = -31.0f;             // below it a mass is less than 1
-constexpr float ONE = 17592186044416.0f;    // 2^44, the mass of the likeliest token
+constexpr float ONE = 17592186044416.0f;  // 2^44, the mass of the likeliest token
+constexpr float LEAST = -45.0f;           // 2^-45 of that is less than 1
 constexpr int NO_TOKEN = 0x7fffffff;
 
 using Mass = unsigned long long;
@@ -62,16 +62,17 @@ template <bool KEEP> struct Row {
   __device__ float operator[](int i) const { return KEEP ? kept[i] : adjusted(logits[i], i); }
 };
 
-// What a token weighs: exp((x - max x) / t) in units of 2^-44, rounded down. In fixed point, since
-// a sum of floats depends on the order of its terms. The error of a row's sum is below V units: for
-// V = 2^18 it is 1.5e-8 of the likeliest token. The sum of 2^18 tokens fits 64 bits.
+// What a token weighs: p / max p = exp((x - max x) / t) = 2^y, y = (x - max x) log2(e) / t, in
+// units of 2^-44 and rounded down. In fixed point, since a sum of floats depends on the order of
+// its terms. The rounding of a row's sum is below V units: for V = 2^18 it is 1.5e-8 of the
+// likeliest token. 2^18 such tokens have room in 64 bits.
 struct Weight {
-  float max, temperature;
+  float max, sharpness;  // log2(e) / t
 
-  __device__ float scaled(float x) const { return (x - max) / temperature; }
+  __device__ float log2(float x) const { return (x - max) * sharpness; }
   __device__ Mass operator()(float x) const {
-    const float y = scaled(x);
-    return y > LEAST ? (Mass)(expf(y) * ONE) : 0;  // NaN weighs nothing
+    const float y = log2(x);
+    return y > LEAST ? (Mass)(exp2f(y) * ONE) : 0;  // NaN weighs nothing
   }
 };
 
@@ -124,10 +125,9 @@ struct Summary {
   __device__ static float from(float max) { return max == MINUS_INFINITY ? 0.0f : max; }
 
   __device__ void likeliest(float x, int i) {
-    if (x > max || (x == max && i < token)) {
-      max = x;
-      token = i;
-    }
+    const bool is_first = x > max || (x == max && i < token);
+    max = is_first ? x : max;
+    token = is_first ? i : token;
   }
 
   // Of several threads' summaries, in the order of a tree: the sum is the same in each thread, and
@@ -206,7 +206,10 @@ __device__ Summary summarize(const Row<KEEP>& row, Segment segment, int n_vocab,
       const int i = i0 + 32 * j;
       if (i >= end || i >= n_tokens) continue;
       const float adjusted = row.adjusted(x[j], i);
-      all.likeliest(adjusted, i);
+      if (adjusted > all.max) {  // i grows, so that this is the first of equals
+        all.max = adjusted;
+        all.token = i;
+      }
       if (SAMPLED && adjusted > MINUS_INFINITY) all.lowest = fminf(all.lowest, adjusted);
       if (SAMPLED && KEEP) row.kept[i] = adjusted;
     }
@@ -214,22 +217,25 @@ __device__ Summary summarize(const Row<KEEP>& row, Segment segment, int n_vocab,
   return all;
 }
 
-// What every filter keeps. Its mass is 0 for other tokens.
+// -- filters --------------------------------------------------------------------------------------
+
+// What every filter keeps; other tokens have the mass 0.
 template <bool KEEP> struct Kept {
   const Row<KEEP>& row;
   const Weight& weight;
-  Key least;        // top_k's
-  Mass least_mass;  // top_p's, which keeps tokens of equal probability together
-  float log_min_p;
+  Key top_k;         // the least key that is kept
+  Key top_p;         // that of top_p, which also keeps
+  Mass top_p_equal;  // what weighs as much: tokens of equal probability stay together
+  float log2_min_p;
 
   __device__ Mass operator[](int i) const {
     const float x = row[i];
+    const Key key = key_of(x);
     const Mass mass = weight(x);
-    return key_of(x) >= least && mass >= least_mass && weight.scaled(x) >= log_min_p ? mass : 0;
+    const bool is_in_p = key >= top_p || mass >= top_p_equal;
+    return key >= top_k && is_in_p && weight.log2(x) >= log2_min_p ? mass : 0;
   }
 };
-
-// -- a filter's threshold -------------------------------------------------------------------------
 
 // A 64-bit sum of two 32-bit atomics, which shared memory has in hardware.
 __device__ inline void add(Shared& s, int bin, Mass weight) {
@@ -239,25 +245,27 @@ __device__ inline void add(Shared& s, int bin, Mass weight) {
   if (high != 0) atomicAdd(&s.high[bin], high);
 }
 
-// The least key, from kept.least on, above which the tokens weigh at most a limit together.
+// The least key, among those that top_k keeps, above which all tokens weigh at most a limit. What
+// is not less than that key is kept, so that equals stay together.
 //
-// top_k: every token weighs 1, the limit is k - 1. top_p (MASS): a token weighs its mass, the
-// limit is p times the sum of all. Both keep what is not less than that key, so equals stay.
+// top_k: every token weighs 1, and the limit is k - 1. top_p (MASS): a token weighs its mass, and
+// the limit is p times the sum of all. `limit_of` is k - 1 or p.
 //
-// A histogram of the range of keys has a bin for each thread, the likeliest in bin 0. The sums
-// before each bin show the one that crosses the limit; its keys are the next range. Three rounds
-// are usual: bins of equal width in x, in which no bin is crowded, and then of equal width in keys,
-// until one key is left. Each round divides the range of keys by the number of threads.
+// A histogram of a range of keys has a bin for each thread, the likeliest in bin 0. The sums before
+// the bins show which one crosses the limit; its smallest and largest key are the next range. The
+// first round's bins have equal widths in x, so that logits spread over them, the others' in keys,
+// until one key is left. Each round divides the range by the number of threads; two or three are
+// usual, of two passes each.
 template <bool MASS, bool KEEP>
 __device__ Key least_kept(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_tokens,
                           double limit_of) {
   const Row<KEEP>& row = kept.row;
   const Weight& weight = kept.weight;
   const int end = segment.end(n_tokens), n_bins = blockDim.x;
-  Key first = kept.least, last = key_of(weight.max);
+  Key first = kept.top_k, last = key_of(weight.max);
   Mass limit = MASS ? 0 : (Mass)limit_of, above = 0;
   float range = weight.max - value_of(first);
-  if (MASS) range = fminf(range, -LEAST * weight.temperature);
+  if (MASS) range = fminf(range, -LEAST / weight.sharpness);
   const float scale = n_bins / range;
   for (bool by_value = true; first < last; by_value = false) {
     int shift = 0;
@@ -353,6 +361,7 @@ __device__ void draw(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_t
 // came; seen[b, ids[b]] = true.
 //
 //   logits (B, V), uniform (B,) in [0, 1), seen (B, V) or null, allowed (n_tokens,) or null.
+//   Off are: penalty 1, top_k 0, top_p 1, log2_min_p -inf. sharpness is log2(e) / temperature.
 //
 // Grid: B blocks, of a multiple of 32 threads. SAMPLED: false takes the likeliest token and reads
 // no uniform and no filter. KEEP: n_tokens floats of dynamic shared memory hold the row after the
@@ -362,7 +371,7 @@ template <bool SAMPLED, bool KEEP>
 __global__ void __launch_bounds__(MAX_THREADS)
     next_token(const float* logits, const double* uniform, bool* seen, const bool* allowed,
                long long* ids, float* log_probs, int n_vocab, int n_tokens, float penalty,
-               float temperature, int top_k, double top_p, float log_min_p) {
+               float sharpness, int top_k, double top_p, float log2_min_p) {
   __shared__ Shared s;
   extern __shared__ float values[];
   wait_for_previous_kernel();
@@ -378,17 +387,20 @@ __global__ void __launch_bounds__(MAX_THREADS)
   int token = NO_TOKEN;  // the thread that has it writes it
   if (threadIdx.x == 0) token = all.token < n_tokens ? all.token : 0;  // none among NaN
   if (SAMPLED) {
-    const Weight weight = {all.max, temperature};
-    Kept<KEEP> kept = {row, weight, key_of(all.lowest), 0, log_min_p};
-    if (top_k > 0) kept.least = least_kept<false>(s, kept, segment, n_tokens, top_k - 1);
+    const Weight weight = {all.max, sharpness};
+    Kept<KEEP> kept = {row, weight, key_of(all.lowest), 0, 0, log2_min_p};
+    if (top_k > 0) kept.top_k = least_kept<false>(s, kept, segment, n_tokens, top_k - 1);
     if (top_p < 1.0) {
-      const Key key = least_kept<true>(s, kept, segment, n_tokens, top_p);
-      kept.least_mass = weight(value_of(key));
+      kept.top_p = least_kept<true>(s, kept, segment, n_tokens, top_p);
+      kept.top_p_equal = weight(value_of(kept.top_p));
     }
     draw(s, kept, segment, n_tokens, uniform[blockIdx.x], token);
   }
   if (token == NO_TOKEN) return;
   ids[blockIdx.x] = token;
-  log_probs[blockIdx.x] = row.logits[token] - all.raw_max - logf(all.raw_sum);
+  // without a penalty the likeliest logit is at hand
+  const bool is_known = !SAMPLED && !is_penalized && all.max > MINUS_INFINITY;
+  const float x = is_known ? all.max : row.logits[token];
+  log_probs[blockIdx.x] = x - all.raw_max - logf(all.raw_sum);
   if (seen_here) seen_here[token] = true;
 }
