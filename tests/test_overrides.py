@@ -24,6 +24,7 @@ from npllama.kv_cache import KVCache
 from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.parameters import Layer, Matrix
 from npllama.quantization import quantize
+from npllama.sampling_options import Sampling
 from npllama.threads import Threads
 from strict_array import StrictBackend
 
@@ -324,6 +325,29 @@ def sample_grid():
         yield "float32", f"B{b}-V{n_vocab}-{share}", call
 
 
+def next_token_grid():
+    """Greedy, plain, each filter and all of them; ids, and then their log-probabilities."""
+    plain = {"temperature": 1.0, "top_p": 1.0}
+    everything = {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
+    one_each = [plain | {name: value} for name, value in everything.items()]
+    chosen = [{"temperature": 0.0}, plain, *one_each, everything]
+    for b, n_vocab, changes in itertools.product(B, (1, 7, 1000), chosen):
+        rng = np.random.default_rng(0)
+        logits = rng.standard_normal((b, n_vocab), dtype="float32") * 3
+        uniform, seen = rng.random(b), rng.random((b, n_vocab)) < 0.3
+        n_tokens = max(n_vocab - 2, 1)
+        allowed = np.arange(n_tokens) % 3 != 1
+
+        def call(ops, wide, move, part, x=logits, u=uniform, seen=seen, allowed=allowed, s=changes):
+            n_tokens, state = len(allowed), move(seen.copy())
+            arguments = move(wide(x)), move(u), Sampling(**s), state, n_tokens, move(allowed)
+            return ops.next_token(*arguments)[part].astype("float32")
+
+        label = f"B{b}-V{n_vocab}-{changes}"
+        yield "float32", f"{label}-ids", functools.partial(call, part=0)
+        yield "float32", f"{label}-log-probs", functools.partial(call, part=1)
+
+
 def embed_grid():
     for b, t in itertools.product(B, T):
         rng = np.random.default_rng(0)
@@ -344,6 +368,7 @@ GRIDS = {
     "sigmoid": elementwise_grid("sigmoid", 1),
     "keep_top_p": keep_top_p_grid,
     "sample": sample_grid,
+    "next_token": next_token_grid,
     "embedding_backward": embedding_backward_grid,
     "softmax_backward": elementwise_grid("softmax_backward", 2),
     "swiglu_backward": elementwise_grid("swiglu_backward", 3),

@@ -8,8 +8,10 @@ import numpy as np
 from npllama.backend import Array, Backend
 from npllama.ops.blocks import Ops
 from npllama.ops.cuda import decode_attention, gemv
+from npllama.ops.cuda import sampling as sampling_kernel
 from npllama.ops.cuda.kernels import Kernels
 from npllama.parameters import Head, Layer, Matrix
+from npllama.sampling_options import Sampling
 from npllama.weight_formats import format_of
 
 if TYPE_CHECKING:
@@ -62,6 +64,21 @@ class CupyOps(Ops):
         if x.shape[1] == 1 and gemv.fits(head.lm_head, x.shape[0]):
             return gemv.gemv(self.kernels, head.lm_head, x, norm=head.norm, eps=head.norm_eps)
         return super().head(x, head)
+
+    def next_token(
+        self,
+        logits: Array,
+        uniform: Array | None,
+        sampling: Sampling,
+        seen: Array | None = None,
+        n_tokens: int | None = None,
+        allowed: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """One kernel, for the filters that it has."""
+        arguments = (logits, uniform, sampling, seen, n_tokens, allowed)
+        if sampling_kernel.fits(logits, sampling):
+            return sampling_kernel.next_token(self.kernels, *arguments)
+        return super().next_token(*arguments)
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T, for 16-bit W in that dtype with float32 accumulation; returned as x's dtype.

@@ -109,7 +109,7 @@ class Kernels:
 
 
 def _as_c(value: Argument) -> Argument:
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool | np.generic) or value is None:  # a np.float64 is a float too
         return value
     if isinstance(value, int):
         return np.int32(value)

@@ -1,1 +1,73 @@
 """The next token of each row, chosen in one kernel."""
+
+import math
+
+import numpy as np
+
+from npllama.backend import Array
+from npllama.ops.cuda.kernels import Kernels
+from npllama.sampling_options import Sampling
+
+FILTERS = ("keep_top_k", "keep_top_p", "keep_min_p")
+"""Methods of ops whose filters the kernel has, in the order in which it applies them."""
+MOST_TOKENS = 2**18  # whose fixed-point probabilities have room in 64 bits
+MOST_THREADS = 1024
+OWN_SHARED = 10 * 1024
+"""Bytes of shared memory that a block needs beside a row of logits, rounded up."""
+
+
+def fits(logits: Array, sampling: Sampling) -> bool:
+    """Whether `next_token` takes these logits, and has every filter that is on."""
+    wanted = [method for method, _value in sampling.filters()]
+    known = [method for method in FILTERS if method in wanted]
+    return logits.dtype == np.float32 and logits.shape[1] <= MOST_TOKENS and wanted == known
+
+
+def next_token(
+    kernels: Kernels,
+    logits: Array,
+    uniform: Array | None,
+    sampling: Sampling,
+    seen: Array | None = None,
+    n_tokens: int | None = None,
+    allowed: Array | None = None,
+) -> tuple[Array, Array]:
+    """What SamplingEquations.next_token does, for (B, V) float32 logits that `fits` takes.
+
+    Of filters that are off the kernel computes nothing.
+    """
+    xp = kernels.xp
+    n_rows, n_vocab = logits.shape
+    n_tokens = n_vocab if n_tokens is None else min(n_tokens, n_vocab)
+    is_sampled = sampling.temperature > 0
+    values = dict(sampling.filters())
+    top_k, min_p = values.get("keep_top_k", 0), values.get("keep_min_p", 0)
+    ids, log_probs = xp.empty(n_rows, dtype="int64"), xp.empty(n_rows, dtype="float32")
+    is_kept = is_sampled and 4 * n_tokens <= kernels.max_shared - OWN_SHARED
+    kernels.launch(
+        "sampling",
+        f"next_token<{_c(is_sampled)}, {_c(is_kept)}>",
+        (n_rows,),
+        (min(-(-n_vocab // 32) * 32, MOST_THREADS),),
+        (
+            xp.ascontiguousarray(logits),
+            xp.ascontiguousarray(uniform) if is_sampled else None,
+            seen,
+            None if allowed is None else xp.ascontiguousarray(allowed),
+            ids,
+            log_probs,
+            n_vocab,
+            n_tokens,
+            float(sampling.repetition_penalty),
+            math.log2(math.e) / min(max(sampling.temperature, 1e-30), 1e30),
+            0 if top_k >= n_tokens else int(top_k),
+            np.float64(values.get("keep_top_p", 1)),
+            math.log2(min_p) if min_p > 0 else -math.inf,
+        ),
+        shared=4 * n_tokens if is_kept else 0,
+    )
+    return ids, log_probs
+
+
+def _c(value: bool) -> str:
+    return "true" if value else "false"
