@@ -172,3 +172,7 @@ class StrictBackend(Backend):
         if not isinstance(array, StrictArray):
             raise TypeError(f"to_host was given a {type(array).__name__}: expected a device array")
         return array.array.copy()
+
+    def to_host_later(self, *arrays):
+        copies = tuple(map(self.to_host, arrays))  # now: the next step may overwrite the arrays
+        return lambda: copies
