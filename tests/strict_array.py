@@ -146,6 +146,8 @@ _OWN = {"cumsum": _cumsum, "partition": _partition}
 class StrictModule:
     """An `xp` with CuPy's functions and keywords, and no others."""
 
+    __version__ = API["version"]
+
     def __getattr__(self, name):
         if name not in API["functions"]:
             raise AttributeError(f"CuPy has no {name}")
