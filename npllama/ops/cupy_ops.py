@@ -1,7 +1,6 @@
 """What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
 
 import math
-import threading
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -32,15 +31,12 @@ class CupyOps(Ops):
         super().__init__(backend)
         self.kernels = Kernels(backend)
         self.keeps_caches = graph
-        self._products = _Products()
 
     def compile(
         self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
     ) -> Step:
         """Captured and replayed, where it needs no product of cuBLAS."""
-        return DecodeSteps(
-            self.backend, step, frozen, constants, lambda: self._products.n, self.keeps_caches
-        )
+        return DecodeSteps(self.kernels, step, frozen, constants, is_on=self.keeps_caches)
 
     def attention_block(
         self,
@@ -86,7 +82,7 @@ class CupyOps(Ops):
         mixed dtypes, and 3-D operands, would copy W at full width on every call. int8 is
         widened, since its product would accumulate in int8 and overflow.
         """
-        self._products.n += 1
+        self.kernels.cublas.n_calls += 1
         dtype = w.format.product_dtype or x.dtype
         flat = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)  # (..., D) -> (M, D)
         y = flat @ w.format.unscaled(w, dtype).T  # (M, D) @ (D, O) -> (M, O)
@@ -103,7 +99,7 @@ class CupyOps(Ops):
         xp = self.xp
         if k.shape[1] > 1:
             return super().cached_attention(q, k, v, cache, positions)
-        self._products.n += 1
+        self.kernels.cublas.n_calls += 1
         rows, starts = positions.device_rows, positions.device_starts  # (B,), (B,)
         cache.k[rows, :, starts] = k[:, 0]  # (B, 1, K, C) -> (B, K, C)
         cache.v[rows, :, starts] = v[:, 0]
@@ -120,9 +116,3 @@ class CupyOps(Ops):
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""
         return format_of(storage_dtype).cache_dtype
-
-
-class _Products(threading.local):
-    """How many products cuBLAS was asked for in this thread; a captured step can have none."""
-
-    n = 0

@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from npllama.backend import Array, Backend
+from npllama.backend import Array
 from npllama.decode_step import StepState
+from npllama.ops.cuda.kernels import Kernels
 
 if TYPE_CHECKING:
     from npllama.kv_cache import KVCache, Place
@@ -94,8 +95,8 @@ class DecodeSteps:
     runs on the current stream, as the work before and after it does.
 
     Args:
+        kernels: those of the step; it counts the products of cuBLAS, which cannot be captured.
         step, frozen, constants: see `Ops.compile`.
-        count_products: the products so far that cuBLAS computes, which cannot be captured.
         is_on: False where no step is to be captured.
 
     Attributes:
@@ -105,18 +106,16 @@ class DecodeSteps:
 
     def __init__(
         self,
-        backend: Backend,
+        kernels: Kernels,
         step: Step,
         frozen: Hashable,
         constants: tuple[object, ...],
-        count_products: Callable[[], int],
         is_on: bool,
     ) -> None:
-        self._cupy = backend.xp
+        self._kernels = kernels
         self._step = step
         self._frozen = frozen
         self._constants = constants
-        self._count_products = count_products
         self._captures: Captures | None = None
         self._is_on = is_on
         self.n_eager = self.n_captured = self.n_replayed = 0
@@ -131,10 +130,11 @@ class DecodeSteps:
         key = id(state), id(place.device_rows), place.bucket, self._frozen
         capture = captures.get(key)
         if capture is None:
-            n_products = self._count_products()
+            cublas = self._kernels.cublas
+            n_calls = cublas.n_calls
             results = self._run(state, cache, place)
             because = None
-            if self._count_products() > n_products:
+            if cublas.n_calls > n_calls:
                 because = self.eager_because = "cuBLAS computes a product, which no graph can hold"
             captures.put(key, Capture((state, place.device_rows), because))
             return results
@@ -158,7 +158,7 @@ class DecodeSteps:
         """The cache's captures, unless they are of other constants, which they would keep alive."""
         captures = cache.captured
         if captures is None or [*map(id, captures.constants)] != [*map(id, self._constants)]:
-            captures = cache.captured = Captures(self._cupy, self._constants)
+            captures = cache.captured = Captures(self._kernels.xp, self._constants)
         return captures
 
     def _run(self, state: StepState, cache: "KVCache", place: "Place") -> Results:

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import threading
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,15 +29,25 @@ LOG = logging.getLogger(__name__)
 Argument = Array | np.generic | int | float | None
 
 
+class CublasCalls(threading.local):
+    """How many products a thread has left to cuBLAS: a step that does cannot be captured."""
+
+    n_calls = 0
+
+
 class Kernels:
     """The kernels of npllama/ops/kernels, each compiled at its first launch.
 
     CuPy keeps compiled kernels on disk, by source, options and device.
+
+    Attributes:
+        cublas: whoever calls cuBLAS counts it here.
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._cupy = backend.xp
+        self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
+        self.cublas = CublasCalls()
         self._compiles = False  # whether one was compiled, and that was said
 
     @cached_property
