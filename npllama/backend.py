@@ -7,7 +7,7 @@ module (`numpy` or `cupy`), and moves arrays in and out through the backend alon
 import ctypes
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +54,15 @@ class Backend:
         """Device array -> NumPy array; waits for the work that computes it."""
         return np.asarray(array)
 
+    def to_host_later(self, *arrays: Array) -> Callable[[], tuple[np.ndarray, ...]]:
+        """Begin to copy device arrays to the host, as they are once the work queued so far is done.
+
+        Returns:
+            a function that waits for the copies alone, not for work queued later, and returns
+            them. On the CPU the arrays themselves, which are not to be overwritten before.
+        """
+        return lambda: arrays
+
     def free_bytes(self) -> int | None:
         """Bytes that a new allocation may take without swapping, or None where unknown."""
         return operating_system.free_bytes()
@@ -86,6 +95,23 @@ class CupyBackend(Backend):
 
     def to_host(self, array: Array) -> np.ndarray:
         return self.xp.asnumpy(array)
+
+    def to_host_later(self, *arrays: Array) -> Callable[[], tuple[np.ndarray, ...]]:
+        copies = tuple(self._begin_copy(array) for array in arrays)
+        copied = self.xp.cuda.Event(disable_timing=True)
+        copied.record()
+
+        def wait() -> tuple[np.ndarray, ...]:
+            copied.synchronize()
+            return copies
+
+        return wait
+
+    def _begin_copy(self, array: Array) -> np.ndarray:
+        """A copy in pinned memory, which alone is written while the host goes on."""
+        memory = self.xp.cuda.alloc_pinned_memory(array.nbytes)
+        copy = np.ndarray(array.shape, array.dtype, memory)
+        return array.get(out=copy, blocking=False)
 
     def free_bytes(self) -> int | None:
         free, _total = self.xp.cuda.Device().mem_info

@@ -10,6 +10,7 @@ writes to standard error then writes into that file.
 import argparse
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -114,6 +115,22 @@ def tell(line: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"{self.name}: {record.getMessage()}")
+
+
+def tell_what_is_logged(program: str) -> None:
+    """Write what the package logs to standard error, a line each. A program that uses it as a
+    library decides for itself, and by default shows warnings alone."""
+    log = logging.getLogger("npllama")
+    if not any(isinstance(handler, _Told) for handler in log.handlers):
+        handler = _Told()
+        handler.name = program
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def reason(error: OSError) -> str:

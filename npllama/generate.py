@@ -25,6 +25,7 @@ from npllama.console import (
     open_streams,
     reason,
     tell,
+    tell_what_is_logged,
     utf8,
     write,
 )
@@ -195,6 +196,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processor cores to compute on (default: all that no other program uses)",
     )
+    machine.add_argument(
+        "--no-graph",
+        dest="graph",
+        action="store_false",
+        help="on a GPU, launch every kernel of a step anew instead of replaying it as a CUDA graph",
+    )
 
     output = p.add_argument_group("what is shown")
     output.add_argument(
@@ -217,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
+    tell_what_is_logged("npllama")
     args = parser().parse_args(argv)
 
     def work() -> int:
@@ -246,7 +254,7 @@ def run(args: argparse.Namespace) -> int:
         check_chat_template(Path(args.model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
-        llama = load(args.model, args.backend, args.dtype, args.context, args.threads)
+        llama = load(args.model, args.backend, args.dtype, args.context, args.threads, args.graph)
     for note in llama.notes:
         tell(f"npllama: {note}")
     if llama.dtype in llama.backend.slow_dtypes:
@@ -429,6 +437,8 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "finish": finish_reasons(generation.completions()),
         "seed": str(generation.seed),
     }
+    if (report := generation.steps_report()) is not None:
+        rows["decode steps"] = report
     for name, value in rows.items():
         tell(f"{name:<20} {value}")
 

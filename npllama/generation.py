@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -28,8 +28,8 @@ class Generation:
     Rows are prefilled one by one and decoded jointly, each at its own position; a row that has
     ended leaves the batch. The loop launches a decode step, reads the oldest one that was
     launched, and lets each row accept its token. On a device with a queue,
-    `backend.steps_ahead` steps are launched before the oldest one's tokens are read, so the
-    device never waits for the text.
+    `backend.steps_ahead` steps are launched before the oldest one's tokens are read, and their
+    copies to the host are queued behind each, so the device never waits for the text.
 
     Args:
         model: the transformer.
@@ -63,7 +63,8 @@ class Generation:
         self.allowed = allowed
         self._cache = cache
         self._began = False
-        self._in_flight: deque[tuple[list[Row], Array, Array]] = deque()
+        self._in_flight: deque[tuple[list[Row], Callable[[], tuple]]] = deque()
+        self._compiled: Callable | None = None
         self._launched = 0  # tokens of each row that are computed or queued
         cached = [0] * len(rows) if cache is None else cache.lengths
         active = [row for row in rows if row.finish_reason is None]
@@ -85,6 +86,11 @@ class Generation:
             )
             for row in self.rows
         ]
+
+    def steps_report(self) -> str | None:
+        """How a device ran the decode steps: captured, replayed or eager; None where it has only
+        one way."""
+        return self._compiled.report() if hasattr(self._compiled, "report") else None
 
     def run(self) -> None:
         """Iterate to the end, for a caller who does not take the text as it is made.
@@ -110,9 +116,10 @@ class Generation:
         if not active:
             return
         began = time.perf_counter()
-        if self._cache is None:
+        is_own = self._cache is None
+        if is_own:
             longest = max(len(row.prompt_ids) + row.limit for row in active)
-            self._cache = self.model.new_cache(len(self.rows), longest)
+            self._cache = self.model.take_cache(len(self.rows), longest)
         for row in active:  # another generation may have run since this one was made
             self._cache.check_prefix(row.number, row.prompt_ids)
         self._cache.user = self
@@ -129,29 +136,34 @@ class Generation:
                     if row.finish_reason is None:
                         yield row.number, self._accept(row, id_, log_prob)
                 began = time.perf_counter()
+        except Exception:
+            is_own = False  # what a failed step has left is not used again
+            raise
         finally:
-            self._settle()
+            self._end(is_own)
 
     def _prefill(self, rows: list[Row]) -> None:
         """Read what the cache does not hold of every prompt, and choose each row's first token."""
-        xp, cache = self.backend.xp, self._cache
+        cache = self._cache
         rest = {row: row.prompt_ids[cache.lengths[row.number] :] for row in rows}
         with _unwarned():
             logits = [self.model.prefill(rest[row], cache, row.number) for row in rows]
         self.timings.prefill_forwards = sum(
             math.ceil(len(ids) / PREFILL_CHUNK) for ids in rest.values()
         )
-        self._compiled = self.ops.compile(self._step)
         self._active = rows
-        self._state = StepState(
-            tokens=xp.zeros(len(rows), dtype="int64"),
-            uniforms=self._uniforms(rows),
-            step=xp.zeros(1, dtype="int64"),
-            seen=self._seen(rows),
+        self._state = cache.step_buffers.begin(
+            [row.number for row in rows], self._uniforms(rows), self._seen(rows)
+        )
+        self._compiled = self.ops.compile(
+            self._step,
+            frozen=(self.sampling, self.n_tokens),
+            constants=(self.model.parameters, self.allowed),
         )
         with _unwarned():
-            results = self._choose(xp.concatenate(logits), self._state)  # B x (1, V) -> (B, V)
-        self._in_flight.append((rows, *results))
+            # B x (1, V) -> (B, V)
+            results = self._choose(self.backend.xp.concatenate(logits), self._state)
+        self._in_flight.append((rows, self.backend.to_host_later(*results)))
         self._launched = 1
 
     def _launch(self) -> bool:
@@ -161,16 +173,18 @@ class Generation:
         ]
         if not going_on:
             return False
+        if self._cache.user is not self:  # the buffers of its steps are the other's, too
+            raise InputError("another generation uses the cache: this one cannot go on")
         if len(going_on) < len(self._active):
             kept = [i for i, row in enumerate(self._active) if row in going_on]
-            self._state = self._state.of_rows(self.backend.to_device(np.array(kept)))
+            index = self.backend.to_device(np.array(kept))
+            self._state = self._cache.step_buffers.some_rows(self._state, index)
             self._active = going_on
-        if self._cache.user is not self:
-            raise InputError("another generation uses the cache: this one cannot go on")
-        place = self._cache.place(1, tuple(row.number for row in going_on))
+        numbers = tuple(row.number for row in going_on)
+        place = self._cache.place(1, numbers, self._state.rows)
         results = self._compiled(self._state, self._cache, place)
         self._cache.advance(place.rows, [1] * len(place.rows))
-        self._in_flight.append((going_on, *results))
+        self._in_flight.append((going_on, self.backend.to_host_later(*results)))
         self._launched += 1
         self.timings.decode_steps += 1
         return True
@@ -192,8 +206,9 @@ class Generation:
 
     def _read(self) -> tuple[list[Row], list[int], list[float]]:
         """The oldest step in flight: its rows, and each one's id and log-probability."""
-        rows, ids, log_probs = self._in_flight.popleft()
-        return rows, self.backend.to_host(ids).tolist(), self.backend.to_host(log_probs).tolist()
+        rows, copied = self._in_flight.popleft()
+        ids, log_probs = copied()
+        return rows, ids.tolist(), log_probs.tolist()
 
     def _accept(self, row: Row, id_: int, log_prob: float) -> str:
         """Give a row its next token; the text that it makes certain."""
@@ -205,34 +220,46 @@ class Generation:
             )
         return row.accept(id_, log_prob)
 
-    def _settle(self) -> None:
+    def _end(self, keeps: bool) -> None:
+        """Leave the cache to whoever uses it next, and hold none of its arrays.
+
+        Args:
+            keeps: it is this generation's own, and to be kept for another.
+        """
+        cache, self._cache, self._state = self._cache, None, None
+        if keeps:
+            for _rows, copied in self._in_flight:
+                copied()  # nothing of this generation runs any more, on whatever stream
+            self.model.give_cache_back(cache)
+        elif cache.user is self:
+            self._settle(cache)
+        self._in_flight.clear()
+
+    def _settle(self, cache: KVCache) -> None:
         """Leave in each row of the cache its prompt and its completion without the last id, as
         far as they were read: steps that were launched ahead or interrupted may have left more."""
-        if self._cache.user is not self:
-            return
-        self._cache.user = None
+        cache.user = None
         for row in self.rows:
             ids = row.prompt_ids + row.ids
             known = len(row.prompt_ids) + max(len(row.ids) - 1, 0)
-            length = min(self._cache.lengths[row.number], known)
-            self._cache.truncate(row.number, length)
-            self._cache.ids[row.number] = ids[:length]
+            length = min(cache.lengths[row.number], known)
+            cache.truncate(row.number, length)
+            cache.ids[row.number] = ids[:length]
 
-    def _uniforms(self, rows: list[Row]) -> Array | None:
-        """(n_steps, B) random numbers of all tokens that may be chosen, moved at once."""
+    def _uniforms(self, rows: list[Row]) -> np.ndarray | None:
+        """(n_steps, B) random numbers of all tokens that may be chosen, to be moved at once."""
         if self.sampling.temperature == 0:  # nothing is drawn
             return None
         steps = range(max(row.limit for row in rows))
-        numbers = uniforms(self.seed, [row.number for row in rows], steps)
-        return self.backend.to_device(numbers)
+        return uniforms(self.seed, [row.number for row in rows], steps)
 
-    def _seen(self, rows: list[Row]) -> Array | None:
+    def _seen(self, rows: list[Row]) -> np.ndarray | None:
         if self.sampling.repetition_penalty == 1:
             return None
-        host = np.zeros((len(rows), self.model.config.vocab_size), dtype=bool)
+        seen = np.zeros((len(rows), self.model.config.vocab_size), dtype=bool)
         for i, row in enumerate(rows):
-            host[i, row.prompt_ids] = True
-        return self.backend.to_device(host)
+            seen[i, row.prompt_ids] = True
+        return seen
 
     def _count(self, seconds: float, rows: list[Row]) -> None:
         timings = self.timings

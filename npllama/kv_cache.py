@@ -10,11 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from npllama.backend import Array, Backend
+from npllama.decode_step import StepBuffers
 from npllama.errors import InputError
 
 BUCKET = 256
 """Lengths of a row are rounded up to multiples of this where an operation's shape depends on them:
 a step that is captured for one bucket is replayed for all lengths in it."""
+
+
+def whole_buckets(length: int) -> int:
+    """A length, rounded up to a multiple of BUCKET."""
+    return -(-length // BUCKET) * BUCKET
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class KVCache:
         ids: the token ids that each row holds, as far as they are known: those of
             `Transformer.prefill` and of a generation.
         user: the generation that writes to it now, if one does.
+        step_buffers: what else a decode step reads and writes.
+        captured: what `Ops.compile` keeps with the arrays whose addresses it holds.
     """
 
     def __init__(
@@ -103,11 +111,13 @@ class KVCache:
         self.context = context
         shape = (n_layers, batch, n_kv_heads, context, head_dim)
         scratch = xp.empty(scratch_size, dtype="float32") if scratch_size else None
-        k, v = xp.zeros(shape, dtype=dtype), xp.zeros(shape, dtype=dtype)
+        k, v = self._all = xp.zeros(shape, dtype=dtype), xp.zeros(shape, dtype=dtype)
         self.layers = tuple(LayerCache(k[i], v[i], scratch) for i in range(n_layers))
         self.lengths = [0] * batch
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self.user: object = None
+        self.step_buffers = StepBuffers(backend, batch, context)
+        self.captured: object = None
         self.device_lengths = xp.zeros(batch, dtype="int32")
         self._new = xp.arange(context, dtype="int32")
         self._device_rows = {tuple(range(batch)): xp.arange(batch, dtype="int32")}
@@ -119,8 +129,13 @@ class KVCache:
         """Bytes of the keys and values that such a cache holds, without its scratch."""
         return 2 * n_layers * batch * n_kv_heads * context * head_dim * itemsize
 
-    def place(self, n_new: int, rows: tuple[int, ...] | None = None) -> Place:
+    def place(
+        self, n_new: int, rows: tuple[int, ...] | None = None, device_rows: Array | None = None
+    ) -> Place:
         """Where the next `n_new` tokens of `rows` (default: all) go; the host's work alone.
+
+        Args:
+            device_rows: (B,) int32, `rows` on the device, where the caller has them there.
 
         Raises:
             InputError: they do not fit; the cache is as it was.
@@ -133,10 +148,11 @@ class KVCache:
                 f"{max(starts)} positions are filled and {n_new} more do not fit: "
                 f"the cache has room for {self.context}"
             )
-        if rows not in self._device_rows:
-            self._device_rows[rows] = self.backend.to_device(np.asarray(rows, dtype="int32"))
-        bucket = min(-(-end // BUCKET) * BUCKET, self.context)
-        return Place(rows, starts, n_new, bucket, self._device_rows[rows])
+        if device_rows is None:
+            if rows not in self._device_rows:
+                self._device_rows[rows] = self.backend.to_device(np.asarray(rows, dtype="int32"))
+            device_rows = self._device_rows[rows]
+        return Place(rows, starts, n_new, min(whole_buckets(end), self.context), device_rows)
 
     def on_device(self, place: Place) -> Positions:
         """The positions of a place, gathered on the device: nothing is read from `starts`."""
@@ -177,6 +193,15 @@ class KVCache:
         self.lengths[row] = length
         self.device_lengths[row] = length
         del self.ids[row][length:]
+
+    def clear(self) -> None:
+        """Empty it, as it was when it was made: what is hidden is multiplied by 0, and a number
+        that is not finite would show."""
+        for buffer in self._all:
+            buffer[...] = 0
+        self.device_lengths[...] = 0
+        self.lengths = [0] * len(self.lengths)
+        self.ids = [[] for _ in self.ids]
 
     def check_prefix(self, row: int, ids: Sequence[int]) -> None:
         """Raise InputError unless a row holds some first ids of a prompt, not all of them: the

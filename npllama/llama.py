@@ -173,7 +173,7 @@ class Llama(Transformer):
                 )
             )
         if cache is None:
-            self.check_memory(len(rows), max(len(row.prompt_ids) + row.limit for row in rows))
+            self.check_own_memory(len(rows), max(len(row.prompt_ids) + row.limit for row in rows))
         return Generation(
             self, rows, sampling, checked_seed(seed), self._n_tokens, self._allowed, cache
         )
@@ -299,6 +299,7 @@ def load(
     dtype: str | None = None,
     context: int | None = None,
     threads: int | None = None,
+    graph: bool = True,
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
 
@@ -316,6 +317,8 @@ def load(
         context: positions to plan memory for, at most and by default the model's own.
         threads: to compute with on the CPU; None for as many as there are free cores, which
             is looked at again and again.
+        graph: whether a GPU captures each step as a CUDA graph and replays it, which is faster;
+            False launches every kernel anew.
 
     Raises:
         NpllamaError: one of its kinds, with one line that says what is wrong.
@@ -338,7 +341,7 @@ def load(
     directory = SHIPPED if path is None else _checked_directory(as_given(path))
     config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
-    ops = ops_for(get_backend(backend, _checked_threads(threads)))
+    ops = ops_for(get_backend(backend, _checked_threads(threads)), graph)
     tokenizer, no_tokenizer = None, NO_TOKENIZER.format(directory)
     try:
         tokenizer = read_tokenizer(directory, config)

@@ -19,6 +19,7 @@ def require_free_memory(
     chunk: int,
     weights: int = 0,
     more: int = 0,
+    has_cache: bool = False,
 ) -> None:
     """Compare the bytes that weights, cache and workspace need with those that are free.
 
@@ -27,6 +28,7 @@ def require_free_memory(
         chunk: prompt tokens in one forward.
         weights: bytes of weights still to be loaded, or to be kept in memory.
         more: bytes of a result.
+        has_cache: the cache is allocated already.
 
     Raises:
         OutOfMemoryError: too few; the message has both numbers.
@@ -34,6 +36,7 @@ def require_free_memory(
     cache = KVCache.nbytes(
         config.n_layers, config.n_kv_heads, config.head_dim, batch, context, cache_dtype.itemsize
     )
+    cache = 0 if has_cache else cache
     workspace = more + workspace_nbytes(config, ops, batch, context, chunk)
     needed = weights + cache + workspace
     free = ops.backend.free_bytes()

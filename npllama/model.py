@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from npllama.backend import Array
 from npllama.config import LlamaConfig
-from npllama.errors import InputError
-from npllama.kv_cache import KVCache, Place
+from npllama.errors import InputError, OutOfMemoryError
+from npllama.kept_cache import KeptCache
+from npllama.kv_cache import KVCache, Place, whole_buckets
 from npllama.memory import mapped_nbytes, require_free_memory
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
@@ -65,6 +67,7 @@ class Transformer:
             cache_dtype = ops.cache_dtype(parameters.layers[0].wq.values.dtype)
         self.cache_dtype = np.dtype(cache_dtype)
         self.rope_table = ops.rope_table(self.context, ops.rope_frequencies(config))
+        self._kept_cache = KeptCache()
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
         """An empty cache of `batch` rows with room for `context` positions each, by default the
@@ -93,21 +96,56 @@ class Transformer:
             scratch_size=self.ops.scratch_size(sizes.n_heads, sizes.n_kv_heads, chunk, context),
         )
 
+    def take_cache(self, batch: int, n_positions: int) -> KVCache:
+        """An empty cache for a generation that is given none: where they are kept, the last one's.
+
+        `give_cache_back` keeps it.
+        """
+        context = self._own_context(n_positions)
+        return self._kept_cache.take(batch, context) or self.new_cache(batch, context)
+
+    def give_cache_back(self, cache: KVCache) -> None:
+        """Keep a cache of `take_cache` for the next generation, where that gains by it."""
+        if self.ops.keeps_caches:
+            self._kept_cache.put(cache)
+
+    def _own_context(self, n_positions: int) -> int:
+        """A kept cache has room for whole buckets: the next prompt may be longer."""
+        if self.ops.keeps_caches:
+            return min(whole_buckets(n_positions), self.context)
+        return n_positions
+
     def check_memory(self, batch: int, context: int, more: int = 0) -> None:
         """Raise OutOfMemoryError where `batch` rows of `context` positions, and `more` bytes,
-        do not fit beside the weights."""
-        chunk = min(PREFILL_CHUNK, context)
-        require_free_memory(
+        do not fit beside the weights. A kept cache is given up before."""
+        self._check_memory(batch, context, more)
+
+    def check_own_memory(self, batch: int, n_positions: int) -> None:
+        """`check_memory` for `take_cache`."""
+        context = self._own_context(n_positions)
+        self._check_memory(batch, context, has_cache=self._kept_cache.serves(batch, context))
+
+    def _check_memory(
+        self, batch: int, context: int, more: int = 0, has_cache: bool = False
+    ) -> None:
+        check = partial(
+            require_free_memory,
             self.sizes,
             self.ops,
             self.cache_dtype,
             batch,
             context,
-            chunk,
+            min(PREFILL_CHUNK, context),
             # mapped weights count as free memory, and would be pushed out of it
             weights=mapped_nbytes(self.parameters),
             more=more,
         )
+        try:
+            check(has_cache=has_cache)
+        except OutOfMemoryError:
+            if not self._kept_cache.give_up():
+                raise
+            check()
 
     def forward(
         self,

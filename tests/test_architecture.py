@@ -50,7 +50,7 @@ FLOORS = [
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],
     ["kv_cache", "weights", "initialization"],
-    ["memory"],
+    ["memory", "kept_cache"],
     ["model"],
     ["generation", "gradients"],
     ["llama"],

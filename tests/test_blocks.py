@@ -5,6 +5,7 @@ import pytest
 
 from conftest import TINY, make_llama, rope_table
 from npllama.kv_cache import KVCache
+from npllama.ops import CupyOps
 from npllama.parameters import Head, Layer, Matrix
 from test_equations import EXACT, assert_close, attention_one_by_one, rope_one
 
@@ -101,7 +102,8 @@ def test_the_hooks_of_the_reference_change_nothing(ops, to_device, rng):
     assert ops.all_reduce(x) is x
     assert ops.all_gather(x) is x
     step = object()
-    assert ops.compile(step) is step
+    if not isinstance(ops, CupyOps):  # test_capture.py
+        assert ops.compile(step) is step
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

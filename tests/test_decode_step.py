@@ -1,6 +1,5 @@
 """What a decode step may read: a captured one sees the device alone."""
 
-from collections import deque
 from dataclasses import fields, replace
 
 import numpy as np
@@ -25,16 +24,16 @@ class Frozen(tuple):
 
 class CapturingOps(CupyOps):
     """From a step's second call of a key on, it has no host positions, and the arrays that it was
-    given at the first. Results live until the call after the next."""
+    given at the first, in later generations as well. Results live until the next call."""
 
     def __init__(self, backend):
         super().__init__(backend)
         self.keys, self.replays = {}, 0
-        self.results = deque(maxlen=2)  # of the last two calls
+        self.results = ()  # of the last call
 
-    def compile(self, step):
+    def compile(self, step, frozen=None, constants=()):
         def compiled(state, cache, place):
-            key = (len(place.rows), place.bucket)
+            key = (cache, len(place.rows), place.bucket, frozen, *map(id, constants))
             arrays = [*vars(state).values(), cache.device_lengths, place.device_rows]
             addresses = [id(array) for array in arrays]
             if self.keys.setdefault(key, addresses) is not addresses:
@@ -44,10 +43,9 @@ class CapturingOps(CupyOps):
             held = state.tokens.array
             ids, log_probs = step(state, cache, place)
             assert state.tokens.array is held and ids.array is not held
-            if len(self.results) == 2:  # this call's take the place of those before the last
-                for old in self.results[0]:
-                    old.array[...] = -1
-            self.results.append((ids, log_probs))
+            for old in self.results:  # this call's take their place
+                old.array[...] = -1
+            self.results = ids, log_probs
             return ids, log_probs
 
         return compiled
@@ -62,6 +60,20 @@ def test_a_captured_step_reads_the_device_alone(sampling, monkeypatch):
     got, want = (make_llama(ops).generate_batch(prompts, **options) for ops in (captured, eager))
     assert [c.ids for c in got] == [c.ids for c in want]
     assert captured.replays > 10 and len(captured.keys) > 1
+
+
+def test_the_next_generation_of_a_batch_has_the_arrays_of_the_last(monkeypatch):
+    monkeypatch.setattr("npllama.kv_cache.BUCKET", 16)
+    ops = CapturingOps(StrictBackend())
+    llama, eager = make_llama(ops), make_llama(CupyOps(StrictBackend(), graph=False))
+    prompts = [[1, 5, 6], [1, 8]]
+    seen = set()
+    for n, new_keys in ((10, True), (6, False), (12, False), (25, True), (12, False)):
+        options = {"max_new_tokens": n, "seed": n, "ignore_eos": True, "repetition_penalty": 1.2}
+        got = llama.generate_batch(prompts, **options)
+        assert [c.ids for c in got] == [c.ids for c in eager.generate_batch(prompts, **options)]
+        assert (len(ops.keys) > len(seen)) == new_keys
+        seen = set(ops.keys)
 
 
 def test_it_is_found_out_when_a_step_reads_the_host(monkeypatch):
@@ -81,7 +93,7 @@ def test_nothing_is_moved_to_the_device_for_a_token(monkeypatch):
         moved.clear()
         llama.generate_batch([[1, 5], [1, 6, 7]], max_new_tokens=n, seed=1, ignore_eos=True)
         assert moved.count((n, 2)) == 1  # the random numbers
-        assert len(moved) < 8
+        assert len(moved) < 9
 
 
 def test_a_place_holds_host_integers_and_one_array():

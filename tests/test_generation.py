@@ -364,7 +364,7 @@ def test_what_was_held_back_is_said_when_a_row_is_interrupted(llama):
 def test_the_compiled_step_is_what_runs(llama, monkeypatch):
     calls = []
 
-    def compile_step(step):
+    def compile_step(step, frozen, constants):
         return lambda *args: calls.append(1) or step(*args)
 
     monkeypatch.setattr(llama.ops, "compile", compile_step)

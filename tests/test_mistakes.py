@@ -153,13 +153,18 @@ MISTAKES = {
     ),
     "a cache is left with what was launched ahead": (
         GENERATION,
-        "length = min(self._cache.lengths[row.number], known)",
-        "length = self._cache.lengths[row.number]",
+        "length = min(cache.lengths[row.number], known)",
+        "length = cache.lengths[row.number]",
     ),
     "the same random number at every step": (
         "decode_step.py",
-        "self.step += 1",
+        "step += 1  # in place",
         "pass",
+    ),
+    "the rows that stay have the first rows' numbers": (
+        "decode_step.py",
+        "state.uniforms[:n, index]",
+        "state.uniforms[:n, : len(index)]",
     ),
     "a key of Philox that does not grow": (UNIFORMS, "round_ * weyl", "weyl"),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),

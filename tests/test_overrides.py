@@ -388,6 +388,7 @@ NOT_MATHEMATICS = {
     "prepare",  # test_weights.py, test_workers.py
     "turn",  # test_threads.py
     "forward_context",  # test_workers.py
+    "compile",  # test_capture.py
     "cache_dtype",  # test_the_cache_keeps_the_dtype_that_design_says
 }
 

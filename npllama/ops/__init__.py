@@ -12,6 +12,12 @@ from npllama.ops.numpy_ops import NumpyOps
 __all__ = ["CupyOps", "NumpyOps", "Ops", "ops_for"]
 
 
-def ops_for(backend: Backend) -> Ops:
-    """The mathematics for a backend, with its overrides."""
-    return {"numpy": NumpyOps, "cupy": CupyOps}.get(backend.name, Ops)(backend)
+def ops_for(backend: Backend, graph: bool = True) -> Ops:
+    """The mathematics for a backend, with its overrides.
+
+    Args:
+        graph: whether CuPy captures decode steps as CUDA graphs.
+    """
+    if backend.name == "cupy":
+        return CupyOps(backend, graph)
+    return {"numpy": NumpyOps}.get(backend.name, Ops)(backend)

@@ -4,7 +4,7 @@ Under sharding, a layer holds H, K and F of this shard; the residual stream is w
 `all_reduce` and `all_gather` are then the only places where shards meet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
@@ -226,19 +226,33 @@ class Ops(SamplingEquations, Derivatives):
         (H, T, N), and the row's keys and values widened, (K, N, C) each."""
         return 4 * (4 * n_heads * chunk * context + 2 * n_kv_heads * context * head_dim)
 
-    def compile(self, step: Step) -> Step:
+    keeps_caches = False
+    """Whether a generation's cache is worth keeping for the next one: what `compile` has made of a
+    step holds the addresses of the cache that it ran on."""
+
+    def compile(
+        self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
+    ) -> Step:
         """A decode step, made fast to repeat; here the step itself.
 
-        What a step (state, cache, place) -> (ids, log_probs) may rely on and must keep, since a
-        device captures it once and replays it:
+        Args:
+            step: (state, cache, place) -> (ids, log_probs).
+            frozen: the Python values that the step depends on, and what else tells it from another
+                step.
+            constants: what it reads besides the state and the cache: arrays, and objects that hold
+                some. They are told apart by identity.
+
+        What a step may rely on and must keep, since a device captures it once and replays it, in
+        later generations as well:
 
         - The arrays of `state` and of `cache`, and place.device_rows, are read and written at the
-          same addresses at every call. Another set of rows is another state.
+          same addresses at every call. Another number of rows is another state.
         - Python values are frozen as they were at the capture: place.rows and place.starts are
-          not read. A capture serves all calls of the same number of rows and place.bucket.
+          not read. A capture serves all calls of the same state, place.bucket, `frozen` and
+          `constants`.
         - All work of the step on the device happens inside, the counting of positions and of
           random numbers included; nothing moves between the host and the device.
-        - The results live until the call after the next: the host reads one step late.
+        - The next call may overwrite the results: the host begins to copy them before it.
         """
         return step
 

@@ -1,14 +1,16 @@
 """What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
 
 import math
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from npllama.backend import Array, Backend
-from npllama.ops.blocks import Ops
+from npllama.ops.blocks import Ops, Step
 from npllama.ops.cuda import decode_attention, gemv
 from npllama.ops.cuda import sampling as sampling_kernel
+from npllama.ops.cuda.graph import DecodeSteps
 from npllama.ops.cuda.kernels import Kernels
 from npllama.parameters import Head, Layer, Matrix
 from npllama.sampling_options import Sampling
@@ -22,11 +24,21 @@ class CupyOps(Ops):
     """Overrides for CUDA; each computes what the method of the same name in Ops does.
 
     Where shapes and dtypes fit a kernel, the kernel computes it, and array calls elsewhere.
+
+    Args:
+        graph: whether decode steps are captured as CUDA graphs.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, graph: bool = True) -> None:
         super().__init__(backend)
         self.kernels = Kernels(backend)
+        self.keeps_caches = graph
+
+    def compile(
+        self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
+    ) -> Step:
+        """Captured and replayed, where it needs no product of cuBLAS."""
+        return DecodeSteps(self.kernels, step, frozen, constants, is_on=self.keeps_caches)
 
     def attention_block(
         self,
@@ -87,6 +99,7 @@ class CupyOps(Ops):
         mixed dtypes, and 3-D operands, would copy W at full width on every call. int8 is
         widened, since its product would accumulate in int8 and overflow.
         """
+        self.kernels.cublas.n_calls += 1
         dtype = w.format.product_dtype or x.dtype
         flat = x.reshape(-1, x.shape[-1]).astype(dtype, copy=False)  # (..., D) -> (M, D)
         y = flat @ w.format.unscaled(w, dtype).T  # (M, D) @ (D, O) -> (M, O)
@@ -103,6 +116,7 @@ class CupyOps(Ops):
         xp = self.xp
         if k.shape[1] > 1:
             return super().cached_attention(q, k, v, cache, positions)
+        self.kernels.cublas.n_calls += 1
         rows, starts = positions.device_rows, positions.device_starts  # (B,), (B,)
         cache.k[rows, :, starts] = k[:, 0]  # (B, 1, K, C) -> (B, K, C)
         cache.v[rows, :, starts] = v[:, 0]

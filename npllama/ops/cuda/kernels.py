@@ -1,6 +1,11 @@
 """Compiles the .cu files for the device, and launches their kernels."""
 
 import ctypes
+import hashlib
+import logging
+import os
+import threading
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -18,19 +23,33 @@ C_TYPES = {
 """What a dtype is called in a template's argument."""
 STATIC_LIMIT = 48 * 1024  # bytes of shared memory that a kernel has without asking
 
+OPTIONS = ("--std=c++17",)
+LOG = logging.getLogger(__name__)
+
 Argument = Array | np.generic | int | float | None
+
+
+class CublasCalls(threading.local):
+    """How many products a thread has left to cuBLAS: a step that does cannot be captured."""
+
+    n_calls = 0
 
 
 class Kernels:
     """The kernels of npllama/ops/kernels, each compiled at its first launch.
 
     CuPy keeps compiled kernels on disk, by source, options and device.
+
+    Attributes:
+        cublas: whoever calls cuBLAS counts it here.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
         self._counters: dict[int, Array] = {}
+        self.cublas = CublasCalls()
+        self._compiles = False  # whether one was compiled, and that was said
 
     @cached_property
     def n_sms(self) -> int:
@@ -88,19 +107,36 @@ class Kernels:
 
     def _kernel(self, file: str, name: str) -> object:
         if (file, name) not in self._kernels:
-            module = self._cupy.RawModule(
-                code=self.source(file), options=("--std=c++17",), name_expressions=(name,)
-            )
+            code = self.source(file)
+            marker = self._marker(code, name)
+            if not self._compiles and not marker.exists():
+                self._compiles = True
+                LOG.info("compiling kernels for this GPU: some seconds, at the first start alone")
+            module = self._cupy.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
             kernel = module.get_function(name)
+            with suppress(OSError):  # CuPy could not write there either, and compiles again
+                marker.touch()
             # all of the shared memory: two kernels that overlap have their queues there
             kernel.preferred_shared_memory_carveout = 100
             self._kernels[file, name] = kernel
         return self._kernels[file, name]
 
+    def _marker(self, code: str, name: str) -> Path:
+        """A file beside CuPy's compiled kernels that is there once CuPy has compiled this one: CuPy
+        does not tell whether it will find it."""
+        what = repr((code, name, OPTIONS, self._cupy.__version__, self._compute_capability))
+        folder = os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
+        digest = hashlib.sha256(what.encode()).hexdigest()[:32]
+        return Path(folder).expanduser() / f"npllama-{digest}"
+
+    @cached_property
+    def _compute_capability(self) -> str:
+        return self._cupy.cuda.Device().compute_capability
+
     @cached_property
     def _overlap(self) -> "_Overlap | None":
         """How kernels are launched that may start early; None where the device cannot."""
-        if int(self._cupy.cuda.Device().compute_capability) < 90:
+        if int(self._compute_capability) < 90:
             return None
         try:
             return _Overlap(self._cupy)
