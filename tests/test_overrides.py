@@ -359,6 +359,7 @@ GRIDS = {
 # Hooks that describe memory rather than compute; each has its own test where named.
 NOT_MATHEMATICS = {
     "attention_nbytes",  # test_memory.py
+    "prefill_chunk",  # test_kernels_prompt.py
     "scratch_size",  # test_the_scratch_has_room_for_some_queries_of_a_key_head_in_every_thread
     "prepare",  # test_weights.py, test_workers.py
     "turn",  # test_threads.py

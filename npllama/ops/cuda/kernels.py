@@ -28,7 +28,7 @@ class Kernels:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._cupy = backend.xp
+        self.xp = self._cupy = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
 
     @cached_property
