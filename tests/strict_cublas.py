@@ -36,7 +36,7 @@ class StrictCublas:
     """`cupy.cuda.cublas`, as far as the project uses it; signatures are those of CuPy 14.
 
     Args:
-        is_capturing: whether the current stream is.
+        device: what knows the current stream (strict_cupy.CupyDevice).
 
     Attributes:
         calls: the names of the calls so far.
@@ -47,8 +47,8 @@ class StrictCublas:
     CUBLAS_GEMM_DEFAULT = -1
     CUBLASError = CUBLASError
 
-    def __init__(self, is_capturing=lambda: False) -> None:
-        self._is_capturing = is_capturing
+    def __init__(self, device) -> None:
+        self._device = device
         self.calls: list[str] = []
 
     def gemmEx(
@@ -69,7 +69,7 @@ class StrictCublas:
 
     def _gemm(self, name, handle, transa, transb, m, n, k, alpha, a, b, beta, c, stack, how):
         """C = alpha op(A) op(B) + beta C, all stored by columns: (m, k), (k, n) -> (m, n)."""
-        if self._is_capturing():
+        if self._device.stream.capture is not None:
             raise NotImplementedError("cuBLAS's stream cannot be set while a stream is capturing")
         if handle != HANDLE:
             raise CUBLASError("CUBLAS_STATUS_NOT_INITIALIZED")
@@ -96,6 +96,7 @@ class StrictCublas:
         y = np.float32(alpha) * (a.astype("float32") @ b.astype("float32"))
         if beta != 0:  # with 0, C is not read and may hold anything
             y += np.float32(beta) * c.astype("float32")
+        self._device.stream.touch([a, b, c])
         c[...] = y
         self.calls.append(name)
 

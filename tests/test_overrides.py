@@ -40,6 +40,9 @@ TOLERANCE = {
     ("cupy", "float16"): 2e-3,
     ("cupy", "bfloat16"): 1.6e-2,
     ("cupy", "int8"): 2e-6,
+    # A prompt's int8 is multiplied on tensor cores as float16, which holds it exactly; activations
+    # are rounded as beside float16 weights.
+    ("cupy prompts", "int8"): 2e-3,
 }
 WIDE = 70_000
 """A width beyond any model's: cuBLAS adds so many products with more rounding in float32."""

@@ -10,7 +10,7 @@ _TYPES = {"float16": "CUDA_R_16F", "bfloat16": "CUDA_R_16BF", "float32": "CUDA_R
 
 
 def product(
-    xp: ModuleType, x: Array, w: Array, out: Array, alpha: float = 1.0, beta: float = 0.0
+    cupy: ModuleType, x: Array, w: Array, out: Array, alpha: float = 1.0, beta: float = 0.0
 ) -> None:
     """out = alpha x w^T + beta out, of two matrices or of a stack of pairs; float32 accumulation.
 
@@ -21,16 +21,16 @@ def product(
         w: (O, D) or (stack, O, D) in x's dtype; rows are contiguous, or columns are.
         out: (M, O) or (stack, M, O), float32 or in x's dtype; rows are contiguous.
     """
-    cublas = xp.cuda.cublas
+    cublas = cupy.cuda.cublas
     # cuBLAS stores matrices by columns, so what is (M, D) here is (D, M) there: out^T = w x^T
     m, n, k = w.shape[-2], x.shape[-2], x.shape[-1]
     by_rows = w.strides[-1] == w.itemsize
     operation = cublas.CUBLAS_OP_T if by_rows else cublas.CUBLAS_OP_N
-    a = _operand(xp, w, -2 if by_rows else -1)
-    b, c = _operand(xp, x, -2), _operand(xp, out, -2)
+    a = _operand(cupy, w, -2 if by_rows else -1)
+    b, c = _operand(cupy, x, -2), _operand(cupy, out, -2)
     one, other = ctypes.c_float(alpha), ctypes.c_float(beta)  # cuBLAS reads them in the call
     factors = ctypes.addressof(one), ctypes.addressof(other)
-    handle = xp.cuda.Device().cublas_handle
+    handle = cupy.cuda.Device().cublas_handle
     begin = (handle, operation, cublas.CUBLAS_OP_N, m, n, k, factors[0], *a, *b, factors[1], *c)
     how = (cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT)
     if x.ndim == 2:
@@ -39,9 +39,9 @@ def product(
         cublas.gemmStridedBatchedEx(*begin, len(x), *how)
 
 
-def _operand(xp: ModuleType, array: Array, leading: int) -> tuple[int, ...]:
+def _operand(cupy: ModuleType, array: Array, leading: int) -> tuple[int, ...]:
     """Address, type, leading dimension (from one of cuBLAS's columns to the next) and, in a
     stack, the distance from one matrix to the next; both are counted in numbers."""
-    type_ = getattr(xp.cuda.runtime, _TYPES[array.dtype.name])
+    type_ = getattr(cupy.cuda.runtime, _TYPES[array.dtype.name])
     strides = [array.strides[axis] // array.itemsize for axis in (leading, 0)]
     return array.data.ptr, type_, *strides[: array.ndim - 1]
