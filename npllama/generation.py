@@ -13,7 +13,7 @@ from npllama.completion import Completion, Timings
 from npllama.decode_step import StepState
 from npllama.errors import InputError, NumericalError
 from npllama.kv_cache import KVCache, Place
-from npllama.model import PREFILL_CHUNK, Transformer
+from npllama.model import Transformer
 from npllama.row import Row
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
@@ -148,9 +148,8 @@ class Generation:
         rest = {row: row.prompt_ids[cache.lengths[row.number] :] for row in rows}
         with _unwarned():
             logits = [self.model.prefill(rest[row], cache, row.number) for row in rows]
-        self.timings.prefill_forwards = sum(
-            math.ceil(len(ids) / PREFILL_CHUNK) for ids in rest.values()
-        )
+        chunk = self.ops.prefill_chunk()
+        self.timings.prefill_forwards = sum(math.ceil(len(ids) / chunk) for ids in rest.values())
         self._active = rows
         self._state = cache.step_buffers.begin(
             [row.number for row in rows], self._uniforms(rows), self._seen(rows)

@@ -17,7 +17,7 @@ from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
 from npllama.memory import require_free_memory
-from npllama.model import PREFILL_CHUNK, Transformer
+from npllama.model import Transformer
 from npllama.not_a_model import (
     HOW_TO_GET_ONE,
     as_given,
@@ -353,7 +353,7 @@ def load(
         check_size(tokenizer, tokenizer_file(directory), config.vocab_size)
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
-    chunk = min(PREFILL_CHUNK, context)
+    chunk = min(ops.prefill_chunk(), context)
     require_free_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)

@@ -15,9 +15,6 @@ from npllama.memory import mapped_nbytes, require_free_memory
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
 
-PREFILL_CHUNK = 512
-"""Prompt tokens in one forward: memory grows with PREFILL_CHUNK * context, not context^2."""
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -83,7 +80,7 @@ class Transformer:
                 f"a cache of {batch} rows and {context} positions: expected at least 1 row, and 1 "
                 f"to {self.context} positions"
             )
-        chunk = min(PREFILL_CHUNK, context)
+        chunk = min(self.ops.prefill_chunk(), context)
         return KVCache(
             self.backend,
             self.rope_table,
@@ -135,7 +132,7 @@ class Transformer:
             self.cache_dtype,
             batch,
             context,
-            min(PREFILL_CHUNK, context),
+            min(self.ops.prefill_chunk(), context),
             # mapped weights count as free memory, and would be pushed out of it
             weights=mapped_nbytes(self.parameters),
             more=more,
@@ -205,9 +202,9 @@ class Transformer:
         """Feed a prompt, or the rest of one, to a row in chunks; (1, V) logits of the next token.
 
         The head runs once, on the last position. Any `chunk` gives the same logits; None is
-        PREFILL_CHUNK.
+        `ops.prefill_chunk()`.
         """
-        chunk = chunk or PREFILL_CHUNK
+        chunk = chunk or self.ops.prefill_chunk()
         tokens = self.to_tokens(ids)
         for begin in range(0, len(ids), chunk):
             is_last = begin + chunk >= len(ids)
@@ -233,14 +230,15 @@ class Transformer:
         ((3, 1024), 'float32')
         """
         tokens = self.to_tokens(ids)
-        n_rows = len(ids) + min(len(ids), PREFILL_CHUNK)  # the result, and one chunk's
+        chunk = self.ops.prefill_chunk()
+        n_rows = len(ids) + min(len(ids), chunk)  # the result, and one chunk's
         self.check_memory(1, len(ids), more=4 * n_rows * self.config.vocab_size)
         cache = self.new_cache(context=len(ids))
         out = np.empty((len(ids), self.config.vocab_size), dtype="float32")
-        for begin in range(0, len(ids), PREFILL_CHUNK):
-            part = tokens[None, begin : begin + PREFILL_CHUNK]
+        for begin in range(0, len(ids), chunk):
+            part = tokens[None, begin : begin + chunk]
             logits = self.forward(part, cache, n_last=part.shape[1])  # (1, chunk, V)
-            out[begin : begin + PREFILL_CHUNK] = self.backend.to_host(logits[0])
+            out[begin : begin + chunk] = self.backend.to_host(logits[0])
         return out
 
     def trace(self, ids: Sequence[int]) -> Trace:

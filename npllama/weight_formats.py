@@ -30,6 +30,8 @@ class Format:
         is_float: W's numbers are the values; norms may have this dtype too, and gradients exist.
         is_wide: the CPU multiplies the values as they lie; others are widened tile by tile.
         product_dtype: the dtype in which a GPU multiplies; None for that of the activations.
+        operand_dtype: the 16-bit dtype in which a GPU's tensor cores multiply W, up to a factor a
+            row; None for those that they do not.
         cache_dtype: the dtype in which a GPU keeps keys and values beside such weights.
         torch_dtype: what config.json says of such a model, which other programs read.
         config: its quantization_config there, or None.
@@ -52,6 +54,7 @@ class Format:
         self.name = self.torch_dtype = self.dtype.name
         self.is_wide = self.dtype == np.float32
         self.product_dtype = self.dtype if self.dtype.itemsize == 2 else None
+        self.operand_dtype = self.product_dtype
         self.cache_dtype = self.dtype
 
     # -- in a file -----------------------------------------------------------------------------
@@ -164,7 +167,7 @@ class Int8(Format):
         # Other programs refuse rather than misread it: transformers only warns of a quant_method
         # that it does not know, and refuses where there is none.
         self.config = {"format": "npllama-int8"}
-        self.cache_dtype = np.dtype("float16")
+        self.operand_dtype = self.cache_dtype = np.dtype("float16")  # holds every int8
 
     def stored(self, name: str, shape: Shape) -> dict[str, tuple[np.dtype, Shape]]:
         """The values, and the scales beside them."""

@@ -37,6 +37,7 @@ FLOORS = [
         "ops.chunks",
         "ops.cuda",
         "ops.cuda.kernels",
+        "ops.cuda.cublas",
     ],
     ["ops.blocks", "ops.shared_products", "ops.numpy_sampling", "ops.numpy_derivatives"],
     [
@@ -45,6 +46,7 @@ FLOORS = [
         "ops.cuda.decode_attention",
         "ops.cuda.sampling",
         "ops.cuda.prompt",
+        "ops.cuda.embedding",
         "ops.cuda.graph",
     ],
     ["ops.numpy_ops", "ops.cupy_ops"],

@@ -382,7 +382,7 @@ OPTIONS = {"max_new_tokens": 6, "seed": 3, "ignore_eos": True}
 @pytest.mark.parametrize("chunk", [1, 3, 512])
 def test_continuing_on_a_kept_cache_equals_starting_anew(llama, monkeypatch, chunk):
     whole = llama.generate(PROMPT, **OPTIONS)
-    monkeypatch.setattr("npllama.model.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(llama.ops, "prefill_chunk", lambda: chunk)
     forward, widths = llama.forward, []
     monkeypatch.setattr(
         llama, "forward", lambda t, *a, **k: widths.append(t.shape[1]) or forward(t, *a, **k)

@@ -13,7 +13,6 @@ from npllama.initialization import random_parameters
 from npllama.kv_cache import KVCache
 from npllama.llama import Llama
 from npllama.memory import mapped_nbytes, workspace_nbytes
-from npllama.model import PREFILL_CHUNK
 from npllama.sampling_options import Sampling
 
 LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
@@ -30,7 +29,7 @@ def foretold(ops, config, batch, context):
     cache = KVCache.nbytes(
         config.n_layers, config.n_kv_heads, config.head_dim, batch, context, itemsize=4
     )
-    return cache + workspace_nbytes(config, ops, batch, context, min(PREFILL_CHUNK, context))
+    return cache + workspace_nbytes(config, ops, batch, context, min(ops.prefill_chunk(), context))
 
 
 @pytest.mark.parametrize("where", ["numpy", "strict"])

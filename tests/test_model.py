@@ -51,7 +51,7 @@ def test_any_chunk_size_equals_any_other(llama, to_host, chunk):
 
 
 def test_logits_span_several_chunks(ops, monkeypatch):
-    monkeypatch.setattr("npllama.model.PREFILL_CHUNK", 4)
+    monkeypatch.setattr(ops, "prefill_chunk", lambda: 4)
     in_chunks = make_llama(ops).logits(IDS)
     monkeypatch.undo()
     assert_same(in_chunks, make_llama(ops).logits(IDS))

@@ -215,6 +215,10 @@ class Ops(SamplingEquations, Derivatives):
         """The dtype in which keys and values are kept for weights of `storage_dtype`."""
         return np.dtype("float32")
 
+    def prefill_chunk(self) -> int:
+        """Prompt tokens in one forward: memory grows with this * context, not context^2."""
+        return 512
+
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """float32 numbers of scratch to allocate with the cache; the reference needs none."""
         return 0

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npllama.backend import Array, Backend
-from npllama.ops.blocks import Ops, Step
-from npllama.ops.cuda import decode_attention, gemv
+from npllama.ops.blocks import Ops, Step, last
+from npllama.ops.cuda import decode_attention, embedding, gemv, prompt
 from npllama.ops.cuda import sampling as sampling_kernel
 from npllama.ops.cuda.graph import DecodeSteps
 from npllama.ops.cuda.kernels import Kernels
@@ -48,7 +48,8 @@ class CupyOps(Ops):
         positions: "Positions",
         n_last: int | None = None,
     ) -> Array:
-        """One new token in each row: three kernels."""
+        """One new token in each row: three kernels. More, or many rows: two products of cuBLAS
+        and what stands between them; the result may lie in x's memory."""
         n_rows = x.shape[0]
         if (
             x.shape[1] == 1
@@ -60,21 +61,72 @@ class CupyOps(Ops):
             qkv = gemv.gemv(self.kernels, layer.qkv, x, norm=norm, eps=eps)  # (B, 1, (H + 2K) C)
             o = decode_attention.attend(self.kernels, qkv, cache, positions)  # (B, 1, H*C)
             return gemv.gemv(self.kernels, layer.wo, o, residual=x)
+        is_step = x.shape[1] == 1
+        fits = decode_attention.fits(cache) if is_step else prompt.fits_attention(cache, layer.wo)
+        if fits and self._fits_prompt(x, layer.qkv, layer.wo):
+            return self._attention_of_many(x, layer, cache, positions, n_last)
         return super().attention_block(x, layer, cache, positions, n_last)
 
+    def _fits_prompt(self, x: Array, *weights: Matrix | None) -> bool:
+        return x.dtype == np.float32 and prompt.fits(*weights)
+
+    def _attention_of_many(
+        self,
+        x: Array,
+        layer: Layer,
+        cache: "LayerCache",
+        positions: "Positions",
+        n_last: int | None,
+    ) -> Array:
+        """`attention_block` of B * T tokens by 16-bit products."""
+        kernels, qkv, wo = self.kernels, layer.qkv, layer.wo
+        x = self.xp.ascontiguousarray(x)
+        h = prompt.normalized(kernels, x, layer.attention_norm, layer.norm_eps, qkv)  # (M, D)
+        y = prompt.product(kernels, h, qkv)  # (M, D) -> (M, (H + 2K) C)
+        if x.shape[1] > 1:
+            o = prompt.attend(kernels, y, qkv, cache, positions, n_last)  # (B * n, H*C)
+        else:
+            y = qkv.format.scaled(qkv, y)[:, None]  # -> (B, 1, (H + 2K) C)
+            o = decode_attention.attend(kernels, y, cache, positions)  # (B, 1, H*C)
+            o = o[:, 0].astype(wo.format.operand_dtype)  # (B, 1, H*C) -> (B, H*C)
+        return self._plus_product(last(x, n_last), o, wo)
+
+    def _plus_product(self, x: Array, h: Array, w: Matrix) -> Array:
+        """x + h W^T, in x's memory where there are no other shards; h (M, D) 16 bit."""
+        if getattr(self.all_reduce, "__func__", None) is Ops.all_reduce:
+            x = self.xp.ascontiguousarray(x)
+            prompt.add_product(self.kernels, x, h, w)
+            return x
+        y = w.format.scaled(w, prompt.product(self.kernels, h, w))  # (M, O)
+        return x + self.all_reduce(y.reshape(x.shape))
+
     def feed_forward(self, x: Array, layer: Layer) -> Array:
-        """One new token in each row: two kernels."""
+        """One new token in each row: two kernels. More, or many rows: two products of cuBLAS and
+        two kernels; the result may lie in x's memory."""
         n_rows = x.shape[0]
         if x.shape[1] == 1 and gemv.fits(layer.gate_up, n_rows) and gemv.fits(layer.w_down, n_rows):
             norm, eps = layer.ffn_norm, layer.norm_eps
             y = gemv.gemv(self.kernels, layer.gate_up, x, norm=norm, eps=eps, swiglu=True)
             return gemv.gemv(self.kernels, layer.w_down, y, residual=x)  # (B, 1, F) -> (B, 1, D)
+        if self._fits_prompt(x, layer.gate_up, layer.w_down):
+            kernels, gate_up, w_down = self.kernels, layer.gate_up, layer.w_down
+            x = self.xp.ascontiguousarray(x)
+            h = prompt.normalized(kernels, x, layer.ffn_norm, layer.norm_eps, gate_up)  # (M, D)
+            y = prompt.product(kernels, h, gate_up)  # (M, D) -> (M, 2F)
+            y = prompt.swiglu(kernels, y, gate_up, w_down)  # (M, 2F) -> (M, F)
+            return self._plus_product(x, y, w_down)
         return super().feed_forward(x, layer)
 
     def head(self, x: Array, head: Head) -> Array:
-        """One token in each row: one kernel."""
-        if x.shape[1] == 1 and gemv.fits(head.lm_head, x.shape[0]):
-            return gemv.gemv(self.kernels, head.lm_head, x, norm=head.norm, eps=head.norm_eps)
+        """One token in each row: one kernel. More, or many rows: a product of cuBLAS."""
+        w = head.lm_head
+        if x.shape[1] == 1 and gemv.fits(w, x.shape[0]):
+            return gemv.gemv(self.kernels, w, x, norm=head.norm, eps=head.norm_eps)
+        if self._fits_prompt(x, w):
+            x = self.xp.ascontiguousarray(x)
+            h = prompt.normalized(self.kernels, x, head.norm, head.norm_eps, w)  # (M, D)
+            y = w.format.scaled(w, prompt.product(self.kernels, h, w))  # (M, D) -> (M, V)
+            return self.all_gather(y.reshape(*x.shape[:-1], -1))  # (M, V) -> (B, T, V)
         return super().head(x, head)
 
     def next_token(
@@ -129,6 +181,40 @@ class CupyOps(Ops):
         scores = xp.where(hidden[:, None, None], -math.inf, scores)
         o = self.softmax(scores) @ values  # (B, K, G, N) @ (B, K, N, C) -> (B, K, G, C)
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
+
+    def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
+        """Some queries at a time, each time with the keys up to the last of them: no more scores
+        are held than `attention_nbytes` says, however many tokens there are."""
+        n_new, n_keys = q.shape[1], k.shape[1]
+        at_once = prompt.queries_at_once(len(q) // len(k), n_keys)
+        parts = []
+        for begin in range(0, n_new, at_once):
+            end = min(begin + at_once, n_new)
+            keys = slice(n_keys - n_new + end)  # what the last query sees
+            parts.append(super().attention(q[:, begin:end], k[:, keys], v[:, keys], scratch))
+        return parts[0] if len(parts) == 1 else self.xp.concatenate(parts, axis=1)
+
+    def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
+        """Places sorted by their token, and each token's rows of dx added up in that order: dx is
+        read once, where the reference multiplies it by a matrix of V x B*T."""
+        return embedding.embedding_backward(self.kernels, dx, tokens, w.shape[0])
+
+    # -- hooks -----------------------------------------------------------------------------------
+
+    def prefill_chunk(self) -> int:
+        """More than on the CPU: with 512 rows the products leave a part of a large GPU idle."""
+        return 2048
+
+    def attention_nbytes(
+        self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
+    ) -> int:
+        """What `attention` holds of the queries that attend at a time; the kernels take less. And
+        what is widened of an int8 matrix."""
+        at_once = prompt.queries_at_once(n_heads // n_kv_heads, context)
+        nbytes = super().attention_nbytes(
+            n_heads, n_kv_heads, head_dim, min(chunk, at_once), context
+        )
+        return nbytes + 2 * prompt.WIDENED
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""

@@ -10,7 +10,6 @@ from npllama.config import LlamaConfig
 from npllama.kv_cache import KVCache
 from npllama.llama import Llama
 from npllama.memory import mapped_nbytes, workspace_nbytes
-from npllama.model import PREFILL_CHUNK
 from npllama.weights import named_arrays
 
 _MARGIN = 0.05
@@ -138,6 +137,6 @@ def _room(llama: Llama, batch: int, length: int) -> int | None:
     c = llama.sizes
     itemsize = llama.cache_dtype.itemsize
     taken = KVCache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, batch, length, itemsize)
-    taken += workspace_nbytes(c, llama.ops, batch, length, min(PREFILL_CHUNK, length))
+    taken += workspace_nbytes(c, llama.ops, batch, length, min(llama.ops.prefill_chunk(), length))
     taken += mapped_nbytes(llama.parameters)  # they count as free, and would be pushed out
     return int(free * (1 - _MARGIN)) - taken

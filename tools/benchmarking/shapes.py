@@ -7,7 +7,6 @@ from npllama.config import LlamaConfig
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.memory import require_free_memory
-from npllama.model import PREFILL_CHUNK
 from npllama.ops import ops_for
 from npllama.weight_formats import FORMATS
 from npllama.weight_table import EMBEDDING, LM_HEAD, tensor_shapes
@@ -39,7 +38,7 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
         cache_dtype,
         batch=1,
         context=context,
-        chunk=min(PREFILL_CHUNK, context),
+        chunk=min(ops.prefill_chunk(), context),
         weights=config.n_parameters * storage.itemsize,
     )
     parameters = random_parameters(config, ops, dtype=storage)

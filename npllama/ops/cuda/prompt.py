@@ -1,1 +1,234 @@
-"""Blocks of many tokens: 16-bit products on tensor cores, and kernels between them."""
+"""Blocks of many tokens: 16-bit products on tensor cores, and kernels between them.
+
+M = B * T rows. The residual stream, x, and what a product leaves are float32; what a product reads
+is rounded to 16 bits by the kernel that writes it.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from npllama.backend import Array
+from npllama.ops.cuda.cublas import product as cublas_product
+from npllama.ops.cuda.kernels import C_TYPES, Kernels
+from npllama.parameters import Matrix
+
+if TYPE_CHECKING:
+    from npllama.kv_cache import LayerCache, Positions
+
+THREADS = 256
+"""Of a block, as in prompt.cu."""
+QUERIES = 512
+"""Tokens that attend at a time, so that few scores are computed that the mask hides."""
+SCORES = 2**25
+"""Scores that are held at a time; more heads take turns. Each takes 6 bytes."""
+WIDENED = 2**25
+"""Numbers of an int8 matrix that are widened at a time."""
+WIDEST = 50_000
+"""Numbers of a row that a block holds in shared memory: the width, and the context."""
+
+
+def fits(*weights: Matrix | None) -> bool:
+    """Whether `product` takes these matrices, and the kernels the rows before and after it."""
+    if not all(w is not None and _fits(w) for w in weights):
+        return False
+    return len({w.format.operand_dtype for w in weights}) == 1
+
+
+def _fits(w: Matrix) -> bool:
+    n_out, width = w.shape
+    is_whole = width % 16 == 0 and n_out % 8 == 0  # in vectors of 16 bytes, of int8 too
+    return w.format.operand_dtype is not None and is_whole and width <= WIDEST
+
+
+def fits_attention(cache: "LayerCache", w: Matrix) -> bool:
+    """Whether `attend` takes a cache of this head width, dtype and context, beside W."""
+    *_, context, head_dim = cache.k.shape
+    is_same = cache.k.dtype == w.format.operand_dtype
+    return is_same and head_dim % 8 == 0 and context <= WIDEST
+
+
+def queries_at_once(groups: int, context: int) -> int:
+    """Tokens of one tile: fewer where the scores of one key head's queries are too many."""
+    return max(1, min(QUERIES, SCORES // (groups * context)))
+
+
+# -- products ----------------------------------------------------------------------------------
+
+
+def normalized(kernels: Kernels, x: Array, norm: Array, eps: float, w: Matrix) -> Array:
+    """RMSNorm(x) as the operand of a product with w: (B, T, D) float32 -> (M, D) 16 bit."""
+    dtype, width = w.format.operand_dtype, x.shape[-1]
+    h = kernels.xp.empty((x.size // width, width), dtype=dtype)
+    arguments = (x, norm, h, width, eps)
+    _launch(kernels, "rms_norm_rows", dtype, (len(h),), arguments, _of_row(width))
+    return h
+
+
+def product(kernels: Kernels, h: Array, w: Matrix, out: Array | None = None) -> Array:
+    """h W^T without the scale of W, float32: (M, D) 16 bit, (O, D) -> (M, O).
+
+    Args:
+        out: (M, O) float32, to which the product is added.
+    """
+    beta = 0.0 if out is None else 1.0
+    if out is None:
+        out = kernels.xp.empty((len(h), w.shape[0]), dtype="float32")
+    for some, operand in _operands(kernels, w):
+        cublas_product(kernels.xp, h, operand, out[:, some], beta=beta)
+    return out
+
+
+def add_product(kernels: Kernels, x: Array, h: Array, w: Matrix) -> None:
+    """x += h W^T in place: x (B, T, O) float32, contiguous, h (M, D) 16 bit."""
+    x = x.reshape(-1, w.shape[0])  # (B, T, O) -> (M, O), a view
+    if w.scale is None:
+        product(kernels, h, w, out=x)
+        return
+    y = product(kernels, h, w)  # (M, O)
+    grid = _grid(y.shape)
+    kernels.launch("prompt", "add_scaled_rows", grid, (THREADS,), (y, w.scale, x, y.shape[1]))
+
+
+def swiglu(kernels: Kernels, gate_up: Array, w: Matrix, w_down: Matrix) -> Array:
+    """silu(gate) * up as the operand of a product with w_down.
+
+    Args:
+        gate_up: (M, 2F) float32, a product with w, whose scale is applied here.
+
+    Returns:
+        (M, F) 16 bit.
+    """
+    dtype, width = w_down.format.operand_dtype, w_down.shape[1]
+    y = kernels.xp.empty((len(gate_up), width), dtype=dtype)
+    _launch(kernels, "swiglu_rows", dtype, _grid(y.shape), (gate_up, w.scale, y, width))
+    return y
+
+
+def _operands(kernels: Kernels, w: Matrix) -> Iterator[tuple[slice, Array]]:
+    """W as tensor cores multiply it, some rows at a time where it is widened for that."""
+    dtype = w.format.operand_dtype
+    if w.values.dtype == dtype:
+        yield slice(None), w.values
+        return
+    n_out, width = w.shape
+    at_once = min(n_out, max(8, WIDENED // width))
+    wide = kernels.xp.empty((at_once, width), dtype=dtype)
+    for begin in range(0, n_out, at_once):
+        values = w.values[begin : begin + at_once]
+        grid = (-(-values.size // (16 * THREADS)),)
+        _launch(kernels, "widen_int8", dtype, grid, (values, wide[: len(values)], values.size))
+        yield slice(begin, begin + len(values)), wide[: len(values)]
+
+
+# -- attention ---------------------------------------------------------------------------------
+
+
+def attend(
+    kernels: Kernels,
+    qkv: Array,
+    w: Matrix,
+    cache: "LayerCache",
+    positions: "Positions",
+    n_last: int | None = None,
+) -> Array:
+    """Rotates queries and keys, writes keys and values to the cache, and attends.
+
+    Args:
+        qkv: (M, (H + 2K) C) float32, a product with w, whose scale is applied here.
+        n_last: as for `Ops.attention_block`.
+
+    Returns:
+        o, (B * n, H*C) 16 bit, of the last n tokens of each row.
+    """
+    batch, n_new, _ = positions.cos.shape
+    _, n_kv_heads, context, head_dim = cache.k.shape
+    n_heads = qkv.shape[1] // head_dim - 2 * n_kv_heads
+    n = n_last or n_new
+    tile = queries_at_once(n_heads // n_kv_heads, context)
+    xp, dtype = kernels.xp, cache.k.dtype
+    q, o = (xp.empty((batch, n, n_heads * head_dim), dtype=dtype) for _ in range(2))
+    at = (positions.cos, positions.sin, positions.device_rows, positions.device_starts)
+    sizes = (n_heads, n_kv_heads, head_dim, context, n_new, n, tile)
+    arguments = (qkv, w.scale, *at, q, cache.k, cache.v, *sizes)
+    _launch(kernels, "rotate_and_cache", dtype, (batch * n_new,), arguments)
+    size = _room(n_heads, n_kv_heads, min(tile, n), context)
+    room = xp.empty(size, dtype="float32"), xp.empty(size, dtype=dtype)
+    for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
+        for begin in range(0, n, tile):
+            some = slice(begin, min(begin + tile, n))
+            n_keys = start + n_new - n + some.stop  # the last query of the tile sees so many
+            k, v = cache.k[row, :, :n_keys], cache.v[row, :, :n_keys]  # (K, N, C)
+            _attend_tile(kernels, q[b, some], k, v, o[b, some], room)
+    return o.reshape(batch * n, -1)
+
+
+def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
+    """Scores that are held at a time: at least those of one key head."""
+    of_key_head = n_heads // n_kv_heads * tile * _stride(context)
+    return of_key_head * min(n_kv_heads, max(1, SCORES // of_key_head))
+
+
+def _stride(n_keys: int) -> int:
+    """Keys rounded up: rows of scores then begin at 16 bytes, of 16 bits too."""
+    return -(-n_keys // 8) * 8
+
+
+def _attend_tile(
+    kernels: Kernels, q: Array, k: Array, v: Array, o: Array, room: tuple[Array, Array]
+) -> None:
+    """o = softmax(q k^T / sqrt(C) + mask) v for the last t of N positions, 16 bit.
+
+    As many key heads at a time as there is room for; the G query heads of one are the rows of one
+    product with its keys, as they lie in the cache.
+
+    Args:
+        q: (t, H*C), which `rotate_and_cache` wrote as (H, t, C).
+        k, v: (K, N, C), views of the cache.
+        o: (t, H*C), written.
+        room: for scores, float32, and for what softmax makes of them, 16 bit.
+    """
+    xp = kernels.xp
+    n_kv_heads, n_keys, head_dim = k.shape
+    q = q.reshape(n_kv_heads, -1, head_dim)  # as written: (H, t, C) -> (K, G*t, C)
+    o = o.reshape(len(o), n_kv_heads, -1, head_dim)  # (t, H*C) -> (t, K, G, C)
+    t, _, groups, _ = o.shape
+    stride = _stride(n_keys)
+    of_key_head = groups * t * stride
+    turns = -(-n_kv_heads * of_key_head // room[0].size)
+    at_once = -(-n_kv_heads // turns)
+    for first in range(0, n_kv_heads, at_once):
+        some = slice(first, min(first + at_once, n_kv_heads))
+        shape = (some.stop - first, groups * t, stride)
+        scores, p = (a[: math.prod(shape)].reshape(shape) for a in room)
+        alpha = 1 / math.sqrt(head_dim)
+        cublas_product(xp, q[some], k[some], scores[:, :, :n_keys], alpha)  # (K', G*t, N)
+        rows = (shape[0] * shape[1],)
+        arguments = (scores, p, t, stride, n_keys - t + 1)
+        _launch(kernels, "softmax_rows", k.dtype, rows, arguments, _of_row(stride))
+        for g in range(groups):
+            of_group = p[:, g * t : (g + 1) * t, :n_keys]  # (K', t, N)
+            out = o[:, some, g].swapaxes(0, 1)  # (t, K', C) -> (K', t, C)
+            cublas_product(xp, of_group, v[some].swapaxes(1, 2), out)
+
+
+# -- launching ---------------------------------------------------------------------------------
+
+
+def _of_row(n: int) -> int:
+    """Bytes of shared memory of a kernel that keeps n numbers, and one for each warp."""
+    return 4 * (n + THREADS // 32)
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks of 4 * THREADS numbers of each row of (M, columns)."""
+    return shape[0], -(-shape[1] // (4 * THREADS))
+
+
+def _launch(
+    kernels: Kernels, name: str, dtype: np.dtype, grid: tuple, arguments: tuple, shared: int = 0
+) -> None:
+    name = f"{name}<{C_TYPES[np.dtype(dtype).name]}>"
+    kernels.launch("prompt", name, grid, (THREADS,), arguments, shared)

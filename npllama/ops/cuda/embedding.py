@@ -1,0 +1,29 @@
+"""The derivative of the embedding: rows added up by token, in a fixed order."""
+
+from npllama.backend import Array
+from npllama.ops.cuda.kernels import Kernels
+
+THREADS = 256
+"""Of a block, as in embedding.cu."""
+_C_TYPES = {"float32": "float", "float64": "double"}
+
+
+def embedding_backward(kernels: Kernels, dx: Array, tokens: Array, n_vocab: int) -> Array:
+    """dW[v] = sum of dx[b, t] over the places where tokens[b, t] is v; the same bits every time.
+
+    Args:
+        dx: (B, T, D) float32 or float64.
+        tokens: (B, T) integers.
+
+    Returns:
+        dW, (V, D) in dx's dtype.
+    """
+    xp, width = kernels.xp, dx.shape[-1]
+    tokens = tokens.reshape(-1)  # (B, T) -> (M,)
+    order = xp.argsort(tokens, kind="stable")  # (M,) int64: the places of token 0, of 1, ...
+    begins = xp.searchsorted(tokens[order], xp.arange(n_vocab + 1))  # (V + 1,) int64
+    dw = xp.empty((n_vocab, width), dtype=dx.dtype)
+    name = f"embedding_backward<{_C_TYPES[dx.dtype.name]}>"
+    arguments = (xp.ascontiguousarray(dx), order, begins, dw, width)
+    kernels.launch("embedding", name, (n_vocab, -(-width // THREADS)), (THREADS,), arguments)
+    return dw
