@@ -22,6 +22,7 @@ from strict_array import StrictBackend
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 FIXTURES = Path(__file__).parent / "fixtures"
+FAKE_CUPY = Path(__file__).parent / "fake_cupy"
 sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its modules
 
 # A shell's background job ignores Ctrl-C, and so would every program that the tests start
@@ -34,7 +35,11 @@ CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 
 
 def cupy_is_present():
-    return importlib.util.find_spec("cupy") is not None and cuda_device_count() > 0
+    """CuPy with a device, or the CuPy for tests in its place."""
+    found = importlib.util.find_spec("cupy")
+    if found is None:
+        return False
+    return str(found.origin).startswith(str(FAKE_CUPY)) or cuda_device_count() > 0
 
 
 def pytest_addoption(parser):

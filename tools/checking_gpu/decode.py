@@ -1,0 +1,138 @@
+"""Decoding: the shipped model, 1.1b and 7b, each as a part of the card's read bandwidth."""
+
+import sys
+from dataclasses import dataclass
+
+from checking_gpu.decoding import Decoding, decode
+from checking_gpu.limits import READ_BYTES, read_bandwidth
+from checking_gpu.models import shape_llama, shipped_llama
+from checking_gpu.results import BELOW, OK
+from checking_gpu.stage import Stage, main
+from npllama.llama import Llama
+from npllama.ops import ops_for
+
+SHIPPED_MICROSECONDS = 150
+INT8_TO_FLOAT16 = 1.6
+
+
+@dataclass(frozen=True)
+class Case:
+    """Decoding up to `context` positions; `least` is the bar, a part of the read bandwidth."""
+
+    context: int
+    batch: int = 1
+    least: float | None = None
+    graph: bool = True
+
+
+# model -> cases; in order of value
+CASES: dict[tuple[str, str], tuple[Case, ...]] = {
+    ("1.1b", "float16"): (Case(512, least=0.6), Case(512, graph=False)),
+    ("7b", "float16"): (
+        Case(512, least=0.8),
+        Case(3500, least=0.7),
+        Case(512, batch=8),
+        Case(512, graph=False),
+    ),
+    ("7b", "int8"): (Case(512), Case(3500), Case(512, batch=8)),
+    ("1.1b", "int8"): (Case(512), Case(512, batch=8)),
+}
+
+
+def run(stage: Stage) -> None:
+    """The bandwidth, the shipped model, and all cases."""
+    stage.attempt("read bandwidth", lambda: bandwidth(stage))
+    for graph in (True, False):
+        stage.attempt("shipped model", lambda graph=graph: _shipped(stage, graph))
+    run_cases(stage, CASES)
+
+
+def bandwidth(stage: Stage) -> float:
+    """Bytes a second; measured once in a run of check_gpu.sh."""
+    known = stage.results.number("read bandwidth")
+    if known is None:
+        nbytes = 2**20 if stage.tiny else READ_BYTES
+        known = read_bandwidth(stage.backend(), nbytes)
+        stage.results.keep("read bandwidth", known)
+        stage.add(f"read bandwidth, {nbytes / 1e9:.1f} GB", f"{known / 1e9:,.0f} GB/s")
+    return known
+
+
+def run_cases(stage: Stage, cases: dict[tuple[str, str], tuple[Case, ...]]) -> None:
+    """A row for each case; a model is made once."""
+    for (shape, dtype), some in cases.items():
+        what = f"{shape} {dtype}"
+        llama = stage.attempt(
+            what, lambda: shape_llama(shape, stage.backend(), dtype, stage.tiny), needs=8
+        )
+        if llama is None:
+            continue
+        for case in some:
+            name = _name(what, case)
+            stage.attempt(name, lambda case=case: _case(stage, llama, what, case), needs=4)
+        del llama
+
+
+def set_graph(llama: Llama, graph: bool) -> bool:
+    """Whether the model's decode steps are captured; False where there is no such choice."""
+    if not hasattr(llama.ops, "graph"):
+        return False
+    llama.ops.graph = graph
+    return True
+
+
+def _case(stage: Stage, llama: Llama, what: str, case: Case) -> None:
+    if not set_graph(llama, case.graph) and not case.graph:
+        return  # nothing is captured: the row before is this one
+    context, n_new = (24, 6) if stage.tiny else (case.context, 64)
+    found = decode(llama, context, case.batch, n_new, runs=1 if stage.tiny else 3)
+    set_graph(llama, True)
+    name = _name(what, case)
+    fraction = found.bytes_per_second / bandwidth(stage)
+    stage.results.keep(name, found.tokens_per_second)
+    stage.bar(name, f"{text(found)}; {fraction:.2f} of the bandwidth", fraction, case.least)
+    if what == "7b int8" and case == Case(512):
+        _beside_float16(stage, found)
+
+
+def _beside_float16(stage: Stage, found: Decoding) -> None:
+    wide = stage.results.number("7b float16, context 512")
+    if wide:
+        ratio = found.tokens_per_second / wide
+        stage.bar("7b int8 to float16, tokens/s", f"{ratio:.2f}", ratio, INT8_TO_FLOAT16)
+
+
+def _shipped(stage: Stage, graph: bool) -> None:
+    llama = shipped_llama(ops_for(stage.backend()))
+    if not set_graph(llama, graph) and not graph:
+        return
+    context, n_new = (24, 6) if stage.tiny else (256, 192)
+    found = decode(llama, context, 1, n_new, runs=1 if stage.tiny else 5)
+    name = f"shipped model, {llama.dtype}" + ("" if graph else ", eager")
+    us = found.seconds * 1e6
+    if graph and not stage.tiny:
+        bar = f"under {SHIPPED_MICROSECONDS} us"
+        stage.add(name, text(found), bar, OK if us < SHIPPED_MICROSECONDS else BELOW)
+    else:
+        stage.add(name, text(found))
+
+
+def text(found: Decoding) -> str:
+    """tokens/s, us a step and bytes a step."""
+    return (
+        f"{found.tokens_per_second:,.1f} tokens/s, {found.seconds * 1e6:,.0f} us a step, "
+        f"{found.nbytes / 1e9:.3g} GB a step"
+    )
+
+
+def _name(what: str, case: Case) -> str:
+    parts = [what, f"context {case.context}"]
+    if case.batch > 1:
+        parts.append(f"batch {case.batch}")
+    if not case.graph:
+        parts.append("eager")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main("decode", run))

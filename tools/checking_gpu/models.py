@@ -1,0 +1,27 @@
+"""The models of the stages: the shipped one, and random ones made on the device."""
+
+from npllama.backend import Backend
+from npllama.config import LlamaConfig
+from npllama.llama import SHIPPED, Llama
+from npllama.ops import Ops
+from npllama.tokenizer_files import read_tokenizer
+from npllama.weights import Checkpoint
+
+from benchmarking.shapes import SHAPES, random_llama
+
+TINY = LlamaConfig(128, 2, 2, 1, 192, 260, context_length=512)
+"""In place of every shape with --tiny; its heads are 64 wide, as kernels take them."""
+
+
+def shipped_llama(ops: Ops, dtype: str | None = None) -> Llama:
+    """The model that ships with the package, on any implementation of the mathematics."""
+    config = LlamaConfig.from_directory(SHIPPED)
+    parameters = Checkpoint(SHIPPED, config, dtype).parameters(ops)
+    return Llama(config, parameters, ops, tokenizer=read_tokenizer(SHIPPED, config))
+
+
+def shape_llama(shape: str, backend: Backend, dtype: str, tiny: bool) -> Llama:
+    """Random weights of a shape; what an earlier model held is given back first."""
+    backend.xp.get_default_memory_pool().free_all_blocks()
+    config = TINY if tiny else SHAPES[shape]
+    return random_llama(config, backend, dtype, config.context_length)
