@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 
 # name module seconds: what it checks; in order of value. "large" runs where time is left.
 stages="\
-ids ids 40: ids of the shipped model on the reference and on the kernels, in each dtype
+ids ids 60: ids of the shipped model on the reference and on the kernels, in each dtype
 tests unit_tests 100: pytest --backend cupy, the test files that matter most
 decode decode 100: read bandwidth; decoding of the shipped model, 1.1b and 7b
 prompt prompt 40: a prompt of 2,048 tokens of 7b and 1.1b
@@ -67,7 +67,7 @@ done
 
 if [ -z "$out" ]; then out=$(mktemp -d) || exit 2; fi
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
-rm -f "$out/rows.jsonl" "$out/numbers.json"
+rm -f "$out/rows.jsonl" "$out/numbers.json" "$out/equivalence.txt"
 export PYTHONPATH="$root:$root/tools${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 cd "$root" || exit 2
 
@@ -76,6 +76,7 @@ card=$("$python" -m checking_gpu.card) || exit 2
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 commit=$(git rev-parse --short HEAD 2>/dev/null)
 heading="$card${driver:+, driver $driver}${commit:+; commit $commit}"
+[ -z "$tiny" ] || heading="$heading; tiny models: no figure says anything about the device"
 echo "$heading"
 
 while read -r name module limit _; do

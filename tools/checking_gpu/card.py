@@ -1,25 +1,31 @@
 """Which card, driver and CuPy are here; the first line of the table's heading."""
 
+import importlib
 import sys
-from datetime import datetime, timezone
-
-import numpy as np
-
-from npllama.backend import get_backend
-from npllama.errors import BackendError
+from datetime import UTC, datetime
 
 
 def main() -> int:
     """Print the line, or why CuPy cannot compute here."""
     try:
+        import numpy as np
+
+        from npllama.backend import get_backend
+        from npllama.errors import NpllamaError
+
+        importlib.import_module("npllama.llama")  # and all that it needs
+    except ImportError as error:
+        print(f"check_gpu: error: {error}; setup.cfg lists what npllama needs", file=sys.stderr)
+        return 2
+    try:
         backend = get_backend("cupy")
-    except BackendError as error:
-        print(f"check_gpu: {error}", file=sys.stderr)
+    except NpllamaError as error:
+        print(f"check_gpu: error: {error}", file=sys.stderr)
         return 2
     xp = backend.xp
     driver = _version(xp.cuda.runtime.driverGetVersion())
     runtime = _version(xp.cuda.runtime.runtimeGetVersion())
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     free = (backend.free_bytes() or 0) / 1e9
     print(
         f"{now}: {backend.device_name()}, {free:.0f} GB free, driver for CUDA {driver}, "

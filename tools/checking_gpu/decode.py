@@ -1,5 +1,6 @@
 """Decoding: the shipped model, 1.1b and 7b, each as a part of the card's read bandwidth."""
 
+import inspect
 import sys
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from checking_gpu.stage import Stage, main
 from npllama.llama import Llama
 from npllama.ops import ops_for
 
+READ = "read bandwidth"
 SHIPPED_MICROSECONDS = 150
 INT8_TO_FLOAT16 = 1.6
 
@@ -41,56 +43,60 @@ CASES: dict[tuple[str, str], tuple[Case, ...]] = {
 
 def run(stage: Stage) -> None:
     """The bandwidth, the shipped model, and all cases."""
-    stage.attempt("read bandwidth", lambda: bandwidth(stage))
+    bandwidth(stage)
     for graph in (True, False):
-        stage.attempt("shipped model", lambda graph=graph: _shipped(stage, graph))
+        stage.attempt("shipped model", _shipped, stage, graph)
     run_cases(stage, CASES)
 
 
-def bandwidth(stage: Stage) -> float:
-    """Bytes a second; measured once in a run of check_gpu.sh."""
-    known = stage.results.number("read bandwidth")
-    if known is None:
-        nbytes = 2**20 if stage.tiny else READ_BYTES
-        known = read_bandwidth(stage.backend(), nbytes)
-        stage.results.keep("read bandwidth", known)
-        stage.add(f"read bandwidth, {nbytes / 1e9:.1f} GB", f"{known / 1e9:,.0f} GB/s")
-    return known
+def bandwidth(stage: Stage) -> None:
+    """Bytes a second that a read-only reduction reads; once in a run of check_gpu.sh."""
+    if stage.results.number(READ) is None:
+        stage.attempt(READ, _bandwidth, stage, 2**20 if stage.tiny else READ_BYTES)
+
+
+def _bandwidth(stage: Stage, nbytes: int) -> None:
+    found = read_bandwidth(stage.backend(), nbytes)
+    stage.results.keep(READ, found)
+    stage.add(f"{READ}, {nbytes / 1e9:.3g} GB", f"{found / 1e9:,.0f} GB/s")
 
 
 def run_cases(stage: Stage, cases: dict[tuple[str, str], tuple[Case, ...]]) -> None:
     """A row for each case; a model is made once."""
+    bandwidth(stage)
     for (shape, dtype), some in cases.items():
-        what = f"{shape} {dtype}"
-        llama = stage.attempt(
-            what, lambda: shape_llama(shape, stage.backend(), dtype, stage.tiny), needs=8
-        )
-        if llama is None:
-            continue
-        for case in some:
-            name = _name(what, case)
-            stage.attempt(name, lambda case=case: _case(stage, llama, what, case), needs=4)
-        del llama
+        stage.attempt(f"{shape} {dtype}", _model, stage, shape, dtype, some, needs=8)
 
 
-def set_graph(llama: Llama, graph: bool) -> bool:
-    """Whether the model's decode steps are captured; False where there is no such choice."""
-    if not hasattr(llama.ops, "graph"):
-        return False
-    llama.ops.graph = graph
-    return True
+def _model(stage: Stage, shape: str, dtype: str, cases: tuple[Case, ...]) -> None:
+    llama = shape_llama(shape, stage.backend(), dtype, stage.tiny)
+    what = f"{shape} {dtype}"
+    for case in cases:
+        stage.attempt(_name(what, case), _case, stage, llama, what, case, needs=4)
+
+
+def eager(llama: Llama) -> Llama | None:
+    """The same model whose decode steps are not captured; None where none are."""
+    if "graph" not in inspect.signature(type(llama.ops)).parameters:
+        return None
+    ops = type(llama.ops)(llama.backend, graph=False)
+    return Llama(llama.config, llama.parameters, ops, llama.context, llama.tokenizer)
 
 
 def _case(stage: Stage, llama: Llama, what: str, case: Case) -> None:
-    if not set_graph(llama, case.graph) and not case.graph:
+    used = llama if case.graph else eager(llama)
+    if used is None:
         return  # nothing is captured: the row before is this one
     context, n_new = (24, 6) if stage.tiny else (case.context, 64)
-    found = decode(llama, context, case.batch, n_new, runs=1 if stage.tiny else 3)
-    set_graph(llama, True)
+    found = decode(used, context, case.batch, n_new, runs=1 if stage.tiny else 3)
     name = _name(what, case)
-    fraction = found.bytes_per_second / bandwidth(stage)
     stage.results.keep(name, found.tokens_per_second)
-    stage.bar(name, f"{text(found)}; {fraction:.2f} of the bandwidth", fraction, case.least)
+    read = stage.results.number(READ)
+    if read is None:
+        stage.add(name, text(found))
+    else:
+        fraction = found.bytes_per_second / read
+        stage.bar(name, f"{fraction:.3f} of the bandwidth: {text(found)}", fraction, case.least)
     if what == "7b int8" and case == Case(512):
         _beside_float16(stage, found)
 
@@ -104,7 +110,7 @@ def _beside_float16(stage: Stage, found: Decoding) -> None:
 
 def _shipped(stage: Stage, graph: bool) -> None:
     llama = shipped_llama(ops_for(stage.backend()))
-    if not set_graph(llama, graph) and not graph:
+    if not graph and (llama := eager(llama)) is None:
         return
     context, n_new = (24, 6) if stage.tiny else (256, 192)
     found = decode(llama, context, 1, n_new, runs=1 if stage.tiny else 5)

@@ -1,4 +1,4 @@
-"""tools/equivalence.py on the shipped model: its tables, and the worst of each in a row."""
+"""tools/equivalence.py on the shipped model: its tables in equivalence.txt, the worst in rows."""
 
 import sys
 
@@ -15,14 +15,15 @@ from npllama.weight_formats import FORMATS
 def run(stage: Stage) -> None:
     """A row for each dtype and implementation on CuPy."""
     for dtype in ("float16",) if stage.tiny else tuple(FORMATS):
-        stage.attempt(dtype, lambda dtype=dtype: _compare(stage, dtype))
+        stage.attempt(dtype, _compare, stage, dtype)
 
 
 def _compare(stage: Stage, dtype: str) -> None:
     backends = [get_backend("numpy"), stage.backend()]
     n_tokens, prompt = (3, "Once") if stage.tiny else (32, PROMPT)
     truth, found = compare(SHIPPED, dtype, prompt, n_tokens, backends)
-    print(as_text(f"shipped model, {dtype} weights", truth, found) + "\n")
+    with (stage.results.directory / "equivalence.txt").open("a") as file:
+        file.write(as_text(f"shipped model, {dtype} weights", truth, found) + "\n\n")
     for d in found[2:]:
         parts, is_ok = [], True
         for kind, phase in d.phases.items():

@@ -1,4 +1,4 @@
-"""The ids that the shipped model chooses on the GPU are NumPy's: greedy, sampled, and in a batch."""
+"""The ids that the shipped model chooses on the GPU, greedy, sampled and in a batch: NumPy's?"""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from checking_gpu.models import shipped_llama
 from checking_gpu.results import DIFFERS, OK
 from checking_gpu.stage import Stage, main
 from npllama.backend import Backend
-from npllama.llama import Llama
 from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
@@ -30,21 +29,22 @@ def run(stage: Stage) -> None:
     for name, ops in (("kernels", CupyOps(gpu)), ("reference", Ops(gpu))):
         for dtype in dtypes:
             if dtype not in truth:
-                truth[dtype] = all_ids(shipped_llama(NumpyOps(Backend()), dtype), n_new)
-
-            def compare(name: str = name, ops: Ops = ops, dtype: str = dtype) -> None:
-                found = all_ids(shipped_llama(ops, dtype), n_new)
-                figures = [_equal(found[way], truth[dtype][way]) for way in WAYS]
-                same = all(found[way] == truth[dtype][way] for way in WAYS)
-                text = ", ".join(f"{way} {x}" for way, x in zip(WAYS, figures, strict=True))
-                stage.add(f"{name} {dtype}", text, "NumPy's ids", OK if same else DIFFERS)
-
-            stage.attempt(f"{name} {dtype}", compare)
+                truth[dtype] = all_ids(NumpyOps(Backend()), dtype, n_new)
+            stage.attempt(f"{name} {dtype}", _compare, stage, name, ops, dtype, truth[dtype], n_new)
 
 
-def all_ids(llama: Llama, n_new: int) -> dict[str, list[list[int]]]:
+def _compare(
+    stage: Stage, name: str, ops: Ops, dtype: str, truth: dict[str, list[list[int]]], n_new: int
+) -> None:
+    found = all_ids(ops, dtype, n_new)
+    figures = [f"{way} {_equal(found[way], truth[way])}" for way in WAYS]
+    verdict = OK if found == truth else DIFFERS
+    stage.add(f"{name} {dtype}", ", ".join(figures), "NumPy's ids", verdict)
+
+
+def all_ids(ops: Ops, dtype: str, n_new: int) -> dict[str, list[list[int]]]:
     """The ids of each way, a list for each of its prompts."""
-    found = {}
+    llama, found = shipped_llama(ops, dtype), {}
     for way, (prompts, sampling) in WAYS.items():
         completions = llama.generate_batch(
             prompts, max_new_tokens=n_new, seed=3, sampling=sampling, ignore_eos=True

@@ -8,7 +8,6 @@ from benchmarking.shapes import prefill_flops
 from checking_gpu.limits import MATMUL_WIDTH, matmul_rate
 from checking_gpu.models import shape_llama
 from checking_gpu.stage import Stage, main
-from npllama.llama import Llama
 
 N_TOKENS = 2048
 LEAST = {("7b", "float16"): 0.4, ("1.1b", "float16"): None, ("7b", "int8"): None}
@@ -18,15 +17,9 @@ LEAST = {("7b", "float16"): 0.4, ("1.1b", "float16"): None, ("7b", "int8"): None
 def run(stage: Stage) -> None:
     """The rate of products, and a row for each model."""
     width = 64 if stage.tiny else MATMUL_WIDTH
-    rate = stage.attempt("float16 products", lambda: _rate(stage, width))
+    rate = stage.attempt("float16 products", _rate, stage, width)
     for (shape, dtype), least in LEAST.items():
-        what = f"{shape} {dtype}"
-        llama = stage.attempt(
-            what, lambda: shape_llama(shape, stage.backend(), dtype, stage.tiny), needs=5
-        )
-        if llama is not None:
-            stage.attempt(what, lambda: _prompt(stage, llama, what, rate, least))
-        del llama
+        stage.attempt(f"{shape} {dtype}", _prompt, stage, shape, dtype, rate, least, needs=5)
 
 
 def _rate(stage: Stage, width: int) -> float:
@@ -35,21 +28,20 @@ def _rate(stage: Stage, width: int) -> float:
     return rate
 
 
-def _prompt(
-    stage: Stage, llama: Llama, what: str, rate: float | None, least: float | None
-) -> None:
+def _prompt(stage: Stage, shape: str, dtype: str, rate: float | None, least: float | None) -> None:
+    llama = shape_llama(shape, stage.backend(), dtype, stage.tiny)
     n_tokens = 40 if stage.tiny else N_TOKENS
     task = make_task([n_tokens], 1, llama.config.vocab_size)
     generate(llama, Task(task.prompts, 1))  # warms up
     runs = [generate(llama, task).prefill for _ in range(1 if stage.tiny else 3)]
     speed = statistics.median(runs)
     flops = prefill_flops(llama.config, task.lengths) / n_tokens * speed
-    name = f"{what}, {n_tokens} tokens"
+    name = f"{shape} {dtype}, {n_tokens} tokens"
     figure = f"{speed:,.0f} tokens/s, {flops / 1e12:,.1f} TFLOP/s"
     if rate is None:
         stage.add(name, figure)
     else:
-        stage.bar(name, f"{figure}; {flops / rate:.2f} of the products", flops / rate, least)
+        stage.bar(name, f"{flops / rate:.3f} of the products: {figure}", flops / rate, least)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The table that the stages fill row by row, in a file, so that a stage that is ended loses none.
 
-    python -m checking_gpu.results DIR                       prints the table
-    python -m checking_gpu.results DIR STAGE CODE LOG        adds a row: the stage ended badly
+python -m checking_gpu.results DIR                       prints the table
+python -m checking_gpu.results DIR STAGE CODE LOG        adds a row: the stage ended badly
 """
 
 import json

@@ -22,7 +22,7 @@ def run(stage: Stage) -> None:
         return
     for i, tool in enumerate(TOOLS):
         limit = (stage.seconds_left() - 2) / (len(TOOLS) - i)
-        stage.attempt(tool, lambda tool=tool, limit=limit: _sanitize(stage, program, tool, limit))
+        stage.attempt(tool, _sanitize, stage, program, tool, limit)
 
 
 def _sanitize(stage: Stage, program: str, tool: str, limit: float) -> None:

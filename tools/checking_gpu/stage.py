@@ -6,10 +6,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import TypeVar
 
 from checking_gpu.results import FAILED, Results
 from npllama.backend import Backend, get_backend
 from npllama.errors import NpllamaError
+
+Result = TypeVar("Result")
 
 
 class Stage:
@@ -26,7 +29,6 @@ class Stage:
         self.results = results
         self.tiny = tiny
         self._until = time.monotonic() + seconds
-        self.failed = False
 
     def backend(self) -> Backend:
         """CuPy; there is no other here."""
@@ -47,7 +49,9 @@ class Stage:
         else:
             self.results.bar(self.name, what, figure, value, least)
 
-    def attempt(self, what: str, work: Callable[[], object], needs: float = 0) -> object:
+    def attempt(
+        self, what: str, work: Callable[..., Result], *arguments: object, needs: float = 0
+    ) -> Result | None:
         """Do a part; where it fails that is a row, and the stage goes on.
 
         Args:
@@ -57,9 +61,8 @@ class Stage:
             self.add(what, "no time left")
             return None
         try:
-            return work()
+            return work(*arguments)
         except Exception as error:  # whatever a driver, a compiler or a kernel raises
-            self.failed = True
             traceback.print_exc()
             said = str(error).strip().splitlines() or [""]
             self.add(what, f"{type(error).__name__}: {said[0][:200]}", "", FAILED)
@@ -67,7 +70,7 @@ class Stage:
 
 
 def main(name: str, run: Callable[[Stage], None]) -> int:
-    """The command line of a stage; the exit code is 1 where a part failed."""
+    """The command line of a stage; returns the exit code. A part that failed has said so."""
     p = argparse.ArgumentParser(prog=f"python -m checking_gpu.{name}")
     p.add_argument("--results", required=True, metavar="DIR", help="where the table is kept")
     p.add_argument("--seconds", type=float, default=600, help="that the stage has")
@@ -79,8 +82,6 @@ def main(name: str, run: Callable[[Stage], None]) -> int:
     except NpllamaError as error:
         print(error, file=sys.stderr)
         return 2
-    if stage.failed:
-        print("some parts failed", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a device that hangs at exit would take the next stage's time

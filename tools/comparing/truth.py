@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from comparing.operations import Arrays, fused_operations, head, inputs, operations
-from npllama.backend import Array, Backend
+from npllama.backend import Backend
 from npllama.config import LlamaConfig
 from npllama.kv_cache import KVCache
 from npllama.ops import Ops
@@ -129,7 +129,8 @@ def _phase(ops: Ops, parameters: Parameters, cache: KVCache, ids: list[int]) -> 
     x = ops.embedding(np.array([ids]), parameters.embedding, "float64")
     given = []
     for layer, layer_cache in layers:
-        given.append({k: _rounded(a) for k, a in _inputs(ops, layer, x, layer_cache, positions)})
+        exact = inputs(ops, layer, x, layer_cache, positions)
+        given.append({name: _rounded(array) for name, array in exact.items()})
         x = ops.feed_forward(ops.attention_block(x, layer, layer_cache, positions), layer)
     last = _rounded(x[:, -1:])
     results, fused = [], []
@@ -142,10 +143,6 @@ def _phase(ops: Ops, parameters: Parameters, cache: KVCache, ids: list[int]) -> 
     # last, since the operations above wrote to the cache what they made of rounded inputs
     hidden, logits = forward(ops, parameters, cache, ids, "float64")
     return Phase(ids, past, given, results, fused, hidden, last, made, logits)
-
-
-def _inputs(ops: Ops, layer, x: Array, cache, positions):  # noqa: ANN001, ANN202
-    return inputs(ops, layer, x, cache, positions).items()
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
