@@ -86,7 +86,7 @@ while read -r name module limit _; do
   fi
   left=$((total - SECONDS))
   [ "$limit" -gt "$left" ] && limit=$left
-  if [ "$limit" -lt 5 ]; then
+  if [ "$limit" -lt 1 ]; then
     echo "== $name: no time left"
     continue
   fi
