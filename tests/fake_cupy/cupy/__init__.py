@@ -1,5 +1,7 @@
-"""`import cupy` without a GPU: the strict arrays, and the few of CuPy's calls that are about the
-device. With the folder above on PYTHONPATH, programs take it for CuPy."""
+"""`import cupy` without a GPU: the CuPy for tests as a module of its own.
+
+With the folder above on PYTHONPATH, programs take it for CuPy.
+"""
 
 import sys
 from pathlib import Path
@@ -8,12 +10,13 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).parent.parent.parent))
 
 import numpy as np
+from strict_cupy import DEVICE, StrictCupy
 
-from strict_array import API, StrictArray, StrictModule
+from strict_array import API, StrictArray
 
 __version__ = API["version"]
-_MODULE = StrictModule()
-_FREE = 2 * 10**9
+_MODULE = StrictCupy(DEVICE)
+_VERSION = 13000  # of CUDA: 13.0
 
 
 def __getattr__(name: str) -> object:
@@ -22,39 +25,20 @@ def __getattr__(name: str) -> object:
 
 def asarray(array: object) -> StrictArray:
     """A copy of a NumPy array on the device."""
-    return array if isinstance(array, StrictArray) else StrictArray(np.array(array))
+    return array if isinstance(array, StrictArray) else DEVICE.upload(array)
 
 
 def asnumpy(array: StrictArray) -> np.ndarray:
     """A copy of a device array on the host."""
     if not isinstance(array, StrictArray):
         raise TypeError(f"asnumpy was given a {type(array).__name__}: expected a device array")
-    return array.array.copy()
+    return DEVICE.download(array.array)
 
 
-def get_default_memory_pool() -> SimpleNamespace:
-    return SimpleNamespace(
-        free_bytes=lambda: 0, total_bytes=lambda: 0, free_all_blocks=lambda: None
-    )
-
-
-def _device() -> SimpleNamespace:
-    return SimpleNamespace(
-        id=0,
-        mem_info=(_FREE, _FREE),
-        compute_capability="80",
-        attributes={"MultiProcessorCount": 4},
-        synchronize=lambda: None,
-    )
-
-
-cuda = SimpleNamespace(
-    Device=_device,
-    get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None, ptr=0),
-    runtime=SimpleNamespace(
-        getDeviceProperties=lambda _id: {"name": b"CuPy for tests"},
-        getDeviceCount=lambda: 1,
-        driverGetVersion=lambda: 13000,
-        runtimeGetVersion=lambda: 13000,
-    ),
+cuda = SimpleNamespace(**vars(_MODULE.cuda))
+cuda.runtime = SimpleNamespace(
+    **vars(_MODULE.cuda.runtime),
+    getDeviceCount=lambda: 1,
+    driverGetVersion=lambda: _VERSION,
+    runtimeGetVersion=lambda: _VERSION,
 )
