@@ -1,5 +1,6 @@
 """tools/check_gpu.sh from end to end on the CuPy for tests: what waits for a GPU is its speed."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ def table(text):
     """The cells of each row of the last table."""
     last = text[text.rindex("| stage |") :].splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in last]
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in itertools.pairwise(rows):
         row[0] = row[0] or before[0]
     return rows
 
