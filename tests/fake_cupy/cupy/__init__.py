@@ -1,6 +1,7 @@
 """`import cupy` without a GPU: the CuPy for tests as a module of its own.
 
-With the folder above on PYTHONPATH, programs take it for CuPy.
+With the folder above on PYTHONPATH, programs take it for CuPy, and sitecustomize.py beside this
+one for the driver.
 """
 
 import sys
@@ -16,7 +17,7 @@ from strict_array import API, StrictArray
 
 __version__ = API["version"]
 _MODULE = StrictCupy(DEVICE)
-_VERSION = 13000  # of CUDA: 13.0
+_CUDA = 13000  # version 13.0
 
 
 def __getattr__(name: str) -> object:
@@ -35,10 +36,30 @@ def asnumpy(array: StrictArray) -> np.ndarray:
     return DEVICE.download(array.array)
 
 
+class _Device(SimpleNamespace):
+    """The only device, which is the current one."""
+
+    def __init__(self, number: int | None = None) -> None:
+        super().__init__(**vars(_MODULE.cuda.Device()))
+
+    def __enter__(self) -> "_Device":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def use(self) -> None:
+        pass
+
+
 cuda = SimpleNamespace(**vars(_MODULE.cuda))
+cuda.Device = _Device
+cuda.nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
+cuda.cublas = SimpleNamespace()
 cuda.runtime = SimpleNamespace(
-    **vars(_MODULE.cuda.runtime),
+    CUDARuntimeError=_MODULE.cuda.runtime.CUDARuntimeError,
+    getDeviceProperties=lambda number: {"name": b"CuPy for tests"},
     getDeviceCount=lambda: 1,
-    driverGetVersion=lambda: _VERSION,
-    runtimeGetVersion=lambda: _VERSION,
+    driverGetVersion=lambda: _CUDA,
+    runtimeGetVersion=lambda: _CUDA,
 )
