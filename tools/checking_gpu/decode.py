@@ -87,8 +87,10 @@ def _case(stage: Stage, llama: Llama, what: str, case: Case) -> None:
     used = llama if case.graph else eager(llama)
     if used is None:
         return  # nothing is captured: the row before is this one
-    context, n_new = (24, 6) if stage.tiny else (case.context, 64)
-    found = decode(used, context, case.batch, n_new, runs=1 if stage.tiny else 3)
+    if stage.tiny:
+        found = decode(used, context=10, batch=1, new_tokens=4, runs=1)
+    else:
+        found = decode(used, case.context, case.batch)
     name = _name(what, case)
     stage.results.keep(name, found.tokens_per_second)
     read = stage.results.number(READ)
@@ -112,8 +114,10 @@ def _shipped(stage: Stage, graph: bool) -> None:
     llama = shipped_llama(ops_for(stage.backend()))
     if not graph and (llama := eager(llama)) is None:
         return
-    context, n_new = (24, 6) if stage.tiny else (256, 192)
-    found = decode(llama, context, 1, n_new, runs=1 if stage.tiny else 5)
+    if stage.tiny:
+        found = decode(llama, context=10, new_tokens=4, runs=1)
+    else:
+        found = decode(llama, context=256, new_tokens=192, runs=5)
     name = f"shipped model, {llama.dtype}" + ("" if graph else ", eager")
     us = found.seconds * 1e6
     if graph and not stage.tiny:
