@@ -128,11 +128,12 @@ def _shipped(stage: Stage, graph: bool) -> None:
 
 
 def text(found: Decoding) -> str:
-    """tokens/s, us a step and bytes a step."""
-    return (
+    """tokens/s, us a step and bytes a step, and why steps were eager that should not be."""
+    figures = (
         f"{found.tokens_per_second:,.1f} tokens/s, {found.seconds * 1e6:,.0f} us a step, "
         f"{found.nbytes / 1e9:.3g} GB a step"
     )
+    return figures + (f" ({found.eager_because})" if found.eager_because else "")
 
 
 def _name(what: str, case: Case) -> str:

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from benchmarking.measure import GREEDY, make_task
+from npllama.generation import Generation
 from npllama.llama import Llama
 
 LONGEST = 6
@@ -18,11 +19,14 @@ class Decoding:
     Attributes:
         seconds: the median run's, a step.
         nbytes: weights, and the keys and values of all tokens so far, that a step reads.
+        eager_because: what the last run says of steps that were not replayed; "" where all were,
+            or where there is no graph.
     """
 
     batch: int
     seconds: float
     nbytes: float
+    eager_because: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,4 +66,10 @@ def decode(
     a_position = 2 * c.n_layers * c.n_kv_heads * c.head_dim * llama.cache_dtype.itemsize
     n_keys = context - new_tokens / 2  # of the middle step
     nbytes = llama.bytes_per_forward + batch * n_keys * a_position
-    return Decoding(batch, statistics.median(found[1:]), nbytes)
+    return Decoding(batch, statistics.median(found[1:]), nbytes, _eager_because(generation))
+
+
+def _eager_because(generation: Generation) -> str:
+    """The generation's own words on steps that no graph replayed."""
+    report = getattr(generation, "steps_report", lambda: None)()
+    return report if report is not None and "eager" in report else ""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from checking_gpu.models import shipped_llama
 from checking_gpu.results import DIFFERS, OK
 from checking_gpu.stage import Stage, main
+from comparing.operations import has_kernels
 from npllama.backend import Backend
+from npllama.llama import Llama
 from npllama.ops import CupyOps, NumpyOps, Ops
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
@@ -25,9 +27,12 @@ def run(stage: Stage) -> None:
     """A row for each implementation, dtype and way."""
     dtypes = ("float16",) if stage.tiny else tuple(FORMATS)
     n_prompts, n_new = (1, 4) if stage.tiny else (len(PROMPTS), 64)
-    truth = {dtype: all_ids(NumpyOps(Backend()), dtype, n_prompts, n_new) for dtype in dtypes}
+    truth = {
+        dtype: all_ids(shipped_llama(NumpyOps(Backend()), dtype), n_prompts, n_new)
+        for dtype in dtypes
+    }
     gpu = stage.backend()
-    for name, ops in (("kernels", CupyOps(gpu)), ("reference", Ops(gpu))):
+    for name, ops in (("overrides", CupyOps(gpu)), ("reference", Ops(gpu))):
         for dtype in dtypes:
             what = f"{name} {dtype}"
             stage.attempt(what, _compare, stage, what, ops, dtype, truth[dtype], n_prompts, n_new)
@@ -36,14 +41,18 @@ def run(stage: Stage) -> None:
 def _compare(
     stage: Stage, what: str, ops: Ops, dtype: str, truth: Ids, n_prompts: int, n_new: int
 ) -> None:
-    found = all_ids(ops, dtype, n_prompts, n_new)
+    llama = shipped_llama(ops, dtype)
+    found = all_ids(llama, n_prompts, n_new)
     figures = [f"{way} {_equal(found[way], truth[way])}" for way in WAYS]
-    stage.add(what, ", ".join(figures), "NumPy's ids", OK if found == truth else DIFFERS)
+    layer, cache = llama.parameters.layers[0], llama.new_cache().layers[0]
+    by = "kernels" if has_kernels(ops, layer, cache, 1) else "array calls"
+    figure = f"{', '.join(figures)}; decoded by {by}"
+    stage.add(what, figure, "NumPy's ids", OK if found == truth else DIFFERS)
 
 
-def all_ids(ops: Ops, dtype: str, n_prompts: int, n_new: int) -> Ids:
+def all_ids(llama: Llama, n_prompts: int, n_new: int) -> Ids:
     """The ids of each way, a list for each of its prompts, of which there are n_prompts at most."""
-    llama, found = shipped_llama(ops, dtype), {}
+    found = {}
     for way, (prompts, sampling) in WAYS.items():
         completions = llama.generate_batch(
             prompts[:n_prompts], max_new_tokens=n_new, seed=3, sampling=sampling, ignore_eos=True
