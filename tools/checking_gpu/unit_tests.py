@@ -16,6 +16,7 @@ FILES = (
     "test_kernels_*.py",
     "test_*graph*.py",
     "test_capture*.py",
+    "test_prompt*.py",
     "test_decode_step.py",
     "test_generation.py",
     "test_conformance.py",
