@@ -24,6 +24,7 @@ from strict_cupy import StrictCupyBackend
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 FIXTURES = Path(__file__).parent / "fixtures"
+FAKE_CUPY = Path(__file__).parent / "fake_cupy"
 sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its modules
 
 # A shell's background job ignores Ctrl-C, and so would every program that the tests start

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from benchmarking.device_weights import device_parameters
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
 from npllama.initialization import random_parameters
@@ -17,6 +20,9 @@ SHAPES = {
     "110m": LlamaConfig(768, 12, 12, 12, 2048, 32000),
     "1.1b": LlamaConfig(2048, 22, 32, 4, 5632, 32000),
     "7b": LlamaConfig.named("7B"),
+    "13b": LlamaConfig.named("13B"),
+    "34b": LlamaConfig.named("34B"),
+    "70b": LlamaConfig.named("70B"),
 }
 
 
@@ -24,7 +30,7 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
     """A model of this shape with random weights, and without a tokenizer.
 
     Weights of zero would do for the equations, but the kernel backs untouched zeros with one
-    page, which stays in the cache and flatters.
+    page, which stays in the cache and flatters. Those of a device are made there.
 
     Raises:
         OutOfMemoryError: it does not fit; found out before any of it is made.
@@ -41,7 +47,8 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
         chunk=min(ops.prefill_chunk(), context),
         weights=config.n_parameters * storage.itemsize,
     )
-    parameters = random_parameters(config, ops, dtype=storage)
+    make = random_parameters if backend.xp is np else device_parameters
+    parameters = make(config, ops, dtype=storage)
     return Llama(config, parameters, ops, context, cache_dtype=cache_dtype)
 
 

@@ -1,0 +1,65 @@
+"""`import cupy` without a GPU: the CuPy for tests as a module of its own.
+
+With the folder above on PYTHONPATH, programs take it for CuPy, and sitecustomize.py beside this
+one for the driver.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.append(str(Path(__file__).parent.parent.parent))
+
+import numpy as np
+from strict_cupy import DEVICE, StrictCupy
+
+from strict_array import API, StrictArray
+
+__version__ = API["version"]
+_MODULE = StrictCupy(DEVICE)
+_CUDA = 13000  # version 13.0
+
+
+def __getattr__(name: str) -> object:
+    return getattr(_MODULE, name)
+
+
+def asarray(array: object) -> StrictArray:
+    """A copy of a NumPy array on the device."""
+    return array if isinstance(array, StrictArray) else DEVICE.upload(array)
+
+
+def asnumpy(array: StrictArray) -> np.ndarray:
+    """A copy of a device array on the host."""
+    if not isinstance(array, StrictArray):
+        raise TypeError(f"asnumpy was given a {type(array).__name__}: expected a device array")
+    return DEVICE.download(array.array)
+
+
+class _Device(SimpleNamespace):
+    """The only device, which is the current one."""
+
+    def __init__(self, number: int | None = None) -> None:
+        super().__init__(**vars(_MODULE.cuda.Device()))
+
+    def __enter__(self) -> "_Device":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def use(self) -> None:
+        pass
+
+
+cuda = SimpleNamespace(**vars(_MODULE.cuda))
+cuda.Device = _Device
+cuda.nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
+cuda.cublas = SimpleNamespace()
+cuda.runtime = SimpleNamespace(
+    CUDARuntimeError=_MODULE.cuda.runtime.CUDARuntimeError,
+    getDeviceProperties=lambda number: {"name": b"CuPy for tests"},
+    getDeviceCount=lambda: 1,
+    driverGetVersion=lambda: _CUDA,
+    runtimeGetVersion=lambda: _CUDA,
+)

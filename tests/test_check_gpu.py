@@ -1,0 +1,267 @@
+"""tools/check_gpu.sh from end to end on the CuPy for tests: what waits for a GPU is its speed."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarking.device_weights import device_parameters
+from benchmarking.shapes import SHAPES, forward_flops, prefill_flops
+from checking_gpu.decoding import Decoding, decode
+from checking_gpu.results import BELOW, FAILED, OK, Results, markdown, why_it_ended
+from checking_gpu.stage import Stage
+from checking_gpu.unit_tests import FILES
+from conftest import FAKE_CUPY, ROOT, TINY, make_llama, make_ops
+from npllama.initialization import random_parameters
+from npllama.llama import Llama
+
+SCRIPT = ROOT / "tools" / "check_gpu.sh"
+STAGES = ["ids", "tests", "decode", "prompt", "rival", "equivalence", "sanitizer", "large"]
+
+
+def check_gpu(*arguments, folders=(FAKE_CUPY,), timeout=100):
+    path = os.pathsep.join(map(str, folders))
+    environment = dict(os.environ) | {"PYTHON": sys.executable, "PYTHONPATH": path}
+    return subprocess.run(
+        [str(SCRIPT), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def table(text):
+    """The cells of each row of the last table."""
+    last = text[text.rindex("| stage |") :].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in last]
+    for before, row in itertools.pairwise(rows):
+        row[0] = row[0] or before[0]
+    return rows
+
+
+def test_every_stage_runs_to_its_end_on_the_cupy_for_tests(tmp_path):
+    done = check_gpu("--tiny", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = table(done.stdout)
+    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES
+    assert not [row for row in rows if row[-1] not in ("", OK)]
+    by_stage = {stage: [row for row in rows if row[0] == stage] for stage in STAGES}
+    assert all("sampled 3 of 3" in row[2] and row[-1] == OK for row in by_stage["ids"])
+    assert re.search(r"^\d+ passed", by_stage["tests"][0][2])
+    figures = " ".join(row[1] + row[2] for row in by_stage["decode"])
+    for part in ("read bandwidth", "shipped model", "1.1b float16", "7b int8", " us "):
+        assert part in figures
+    assert all("not run" in by_stage[stage][0][2] for stage in ("rival", "sanitizer"))
+    assert {row[1] for row in by_stage["equivalence"]} >= {"cupy reference, float16"}
+    # a table after each stage and one at the end, under the card, the date and the command
+    assert done.stdout.count("| stage |") == len(STAGES) + 1
+    heading = done.stdout[: done.stdout.rindex("| stage |")].splitlines()[-2]
+    for part in (f"--tiny --out {tmp_path}", "CuPy for tests", "UTC", "driver", "tiny models"):
+        assert part in heading
+    assert "numpy reference" in (tmp_path / "equivalence.txt").read_text()
+
+
+BROKEN = """
+import os, sys, time
+if "checking_gpu.prompt" in sys.orig_argv:
+    print("the driver is gone", file=sys.stderr)
+    os._exit(3)
+if "checking_gpu.equivalence" in sys.orig_argv:
+    time.sleep(100)
+__file__ = {path!r}
+exec(open(__file__).read())
+def max(x):
+    raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+"""
+
+
+@pytest.fixture
+def broken_cupy(tmp_path):
+    """A CuPy that ends one stage's program, lets one hang, and fails in a part of a third."""
+    (tmp_path / "cupy").mkdir()
+    path = str(FAKE_CUPY / "cupy" / "__init__.py")
+    (tmp_path / "cupy" / "__init__.py").write_text(BROKEN.format(path=path))
+    return tmp_path, FAKE_CUPY
+
+
+def test_it_goes_on_after_a_failure(broken_cupy):
+    done = check_gpu("--tiny", "--stage", "large", "--stage", "prompt", folders=broken_cupy)
+    rows = table(done.stdout)
+    assert done.returncode == 0
+    assert rows[:2] == [
+        ["prompt", "", "exit code 3: the driver is gone", "", FAILED],
+        ["large", "read bandwidth", "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS", "", FAILED],
+    ]
+    # without a bandwidth the speeds are rows all the same
+    assert len(rows) == 6 and all("tokens/s" in row[2] for row in rows[2:])
+
+
+def test_a_stage_that_hangs_is_ended(broken_cupy):
+    done = check_gpu("--stage", "equivalence", "--seconds", 7, folders=broken_cupy)
+    assert done.returncode == 0
+    assert table(done.stdout) == [["equivalence", "", "its time ran out", "", FAILED]]
+
+
+def test_without_cupy_it_ends_in_one_line(tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ImportError('no CuPy here')")
+    done = check_gpu("--tiny", folders=(tmp_path,))
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("check_gpu: error: backend cupy cannot be used (")
+
+
+def test_the_list_names_the_stages_in_their_order():
+    done = check_gpu("--list")
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == STAGES
+    seconds = [int(line.split("\t")[1].split()[0]) for line in done.stdout.splitlines()]
+    assert all(0 < n <= 120 for n in seconds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--stage", "decoding"), "there is no stage decoding"),
+        (("--stage",), "--stage needs a value"),
+        (("--seconds", "6m"), "--seconds is 6m: expected a whole number"),
+        (("--fast",), "--fast is no option"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, message):
+    done = check_gpu(*arguments)
+    assert done.returncode == 2
+    assert done.stderr == f"check_gpu: error: {message} (--help lists all options)\n"
+
+
+def test_help_is_the_scripts_own_heading():
+    said = check_gpu("--help").stdout
+    assert said.startswith("Checks this checkout on a machine with a GPU")
+    for option in ("--stage", "--list", "--seconds", "--out", "--tiny", "PYTHON"):
+        assert option in said
+    assert "set -u" not in said
+
+
+def test_the_test_files_of_the_stage_exist():
+    """Those that are named whole; patterns are of files that more kernels bring."""
+    named = [name for name in FILES if "*" not in name]
+    assert not [name for name in named if not (ROOT / "tests" / name).exists()]
+
+
+# -- the figures -------------------------------------------------------------------------------
+
+
+def test_a_bar_is_met_or_not(tmp_path):
+    results = Results(tmp_path)
+    results.bar("decode", "7b", "0.80", 0.8, 0.8)
+    results.bar("decode", "7b", "0.79", 0.79, 0.8)
+    results.add("prompt", "a|b", "two\nlines")
+    assert [row[-1] for row in results.rows()] == [OK, BELOW, ""]
+    assert markdown(results.rows()).splitlines()[2:] == [
+        "| decode | 7b | 0.80 | at least 0.8 | ok |",
+        "|  | 7b | 0.79 | at least 0.8 | below |",
+        "| prompt | a\\|b | two lines |  |  |",
+    ]
+
+
+def test_numbers_are_kept_for_later_stages(tmp_path):
+    Results(tmp_path).keep("read bandwidth", 4e12)
+    Results(tmp_path).keep("other", 1.0)
+    assert Results(tmp_path).number("read bandwidth") == 4e12
+    assert Results(tmp_path).number("none") is None
+
+
+def test_how_a_stage_ended(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("a\nlast line\n\n")
+    assert why_it_ended(1, log) == "exit code 1: last line"
+    assert why_it_ended(124, log) == "its time ran out"
+    assert why_it_ended(9, tmp_path / "none") == "exit code 9"
+
+
+def test_a_part_without_time_is_a_row(tmp_path):
+    stage = Stage("decode", Results(tmp_path), tiny=False, seconds=3)
+    assert stage.attempt("7b", lambda: 1, needs=10) is None
+    assert stage.attempt("1b", lambda: 1, needs=1) == 1
+    assert stage.results.rows() == [["decode", "7b", "no time left", "", ""]]
+
+
+def test_a_step_reads_the_weights_and_the_live_cache():
+    """Of 20 + 8 positions the middle step reads 24: in each of 2 layers keys and values of 3
+    heads of 8 float32 numbers, for each of 2 rows."""
+    llama = make_llama(make_ops("numpy"), TINY)
+    found = decode(llama, context=28, batch=2, new_tokens=8, runs=1)
+    a_position = 2 * 2 * 3 * 8 * 4
+    assert found.nbytes == llama.bytes_per_forward + 2 * 24 * a_position
+    assert found.seconds > 0
+    assert Decoding(4, 0.5, 100).tokens_per_second == 8
+    assert Decoding(4, 0.5, 100).bytes_per_second == 200
+
+
+def test_decoding_ends_at_the_context_and_reads_the_prompts_once():
+    llama = make_llama(make_ops("numpy"), TINY)
+    read, compute = [], llama.compute
+
+    def watched(tokens, cache, place, *rest):
+        read.append((tokens.shape[1], max(place.starts) + tokens.shape[1]))
+        return compute(tokens, cache, place, *rest)
+
+    llama.compute = watched
+    decode(llama, context=28, batch=1, new_tokens=8, runs=2)
+    prompts, steps = [n for n, _ in read if n > 1], [end for n, end in read if n == 1]
+    assert prompts == [20]
+    assert max(steps) == 27 and steps.count(27) == 3  # the last token is not read
+
+
+def test_a_prompts_operations_are_two_a_weight_and_token():
+    config = SHAPES["7b"]
+    n_weights = config.n_parameters - 2 * 32000 * 4096 - 65 * 4096  # of the layers' matrices
+    assert forward_flops(config, 2048, 0) == 2 * n_weights * 2048
+    assert prefill_flops(config, [2048]) == 2 * (n_weights * 2048 + 32000 * 4096)
+
+
+def test_the_large_shapes_are_those_of_the_papers():
+    assert SHAPES["13b"].n_parameters == 13_015_864_320
+    assert SHAPES["34b"].n_parameters == 33_743_970_304
+    assert SHAPES["70b"].n_parameters == 68_976_648_192
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("which", ["strict", "strict-cupy"])
+def test_weights_made_on_the_device_are_as_large_as_those_of_the_host(which, dtype):
+    ops = make_ops(which)
+    ours, theirs = device_parameters(TINY, ops, dtype), random_parameters(TINY, ops, 0, dtype)
+
+    def of(parameters):
+        layer = parameters.layers[1]
+        matrices = (parameters.embedding, layer.wq, layer.wv, layer.wo, layer.w_up, layer.w_down)
+        for w in (*matrices, parameters.head.lm_head):
+            scale = 1 if w.scale is None else ops.backend.to_host(w.scale)[:, None]
+            yield ops.backend.to_host(w.values).astype("float32") * scale
+
+    for mine, theirs_ in zip(of(ours), of(theirs), strict=True):
+        assert mine.shape == theirs_.shape
+        assert abs(mine.std() / theirs_.std() - 1) < 0.1
+        assert abs(mine.mean()) < 0.1 * mine.std()
+    assert ours.layers[0].wq.format.name == dtype
+    first, second = (ops.backend.to_host(layer.wq.values) for layer in ours.layers)
+    assert (first != second).mean() > 0.9  # no two matrices are alike
+
+
+def test_matrices_made_in_parts_are_those_made_at_once(monkeypatch):
+    ops = make_ops("strict")
+    whole = device_parameters(TINY, ops, "float32").layers[0].wq.values
+    monkeypatch.setattr("benchmarking.device_weights.CHUNK", 48 * 5)
+    parts = device_parameters(TINY, ops, "float32").layers[0].wq.values
+    assert np.array_equal(ops.backend.to_host(whole), ops.backend.to_host(parts))
+
+
+def test_a_model_of_such_weights_generates():
+    ops = make_ops("strict-cupy")
+    llama = Llama(TINY, device_parameters(TINY, ops, "float16"), ops)
+    ids = llama.generate([1, 2], max_new_tokens=3, temperature=0, ignore_eos=True).ids
+    assert len(ids) == 3

@@ -1,0 +1,81 @@
+"""Random weights that are made on the device: 7b takes a second, and no host memory."""
+
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+
+from npllama.backend import Array
+from npllama.config import LlamaConfig
+from npllama.ops import Ops
+from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.quantization import LARGEST
+from npllama.weight_formats import format_of
+from npllama.weight_table import OF_LAYER, PRODUCTS
+
+CHUNK = 2**26
+"""Numbers that are made at a time; what they are made of takes three times their memory."""
+
+
+def device_parameters(config: LlamaConfig, ops: Ops, dtype: np.dtype | str) -> Parameters:
+    """Weights of random size as `random_parameters` makes them, but uniform and not normal.
+
+    They pass through `ops.prepare` joined, as those of a converted file do.
+    """
+    n_made = 0  # numbers so far: no two matrices are alike
+    residual = (2 * config.n_layers) ** -0.5
+
+    def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
+        nonlocal n_made
+        first, n_made = n_made, n_made + n_out * n_in
+        return _matrix(ops, n_out, n_in, size * n_in**-0.5, np.dtype(dtype), first)
+
+    def ones() -> Array:
+        return ops.xp.ones(config.dim, dtype="float32")
+
+    eps, v, d = config.norm_eps, config.vocab_size, config.dim
+    embedding = ops.prepare(matrix(v, d, 0.02 * d**0.5))
+    layers = []
+    for _ in range(config.n_layers):
+        parts: dict[str, Any] = {w.field: ones() for w in OF_LAYER if not w.is_matrix}
+        for weights in PRODUCTS.values():
+            shapes = [weight.sizes(config) for weight in weights]
+            ends = [0, *accumulate(n_out for n_out, _n_in in shapes)]
+            together = matrix(
+                ends[-1], shapes[0][1], residual if weights[0].shape[0] == "D" else 1.0
+            )
+            for weight, (a, b) in zip(weights, pairwise(ends), strict=True):
+                parts[weight.field] = together.rows(slice(a, b))
+        layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
+    lm_head = embedding if config.tie_embeddings else matrix(v, d)
+    return Parameters(embedding, tuple(layers), ops.prepare(Head(ones(), lm_head, eps)))
+
+
+def _matrix(ops: Ops, n_out: int, n_in: int, std: float, dtype: np.dtype, first: int) -> Matrix:
+    """(O, D) numbers with this standard deviation; `first` is the number of the first of them."""
+    xp = ops.xp
+    values = xp.empty((n_out, n_in), dtype=dtype)
+    most = 3**0.5 * std  # of uniform numbers with this standard deviation
+    rows = max(1, CHUNK // n_in)
+    for begin in range(0, n_out, rows):
+        end = min(begin + rows, n_out)
+        numbers = _uniform(xp, (end - begin) * n_in, first + begin * n_in)
+        numbers *= most if format_of(dtype).is_float else LARGEST
+        values[begin:end] = numbers.reshape(end - begin, n_in).astype(dtype)
+    if format_of(dtype).is_float:
+        return Matrix(values)
+    return Matrix(values, xp.full(n_out, most / LARGEST, dtype="float32"))
+
+
+def _uniform(xp: Any, n: int, first: int) -> Array:
+    """n numbers in [-1, 1), float32: a hash of first, first + 1, ...
+
+    Source: Wellons 2018, "Prospecting for Hash Functions" (lowbias32).
+    """
+    x = xp.arange(n, dtype="uint32")
+    x += first % 2**32
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= xp.right_shift(x, shift)
+        x *= factor
+    x ^= xp.right_shift(x, 16)
+    return xp.right_shift(x, 8).astype("float32") * 2.0**-23 - 1.0  # 24 bits are exact in float32

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Checks this checkout on a machine with a GPU: are its results right, and how near is its speed to
+# what the card allows? Six minutes at most.
+#
+#   tools/check_gpu.sh                           all stages, in order of value
+#   tools/check_gpu.sh --stage ids --stage decode
+#   tools/check_gpu.sh --list                    the stages, their seconds, what they check
+#
+# Needs python3 (PYTHON says another) with CuPy, NumPy and what npllama itself needs; the stage
+# "tests" needs pytest, "rival" torch and transformers. Nothing has to be installed of npllama.
+# Each stage is a process of its own, ended when its time is over; after a failure the next one
+# starts. The table so far is printed after each; the last is Markdown, ready for tools/README.md.
+#
+#   --seconds N   for all stages together (default 360)
+#   --out DIR     keeps the table and what the stages wrote to standard error (default: a new
+#                 directory, named at the end)
+#   --tiny        models and lengths that a CPU does in a moment: tries this script itself, for
+#                 instance on the CuPy for tests, and measures nothing
+set -u
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+
+# name module seconds: what it checks; in order of value. "large" runs where time is left.
+stages="\
+ids ids 60: ids of the shipped model on the reference and on the kernels, in each dtype
+tests unit_tests 100: pytest --backend cupy, the test files that matter most
+decode decode 100: read bandwidth; decoding of the shipped model, 1.1b and 7b
+prompt prompt 40: a prompt of 2,048 tokens of 7b and 1.1b
+rival rival 80: transformers eager and compiled, 1.1b float16
+equivalence equivalence 40: differences from float64 in each dtype
+sanitizer sanitizer 40: a dozen launches under compute-sanitizer
+large large 60: decoding of 13b float16 and 34b int8"
+
+usage() {
+  sed -n '2,/^set/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'
+}
+
+wrong() {
+  echo "check_gpu: error: $1 (--help lists all options)" >&2
+  exit 2
+}
+
+total=360 out="" tiny="" chosen="" command="tools/check_gpu.sh${*:+ $*}"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help | -h) usage; exit 0 ;;
+    --list) sed 's/^\([a-z]*\) [a-z_]* \([0-9]*\): /\1\t\2 s\t/' <<<"$stages"; exit 0 ;;
+    --tiny) tiny=--tiny; shift ;;
+    --stage | --seconds | --out)
+      [ $# -gt 1 ] || wrong "$1 needs a value"
+      case $1 in
+        --stage)
+          grep -q "^$2 " <<<"$stages" || wrong "there is no stage $2"
+          chosen="$chosen $2"
+          ;;
+        --seconds)
+          [[ $2 =~ ^[1-9][0-9]*$ ]] || wrong "--seconds is $2: expected a whole number"
+          total=$2
+          ;;
+        --out) out=$2 ;;
+      esac
+      shift 2
+      ;;
+    *) wrong "$1 is no option" ;;
+  esac
+done
+
+if [ -z "$out" ]; then out=$(mktemp -d) || exit 2; fi
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+rm -f "$out/rows.jsonl" "$out/numbers.json" "$out/equivalence.txt"
+export PYTHONPATH="$root:$root/tools${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+cd "$root" || exit 2
+
+# The table's heading: the card, and the driver's own version where nvidia-smi says it
+card=$("$python" -m checking_gpu.card) || exit 2
+driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+commit=$(git rev-parse --short HEAD 2>/dev/null)
+heading="$card${driver:+, driver $driver}${commit:+; commit $commit}"
+[ -z "$tiny" ] || heading="$heading; tiny models: no figure says anything about the device"
+echo "$heading"
+
+while read -r name module limit _; do
+  limit=${limit%:}
+  if [ -n "$chosen" ]; then
+    case "$chosen " in *" $name "*) ;; *) continue ;; esac
+  fi
+  left=$((total - SECONDS))
+  [ "$limit" -gt "$left" ] && limit=$left
+  if [ "$limit" -lt 1 ]; then
+    echo "== $name: no time left"
+    continue
+  fi
+  echo "== $name (at most $limit s, $SECONDS s so far)"
+  began=$SECONDS log=$out/$name.log
+  timeout -k 3 "$limit" "$python" -m "checking_gpu.$module" --results "$out" \
+    --seconds "$limit" $tiny 2>"$log" </dev/null
+  code=$?
+  [ "$code" -eq 0 ] || "$python" -m checking_gpu.results "$out" "$name" "$code" "$log"
+  echo "== $name took $((SECONDS - began)) s; so far:"
+  "$python" -m checking_gpu.results "$out"
+done <<<"$stages"
+
+echo
+echo "== done in $SECONDS s; $out has what the stages wrote"
+echo
+echo "\`$command\` on $heading:"
+echo
+"$python" -m checking_gpu.results "$out"

@@ -1,0 +1,54 @@
+"""A dozen launches under compute-sanitizer: memory that is not the kernels', and races."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from checking_gpu.results import FAILED, OK
+from checking_gpu.stage import Stage, main
+
+LAUNCHES = "checking_gpu.launches"
+TOOLS = ("memcheck", "racecheck")
+PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+
+
+def run(stage: Stage) -> None:
+    """A row for each tool."""
+    program = _program()
+    if program is None:
+        stage.add("compute-sanitizer", "not run: not found here (it comes with CUDA's toolkit)")
+        return
+    for i, tool in enumerate(TOOLS):
+        limit = (stage.seconds_left() - 2) / (len(TOOLS) - i)
+        stage.attempt(tool, _sanitize, stage, program, tool, limit)
+
+
+def _sanitize(stage: Stage, program: str, tool: str, limit: float) -> None:
+    command = [program, "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, "-m", LAUNCHES]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(limit, 1))
+    except subprocess.TimeoutExpired:
+        stage.add(tool, "its time ran out", "", FAILED)
+        return
+    said = done.stdout + done.stderr
+    print(said, file=sys.stderr)
+    summary = re.findall(r"=+ ?((?:ERROR|RACECHECK) SUMMARY: .*)", said)
+    figure = summary[-1] if summary else (said.strip().splitlines() or ["no output"])[-1][:200]
+    stage.add(tool, figure, "0 errors", OK if done.returncode == 0 and summary else FAILED)
+
+
+def _program() -> str | None:
+    """compute-sanitizer on the path, in a toolkit, or in a wheel of NVIDIA's."""
+    wheels = [str(p.parent) for s in sys.path for p in Path(s).glob("nvidia/*/bin/compute-san*")]
+    for place in (None, *PLACES, *wheels):
+        found = shutil.which("compute-sanitizer", path=place)
+        if found is not None:
+            return found
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main("sanitizer", run))

@@ -1,0 +1,1 @@
+"""Equivalence: how far each implementation of the mathematics is from float64."""

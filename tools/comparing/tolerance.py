@@ -1,0 +1,18 @@
+"""How far a single operation may be from float64: the largest difference as a fraction of the
+largest value. tests/test_overrides.py and the README have the same numbers."""
+
+_WIDE = 2e-6
+_OF_CUPY = {"float32": _WIDE, "float16": 2e-3, "bfloat16": 1.6e-2, "int8": _WIDE}
+
+
+def tolerance(backend: str, dtype: str, operation: str) -> float:
+    """Of an operation, by its name in operations.py, for weights of `dtype`.
+
+    NumPy computes in float32 whatever the storage. CuPy rounds activations and results of a
+    16-bit product to that type, and keeps keys and values in it, in float16 beside int8 weights.
+    """
+    if backend == "numpy":
+        return _WIDE
+    if dtype == "int8" and "attention" in operation:
+        return _OF_CUPY["float16"]
+    return _OF_CUPY[dtype]
