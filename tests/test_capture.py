@@ -14,7 +14,7 @@ from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, OutOfMemoryError
 from npllama.generate import main
-from npllama.ops import CupyOps, NumpyOps, ops_for
+from npllama.ops import CupyOps, NumpyOps, Ops, ops_for
 from npllama.sampling_options import Sampling
 from strict_cupy import DEVICE, StrictCupyBackend
 
@@ -25,7 +25,10 @@ OPTIONS = {"max_new_tokens": 12, "sampling": LIVELY, "seed": 7, "ignore_eos": Tr
 
 
 class SumOps(CupyOps):
-    """Without cuBLAS: products are sums, which a graph can hold."""
+    """Neither kernels nor cuBLAS: products are sums, which a graph can hold."""
+
+    attention_block, feed_forward, head = Ops.attention_block, Ops.feed_forward, Ops.head
+    attention, next_token = Ops.attention, Ops.next_token
 
     def linear(self, x, w):
         y = (x[..., None, :] * w.format.unscaled(w, x.dtype)).sum(axis=-1)  # -> (..., O)
