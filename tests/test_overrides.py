@@ -22,7 +22,7 @@ from conftest import rope_table
 from npllama.backend import Backend
 from npllama.kv_cache import KVCache
 from npllama.ops import CupyOps, NumpyOps, Ops
-from npllama.parameters import Layer, Matrix
+from npllama.parameters import Head, Layer, Matrix
 from npllama.quantization import quantize
 from npllama.sampling_options import Sampling
 from npllama.threads import Threads
@@ -51,6 +51,9 @@ T = (1, 2, 8, 9, 33)
 S = (0, 1, 600)
 B = (1, 3)
 G = (1, 2, 8)
+FORMATS = ("float32", "float16", "bfloat16", "int8")
+KERNEL_B = (1, 3, 8, 9)
+"""Rows of one token each: the kernels take up to 8."""
 
 
 @functools.cache
@@ -198,11 +201,14 @@ def make_layer(
     return ops.prepare(layer)
 
 
-def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6):
-    """A cache of one layer with starts[b] positions of random keys and values in row b."""
+def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6, storage=None):
+    """A cache of one layer with starts[b] positions of random keys and values in row b, in the
+    dtype that `ops` keeps beside weights in `storage`, or else in x's."""
     rng = np.random.default_rng(2)
     context = max(starts) + n_new
     dtype = wide(np.zeros(1, dtype="float32")).dtype
+    if storage is not None and dtype == np.float32:
+        dtype = ops.cache_dtype(np.dtype(storage))
     cache = KVCache(
         ops.backend,
         rope_table(ops, context, head_dim, 100.0, dtype),
@@ -246,6 +252,31 @@ def attention_block_grid():
         for n_last in {1, t // 2 + 1} - {t}:
             some = functools.partial(call, n_last=n_last)
             yield "float32", f"B{b}-T{t}-S{s}-G{g}-last{n_last}", some
+    yield from attention_block_kernel_grid()
+
+
+def attention_block_kernel_grid():
+    """One new token in each row, in shapes that the kernels of a GPU take: every format, number of
+    rows and head width; more rows than they take, and a format's chunk too few."""
+    shapes = [(b, 2, 2, 32, 64) for b in KERNEL_B]
+    shapes += [(3, n_heads, 1, width, 64) for n_heads, width in ((1, 16), (4, 64), (2, 128))]
+    shapes += [(1, 2, 1, 16, 56), (1, 2, 1, 20, 64)]  # 16 numbers do not divide D; 8 not C
+    for dtype, (b, n_heads, n_kv_heads, head_dim, dim) in itertools.product(FORMATS, shapes):
+        x = np.random.default_rng(0).standard_normal((b, 1, dim), dtype="float32")
+
+        def call(ops, wide, move, x=x, dtype=dtype, heads=(n_heads, n_kv_heads), head_dim=head_dim):
+            layer = make_layer(
+                ops, wide, move, dtype, *heads, head_dim, ffn_dim=32, dim=x.shape[-1]
+            )
+            starts = [(17 * b) % 40 for b in range(len(x))]
+            cache = make_cache(ops, wide, move, starts, 1, *heads, head_dim, storage=dtype)
+            y = ops.attention_block(move(wide(x)), layer, cache.layers[0], cache.positions(1))
+            k, v = cache.layers[0].k, cache.layers[0].v
+            return ops.xp.concatenate([a.astype(y.dtype).reshape(-1) for a in (y, k, v)])
+
+        # the keys and values beside int8 are float16
+        rounded = "float16" if dtype == "int8" else dtype
+        yield rounded, f"{dtype}-B{b}-H{n_heads}-K{n_kv_heads}-C{head_dim}-D{dim}", call
 
 
 def cached_attention_grid():
@@ -268,6 +299,44 @@ def cached_attention_grid():
 
 
 def feed_forward_grid():
+    yield from feed_forward_array_grid()
+    yield from feed_forward_kernel_grid()
+
+
+def feed_forward_kernel_grid():
+    """As attention_block_kernel_grid: D and F that the kernels take, and that they do not."""
+    shapes = [(b, 64, 48) for b in KERNEL_B] + [(3, 160, 16), (1, 72, 48), (1, 64, 33)]
+    for dtype, (b, dim, ffn_dim) in itertools.product(FORMATS, shapes):
+        x = np.random.default_rng(0).standard_normal((b, 1, dim), dtype="float32")
+
+        def call(ops, wide, move, x=x, dtype=dtype, ffn_dim=ffn_dim):
+            layer = make_layer(ops, wide, move, dtype, 1, 1, ffn_dim=ffn_dim, dim=x.shape[-1])
+            return ops.feed_forward(move(wide(x)), layer)
+
+        yield dtype, f"{dtype}-B{b}-D{dim}-F{ffn_dim}", call
+
+
+def head_grid():
+    """As feed_forward_kernel_grid, and several tokens a row."""
+    shapes = [(b, 1, 64, 40) for b in KERNEL_B]
+    shapes += [(3, 1, 160, 7), (1, 1, 72, 40), (1, 1, 61, 40), (2, 3, 64, 40)]
+    for dtype, (b, t, dim, n_vocab) in itertools.product(FORMATS, shapes):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((b, t, dim), dtype="float32")
+        norm = rng.random(dim, dtype="float32") + 0.5
+        values, scale = rng.standard_normal((n_vocab, dim), dtype="float32") / dim**0.5, None
+        if dtype == "int8":
+            values, scale = quantize(values)
+        values = values.astype(dtype)
+
+        def call(ops, wide, move, x=x, norm=norm, values=values, scale=scale):
+            w = Matrix(move(wide(values)), None if scale is None else move(wide(scale)))
+            return ops.head(move(wide(x)), ops.prepare(Head(move(wide(norm)), w, 1e-3)))
+
+        yield dtype, f"{dtype}-B{b}-T{t}-D{dim}-V{n_vocab}", call
+
+
+def feed_forward_array_grid():
     for dtype, apart, t, b in itertools.product(
         ("float32", "int8"), (False, True), (*T, 130, 200), B
     ):
@@ -376,6 +445,7 @@ GRIDS = {
     "softmax_backward": elementwise_grid("softmax_backward", 2),
     "swiglu_backward": elementwise_grid("swiglu_backward", 3),
     "feed_forward": feed_forward_grid,
+    "head": head_grid,
     "attention_weights": attention_weights_grid,
     "attention": attention_grid,
     "queries_keys_values": queries_keys_values_grid,

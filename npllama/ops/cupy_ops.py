@@ -2,19 +2,24 @@
 
 import math
 from collections.abc import Hashable
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from npllama.backend import Array, Backend
-from npllama.ops.blocks import Ops, Step, last
+from npllama.ops.blocks import Ops, Part, Step, last
 from npllama.ops.cuda import decode_attention, embedding, gemv, prompt
 from npllama.ops.cuda import sampling as sampling_kernel
 from npllama.ops.cuda.graph import DecodeSteps
 from npllama.ops.cuda.kernels import Kernels
 from npllama.parameters import Head, Layer, Matrix
 from npllama.sampling_options import Sampling
+from npllama.shared_arrays import neighbours
 from npllama.weight_formats import format_of
+from npllama.weight_table import PRODUCTS
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
@@ -215,6 +220,46 @@ class CupyOps(Ops):
             n_heads, n_kv_heads, head_dim, min(chunk, at_once), context
         )
         return nbytes + 2 * prompt.WIDENED
+
+    def prepare(self, part: Part, may_copy: bool = False) -> Part:
+        """On the device q, k and v are one matrix, and gate and up: one kernel multiplies them.
+
+        Each tensor is uploaded in turn, to its rows of the whole, so that the device never holds
+        more of the weights twice than one tensor.
+        """
+        if not isinstance(part, Layer):
+            return super().prepare(part, may_copy)
+        changed: dict[str, Matrix] = {}
+        joined: dict[str, Matrix] = {}
+        for name, weights in PRODUCTS.items():
+            group = [getattr(part, weight.field) for weight in weights]
+            if len({(w.format, w.shape[1], w.scale is None) for w in group}) > 1 or len(group) == 1:
+                continue  # one matrix, or several that are stored differently
+            whole = joined[name] = self._uploaded_as_one(group)
+            ends = [0, *accumulate(w.shape[0] for w in group)]
+            rows = [whole.rows(slice(a, b)) for a, b in pairwise(ends)]
+            changed |= {weight.field: w for weight, w in zip(weights, rows, strict=True)}
+        part = replace(part, **changed).map(self.backend.to_device)
+        return part.with_derived(**joined)
+
+    def _uploaded_as_one(self, group: Sequence[Matrix]) -> Matrix:
+        """Matrices (O_i, D) -> one on the device, (sum O_i, D)."""
+        values = self._joined([w.values for w in group])
+        scale = None if group[0].scale is None else self._joined([w.scale for w in group])
+        return Matrix(values, scale)
+
+    def _joined(self, arrays: Sequence[Array]) -> Array:
+        if all(isinstance(array, np.ndarray) for array in arrays):
+            whole = neighbours(arrays)
+            if whole is not None:
+                return self.backend.to_device(whole)
+        n_rows = sum(len(array) for array in arrays)
+        whole = self.xp.empty((n_rows, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+        begin = 0
+        for array in arrays:
+            whole[begin : begin + len(array)] = self.backend.to_device(array)
+            begin += len(array)
+        return whole
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""
