@@ -37,7 +37,7 @@ def random_parameters(
         ends = [0, *accumulate(n_out for n_out, _n_in in shapes)]
         is_residual = weights[0].shape[0] == "D"
         together = matrix(ends[-1], shapes[0][1], residual if is_residual else 1.0)
-        rows = [together.rows(slice(a, b)) for a, b in pairwise(ends)]
+        rows = [together.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
         return {weight.field: w for weight, w in zip(weights, rows, strict=True)}
 
     def ones() -> np.ndarray:

@@ -84,7 +84,7 @@ class Matrix(_Mapped):
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
 
-    def rows(self, some: slice) -> "Matrix":
+    def slice_rows(self, some: slice) -> "Matrix":
         """A view of some of its rows."""
         return self.map(lambda array: array[some])
 

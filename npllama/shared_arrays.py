@@ -34,7 +34,7 @@ def _duplicate(fd: int) -> int:
 
 class MappedFile(mmap.mmap):
     """A memory-mapped file, read-only, which another process that is handed its descriptor maps
-    by its path: this very file, whatever has come in its place since.
+    by its path: this very file, whatever has taken its name since.
 
     Attributes:
         path: /dev/fd/N.
@@ -97,7 +97,7 @@ class SharedMemory(mmap.mmap):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where an array lies: all that another process needs to map it, with the descriptor that
     the path names. A file is no shared memory: it is mapped as it lies."""
 
@@ -109,18 +109,18 @@ class Place:
 
 
 def can_share() -> bool:
-    """Whether shared memory and the places of arrays are to be had here."""
+    """Whether shared memory and the locations of arrays are to be had here."""
     return hasattr(os, "memfd_create") and os.path.isdir("/dev/fd")
 
 
-def place_of(array: np.ndarray) -> Place | None:
+def location_of(array: np.ndarray) -> Location | None:
     """Where a contiguous array lies in a file or in shared memory; None if in neither."""
     memory = memory_of(array)
     if not isinstance(memory, MappedFile | SharedMemory) or not array.flags.c_contiguous:
         return None
     offset = array.ctypes.data - _address(memory) + memory.offset
     is_file = isinstance(memory, MappedFile)
-    return Place(memory.path, is_file, offset, array.shape, array.dtype.name)
+    return Location(memory.path, is_file, offset, array.shape, array.dtype.name)
 
 
 def memory_of(array: np.ndarray) -> object:
@@ -135,28 +135,28 @@ def memory_of(array: np.ndarray) -> object:
 
 
 class Mapped:
-    """Arrays that another process told the places of; each file is mapped once."""
+    """Arrays that another process told the locations of; each file is mapped once."""
 
     def __init__(self) -> None:
         self._memories: dict[str, MappedFile | SharedMemory] = {}
 
-    def array(self, place: Place, writable: bool = False) -> np.ndarray:
-        """The array at `place`: a view of memory that other processes hold as well.
+    def array(self, location: Location, writable: bool = False) -> np.ndarray:
+        """The array at `location`: a view of memory that other processes hold as well.
 
         Args:
             writable: needs shared memory of its own, of which all arrays are writable.
         """
-        if place.path not in self._memories:
-            if place.is_file:
-                with open(place.path, "rb") as file:
-                    self._memories[place.path] = MappedFile(file)
+        if location.path not in self._memories:
+            if location.is_file:
+                with open(location.path, "rb") as file:
+                    self._memories[location.path] = MappedFile(file)
             else:
-                self._memories[place.path] = made = SharedMemory.of(place.path, writable)
+                self._memories[location.path] = made = SharedMemory.of(location.path, writable)
                 _make_huge(made)
-        memory = self._memories[place.path]
-        dtype = np.dtype(ml_dtypes.bfloat16) if place.dtype == "bfloat16" else place.dtype
-        flat = np.frombuffer(memory, dtype, prod(place.shape), place.offset - memory.offset)
-        return flat.reshape(place.shape)
+        memory = self._memories[location.path]
+        dtype = np.dtype(ml_dtypes.bfloat16) if location.dtype == "bfloat16" else location.dtype
+        flat = np.frombuffer(memory, dtype, prod(location.shape), location.offset - memory.offset)
+        return flat.reshape(location.shape)
 
 
 def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

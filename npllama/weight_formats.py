@@ -86,7 +86,7 @@ class Format:
 
     # -- equations, for any xp -----------------------------------------------------------------
 
-    def rows(self, w: "Matrix", index: "Array", dtype: "np.dtype | str") -> "Array":
+    def gather_rows(self, w: "Matrix", index: "Array", dtype: "np.dtype | str") -> "Array":
         """W[index] in `dtype`: (...) integers -> (..., D)."""
         x = w.values[index].astype(dtype)  # (O, D), (...) -> (..., D)
         if w.scale is not None:

@@ -178,11 +178,6 @@ MISTAKES = {
         "if hidden is not None:\n        np",
         "if False:\n        np",
     ),
-    "NumPy override: one token's mask forgotten": (
-        NUMPY_EQUATIONS,
-        "            _hide(p, self.hidden_keys(1, n_keys))\n",
-        "",
-    ),
     "NumPy override: a kept mask for other keys": (
         NUMPY_EQUATIONS,
         "self._hidden.get((n_new, n_keys))",
@@ -192,11 +187,6 @@ MISTAKES = {
         NUMPY_EQUATIONS,
         "few.reshape(*shape[:2], head_dim) * np.float32(1 / math.sqrt(head_dim))",
         "few.reshape(*shape[:2], head_dim)",
-    ),
-    "NumPy override: no 1/sqrt(C) for one token": (
-        NUMPY_EQUATIONS,
-        "q.reshape(n_kv_heads, groups, head_dim) * np.float32(1 / math.sqrt(head_dim))",
-        "q.reshape(n_kv_heads, groups, head_dim)",
     ),
     "NumPy override: turned back": (
         NUMPY_EQUATIONS,

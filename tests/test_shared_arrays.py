@@ -14,9 +14,9 @@ import pytest
 from npllama.shared_arrays import (
     MappedFile,
     can_share,
+    location_of,
     memory_of,
     neighbours,
-    place_of,
     share,
 )
 
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.skipif(not can_share(), reason="no shared memory withou
 
 READ = """
 import json, sys
-from npllama.shared_arrays import Mapped, Place
+from npllama.shared_arrays import Mapped, Location
 mapped = Mapped()
 for place in json.loads(sys.argv[1]):
-    print(mapped.array(Place(**place)).astype("float64").sum())
+    print(mapped.array(Location(**place)).astype("float64").sum())
 """
 DTYPES = ("float32", "float16", "int8", ml_dtypes.bfloat16)
 
 
 def sums_elsewhere(arrays):
     """The sum of each array, as another process that maps it finds it."""
-    places = [place_of(array) for array in arrays]
-    handed = {int(place.path.removeprefix("/dev/fd/")) for place in places}
-    command = [sys.executable, "-c", READ, json.dumps([asdict(place) for place in places])]
+    locations = [location_of(array) for array in arrays]
+    handed = {int(place.path.removeprefix("/dev/fd/")) for place in locations}
+    command = [sys.executable, "-c", READ, json.dumps([asdict(place) for place in locations])]
     out = subprocess.run(command, pass_fds=handed, capture_output=True, text=True, check=True)
     return [float(line) for line in out.stdout.split()]
 
@@ -66,13 +66,13 @@ def test_another_process_reads_a_part_of_a_file_though_its_name_is_gone(tmp_path
 
 def test_what_lies_in_this_process_alone_has_no_place(rng):
     array = some(rng, "float32")
-    assert place_of(array) is None
-    assert place_of(share([array])[0][:, :3]) is None  # not contiguous
+    assert location_of(array) is None
+    assert location_of(share([array])[0][:, :3]) is None  # not contiguous
 
 
 def test_a_descriptor_is_closed_with_the_last_array(rng):
     shared = share([some(rng, "int8")])
-    path = place_of(shared[0]).path
+    path = location_of(shared[0]).path
     part = shared[0][3:5]
     del shared
     gc.collect()

@@ -54,7 +54,7 @@ class FourBits(Format):
         w = w.reshape(len(values), -1, GROUP) * scale[..., None].astype("float32")
         return w.reshape(len(values), -1)
 
-    def rows(self, w, index, dtype):
+    def gather_rows(self, w, index, dtype):
         flat = self.to_float(w.values[index.reshape(-1)], w.scale[index.reshape(-1)])
         return flat.reshape(*index.shape, -1).astype(dtype)
 
@@ -95,7 +95,7 @@ def test_a_new_format_is_one_class_for_every_product(four_bits, rng, monkeypatch
             assert np.allclose(ops.linear(x[:, :n], w), x[:, :n] @ wide.T, atol=1e-4)
         ids = np.array([[3, 99, 3]])
         assert np.array_equal(ops.embed(ids, w), wide[ids])
-    assert np.allclose(ops.linear(x, w.rows(slice(7, 30))), x @ wide[7:30].T, atol=1e-4)
+    assert np.allclose(ops.linear(x, w.slice_rows(slice(7, 30))), x @ wide[7:30].T, atol=1e-4)
 
 
 def test_a_new_format_is_converted_loaded_joined_and_mapped(four_bits, tmp_path, monkeypatch):
@@ -142,8 +142,10 @@ def test_rows_of_a_matrix_compute_as_they_do_in_it(name, rng):
     ops = make_ops("numpy")
     x = rng.standard_normal((2, 3, 8), dtype="float32")
     w = Matrix(*FORMATS[name].from_float(rng.standard_normal((6, 8), dtype="float32")))
-    assert np.allclose(ops.linear(x, w.rows(slice(2, 5))), ops.linear(x, w)[..., 2:5], atol=1e-6)
-    assert w.rows(slice(2, 5)).shape == (3, 8)
+    assert np.allclose(
+        ops.linear(x, w.slice_rows(slice(2, 5))), ops.linear(x, w)[..., 2:5], atol=1e-6
+    )
+    assert w.slice_rows(slice(2, 5)).shape == (3, 8)
 
 
 @pytest.mark.parametrize(("name", "value"), [("float16", 65504), ("int8", 254)])

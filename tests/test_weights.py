@@ -25,7 +25,7 @@ from npllama.errors import NpllamaError, WeightsError
 from npllama.llama import Llama
 from npllama.ops import NumpyOps
 from npllama.ops.workers import can_work
-from npllama.shared_arrays import MappedFile, memory_of, place_of
+from npllama.shared_arrays import MappedFile, location_of, memory_of
 from npllama.threads import Threads
 from npllama.weight_table import (
     EMBEDDING,
@@ -315,7 +315,7 @@ def test_a_small_model_is_joined_while_loading_and_computes_as_a_converted_one(
             assert isinstance(memory_of(layer.qkv.values), MappedFile) != is_copied
             assert isinstance(memory_of(layer.gate_up.values), MappedFile)
             if can_work() and n_threads == 2:
-                assert place_of(layer.qkv.values) is not None
+                assert location_of(layer.qkv.values) is not None
         llama = Llama(config, parameters, ops)
         logits.append(llama.logits([1, 5, 7]))
     assert np.array_equal(*logits)

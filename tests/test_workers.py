@@ -29,7 +29,7 @@ from npllama.ops.chunks import MANY_ROWS
 from npllama.ops.workers import _ASLEEP, _SPIN, MAX_ROWS, Workers, _of_worker, can_work
 from npllama.parameters import Matrix
 from npllama.sampling_options import Sampling
-from npllama.shared_arrays import place_of, share
+from npllama.shared_arrays import location_of, share
 from npllama.threads import Threads
 
 pytestmark = pytest.mark.skipif(not can_work(), reason="no worker processes on this machine")
@@ -501,7 +501,7 @@ def test_one_thread_from_some_moment_on_means_no_workers(monkeypatch):
     llama = make_llama(ops, BIG)
     llama.logits([1, 5])
     assert ops.shared.workers is None
-    assert not any(place_of(array) for array in llama.parameters.layers[0].arrays())
+    assert not any(location_of(array) for array in llama.parameters.layers[0].arrays())
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Equations:
 
         Source: Vaswani et al. 2017, section 3.4 (without the factor sqrt(D)).
         """
-        return w.format.rows(w, tokens, dtype)  # (V, D), (B, T) -> (B, T, D)
+        return w.format.gather_rows(w, tokens, dtype)  # (V, D), (B, T) -> (B, T, D)
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """Projection without bias:  y = x W^T.

@@ -52,13 +52,13 @@ class NumpyEquations(Equations):
         """y = x W^T: (..., D) -> (..., O). A long prompt's result is token-contiguous, which the
         following operations are fastest with."""
         format_ = w.format
-        if x.dtype != np.float32 or (format_.must_be_finite and not self._is_finite(w)):
-            return super().linear(x, w)
         n_out, width = w.shape
-        if x.size == width and format_.is_wide and not self.shared.has(w):
-            y = w.values.dot(x.reshape(width))  # (..., D) -> (D,) -> (O,)
-        else:
-            y = self._product(x.reshape(-1, width), w)  # (..., D) -> (M, D) -> (M, O)
+        is_one_wide_row = x.size == width and format_.is_wide and not self.shared.has(w)
+        if x.dtype != np.float32 or is_one_wide_row:
+            return super().linear(x, w)
+        if format_.must_be_finite and not self._is_finite(w):
+            return super().linear(x, w)
+        y = self._product(x.reshape(-1, width), w)  # (..., D) -> (M, D) -> (M, O)
         y = format_.scaled(w, y)
         return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
 
@@ -195,15 +195,7 @@ class NumpyEquations(Equations):
         n_kv_heads, n_keys, _ = k.shape
         groups = n_heads // n_kv_heads
         is_wide = q.dtype == np.float32 and k.dtype == np.float32
-        if n_new == 1 and is_wide:
-            few = q.reshape(n_kv_heads, groups, head_dim) * np.float32(1 / math.sqrt(head_dim))
-            p = np.matmul(few, k.swapaxes(1, 2))  # (K, G, C) @ (K, C, N) -> (K, G, N)
-            _hide(p, self.hidden_keys(1, n_keys))
-            total = _exp(p)
-            o = np.matmul(p, v)  # (K, G, N) @ (K, N, C) -> (K, G, C)
-            o /= total
-            return o.reshape(q.shape)  # (K, G, C) -> (H, 1, C)
-        if scratch is None or not is_wide:
+        if n_new == 1 or scratch is None or not is_wide:
             return super().attention(q, k, v)
         grouped = q.reshape(n_kv_heads, groups, n_new, head_dim)  # (H, T, C) -> (K, G, T, C)
         o = np.empty((n_new, n_kv_heads, groups, head_dim), dtype="float32")

@@ -13,7 +13,7 @@ from npllama.ops.chunks import MANY_ROWS
 from npllama.ops.tiles import product
 from npllama.ops.workers import MAX_ROWS, Workers, can_work
 from npllama.parameters import Matrix
-from npllama.shared_arrays import neighbours, place_of, share_joined
+from npllama.shared_arrays import location_of, neighbours, share_joined
 
 SHARED_SIZE = 512 * 1024
 """Numbers of a narrow matrix from which on worker processes share its product: handing it out
@@ -201,7 +201,7 @@ def _least(w: Matrix, width: int) -> float:
 
 def _can_be_mapped(w: Matrix) -> bool:
     """Whether other processes can map all that tiles are widened from."""
-    return all(place_of(getattr(w, name)) is not None for name in w.format.tiled)
+    return all(location_of(getattr(w, name)) is not None for name in w.format.tiled)
 
 
 def _is_joinable(matrices: Sequence[Matrix]) -> bool:

@@ -28,7 +28,7 @@ import numpy as np
 from npllama.errors import WorkerError
 from npllama.ops.tiles import product
 from npllama.parameters import Matrix
-from npllama.shared_arrays import Mapped, Place, can_share, empty_shared, place_of
+from npllama.shared_arrays import Location, Mapped, can_share, empty_shared, location_of
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -62,10 +62,10 @@ class _Job:
     """What a worker gets when it starts: where everything lies."""
 
     rank: int
-    counters: Place
-    x: Place  # (MAX_ROWS * widest D,)
-    y: Place  # (longest O * MAX_ROWS,)
-    matrices: list[dict[str, Place]]  # of each the arrays that tiles are widened from
+    counters: Location
+    x: Location  # (MAX_ROWS * widest D,)
+    y: Location  # (longest O * MAX_ROWS,)
+    matrices: list[dict[str, Location]]  # of each the arrays that tiles are widened from
 
 
 class Workers:
@@ -97,12 +97,12 @@ class Workers:
                 empty_shared(longest * MAX_ROWS, "float32"),
             )
             self._counters = memoryview(counters)
-            places = [place_of(array) for array in (counters, self._x, self._y)]
+            locations = [location_of(array) for array in (counters, self._x, self._y)]
             of_matrices = [
-                {name: place_of(getattr(w, name)) for name in w.format.tiled} for w in matrices
+                {name: location_of(getattr(w, name)) for name in w.format.tiled} for w in matrices
             ]
             for rank in range(1, n):
-                self._start(_Job(rank, *places, of_matrices))
+                self._start(_Job(rank, *locations, of_matrices))
         except OSError as error:
             raise WorkerError(
                 f"a worker process could not be started ({error.strerror}): use --threads 1"
@@ -166,9 +166,9 @@ class Workers:
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
         stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # needs no folder
         self._stderrs.append(stderr)
-        places = [job.counters, job.x, job.y]
-        places += [place for matrix in job.matrices for place in matrix.values()]
-        handed = {int(place.path.removeprefix("/dev/fd/")) for place in places}
+        locations = [job.counters, job.x, job.y]
+        locations += [location for matrix in job.matrices for location in matrix.values()]
+        handed = {int(location.path.removeprefix("/dev/fd/")) for location in locations}
         threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
         process = subprocess.Popen(
             [sys.executable or "python3", "-c", code],
@@ -264,12 +264,12 @@ def serve() -> None:
     """A worker's life: read the job from standard input, then compute until it closes."""
     job = json.loads(sys.stdin.buffer.raw.readline())
     mapped = Mapped()
-    places = [Place(**job[name]) for name in ("counters", "x", "y")]
-    counters, x, y = (mapped.array(place, writable=True) for place in places)
+    locations = [Location(**job[name]) for name in ("counters", "x", "y")]
+    counters, x, y = (mapped.array(location, writable=True) for location in locations)
     counters = memoryview(counters)
     matrices = [
-        Matrix(**{name: mapped.array(Place(**place)) for name, place in places.items()})
-        for places in job["matrices"]
+        Matrix(**{name: mapped.array(Location(**location)) for name, location in locations.items()})
+        for locations in job["matrices"]
     ]
     rank = job["rank"]
     done, asleep = _of_worker(rank, _DONE), _of_worker(rank, _ASLEEP)
