@@ -71,6 +71,8 @@ class ArrayCalls(CupyOps):
     """CupyOps without its kernels."""
 
     attention_block, feed_forward, head = Ops.attention_block, Ops.feed_forward, Ops.head
+    next_token, prepare, compile = Ops.next_token, Ops.prepare, Ops.compile
+    embedding_backward = Ops.embedding_backward
 
 
 def make_ops(implementation) -> Ops:

@@ -24,6 +24,7 @@ import strict_array
 from cuda_simulator import MAX_SHARED, MAX_STATIC_SHARED, KernelError, Module
 from npllama.backend import CupyBackend
 from strict_array import StrictArray, StrictModule
+from strict_cublas import HANDLE, TYPES, Memory, StrictCublas
 from strict_memory import CUDARuntimeError, MemoryPool, PinnedMemory, owner_of, poison
 from strict_streams import Event, Graph, Node, Stream, arrays_in, map_arrays
 
@@ -49,7 +50,7 @@ class CupyArray(StrictArray):
 
     @property
     def data(self):
-        return types.SimpleNamespace(ptr=self.array.ctypes.data)
+        return Memory(self.array)
 
     def get(self, stream=None, order="C", out=None, blocking=True):
         """A copy on the host; where `blocking` is off, it is there when the stream has done it."""
@@ -372,8 +373,10 @@ class StrictCupy(StrictModule):
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceProperties=lambda device_id: {"name": b"a GPU of the tests"},
+            **TYPES,
         )
         self.cuda = types.SimpleNamespace(
+            cublas=StrictCublas(device),
             Stream=device.Stream,
             Event=device.Event,
             Graph=Graph,
@@ -384,8 +387,12 @@ class StrictCupy(StrictModule):
             Device=lambda device_id=0: types.SimpleNamespace(
                 id=0,
                 compute_capability="80",
-                attributes={"MultiProcessorCount": device.n_sms},
+                attributes={
+                    "MultiProcessorCount": device.n_sms,
+                    "MaxSharedMemoryPerBlockOptin": MAX_SHARED,
+                },
                 mem_info=(64 << 30, 80 << 30),
+                cublas_handle=HANDLE,
                 synchronize=lambda: device.stream.synchronize(),
             ),
             runtime=runtime,

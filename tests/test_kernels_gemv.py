@@ -299,7 +299,7 @@ def test_prepare_joins_what_has_one_input(dtype, where, backend):
             whole, begin = Matrix(*truth[name]), 0
             for field in parts:
                 n = getattr(layer, field).shape[0]
-                object.__setattr__(layer, field, whole.rows(slice(begin, begin := begin + n)))
+                object.__setattr__(layer, field, whole.slice_rows(slice(begin, begin := begin + n)))
     if where == "on the device":
         layer = layer.map(backend.to_device)
     prepared = ops.prepare(layer)

@@ -1,8 +1,7 @@
 """What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
 
 import math
-from collections.abc import Hashable
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -237,7 +236,7 @@ class CupyOps(Ops):
                 continue  # one matrix, or several that are stored differently
             whole = joined[name] = self._uploaded_as_one(group)
             ends = [0, *accumulate(w.shape[0] for w in group)]
-            rows = [whole.rows(slice(a, b)) for a, b in pairwise(ends)]
+            rows = [whole.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
             changed |= {weight.field: w for weight, w in zip(weights, rows, strict=True)}
         part = replace(part, **changed).map(self.backend.to_device)
         return part.with_derived(**joined)

@@ -45,7 +45,7 @@ def device_parameters(config: LlamaConfig, ops: Ops, dtype: np.dtype | str) -> P
                 ends[-1], shapes[0][1], residual if weights[0].shape[0] == "D" else 1.0
             )
             for weight, (a, b) in zip(weights, pairwise(ends), strict=True):
-                parts[weight.field] = together.rows(slice(a, b))
+                parts[weight.field] = together.slice_rows(slice(a, b))
         layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
     lm_head = embedding if config.tie_embeddings else matrix(v, d)
     return Parameters(embedding, tuple(layers), ops.prepare(Head(ones(), lm_head, eps)))

@@ -55,11 +55,7 @@ class _Device(SimpleNamespace):
 cuda = SimpleNamespace(**vars(_MODULE.cuda))
 cuda.Device = _Device
 cuda.nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
-cuda.cublas = SimpleNamespace()
-cuda.runtime = SimpleNamespace(
-    CUDARuntimeError=_MODULE.cuda.runtime.CUDARuntimeError,
-    getDeviceProperties=lambda number: {"name": b"CuPy for tests"},
-    getDeviceCount=lambda: 1,
-    driverGetVersion=lambda: _CUDA,
-    runtimeGetVersion=lambda: _CUDA,
-)
+cuda.runtime = SimpleNamespace(**vars(_MODULE.cuda.runtime))
+cuda.runtime.getDeviceProperties = lambda number: {"name": b"CuPy for tests"}
+cuda.runtime.getDeviceCount = lambda: 1
+cuda.runtime.driverGetVersion = cuda.runtime.runtimeGetVersion = lambda: _CUDA
