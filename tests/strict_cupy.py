@@ -91,13 +91,14 @@ class CupyDevice(strict_array.Device):
 
     Attributes:
         n_sms: its multiprocessors, on which grids depend.
+        max_shared: bytes of shared memory that a block may ask for.
         n_captures: graphs captured so far.
     """
 
     def __init__(self):
         self.pool = MemoryPool()
         self.uses = Uses(self.pool)
-        self.n_sms, self.n_captures = 4, 0
+        self.n_sms, self.max_shared, self.n_captures = 4, MAX_SHARED, 0
         self.Stream = type("Stream", (Stream,), {"device": self})
         self.Event = type("Event", (Event,), {"device": self})
         self.Stream.null = self.Stream(null=True)
@@ -322,10 +323,10 @@ class RawKernel:
         if not all(isinstance(value, tuple) for value in (grid, block, args)):
             raise TypeError("CuPy takes grid, block and args as tuples")
         limit = self.max_dynamic_shared_size_bytes
-        if shared_mem > limit or limit > MAX_SHARED:
+        if shared_mem > limit or limit > self._device.max_shared:
             raise CUDARuntimeError(
                 f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of dynamic shared memory, "
-                f"max_dynamic_shared_size_bytes {limit}, of at most {MAX_SHARED}"
+                f"max_dynamic_shared_size_bytes {limit}, of at most {self._device.max_shared}"
             )
         values = tuple(_kernel_argument(value) for value in args)
         self._module.check(self.name, values)  # here is the caller's line; a replay has none
@@ -389,7 +390,7 @@ class StrictCupy(StrictModule):
                 compute_capability="80",
                 attributes={
                     "MultiProcessorCount": device.n_sms,
-                    "MaxSharedMemoryPerBlockOptin": MAX_SHARED,
+                    "MaxSharedMemoryPerBlockOptin": device.max_shared,
                 },
                 mem_info=(64 << 30, 80 << 30),
                 cublas_handle=HANDLE,
