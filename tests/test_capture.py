@@ -4,14 +4,17 @@ import gc
 import logging
 import math
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from conftest import TINY, make_llama
+from cuda_simulator import compiler
 from model_directory import write_model
 from npllama.backend import Backend
+from npllama.config import LlamaConfig
 from npllama.errors import InputError, OutOfMemoryError
 from npllama.generate import main
 from npllama.ops import CupyOps, NumpyOps, Ops, ops_for
@@ -487,3 +490,59 @@ def test_frozen_options_are_those_that_the_step_depends_on(llama):
     llama._n_tokens = 50
     got, steps = run(llama, PROMPTS[:1], sampling=replace(LIVELY))
     assert steps.n_captured == 1 and max(got[0]) < 50
+
+
+# -- the whole step on kernels
+
+ON_KERNELS = LlamaConfig(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=260, context_length=64
+)
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "prompts", "sampling"),
+    [
+        ("float32", PROMPTS, GREEDY),
+        ("float32", PROMPTS[:1], LIVELY),
+        ("float16", PROMPTS[:1], GREEDY),
+        ("float16", PROMPTS, LIVELY),
+        ("int8", PROMPTS, LIVELY),
+    ],
+)
+def test_a_step_of_kernels_is_replayed_and_says_what_numpy_says(dtype, prompts, sampling):
+    options = {"sampling": sampling, "max_new_tokens": 24}  # in two buckets
+    on_numpy = make_llama(NumpyOps(Backend()), ON_KERNELS, dtype=dtype)
+    want = ids_of(on_numpy.generate_batch(prompts, **OPTIONS | options))
+    llama = make_llama(CupyOps(StrictCupyBackend()), ON_KERNELS, dtype=dtype)
+    with DEVICE.recording() as launches:
+        got, steps = run(llama, prompts, **options)
+    assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 2, 2, 21)
+    names = Counter(launch.name.partition("<")[0] for launch in launches)
+    assert names["gemv"] >= 23 * (4 * 2 + 1)  # of each layer four, and the head
+    assert (names["attend"], names["next_token"]) == (23 * 2, 24)
+    got, steps = run(llama, prompts, **options)
+    assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 0, 0, 23)
+
+
+@needs_compiler
+def test_a_step_of_kernels_in_bfloat16_says_the_same_replayed_and_launched():
+    """NumPy's cache is float32 there, and says another thing."""
+    replayed, launched = (
+        make_llama(CupyOps(StrictCupyBackend(), graph), ON_KERNELS, dtype="bfloat16")
+        for graph in (True, False)
+    )
+    got, steps = run(replayed, PROMPTS)
+    assert (got, steps.n_replayed) == (run(launched, PROMPTS)[0], 10)
+
+
+@needs_compiler
+def test_nine_rows_are_eager_and_eight_are_captured():
+    llama = make_llama(CupyOps(StrictCupyBackend()), ON_KERNELS)
+    on_numpy = make_llama(NumpyOps(Backend()), ON_KERNELS)
+    prompts = [[1] * (ON_KERNELS.context_length - n) for n in (4, *[9] * 8)]
+    got, steps = run(llama, prompts, sampling=GREEDY)
+    assert got == ids_of(on_numpy.generate_batch(prompts, **OPTIONS | {"sampling": GREEDY}))
+    assert (steps.n_eager, steps.n_captured, steps.n_replayed) == (4, 1, 4)
+    assert "cuBLAS computes a product" in steps.report()
