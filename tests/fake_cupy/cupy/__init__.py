@@ -52,14 +52,16 @@ class _Device(SimpleNamespace):
         pass
 
 
-cuda = SimpleNamespace(**vars(_MODULE.cuda))
+_OF_THE_MACHINE = {
+    "getDeviceProperties": lambda number: {"name": b"CuPy for tests"},
+    "getDeviceCount": lambda: 1,
+    "driverGetVersion": lambda: _CUDA,
+    "runtimeGetVersion": lambda: _CUDA,
+}
+_LIBRARIES = {
+    "nvrtc": SimpleNamespace(getVersion=lambda: (13, 0)),
+    "cublas": SimpleNamespace(),
+}
+cuda = SimpleNamespace(**(_LIBRARIES | vars(_MODULE.cuda)))
 cuda.Device = _Device
-cuda.nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
-cuda.cublas = SimpleNamespace()
-cuda.runtime = SimpleNamespace(
-    CUDARuntimeError=_MODULE.cuda.runtime.CUDARuntimeError,
-    getDeviceProperties=lambda number: {"name": b"CuPy for tests"},
-    getDeviceCount=lambda: 1,
-    driverGetVersion=lambda: _CUDA,
-    runtimeGetVersion=lambda: _CUDA,
-)
+cuda.runtime = SimpleNamespace(**(vars(_MODULE.cuda.runtime) | _OF_THE_MACHINE))
