@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cuda_simulator import compiler
 
 from benchmarking.device_weights import device_parameters
 from benchmarking.shapes import SHAPES, forward_flops, prefill_flops
@@ -24,6 +25,8 @@ from npllama.llama import Llama
 
 SCRIPT = ROOT / "tools" / "check_gpu.sh"
 STAGES = ["ids", "tests", "decode", "prompt", "rival", "equivalence", "sanitizer", "large"]
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
 
 
 def check_gpu(*arguments, folders=(FAKE_CUPY,), timeout=100):
@@ -47,6 +50,7 @@ def table(text):
     return rows
 
 
+@needs_compiler
 def test_every_stage_runs_to_its_end_on_the_cupy_for_tests(tmp_path):
     done = check_gpu("--tiny", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -93,6 +97,7 @@ def broken_cupy(tmp_path):
     return tmp_path, FAKE_CUPY
 
 
+@needs_compiler
 def test_it_goes_on_after_a_failure(broken_cupy):
     done = check_gpu("--tiny", "--stage", "large", "--stage", "prompt", folders=broken_cupy)
     rows = table(done.stdout)
@@ -120,6 +125,7 @@ exit {code}
 """
 
 
+@needs_compiler
 @pytest.mark.parametrize(("n", "verdict"), [(0, OK), (3, FAILED)])
 def test_launches_run_under_a_sanitizer_where_there_is_one(tmp_path, monkeypatch, n, verdict):
     program, told = tmp_path / "compute-sanitizer", tmp_path / "told"
@@ -332,6 +338,7 @@ def test_matrices_made_in_parts_are_those_made_at_once(monkeypatch):
     assert np.array_equal(ops.backend.to_host(whole), ops.backend.to_host(parts))
 
 
+@needs_compiler
 def test_a_model_of_such_weights_generates():
     ops = make_ops("strict-cupy")
     llama = Llama(TINY, device_parameters(TINY, ops, "float16"), ops)
