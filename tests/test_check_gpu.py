@@ -1,16 +1,20 @@
 """tools/check_gpu.sh from end to end on the CuPy for tests: what waits for a GPU is its speed."""
 
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cuda_simulator import compiler
 
 from benchmarking.device_weights import device_parameters
 from benchmarking.shapes import SHAPES, forward_flops, prefill_flops
+from checking_gpu import rival
 from checking_gpu.decoding import Decoding, decode
 from checking_gpu.results import BELOW, FAILED, OK, Results, markdown, why_it_ended
 from checking_gpu.stage import Stage
@@ -21,6 +25,8 @@ from npllama.llama import Llama
 
 SCRIPT = ROOT / "tools" / "check_gpu.sh"
 STAGES = ["ids", "tests", "decode", "prompt", "rival", "equivalence", "sanitizer", "large"]
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
 
 
 def check_gpu(*arguments, folders=(FAKE_CUPY,), timeout=100):
@@ -44,6 +50,7 @@ def table(text):
     return rows
 
 
+@needs_compiler
 def test_every_stage_runs_to_its_end_on_the_cupy_for_tests(tmp_path):
     done = check_gpu("--tiny", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -90,6 +97,7 @@ def broken_cupy(tmp_path):
     return tmp_path, FAKE_CUPY
 
 
+@needs_compiler
 def test_it_goes_on_after_a_failure(broken_cupy):
     done = check_gpu("--tiny", "--stage", "large", "--stage", "prompt", folders=broken_cupy)
     rows = table(done.stdout)
@@ -106,6 +114,76 @@ def test_a_stage_that_hangs_is_ended(broken_cupy):
     done = check_gpu("--stage", "equivalence", "--seconds", 7, folders=broken_cupy)
     assert done.returncode == 0
     assert table(done.stdout) == [["equivalence", "", "its time ran out", "", FAILED]]
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" > {told}
+shift 4
+[ {n} -eq 0 ] && "$@"
+echo "========= ERROR SUMMARY: {n} errors"
+exit {code}
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(("n", "verdict"), [(0, OK), (3, FAILED)])
+def test_launches_run_under_a_sanitizer_where_there_is_one(tmp_path, monkeypatch, n, verdict):
+    program, told = tmp_path / "compute-sanitizer", tmp_path / "told"
+    program.write_text(SANITIZER.format(told=told, n=n, code=9 if n else 0))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (row,) = table(check_gpu("--tiny", "--stage", "sanitizer").stdout)
+    assert row == ["sanitizer", "memcheck", f"ERROR SUMMARY: {n} errors", "0 errors", verdict]
+    assert told.read_text().startswith("--tool memcheck --error-exitcode 9 ")
+
+
+def fake_worker(monkeypatch, answers):
+    """transformers_worker.py answers so; returns the jobs that it is given."""
+    jobs = []
+
+    def run(command, **settings):
+        jobs.append(json.loads(command[-1]))
+        answer = answers[jobs[-1]["way"]]
+        if answer is None:
+            raise subprocess.TimeoutExpired(command, settings["timeout"])
+        if isinstance(answer, str):
+            return SimpleNamespace(returncode=1, stdout="", stderr=f"Traceback\n{answer}\n")
+        said = json.dumps({"seconds": answer, "versions": "5.17, torch 2.11"})
+        return SimpleNamespace(returncode=0, stdout=f"a warning\n{said}\n", stderr="")
+
+    monkeypatch.setattr(rival.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(rival.subprocess, "run", run)
+    return jobs
+
+
+def test_transformers_is_a_row_and_a_ratio_for_each_way(tmp_path, monkeypatch):
+    jobs = fake_worker(monkeypatch, {"eager": 0.01, "compiled": 0.002})
+    stage = Stage("rival", Results(tmp_path), tiny=False, seconds=100)
+    stage.results.keep(rival.OURS, 450.0)
+    rival.run(stage)
+    cells = [row[1:] for row in stage.results.rows()]
+    name = "1.1b float16 (5.17, torch 2.11)"
+    assert cells == [
+        [f"transformers eager, {name}", "100.0 tokens/s, 10,000 us a token", "", ""],
+        ["npllama to transformers eager", "4.50", "at least 4", OK],
+        [f"transformers compiled, {name}", "500.0 tokens/s, 2,000 us a token", "", ""],
+        ["npllama to transformers compiled", "0.90", "at least 1", BELOW],
+    ]
+    assert jobs[0]["config"]["hidden_size"] == 2048 and jobs[0]["dtype"] == "float16"
+    assert (jobs[0]["context"], jobs[0]["new_tokens"]) == (512, 64)  # as npllama's own case has
+    assert f"{rival.SHAPE} {rival.DTYPE}, context {rival.CONTEXT}" == rival.OURS
+
+
+def test_a_transformers_that_fails_is_a_row(tmp_path, monkeypatch):
+    fake_worker(monkeypatch, {"eager": "RuntimeError: no kernel image", "compiled": None})
+    stage = Stage("rival", Results(tmp_path), tiny=False, seconds=100)
+    stage.results.keep(rival.OURS, 450.0)
+    rival.run(stage)
+    figures = [(row[2], row[-1]) for row in stage.results.rows()]
+    assert figures == [
+        ("RuntimeError: no kernel image", FAILED),
+        ("its time ran out", FAILED),
+    ]
 
 
 def test_without_cupy_it_ends_in_one_line(tmp_path):
@@ -260,6 +338,7 @@ def test_matrices_made_in_parts_are_those_made_at_once(monkeypatch):
     assert np.array_equal(ops.backend.to_host(whole), ops.backend.to_host(parts))
 
 
+@needs_compiler
 def test_a_model_of_such_weights_generates():
     ops = make_ops("strict-cupy")
     llama = Llama(TINY, device_parameters(TINY, ops, "float16"), ops)

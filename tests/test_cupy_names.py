@@ -7,9 +7,8 @@ import pytest
 from conftest import ROOT
 from strict_array import API, StrictArray, StrictBackend
 
-SOURCES = sorted(
-    path for room in ("npllama", "tools/training") for path in (ROOT / room).rglob("*.py")
-)
+ROOMS = ("npllama", "tools/training", "tools/benchmarking", "tools/comparing", "tools/checking_gpu")
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
 def xp_uses(tree):

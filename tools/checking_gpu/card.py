@@ -22,14 +22,14 @@ def main() -> int:
     except NpllamaError as error:
         print(f"check_gpu: error: {error}", file=sys.stderr)
         return 2
-    xp = backend.xp
-    driver = _version(xp.cuda.runtime.driverGetVersion())
-    runtime = _version(xp.cuda.runtime.runtimeGetVersion())
+    cupy = backend.xp
+    driver = _version(cupy.cuda.runtime.driverGetVersion())
+    runtime = _version(cupy.cuda.runtime.runtimeGetVersion())
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     free = (backend.free_bytes() or 0) / 1e9
     print(
         f"{now}: {backend.device_name()}, {free:.0f} GB free, driver for CUDA {driver}, "
-        f"CuPy {xp.__version__} (CUDA {runtime}), NumPy {np.__version__}, "
+        f"CuPy {cupy.__version__} (CUDA {runtime}), NumPy {np.__version__}, "
         f"Python {sys.version.split()[0]}"
     )
     return 0

@@ -10,7 +10,7 @@ from npllama.ops import Ops
 from npllama.tokenizer_files import read_tokenizer
 from npllama.weights import Checkpoint
 
-TINY = LlamaConfig(192, 1, 6, 2, 512, 1024, context_length=512)
+TINY = LlamaConfig(192, 1, 6, 2, 512, 260, context_length=512)
 """In place of every shape with --tiny: a layer as the shipped model has them."""
 
 

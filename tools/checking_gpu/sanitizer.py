@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from checking_gpu.launches import DTYPES
 from checking_gpu.results import FAILED, OK
 from checking_gpu.stage import Stage, main
 
@@ -20,14 +21,15 @@ def run(stage: Stage) -> None:
     if program is None:
         stage.add("compute-sanitizer", "not run: not found here (it comes with CUDA's toolkit)")
         return
-    for i, tool in enumerate(TOOLS):
-        limit = (stage.seconds_left() - 2) / (len(TOOLS) - i)
+    tools = TOOLS[:1] if stage.tiny else TOOLS
+    for i, tool in enumerate(tools):
+        limit = (stage.seconds_left() - 2) / (len(tools) - i)
         stage.attempt(tool, _sanitize, stage, program, tool, limit)
 
 
 def _sanitize(stage: Stage, program: str, tool: str, limit: float) -> None:
     command = [program, "--tool", tool, "--error-exitcode", "9"]
-    command += [sys.executable, "-m", LAUNCHES]
+    command += [sys.executable, "-m", LAUNCHES, *(DTYPES[:1] if stage.tiny else DTYPES)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(limit, 1))
     except subprocess.TimeoutExpired:

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).parent.parent.parent))
 
 import numpy as np
+from strict_cupy import DEVICE, StrictCupy
 
 from strict_array import API, StrictArray
-from strict_cupy import DEVICE, StrictCupy
 
 __version__ = API["version"]
 _MODULE = StrictCupy(DEVICE)
@@ -52,10 +52,16 @@ class _Device(SimpleNamespace):
         pass
 
 
-cuda = SimpleNamespace(**vars(_MODULE.cuda))
+_OF_THE_MACHINE = {
+    "getDeviceProperties": lambda number: {"name": b"CuPy for tests"},
+    "getDeviceCount": lambda: 1,
+    "driverGetVersion": lambda: _CUDA,
+    "runtimeGetVersion": lambda: _CUDA,
+}
+_LIBRARIES = {
+    "nvrtc": SimpleNamespace(getVersion=lambda: (13, 0)),
+    "cublas": SimpleNamespace(),
+}
+cuda = SimpleNamespace(**(_LIBRARIES | vars(_MODULE.cuda)))
 cuda.Device = _Device
-cuda.nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
-cuda.runtime = SimpleNamespace(**vars(_MODULE.cuda.runtime))
-cuda.runtime.getDeviceProperties = lambda number: {"name": b"CuPy for tests"}
-cuda.runtime.getDeviceCount = lambda: 1
-cuda.runtime.driverGetVersion = cuda.runtime.runtimeGetVersion = lambda: _CUDA
+cuda.runtime = SimpleNamespace(**(vars(_MODULE.cuda.runtime) | _OF_THE_MACHINE))
