@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cuda_simulator import compiler
 
 from benchmarking.device_weights import device_parameters
 from benchmarking.shapes import SHAPES, forward_flops, prefill_flops
@@ -20,6 +19,7 @@ from checking_gpu.results import BELOW, FAILED, OK, Results, markdown, why_it_en
 from checking_gpu.stage import Stage
 from checking_gpu.unit_tests import FILES
 from conftest import FAKE_CUPY, ROOT, TINY, make_llama, make_ops
+from cuda_simulator import compiler
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).parent.parent.parent))
 
 import numpy as np
-from strict_cupy import DEVICE, StrictCupy
 
 from strict_array import API, StrictArray
+from strict_cupy import DEVICE, StrictCupy
 
 __version__ = API["version"]
 _MODULE = StrictCupy(DEVICE)
