@@ -4,9 +4,11 @@ The compiler is called with the options that CuPy 14 gives it. Its report tells 
 and shared memory of each kernel; the disassembler tells the instructions.
 """
 
+import atexit
 import ctypes
 import functools
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
@@ -98,8 +100,9 @@ class _Compiler:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
-        self._folder = tempfile.TemporaryDirectory()  # lives as long as the compiler
-        self._call("nvrtcInstallBundledHeaders", self._folder.name.encode(), 0, None)
+        self._headers = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, self._headers)
+        self._call("nvrtcInstallBundledHeaders", self._headers.encode(), 0, None)
 
     def compile(
         self, code: str, names: Iterable[str], arch: str
@@ -117,7 +120,7 @@ class _Compiler:
                 "-ftz=true",
                 "--device-as-default-execution-space",
                 f"-arch={arch}",
-                f"-I{self._folder.name}",
+                f"-I{self._headers}",
                 "--ptxas-options=-v",  # the report, which CuPy does not ask for
             ]
             array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
