@@ -299,6 +299,7 @@ def load(
     dtype: str | None = None,
     context: int | None = None,
     threads: int | None = None,
+    device: int | None = None,
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
 
@@ -316,6 +317,7 @@ def load(
         context: positions to plan memory for, at most and by default the model's own.
         threads: to compute with on the CPU; None for as many as there are free cores, which
             is looked at again and again.
+        device: the number of the GPU where there are several, from 0; None for the first.
 
     Raises:
         NpllamaError: one of its kinds, with one line that says what is wrong.
@@ -338,7 +340,7 @@ def load(
     directory = SHIPPED if path is None else _checked_directory(as_given(path))
     config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
-    ops = ops_for(get_backend(backend, _checked_threads(threads)))
+    ops = ops_for(get_backend(backend, _checked_threads(threads), device))
     tokenizer, no_tokenizer = None, NO_TOKENIZER.format(directory)
     try:
         tokenizer = read_tokenizer(directory, config)

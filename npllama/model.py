@@ -81,6 +81,7 @@ class Transformer:
                 f"to {self.context} positions"
             )
         chunk = min(PREFILL_CHUNK, context)
+        self.backend.use()
         return KVCache(
             self.backend,
             self.rope_table,

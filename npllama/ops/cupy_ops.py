@@ -1,6 +1,7 @@
 """What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,6 +99,11 @@ class CupyOps(Ops):
         scores = xp.where(hidden[:, None, None], -math.inf, scores)
         o = self.softmax(scores) @ values  # (B, K, G, N) @ (B, K, N, C) -> (B, K, G, C)
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
+
+    def forward_context(self, n_rows: int) -> AbstractContextManager:
+        """The forward is queued on the backend's device, whatever thread runs it."""
+        self.backend.use()
+        return super().forward_context(n_rows)
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""
