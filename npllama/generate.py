@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "npllama",
         work,
         interrupted=lambda: None,  # it came before there was any text
-        out_of_memory="use a shorter --context",
+        out_of_memory="use a shorter --context, a narrower --dtype or fewer prompts",
     )
 
 

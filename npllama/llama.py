@@ -353,7 +353,16 @@ def load(
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
     chunk = min(PREFILL_CHUNK, context)
-    require_free_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
+    require_free_memory(
+        config,
+        ops,
+        cache_dtype,
+        1,
+        context,
+        chunk,
+        weights=checkpoint.nbytes,
+        upload=checkpoint.largest_nbytes,
+    )
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
     for note in llama.notes:

@@ -1,6 +1,7 @@
 """Which backend is picked, what it says where it cannot, and how much memory it reports."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -10,9 +11,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+import benchmark
 import npllama
+import perplexity
+import train
 from npllama import backend, cuda_device
 from npllama.backend import Backend, CupyBackend, cuda_device_count, get_backend
+from npllama.config import LlamaConfig
 from npllama.cuda_device import Driver, cuda_driver
 from npllama.errors import BackendError
 from npllama.generate import main
@@ -387,3 +392,22 @@ def test_arrays_go_to_the_backend_and_come_back_the_same(ops, to_device, to_host
     back = to_host(there * 2)
     assert isinstance(back, np.ndarray) and np.array_equal(back, array * 2)
     assert to_device(there) is there
+
+
+# -- every program
+
+
+def test_every_program_takes_a_device(monkeypatch, tmp_path, capsys):
+    set_driver(monkeypatch, Driver(found="no NVIDIA driver", remedy="install it"))
+    text, config = tmp_path / "text", tmp_path / "config.json"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n<|endoftext|>\n" * 9)
+    config.write_text(json.dumps(LlamaConfig(24, 1, 2, 2, 12, 280, 16).to_hf()))
+    new = ["--text", str(text), "--config", str(config), "--out", str(tmp_path / "run")]
+    for program, arguments in {
+        main: ["--prompt", "a"],
+        benchmark.main: ["--shape", "15m"],
+        perplexity.main: ["--text", str(text)],
+        train.main: new,
+    }.items():
+        assert program([*arguments, "--device", "3"]) == 2
+        assert "error: device 3 cannot be used (no NVIDIA driver): " in capsys.readouterr().err

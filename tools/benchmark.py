@@ -64,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
-    return exit_code("benchmark", lambda: _print_report(options))
+    return exit_code(
+        "benchmark",
+        lambda: _print_report(options),
+        out_of_memory="use a shorter --context, a smaller --batch or a narrower --dtype",
+    )
 
 
 def _print_report(options: argparse.Namespace) -> None:

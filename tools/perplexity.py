@@ -102,7 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
-    return exit_code("perplexity", lambda: _print_score(options))
+    return exit_code(
+        "perplexity",
+        lambda: _print_score(options),
+        out_of_memory="use a narrower --dtype or a smaller model",
+    )
 
 
 def _print_score(options: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interruptible():
             train(options)
 
-    return exit_code("train", work, interrupted)
+    return exit_code("train", work, interrupted, "use a smaller --micro-batch or model")
 
 
 def train(options: argparse.Namespace) -> None:
