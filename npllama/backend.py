@@ -121,10 +121,9 @@ class CupyBackend(Backend):
 
     def device_name(self) -> str:
         self.use()
-        runtime, device = self.xp.cuda.runtime, self.xp.cuda.Device()
-        name = runtime.getDeviceProperties(device.id)["name"].decode()
-        n_devices = runtime.getDeviceCount()
-        return name if n_devices == 1 else f"{name}, device {device.id} of 0 to {n_devices - 1}"
+        number, n_devices = self.xp.cuda.Device().id, self.xp.cuda.runtime.getDeviceCount()
+        name = self.xp.cuda.runtime.getDeviceProperties(number)["name"].decode()
+        return name if n_devices == 1 else f"{name}, device {number} of 0 to {n_devices - 1}"
 
 
 class _UnusableError(Exception):

@@ -401,8 +401,9 @@ def test_every_program_takes_a_device(monkeypatch, tmp_path, capsys):
     set_driver(monkeypatch, Driver(found="no NVIDIA driver", remedy="install it"))
     text, config = tmp_path / "text", tmp_path / "config.json"
     text.write_text("The quick brown fox jumps over the lazy dog.\n<|endoftext|>\n" * 9)
-    config.write_text(json.dumps(LlamaConfig(24, 1, 2, 2, 12, 280, 16).to_hf()))
-    new = ["--text", str(text), "--config", str(config), "--out", str(tmp_path / "run")]
+    config.write_text(json.dumps(LlamaConfig(24, 1, 2, 2, 12, 300, 16).to_hf()))
+    new = ["--text", str(text), "--config", str(config), "--batch", "4"]
+    new += ["--out", str(tmp_path / "run")]
     for program, arguments in {
         main: ["--prompt", "a"],
         benchmark.main: ["--shape", "15m"],
