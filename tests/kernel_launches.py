@@ -29,7 +29,6 @@ MODELS = {
     **{name: SHAPES[name] for name in ("1.1b", "110m")},
     "stories": LlamaConfig.from_directory(SHIPPED),
 }
-ROWS = (1, 8)
 PROMPT = 64  # tokens
 GREEDY = Sampling(temperature=0)
 ALL_FILTERS = Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
@@ -74,30 +73,59 @@ class Launch:
     shared: int
 
 
-def launches(gpu: Gpu, models: dict[str, LlamaConfig] = MODELS) -> set[Launch]:
-    """What decode steps, and the first block of a prompt, launch for these models in each dtype."""
+def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
+    """What decode steps of so many rows, and the first chunk of a prompt, launch for all models in
+    each dtype."""
     noted: set[Launch] = set()
     with _nothing_computed(), np.errstate(all="ignore"):
-        for config in models.values():
+        for config in MODELS.values():
             for dtype in FORMATS:
-                _run(_NotingOps(_Untouched(gpu), noted), replace(config, n_layers=1), dtype)
+                ops = _NotingOps(_Untouched(gpu), noted)
+                _run(ops, replace(config, n_layers=1), dtype, n_rows)
     return noted
 
 
-def _run(ops: CupyOps, config: LlamaConfig, dtype: str) -> None:
+def few(launched: set[Launch], with_first: bool) -> set[str]:
+    """Some of the kernels' names, in which each argument of their templates stands that stands in
+    any. Of several the one of the largest block: a thread has the fewest registers there.
+
+    Args:
+        with_first: each stands with each that is the first one, which is a dtype.
+    """
+    parts = {launch: _parts(launch.name, with_first) for launch in launched}
+    left: set[tuple] = set().union(*parts.values())
+    names: set[str] = set()
+    while left:
+
+        def gain(launch: Launch, left: set = left) -> tuple[int, int, str]:
+            return len(parts[launch] & left), launch.n_threads, launch.name
+
+        best = max(launched, key=gain)
+        names.add(best.name)
+        left -= parts[best]
+    return names
+
+
+def _parts(name: str, with_first: bool) -> set[tuple]:
+    kernel, _, arguments = name.partition("<")
+    values = arguments.rstrip(">").split(", ")
+    beside = values[0] if with_first else ""
+    return {(kernel, beside, i, value) for i, value in enumerate(values)}
+
+
+def _run(ops: CupyOps, config: LlamaConfig, dtype: str, n_rows: int) -> None:
     model = Transformer(config, _parameters(config, dtype), ops)
     n = config.context_length
-    for n_rows in ROWS:
-        for length in (1, n - 1):  # the shortest cache and the longest
-            cache = model.new_cache(n_rows)
-            cache.lengths = [length] * n_rows
-            cache.device_lengths[:] = length
-            tokens = np.zeros((n_rows, 1), dtype="int64")
-            model.compute(tokens, cache, cache.place(1))
-            logits = np.zeros((n_rows, config.vocab_size), dtype="float32")
-            seen = np.zeros(logits.shape, dtype=bool)
-            ops.next_token(logits, None, GREEDY)
-            ops.next_token(logits, np.zeros(n_rows), ALL_FILTERS, seen)
+    for length in (1, n - 1):  # the shortest cache and the longest
+        cache = model.new_cache(n_rows)
+        cache.lengths = [length] * n_rows
+        cache.device_lengths[:] = length
+        tokens = np.zeros((n_rows, 1), dtype="int64")
+        model.compute(tokens, cache, cache.place(1))
+        logits = np.zeros((n_rows, config.vocab_size), dtype="float32")
+        seen = np.zeros(logits.shape, dtype=bool)
+        ops.next_token(logits, None, GREEDY)
+        ops.next_token(logits, np.zeros(n_rows), ALL_FILTERS, seen)
     cache = model.new_cache(1)
     model.compute(np.zeros((1, PROMPT), dtype="int64"), cache, cache.place(PROMPT))
 
