@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from npllama.errors import InputError, NpllamaError
+from npllama.errors import InputError, NpllamaError, exhausted
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
@@ -42,8 +42,10 @@ def exit_code(
         return work() or 0
     except NpllamaError as error:
         tell(f"{program}: error: {error}")
-    except MemoryError:  # also CuPy's
-        tell(f"{program}: error: out of memory: {out_of_memory}")
+    except (MemoryError, RuntimeError) as error:
+        if (memory := exhausted(error)) is None:
+            raise
+        tell(f"{program}: error: out of {memory}: {out_of_memory}")
     except OSError as error:
         tell(f"{program}: error: {reason(error)}")
     except KeyboardInterrupt as error:

@@ -56,3 +56,12 @@ class NumericalError(NpllamaError):
 
 class OutOfMemoryError(NpllamaError):
     """More bytes needed than the device has free; found out before any is taken."""
+
+
+def exhausted(error: Exception) -> str | None:
+    """Which memory an error says is used up, "memory" or "GPU memory"; None where it says
+    another thing. CUDA's own errors are RuntimeErrors that name a code."""
+    codes = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
+    if isinstance(error, MemoryError):
+        return "GPU memory" if type(error).__module__.startswith("cupy") else "memory"
+    return "GPU memory" if any(code in str(error) for code in codes) else None

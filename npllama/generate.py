@@ -186,6 +186,12 @@ def parser() -> argparse.ArgumentParser:
         help="numpy on the CPU, cupy on an NVIDIA GPU, auto takes the GPU if there is one",
     )
     machine.add_argument(
+        "--device",
+        type=int,
+        metavar="N",
+        help="which GPU where there are several, counted from 0 (default: the first)",
+    )
+    machine.add_argument(
         "--dtype",
         choices=tuple(FORMATS),
         help="number format of the weights in memory (default: as stored)",
@@ -238,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "npllama",
         work,
         interrupted=lambda: None,  # it came before there was any text
-        out_of_memory="use a shorter --context",
+        out_of_memory="use a shorter --context, a narrower --dtype or fewer prompts",
     )
 
 
@@ -254,7 +260,15 @@ def run(args: argparse.Namespace) -> int:
         check_chat_template(Path(args.model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
-        llama = load(args.model, args.backend, args.dtype, args.context, args.threads, args.graph)
+        llama = load(
+            args.model,
+            args.backend,
+            args.dtype,
+            args.context,
+            args.threads,
+            args.device,
+            graph=args.graph,
+        )
     for note in llama.notes:
         tell(f"npllama: {note}")
     if llama.dtype in llama.backend.slow_dtypes:
@@ -425,6 +439,9 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         memory += f", peak {peak / 1e6:.1f} MB"
         if peak < llama.parameters.nbytes:  # mapped, such as the embedding's other rows
             memory += " (some weights were never read)"
+    backend = [llama.backend.device_name()]
+    if llama.backend.no_gpu is not None:
+        backend.append(llama.backend.no_gpu)
     rows = {
         "time to first token": f"{t.first_token_seconds * 1e3:.1f} ms",
         "prefill": f"{t.prompt_tokens} tokens, {t.prefill_tokens_per_second:.1f} tokens/s, "
@@ -432,7 +449,7 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "decode": f"{t.decode_tokens} tokens, {t.decode_tokens_per_second:.1f} tokens/s, "
         f"{t.decode_steps * gb_per_forward / max(t.decode_seconds, 1e-9):.2f} GB/s",
         "memory": memory,
-        "backend": f"{llama.backend.name} ({llama.backend.device_name()})",
+        "backend": f"{llama.backend.name} ({'; '.join(backend)})",
         "dtype": llama.dtype,
         "finish": finish_reasons(generation.completions()),
         "seed": str(generation.seed),

@@ -299,6 +299,7 @@ def load(
     dtype: str | None = None,
     context: int | None = None,
     threads: int | None = None,
+    device: int | None = None,
     graph: bool = True,
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
@@ -317,6 +318,7 @@ def load(
         context: positions to plan memory for, at most and by default the model's own.
         threads: to compute with on the CPU; None for as many as there are free cores, which
             is looked at again and again.
+        device: the number of the GPU where there are several, from 0; None for the first.
         graph: whether a GPU captures each step as a CUDA graph and replays it, which is faster;
             False launches every kernel anew.
 
@@ -341,7 +343,7 @@ def load(
     directory = SHIPPED if path is None else _checked_directory(as_given(path))
     config = LlamaConfig.from_directory(directory)
     context = _checked_context(context, config)
-    ops = ops_for(get_backend(backend, _checked_threads(threads)), graph)
+    ops = ops_for(get_backend(backend, _checked_threads(threads), device), graph)
     tokenizer, no_tokenizer = None, NO_TOKENIZER.format(directory)
     try:
         tokenizer = read_tokenizer(directory, config)
@@ -353,8 +355,16 @@ def load(
         check_size(tokenizer, tokenizer_file(directory), config.vocab_size)
     checkpoint = Checkpoint(directory, config, dtype)
     cache_dtype = ops.cache_dtype(checkpoint.storage_dtype)
-    chunk = min(ops.prefill_chunk(), context)
-    require_free_memory(config, ops, cache_dtype, 1, context, chunk, weights=checkpoint.nbytes)
+    require_free_memory(
+        config,
+        ops,
+        cache_dtype,
+        1,
+        context,
+        min(ops.prefill_chunk(), context),
+        weights=checkpoint.nbytes,
+        upload=checkpoint.largest_nbytes,
+    )
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
     for note in llama.notes:

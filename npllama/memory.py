@@ -20,6 +20,7 @@ def require_free_memory(
     weights: int = 0,
     more: int = 0,
     has_cache: bool = False,
+    upload: int = 0,
 ) -> None:
     """Compare the bytes that weights, cache and workspace need with those that are free.
 
@@ -29,6 +30,8 @@ def require_free_memory(
         weights: bytes of weights still to be loaded, or to be kept in memory.
         more: bytes of a result.
         has_cache: the cache is allocated already.
+        upload: bytes of the largest tensor still to be loaded. While it is joined with others, it
+            stands in memory twice; cache and workspace do not exist then.
 
     Raises:
         OutOfMemoryError: too few; the message has both numbers.
@@ -37,27 +40,31 @@ def require_free_memory(
         config.n_layers, config.n_kv_heads, config.head_dim, batch, context, cache_dtype.itemsize
     )
     cache = 0 if has_cache else cache
-    workspace = more + workspace_nbytes(config, ops, batch, context, chunk)
-    needed = weights + cache + workspace
+    workspace = more + workspace_nbytes(config, ops, batch, context, chunk, cache_dtype)
+    needed = weights + max(cache + workspace, upload)
     free = ops.backend.free_bytes()
     if free is not None and needed > free:
         parts = f"cache {_gb(cache)} for {batch} x {context} positions, workspace {_gb(workspace)}"
         if weights:
             parts = f"weights {_gb(weights)}, {parts}"
+        if upload > cache + workspace:
+            parts += f", loading {_gb(upload)} before those"
         raise OutOfMemoryError(
             f"{_gb(needed)} of {ops.backend.memory_name()} needed ({parts}) and {_gb(free)} are "
             "free: use a shorter --context, a narrower --dtype, fewer prompts or a smaller model"
         )
 
 
-def workspace_nbytes(config: LlamaConfig, ops: Ops, batch: int, context: int, chunk: int) -> int:
+def workspace_nbytes(
+    config: LlamaConfig, ops: Ops, batch: int, context: int, chunk: int, cache_dtype: np.dtype
+) -> int:
     """Bytes of all that is neither weights nor cache, at the widest moment of a step."""
     n_tokens = max(batch, chunk)
     # residual and norm; q k v and the rotated copies, or gate, up and what SwiGLU makes of them
     widest = max(config.n_heads * config.head_dim, config.ffn_dim)
     block = 4 * n_tokens * (2 * config.dim + 6 * widest)
     attention = ops.attention_nbytes(
-        config.n_heads, config.n_kv_heads, config.head_dim, chunk, context
+        config.n_heads, config.n_kv_heads, config.head_dim, chunk, context, cache_dtype
     )
     # logits, what the filters make of them, their sums in float64, and the tokens seen
     sampling = 48 * batch * config.vocab_size

@@ -81,6 +81,7 @@ class Transformer:
                 f"to {self.context} positions"
             )
         chunk = min(self.ops.prefill_chunk(), context)
+        self.backend.use()
         return KVCache(
             self.backend,
             self.rope_table,

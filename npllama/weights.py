@@ -5,7 +5,7 @@ views of memory-mapped files, moved to the device (`ops.prepare`) one after the 
 """
 
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +89,18 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters once loaded."""
-        total = 0
+        return sum(self._each_nbytes())
+
+    @property
+    def largest_nbytes(self) -> int:
+        """Bytes of the largest tensor once loaded."""
+        return max(self._each_nbytes())
+
+    def _each_nbytes(self) -> Iterator[int]:
         for name, shape in tensor_shapes(self.config).items():
             is_norm = len(shape) == 1
             loaded = NORM_FORMAT if is_norm else self.format or self._stored_format(name)
-            total += loaded.nbytes(shape)
-        return total
+            yield loaded.nbytes(shape)
 
     def parameters(self, ops: Ops) -> Parameters:
         """Load: each tensor is converted where asked and handed to `ops.prepare` in turn."""

@@ -1,6 +1,7 @@
 """What the tests share: the implementations of ops they run on, small models, and data."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +134,12 @@ def run_script(code):
     """A Python script in a process of its own, which must end well; warnings are off."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def needed(missing: str | None) -> None:
+    """Skip where a tool is missing, with what it says; fail where CI runs, which installs it."""
+    if missing is not None:
+        (pytest.fail if os.environ.get("NPLLAMA_CI") == "1" else pytest.skip)(missing)
 
 
 def data_file(name) -> Path:

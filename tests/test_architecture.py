@@ -24,6 +24,7 @@ FLOORS = [
         "uniforms",
         "completion",
         "quantization",
+        "cuda_device",
     ],
     ["threads", "weight_formats"],
     ["backend", "config", "sentencepiece_model", "console"],

@@ -1,27 +1,35 @@
 """Which backend is picked, what it says where it cannot, and how much memory it reports."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
+import benchmark
 import npllama
-from npllama import backend
+import perplexity
+import train
+from npllama import backend, cuda_device
 from npllama.backend import Backend, CupyBackend, cuda_device_count, get_backend
+from npllama.config import LlamaConfig
+from npllama.cuda_device import Driver, cuda_driver
 from npllama.errors import BackendError
+from npllama.generate import main
 
 PACKAGE = Path(npllama.__file__).parent
 MB = 10**6
 
 
-def refused(name):
+def refused(name, device=None):
     """The one line with which a backend is refused."""
     with pytest.raises(BackendError) as caught:
-        get_backend(name)
+        get_backend(name, device=device)
     assert caught.value.__suppress_context__ and caught.value.__cause__ is None
     message = str(caught.value)
     assert message and "\n" not in message
@@ -34,19 +42,66 @@ def run_python(code):
     return done.stdout.strip()
 
 
-def fake_cupy(error=None):
-    """A module that computes, or fails at its first array as CuPy does without a GPU."""
+class FakeCupy(ModuleType):
+    """As much of CuPy as choosing it needs.
 
-    def zeros(_n):
-        if error is not None:
-            raise error
+    Args:
+        at: what fails, by the name of a call.
+        error: how.
+        built_for: CUDA's version as the runtime counts it.
+    """
 
-    return SimpleNamespace(zeros=zeros)
+    def __init__(self, at=None, error=None, n_devices=1, built_for=13020):
+        super().__init__("cupy")
+        self.current = 0
+
+        def call(name, value=None):
+            if name == at:
+                raise error
+            return value
+
+        class Device:
+            def __init__(self, device=None):
+                self.id = fake.current if device is None else device
+
+            def use(self):
+                fake.current = self.id
+
+            def __enter__(self):
+                self.before, fake.current = fake.current, self.id
+
+            def __exit__(self, *_):
+                fake.current = self.before
+
+        class Cuda(ModuleType):
+            @property
+            def cublas(self):
+                return call("cublas")
+
+        fake = self
+        self.cuda = Cuda("cupy.cuda")
+        self.cuda.Device = Device
+        self.cuda.nvrtc = SimpleNamespace(getVersion=lambda: call("getVersion", (13, 5)))
+        self.cuda.runtime = SimpleNamespace(
+            runtimeGetVersion=lambda: built_for,
+            getDeviceCount=lambda: call("getDeviceCount", n_devices),
+            getDeviceProperties=lambda device: {"name": b"H%d" % device},
+        )
+        self.zeros = lambda _n: call("zeros")
+        self.asarray = lambda array: (self.current, array)
 
 
 @pytest.fixture
 def with_driver(monkeypatch):
-    monkeypatch.setattr(backend, "cuda_device_count", lambda: 1)
+    set_driver(monkeypatch, Driver(1, (13, 0)))
+
+
+def set_driver(monkeypatch, driver):
+    monkeypatch.setattr(backend, "cuda_driver", lambda: driver)
+
+
+def set_cupy(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "cupy", module)  # None: it is not installed
 
 
 # -- names
@@ -84,7 +139,7 @@ def test_auto_without_a_driver_is_numpy_and_leaves_cupy_alone():
 
 def test_auto_without_a_device_is_numpy_and_leaves_cupy_alone():
     code = (
-        "import sys, npllama.backend as b; b.cuda_device_count = lambda: 0; "
+        "import sys, npllama.backend as b; b.cuda_driver = lambda: b.Driver(); "
         "print(b.get_backend('auto').name, 'cupy' in sys.modules)"
     )
     assert run_python(code) == "numpy False"
@@ -110,51 +165,141 @@ def test_only_the_backend_imports_cupy():
 
 @pytest.mark.usefixtures("with_driver")
 def test_auto_with_a_device_and_cupy_is_cupy(monkeypatch):
-    module = fake_cupy()
-    monkeypatch.setitem(sys.modules, "cupy", module)
+    module = FakeCupy()
+    set_cupy(monkeypatch, module)
     for name in ("auto", "cupy"):
         chosen = get_backend(name)
         assert type(chosen) is CupyBackend and chosen.xp is module
-        assert (chosen.name, chosen.steps_ahead) == ("cupy", 1)
-
-
-@pytest.mark.usefixtures("with_driver")
-@pytest.mark.parametrize("module", [None, fake_cupy(RuntimeError("cudaErrorNoDevice"))])
-def test_auto_with_a_device_and_a_cupy_that_fails_is_numpy(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, "cupy", module)  # None: the import fails
-    assert get_backend("auto").name == "numpy"
+        assert (chosen.name, chosen.steps_ahead, chosen.no_gpu) == ("cupy", 1, None)
 
 
 @pytest.mark.usefixtures("with_driver")
 def test_numpy_is_numpy_even_where_there_is_a_device(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
-    assert get_backend("numpy").name == "numpy"
+    set_cupy(monkeypatch, FakeCupy())
+    chosen = get_backend("numpy")
+    assert (chosen.name, chosen.no_gpu) == ("numpy", None)
 
 
-# -- cupy where it cannot be had
+# -- why there is no GPU: driver, CuPy, what CuPy says of itself, what to do
 
-
-def test_cupy_that_is_not_installed_is_one_line_that_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    message = refused("cupy")
-    assert "cupy" in message and "pip install 'npllama[cuda12]'" in message
-    assert "--backend numpy" in message
-
-
-@pytest.mark.parametrize(
-    ("error", "shown"),
-    [
-        (RuntimeError("cudaErrorInsufficientDriver: too old"), "cudaErrorInsufficientDriver"),
-        (ImportError("\n=====\nCuPy is not correctly installed.\n\nmore\n====="), "CuPy is not"),
-        (OSError("libnvrtc.so.12: cannot open"), "libnvrtc.so.12"),
-        (RuntimeError(), "RuntimeError"),
-        (ValueError("  \n "), "ValueError"),
-    ],
+INSUFFICIENT = RuntimeError(  # CUDARuntimeError is one
+    "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
 )
-def test_cupy_that_cannot_compute_is_one_line_with_the_reason(monkeypatch, error, shown):
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(error))
+NOT_FOUND = RuntimeError('Failure finding "libnvrtc.so.13": No such file: libnvrtc.so.13')
+NO_CUBLAS = ImportError('Failure finding "libcublasLt.so.13": No such file')
+RULED = ImportError("\n=====\nFailed to import CuPy.\n\nmore\n=====")
+READY = Driver(1, (13, 0))
+CASES = {
+    "no driver": (Driver(found="no NVIDIA driver", remedy="install it"), None, "install it"),
+    "CuPy is not installed": (READY, None, "pip install 'npllama[cuda13]'"),
+    "CuPy is not installed ": (Driver(1, (12, 4)), None, "pip install 'npllama[cuda12]'"),
+    "CuPy: driver too old, for CUDA 12.4 and not for CuPy's CUDA 13.2": (
+        Driver(1, (12, 4)),
+        FakeCupy("getDeviceCount", INSUFFICIENT),
+        "expected a driver for CUDA 13 or newer; install one, or pip uninstall cupy-cuda13x and "
+        "pip install 'npllama[cuda12]'",
+    ),
+    "CuPy: driver too old, for CUDA 11.8 and not for CuPy's CUDA 12.9": (
+        Driver(1, (11, 8)),
+        FakeCupy("getDeviceCount", INSUFFICIENT, built_for=12090),
+        "expected a driver for CUDA 12 or newer; install one; --backend",
+    ),
+    "CuPy: cudaErrorDevicesUnavailable: busy": (
+        READY,
+        FakeCupy("zeros", RuntimeError("cudaErrorDevicesUnavailable: busy\nmore")),
+        "nvidia-smi",
+    ),
+    "CuPy: MemoryError": (READY, FakeCupy("zeros", MemoryError()), "nvidia-smi"),
+    "CuPy: ValueError": (READY, FakeCupy("zeros", ValueError("  \n ")), "nvidia-smi"),
+    "CuPy: NVRTC cannot be loaded": (
+        READY,
+        FakeCupy("getVersion", NOT_FOUND),
+        "expected CUDA 13's library; pip install 'npllama[cuda13]' brings it",
+    ),
+    "CuPy: cuBLAS cannot be loaded": (
+        READY,
+        FakeCupy("cublas", NO_CUBLAS, built_for=12090),
+        "expected CUDA 12's library; pip install 'npllama[cuda12]' brings it",
+    ),
+}
+
+
+@pytest.mark.parametrize("found", CASES)
+def test_a_gpu_that_cannot_be_used_is_one_line_with_the_reason_and_what_to_do(
+    monkeypatch, capsys, found
+):
+    driver, module, remedy = CASES[found]
+    found = driver.found or found.strip()
+    set_driver(monkeypatch, driver)
+    set_cupy(monkeypatch, module)
     message = refused("cupy")
-    assert f"({shown}" in message and "NVIDIA GPU" in message and "--backend numpy" in message
+    assert message.startswith(f"backend cupy cannot be used ({found}): ")
+    assert remedy in message and message.endswith("; --backend numpy runs on the CPU")
+
+    assert main(["--prompt", "a", "--backend", "cupy"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"npllama: error: {message}\n")
+
+    assert refused("auto", 0).startswith(f"device 0 cannot be used ({found}): ")  # asked for
+    chosen = get_backend("auto")
+    assert (chosen.name, chosen.no_gpu) == ("numpy", found)
+    assert main(["--prompt", "a", "--max-new-tokens", "1", "--stats"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "backend" in line]
+    assert re.fullmatch(rf"backend +numpy \(CPU, \d+ cores; {re.escape(found)}\)", line)
+
+
+@pytest.mark.usefixtures("with_driver")
+def test_a_cupy_that_cannot_be_imported_is_one_line_with_the_reason(monkeypatch):
+    def fail(_name):
+        raise RULED
+
+    monkeypatch.setattr(backend.importlib, "import_module", fail)
+    message = refused("cupy")
+    assert "(CuPy: Failed to import CuPy.): pip install 'npllama[cuda13]'" in message
+    assert get_backend("auto").no_gpu == "CuPy: Failed to import CuPy."
+
+
+# -- several devices
+
+
+@pytest.mark.usefixtures("with_driver")
+def test_a_device_is_current_in_every_thread_that_moves_arrays(monkeypatch):
+    module = FakeCupy(n_devices=3)
+    set_cupy(monkeypatch, module)
+    chosen = get_backend("auto", device=2)
+    assert chosen.device_name() == "H2, device 2 of 0 to 2"
+    module.current = 0  # as in another thread
+    assert chosen.to_device("a") == (2, "a")
+    module.current = 0
+    assert get_backend("cupy").to_device("a") == (0, "a")  # whichever is current
+    set_cupy(monkeypatch, FakeCupy())
+    assert get_backend("cupy").device_name() == "H0"
+
+
+@pytest.mark.usefixtures("with_driver")
+@pytest.mark.parametrize(
+    ("n_devices", "device", "expected"),
+    [(1, 1, "expected 0, the only one"), (3, 3, "expected 0 to 2"), (3, 99, "expected 0 to 2")],
+)
+def test_a_device_that_does_not_exist_is_refused(monkeypatch, n_devices, device, expected):
+    set_cupy(monkeypatch, FakeCupy(n_devices=n_devices))
+    for name in ("auto", "cupy"):
+        message = refused(name, device)
+        assert message.startswith(f"device {device} cannot be used (there is no such GPU): ")
+        assert expected in message
+
+
+@pytest.mark.parametrize("device", [-1, "0", 1.0, True])
+def test_a_device_that_is_no_number_is_refused(device):
+    with pytest.raises(BackendError, match=f"device is {device!r}: expected a GPU's number"):
+        get_backend("auto", device=device)
+
+
+def test_a_device_is_not_for_numpy(capsys):
+    with pytest.raises(BackendError, match="device is 1, a GPU's number, and backend numpy"):
+        npllama.load(backend="numpy", device=1)
+    assert main(["--prompt", "a", "--backend", "numpy", "--device", "1"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
@@ -167,46 +312,66 @@ def test_the_real_cupy_without_a_device_is_refused_the_same_way():
         "except BackendError as error: print(error)"
     )
     lines = run_python(code).splitlines()
-    assert len(lines) == 1 and "cuda" in lines[0].lower() and "--backend numpy" in lines[0]
+    assert len(lines) == 1 and "GPU" in lines[0] and "--backend numpy" in lines[0]
 
 
 # -- the driver
 
 
-def fake_driver(init, count, error=0):
-    def get_count(pointer):
-        pointer._obj.value = count
-        return error
+def fake_library(init=0, count=0, error=0, version=12040):
+    def write(value, error):
+        def call(pointer):
+            pointer._obj.value = value
+            return error
 
-    return SimpleNamespace(cuInit=lambda _flags: init, cuDeviceGetCount=get_count)
+        return call
+
+    return SimpleNamespace(
+        cuInit=lambda _flags: init,
+        cuDeviceGetCount=write(count, error),
+        cuDriverGetVersion=write(version, 0),
+    )
 
 
 @pytest.mark.parametrize(
-    ("driver", "devices"),
+    ("library", "devices", "found"),
     [
-        (fake_driver(0, 3), 3),
-        (fake_driver(0, 0), 0),
-        (fake_driver(100, 3), 0),  # CUDA_ERROR_NO_DEVICE
-        (fake_driver(0, 3, error=3), 0),
+        (fake_library(count=3), 3, ""),
+        (fake_library(), 0, "no CUDA device"),
+        (fake_library(init=100, count=3), 0, "no CUDA device"),  # CUDA_ERROR_NO_DEVICE
+        (fake_library(init=803), 0, "the NVIDIA driver does not start (CUDA error 803)"),
+        (fake_library(count=3, error=3), 0, "the NVIDIA driver does not start (CUDA error 3)"),
     ],
 )
-@pytest.mark.parametrize("library", ["libcuda.so.1", "libcuda.so", "nvcuda.dll"])
-def test_devices_are_those_that_the_driver_counts(monkeypatch, driver, devices, library):
-    def load(name):
-        if name != library:
-            raise OSError(f"{name}: cannot open shared object file")
-        return driver
+@pytest.mark.parametrize("name", ["libcuda.so.1", "libcuda.so", "nvcuda.dll"])
+def test_devices_are_those_that_the_driver_counts(monkeypatch, library, devices, found, name):
+    def load(asked):
+        if asked != name:
+            raise OSError(f"{asked}: cannot open shared object file")
+        return library
 
-    monkeypatch.setattr(backend.ctypes, "CDLL", load)
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", load)
+    driver = cuda_driver()
+    assert (driver.n_devices, driver.version, driver.found) == (devices, (12, 4), found)
     assert cuda_device_count() == devices
+    assert bool(driver.remedy) == bool(found)
+
+
+def test_devices_that_a_variable_hides_are_told(monkeypatch):
+    monkeypatch.setattr(cuda_device, "_library", lambda: fake_library(init=100))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "CUDA_VISIBLE_DEVICES" not in cuda_driver().remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert "CUDA_VISIBLE_DEVICES is '7' and hides others" in cuda_driver().remedy
 
 
 def test_without_a_driver_there_are_no_devices(monkeypatch):
     def load(name):
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(backend.ctypes, "CDLL", load)
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", load)
     assert cuda_device_count() == 0
+    assert cuda_driver().found == "no NVIDIA driver" and "libcuda.so.1" in cuda_driver().remedy
 
 
 # -- memory
@@ -227,3 +392,23 @@ def test_arrays_go_to_the_backend_and_come_back_the_same(ops, to_device, to_host
     back = to_host(there * 2)
     assert isinstance(back, np.ndarray) and np.array_equal(back, array * 2)
     assert to_device(there) is there
+
+
+# -- every program
+
+
+def test_every_program_takes_a_device(monkeypatch, tmp_path, capsys):
+    set_driver(monkeypatch, Driver(found="no NVIDIA driver", remedy="install it"))
+    text, config = tmp_path / "text", tmp_path / "config.json"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n<|endoftext|>\n" * 9)
+    config.write_text(json.dumps(LlamaConfig(24, 1, 2, 2, 12, 300, 16).to_hf()))
+    new = ["--text", str(text), "--config", str(config), "--batch", "4"]
+    new += ["--out", str(tmp_path / "run")]
+    for program, arguments in {
+        main: ["--prompt", "a"],
+        benchmark.main: ["--shape", "15m"],
+        perplexity.main: ["--text", str(text)],
+        train.main: new,
+    }.items():
+        assert program([*arguments, "--device", "3"]) == 2
+        assert "error: device 3 cannot be used (no NVIDIA driver): " in capsys.readouterr().err

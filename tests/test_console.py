@@ -149,11 +149,24 @@ def test_an_error_of_the_system_is_reported_as_what_it_is(capsys, monkeypatch):
     assert capsys.readouterr().err == f"convert: {line}"
 
 
+class CupyOutOfMemoryError(MemoryError):
+    """cupy.cuda.memory.OutOfMemoryError"""
+
+    __module__ = "cupy.cuda.memory"
+
+
+OUT_OF_GPU_MEMORY = "error: out of GPU memory: use a smaller model"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (InputError("a\nb: expected c"), 2, r"error: a\nb: expected c"),
         (MemoryError("Unable to allocate"), 2, "error: out of memory: use a smaller model"),
+        (CupyOutOfMemoryError("Out of memory allocating 5 bytes"), 2, OUT_OF_GPU_MEMORY),
+        (RuntimeError("cudaErrorMemoryAllocation: out of memory"), 2, OUT_OF_GPU_MEMORY),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory"), 2, OUT_OF_GPU_MEMORY),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, OUT_OF_GPU_MEMORY),
         (OSError(errno.EIO, "Input/output error"), 2, "error: Input/output error"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Interrupted(15), 143, "interrupted"),
@@ -175,6 +188,12 @@ def test_without_an_error_the_exit_code_is_that_of_the_work(capsys):
 def test_what_is_not_foreseen_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         console.exit_code("name", lambda: 1 // 0)
+
+    def fail():
+        raise RuntimeError("cudaErrorIllegalAddress")
+
+    with pytest.raises(RuntimeError):
+        console.exit_code("name", fail)
 
 
 def test_a_program_says_what_a_signal_and_a_lack_of_memory_mean_for_it(capsys):

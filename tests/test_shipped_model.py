@@ -107,12 +107,14 @@ def packages(tmp_path_factory):
     return next(tmp_path.glob("*.tar.gz")), next(tmp_path.glob("*.whl"))
 
 
-def test_wheel_and_sdist_contain_the_model(packages):
+def test_wheel_and_sdist_contain_the_model_and_the_kernels(packages):
     sdist, wheel = packages
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
-    for path in SHIPPED.iterdir():
+    kernels = list((ROOT / "npllama").rglob("*.cu"))
+    assert kernels
+    for path in (*SHIPPED.iterdir(), *kernels):
         assert path.relative_to(ROOT).as_posix() in in_sdist
         assert path.relative_to(ROOT).as_posix() in in_wheel
 

@@ -64,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
-    return exit_code("benchmark", lambda: _print_report(options))
+    return exit_code(
+        "benchmark",
+        lambda: _print_report(options),
+        out_of_memory="use a shorter --context, a smaller --batch or a narrower --dtype",
+    )
 
 
 def _print_report(options: argparse.Namespace) -> None:
@@ -214,12 +218,17 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace) -> Llama:
-    backend = get_backend(options.backend, options.threads)
+    backend = get_backend(options.backend, options.threads, options.device)
     if backend.xp is not np and (options.threads is not None or options.compare is not None):
         raise InputError("--threads and --compare hf are for the CPU: add --backend numpy")
     if options.model is not None:
         llama = npllama.load(
-            options.model, backend.name, options.dtype, options.context, options.threads
+            options.model,
+            backend.name,
+            options.dtype,
+            options.context,
+            options.threads,
+            options.device,
         )
         _check_length(options, llama.context)
         return llama
@@ -270,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights in memory (default: as stored; float32 for a shape)",
     )
     p.add_argument("--backend", choices=BACKENDS, default="auto")
+    p.add_argument("--device", type=int, metavar="N", help="which GPU (default: the first)")
     p.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: all free cores)")
     p.add_argument(
         "--prompt-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)"

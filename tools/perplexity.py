@@ -102,7 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
-    return exit_code("perplexity", lambda: _print_score(options))
+    return exit_code(
+        "perplexity",
+        lambda: _print_score(options),
+        out_of_memory="use a narrower --dtype or a smaller model",
+    )
 
 
 def _print_score(options: argparse.Namespace) -> None:
@@ -112,7 +116,7 @@ def _print_score(options: argparse.Namespace) -> None:
         if options.limit < 1:
             raise InputError(f"--limit is {options.limit}: expected at least 1")
         texts = texts[: options.limit]
-    llama = npllama.load(options.model, backend=options.backend, dtype=options.dtype)
+    llama = npllama.load(options.model, options.backend, dtype=options.dtype, device=options.device)
     began = time.perf_counter()
     total = score_texts(llama, texts)
     seconds = time.perf_counter() - began
@@ -156,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--limit", type=int, metavar="N", help="score the first N texts alone")
     p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto")
+    p.add_argument("--device", type=int, metavar="N", help="which GPU (default: the first)")
     p.add_argument("--dtype", choices=tuple(FORMATS), help="(default: as stored)")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     return p

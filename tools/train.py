@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interruptible():
             train(options)
 
-    return exit_code("train", work, interrupted)
+    return exit_code("train", work, interrupted, "use a smaller --micro-batch or model")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -128,7 +128,7 @@ def _run(
         packed=options.packed,
         seed=options.seed,
     )
-    ops = ops_for(get_backend(options.backend))
+    ops = ops_for(get_backend(options.backend, device=options.device))
     n_workers = options.threads or ops.backend.threads.most
     ops.backend.threads = Threads(1)  # a micro-batch has one
     check_training_memory(config, ops, min(options.micro_batch, options.batch), n_workers)
@@ -313,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="S", help="of the first weights and the order")
     add = p.add_argument_group("how it is computed").add_argument
     add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
+    add("--device", type=int, metavar="N", help="which GPU (default: the first)")
     add("--threads", type=int, metavar="N", help="micro-batches at once (default: one a core)")
     add = p.add_argument_group("what is shown").add_argument
     add("--report-every", type=int, default=50, metavar="N", help="steps between lines")

@@ -224,11 +224,19 @@ class Ops(SamplingEquations, Derivatives):
         return 0
 
     def attention_nbytes(
-        self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
+        self,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        chunk: int,
+        context: int,
+        cache_dtype: np.dtype,
     ) -> int:
         """Bytes that `attention` holds for one row's chunk: here four arrays of all scores,
-        (H, T, N), and the row's keys and values widened, (K, N, C) each."""
-        return 4 * (4 * n_heads * chunk * context + 2 * n_kv_heads * context * head_dim)
+        (H, T, N), and where the cache is narrower than float32, the row's keys and values
+        widened, (K, N, C) each."""
+        widened = 2 * n_kv_heads * context * head_dim if cache_dtype.itemsize < 4 else 0
+        return 4 * (4 * n_heads * chunk * context + widened)
 
     keeps_caches = False
     """Whether a generation's cache is worth keeping for the next one: what `compile` has made of a

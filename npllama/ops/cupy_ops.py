@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -210,13 +211,19 @@ class CupyOps(Ops):
         return 2048
 
     def attention_nbytes(
-        self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
+        self,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        chunk: int,
+        context: int,
+        cache_dtype: np.dtype,
     ) -> int:
         """What `attention` holds of the queries that attend at a time; the kernels take less. And
         what is widened of an int8 matrix."""
         at_once = prompt.queries_at_once(n_heads // n_kv_heads, context)
         nbytes = super().attention_nbytes(
-            n_heads, n_kv_heads, head_dim, min(chunk, at_once), context
+            n_heads, n_kv_heads, head_dim, min(chunk, at_once), context, cache_dtype
         )
         return nbytes + 2 * prompt.WIDENED
 
@@ -259,6 +266,11 @@ class CupyOps(Ops):
             whole[begin : begin + len(array)] = self.backend.to_device(array)
             begin += len(array)
         return whole
+
+    def forward_context(self, n_rows: int) -> AbstractContextManager:
+        """The forward is queued on the backend's device, whatever thread runs it."""
+        self.backend.use()
+        return super().forward_context(n_rows)
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
         """Keys and values are kept as the weights are; float16 beside int8 weights."""

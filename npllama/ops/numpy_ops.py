@@ -130,8 +130,17 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return self.backend.threads.most * queries * context
 
     def attention_nbytes(
-        self, n_heads: int, n_kv_heads: int, head_dim: int, chunk: int, context: int
+        self,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        chunk: int,
+        context: int,
+        cache_dtype: np.dtype,
     ) -> int:
-        """The scratch, and queries and outputs of one chunk."""
-        scores = self.scratch_size(n_heads, n_kv_heads, chunk, context)
-        return 4 * (scores + 3 * n_heads * chunk * head_dim)
+        """The scratch, and queries and outputs of one chunk. A cache that is not float32 is widened
+        row by row, and all scores of the chunk are held once."""
+        numbers = self.scratch_size(n_heads, n_kv_heads, chunk, context)
+        if cache_dtype != np.float32:
+            numbers += n_heads * chunk * context + 2 * n_kv_heads * context * head_dim
+        return 4 * (numbers + 3 * n_heads * chunk * head_dim)

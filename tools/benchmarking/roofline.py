@@ -137,6 +137,7 @@ def _room(llama: Llama, batch: int, length: int) -> int | None:
     c = llama.sizes
     itemsize = llama.cache_dtype.itemsize
     taken = KVCache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, batch, length, itemsize)
-    taken += workspace_nbytes(c, llama.ops, batch, length, min(llama.ops.prefill_chunk(), length))
+    chunk = min(llama.ops.prefill_chunk(), length)
+    taken += workspace_nbytes(c, llama.ops, batch, length, chunk, llama.cache_dtype)
     taken += mapped_nbytes(llama.parameters)  # they count as free, and would be pushed out
     return int(free * (1 - _MARGIN)) - taken

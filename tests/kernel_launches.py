@@ -1,0 +1,218 @@
+"""Which kernels would be launched for real models, found out without a GPU and without computing.
+
+CupyOps runs on NumPy arrays whose memory nobody touches, with a Kernels that notes each launch.
+Where it falls back to the reference's blocks, nothing is computed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+from benchmarking.shapes import SHAPES
+from npllama.backend import Backend
+from npllama.config import LlamaConfig
+from npllama.llama import SHIPPED
+from npllama.model import Transformer
+from npllama.ops import CupyOps, Ops
+from npllama.ops.cuda.kernels import Kernels
+from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.sampling_options import Sampling
+from npllama.weight_formats import FORMATS
+from npllama.weight_table import EMBEDDING, LM_HEAD, OF_LAYER, PRODUCTS, tensor_shapes
+
+MODELS = {
+    **{name: LlamaConfig.named(name) for name in ("7B", "13B", "34B", "70B")},
+    **{name: SHAPES[name] for name in ("1.1b", "110m")},
+    "stories": LlamaConfig.from_directory(SHIPPED),
+}
+PROMPT = 64  # tokens
+GREEDY = Sampling(temperature=0)
+ALL_FILTERS = Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a kernel's launch may depend on, and what limits it."""
+
+    arch: str
+    compute_capability: str
+    n_sms: int
+    shared_limit: int  # bytes that a block may have
+
+    @property
+    def cuda(self) -> SimpleNamespace:
+        """As much of cupy.cuda as code that launches kernels asks."""
+        attributes = {
+            "MultiProcessorCount": self.n_sms,
+            "MaxSharedMemoryPerBlockOptin": self.shared_limit,
+            "MaxSharedMemoryPerMultiprocessor": self.shared_limit + 1024,
+        }
+        device = SimpleNamespace(
+            id=0, attributes=attributes, compute_capability=self.compute_capability
+        )
+        return SimpleNamespace(Device=lambda *_: device)
+
+
+A100 = Gpu("sm_80", "80", 108, 163 * 1024)
+H100 = Gpu("sm_90", "90", 132, 227 * 1024)
+GPUS = (A100, H100)
+REGISTERS = 65_536  # of a streaming multiprocessor, and so of a block at most
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of one file, with threads of a block and bytes of dynamic shared memory."""
+
+    file: str
+    name: str
+    n_threads: int
+    shared: int
+
+
+def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
+    """What decode steps of so many rows, and the first chunk of a prompt, launch for all models in
+    each dtype."""
+    noted: set[Launch] = set()
+    with _nothing_computed(), np.errstate(all="ignore"):
+        for config in MODELS.values():
+            for dtype in FORMATS:
+                ops = _NotingOps(_Untouched(gpu), noted)
+                _run(ops, replace(config, n_layers=1), dtype, n_rows)
+    return noted
+
+
+def few(launched: set[Launch], with_first: bool) -> set[str]:
+    """Some of the kernels' names, in which each argument of their templates stands that stands in
+    any. Of several the one of the largest block: a thread has the fewest registers there.
+
+    Args:
+        with_first: each stands with each that is the first one, which is a dtype.
+    """
+    parts = {launch: _parts(launch.name, with_first) for launch in launched}
+    left: set[tuple] = set().union(*parts.values())
+    names: set[str] = set()
+    while left:
+
+        def gain(launch: Launch, left: set = left) -> tuple[int, int, str]:
+            return len(parts[launch] & left), launch.n_threads, launch.name
+
+        best = max(launched, key=gain)
+        names.add(best.name)
+        left -= parts[best]
+    return names
+
+
+def _parts(name: str, with_first: bool) -> set[tuple]:
+    kernel, _, arguments = name.partition("<")
+    values = arguments.rstrip(">").split(", ")
+    beside = values[0] if with_first else ""
+    return {(kernel, beside, i, value) for i, value in enumerate(values)}
+
+
+def _run(ops: CupyOps, config: LlamaConfig, dtype: str, n_rows: int) -> None:
+    model = Transformer(config, _parameters(config, dtype), ops)
+    n = config.context_length
+    for length in (1, n - 1):  # the shortest cache and the longest
+        cache = model.new_cache(n_rows)
+        cache.lengths = [length] * n_rows
+        cache.device_lengths[:] = length
+        tokens = np.zeros((n_rows, 1), dtype="int64")
+        model.compute(tokens, cache, cache.place(1))
+        logits = np.zeros((n_rows, config.vocab_size), dtype="float32")
+        seen = np.zeros(logits.shape, dtype=bool)
+        ops.next_token(logits, None, GREEDY)
+        ops.next_token(logits, np.zeros(n_rows), ALL_FILTERS, seen)
+    cache = model.new_cache(1)
+    model.compute(np.zeros((1, PROMPT), dtype="int64"), cache, cache.place(PROMPT))
+
+
+def _parameters(config: LlamaConfig, dtype: str) -> Parameters:
+    """Weights of one layer that nobody has written, joined as CupyOps has them."""
+    shapes = tensor_shapes(config)
+
+    def matrix(n_out: int, n_in: int) -> Matrix:
+        stored = FORMATS[dtype].stored("", (n_out, n_in)).values()
+        return Matrix(*(np.empty(shape, kind) for kind, shape in stored))
+
+    parts, joined = {}, {}
+    for weights in PRODUCTS.values():
+        sizes = [weight.sizes(config) for weight in weights]
+        whole = matrix(sum(n_out for n_out, _ in sizes), sizes[0][1])
+        if len(weights) > 1:
+            joined[weights[0].joined] = whole
+        begin = 0
+        for weight, (n_out, _) in zip(weights, sizes, strict=True):
+            parts[weight.field] = whole.rows(slice(begin, begin + n_out))
+            begin += n_out
+    norms = {w.field: np.ones(config.dim, "float32") for w in OF_LAYER if not w.is_matrix}
+    layer = Layer(**parts, **norms, norm_eps=config.norm_eps).with_derived(**joined)
+    embedding = matrix(*shapes[EMBEDDING])
+    lm_head = embedding if config.tie_embeddings else matrix(*shapes[LM_HEAD])
+    head = Head(np.ones(config.dim, "float32"), lm_head, config.norm_eps)
+    return Parameters(embedding, (layer,), head)
+
+
+class _Untouched(Backend):
+    """NumPy's functions and a GPU's attributes."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        super().__init__(_Module(gpu))
+
+
+class _Module:
+    def __init__(self, gpu: Gpu) -> None:
+        self.cuda = gpu.cuda
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(np, name)
+
+
+class _NotingOps(CupyOps):
+    def __init__(self, backend: Backend, noted: set[Launch]) -> None:
+        super().__init__(backend)
+        self.kernels = _NotingKernels(backend, noted)
+
+
+class _NotingKernels(Kernels):
+    def __init__(self, backend: Backend, noted: set[Launch]) -> None:
+        super().__init__(backend)
+        self._noted = noted
+
+    def launch(
+        self,
+        file: str,
+        name: str,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        args: tuple,
+        shared: int = 0,
+    ) -> None:
+        self._noted.add(Launch(file, name, int(np.prod(block)), shared))
+
+
+@contextmanager
+def _nothing_computed() -> Iterator[None]:
+    """The reference's blocks and products return memory that nobody has written."""
+
+    def attention_block(self, x, layer, cache, positions, n_last=None):
+        return np.empty((x.shape[0], n_last or x.shape[1], x.shape[2]), "float32")
+
+    def feed_forward(self, x, layer):
+        return np.empty_like(x)
+
+    def head(self, x, head):
+        return np.empty((*x.shape[:2], head.lm_head.shape[0]), "float32")
+
+    def linear(self, x, w):
+        return np.empty((*x.shape[:-1], w.shape[0]), x.dtype)
+
+    replaced = (attention_block, feed_forward, head, linear)
+    with (
+        mock.patch.multiple(Ops, **{f.__name__: f for f in replaced}),
+        mock.patch.object(CupyOps, "linear", linear),
+    ):
+        yield
