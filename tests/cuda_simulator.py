@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -56,12 +57,16 @@ class CompilationError(Exception):
 
 @functools.cache
 def compiler() -> str | None:
-    """g++ 12 or later, which has _Float16; None where there is none."""
+    """g++ 12 or later, which has _Float16, on Linux; None where there is none."""
     path = shutil.which("g++")
-    if path is None:
+    if path is None or sys.platform != "linux":
         return None
-    version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout
-    return path if int(version.split(".")[0] or 0) >= 12 else None
+    about, version = (
+        subprocess.run([path, option], capture_output=True, text=True).stdout
+        for option in ("--version", "-dumpversion")
+    )
+    is_gcc = "Free Software Foundation" in about  # clang calls itself g++ as well
+    return path if is_gcc and int(version.split(".")[0]) >= 12 else None
 
 
 @dataclass(frozen=True)

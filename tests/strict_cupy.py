@@ -150,11 +150,12 @@ class CupyDevice(strict_array.Device):
         inputs, outputs = arrays_in((args, kwargs)), arrays_in(result)
         if not outputs or _are_views(outputs, inputs):
             return result
-        if name in ("empty", "empty_like"):
-            poison(result)
         if self._private_pool:
             result = map_arrays(self._moved, result)
-        stream.touch(inputs + arrays_in(result))
+        if name in ("empty", "empty_like"):
+            self.uses.touch(poison(result), stream)  # without work on the device
+        else:
+            stream.touch(inputs + arrays_in(result))
         return result
 
     def change(self, name, function, target, args, kwargs):

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -130,7 +131,9 @@ struct Cells {  // zero, and in memory only where touched
     n = wanted;
     at = (Cell*)mmap(nullptr, n * sizeof(Cell), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) abort();
+    if (at != MAP_FAILED) return;
+    at = nullptr, n = 0;
+    throw std::bad_alloc();
   }
 };
 struct Extent {  // an array of the launch
@@ -697,7 +700,11 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
 
 // null, or what the kernel did wrong
 const char* cuda_sim_launch(const Kernel* kernel, GivenLaunch* given) {
-  begin_launch(kernel, *given);
+  try {
+    begin_launch(kernel, *given);
+  } catch (const std::bad_alloc&) {
+    return "no address space for the marks of every element";
+  }
   given->number = launch->stamp;
   if (_setjmp(launcher)) {  // an error: the fibers that are left begin anew next time
     for (Fiber& f : fibers) f.stack = nullptr;
