@@ -18,8 +18,8 @@ MISTAKES = [
     ),
     (
         "a batch is overwritten before it is read",
-        "      typename Columns<",
-        "      weights.copy_next(stage);\n      typename Columns<",
+        "      typename X::Sums",
+        "      weights.copy_next(stage);\n      typename X::Sums",
     ),
     ("a chunk beyond the row", "THREADS < n_chunks;", "THREADS <= n_chunks;"),
     ("a row beyond the block's", "r < rows_left", "r <= rows_left"),
@@ -28,8 +28,8 @@ MISTAKES = [
     ("a row of x that is not there", "if (m < n_tokens && d < width)", "if (d < width)"),
     ("squares of the last tile alone", "tile == 0 ? sum : squares[m] + sum", "sum"),
     ("sums of the last tile alone", "tile == 0 ? sum : my_sums[row] + sum", "sum"),
-    ("shares are not rounded up", "n_all_units + gridDim.x - 1", "n_all_units"),
-    ("the scales of gate for up", "(i % ROWS_OF_UNIT) * n_all_units", "(i % ROWS_OF_UNIT)"),
+    ("shares are not rounded up", "(rest > 0 ? 1 : 0)", "0"),
+    ("the scales of gate for up", "(i % UNIT) * n_all_units", "(i % UNIT)"),
     (
         "a warp's sums in the other order",
         "keeps_upper ? upper : lower",
@@ -47,11 +47,11 @@ MISTAKES = [
 
 
 def run(launcher):
-    # 3 rows of x where 4 fit, two tiles, of which the second is not full, and 3 blocks: of 5, 5
-    # and 6 units, so that batches of 2 units are full and are not
+    # 3 rows of x where 4 fit, two tiles, of which the second is not full, and 3 blocks: of 6, 5
+    # and 5 units, so that batches of 2 units are full and are not
     check(launcher, "signed char, 4, 32, 1, 4, 2, true, true, true", 3, 32, 800, 3, True, True)
-    # more outputs than threads, in the last block one more than full batches
-    check(launcher, "__half, 2, 32, 2, 2, 3, false, false, false", 2, 81, 512, 2, False, False)
+    # 41 outputs a block: more than threads, and one more than full batches
+    check(launcher, "__half, 2, 32, 2, 2, 3, false, false, false", 2, 82, 512, 2, False, False)
 
 
 def check(launcher, arguments, n_rows, n_out, width, grid, has_norm, swiglu):

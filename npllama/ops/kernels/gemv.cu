@@ -148,35 +148,38 @@ template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
 // A block's part of the work. A unit is what makes one output: a row of W, or with SWIGLU a row of
 // gate and one of up, which then stand beside each other in the order of the block's rows.
 template <bool SWIGLU> struct Share {
-  static constexpr int ROWS_OF_UNIT = SWIGLU ? 2 : 1;
-  int first, n_units, n_rows, n_all_units;
+  static constexpr int UNIT = SWIGLU ? 2 : 1;  // rows of a unit
+  int first, n_units, n_rows;                  // the first unit; how many units and rows
+  int n_all_units, most_rows;                  // of W; rows of the largest share
 
   __device__ explicit Share(int n_weight_rows) {
-    n_all_units = n_weight_rows / ROWS_OF_UNIT;
-    first = (int)((long long)n_all_units * blockIdx.x / gridDim.x);
-    n_units = (int)((long long)n_all_units * (blockIdx.x + 1) / gridDim.x) - first;
-    n_rows = n_units * ROWS_OF_UNIT;
+    n_all_units = n_weight_rows / UNIT;
+    const int block = blockIdx.x, n_blocks = gridDim.x;
+    const int each = n_all_units / n_blocks, rest = n_all_units % n_blocks;
+    first = each * block + min(block, rest);
+    n_units = each + (block < rest ? 1 : 0);
+    n_rows = n_units * UNIT;
+    most_rows = (each + (rest > 0 ? 1 : 0)) * UNIT;
   }
-  // the row of W of the block's row i
-  __device__ int row(int i) const {
-    return first + i / ROWS_OF_UNIT + (i % ROWS_OF_UNIT) * n_all_units;
-  }
+  // which row of W the block's row i is
+  __device__ int row(int i) const { return first + i / UNIT + (i % UNIT) * n_all_units; }
 };
 
 // ROWS rows of a tile are a batch; STAGES batches are in flight.
 template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU> struct Queue {
   static_assert(!SWIGLU || ROWS % 2 == 0, "gate and up are in one batch");
-  static constexpr int TILE = THREADS * CHUNKS;  // chunks of a row
+  static constexpr int TILE = THREADS * CHUNKS, UNIT = Share<SWIGLU>::UNIT;  // chunks; rows
 
   const Share<SWIGLU>& share;
-  uint4* mine;          // this thread's first chunk in shared memory (STAGES, ROWS, CHUNKS, THREADS)
-  const char* next;     // this thread's first chunk of the next batch in global memory
+  uint4* mine;       // this thread's part of (STAGES, ROWS, CHUNKS, THREADS) in shared memory
+  const char* next;  // this thread's first chunk of the next batch in global memory
   size_t row_bytes;
-  int n_chunks, chunk;  // of a row; and which one `next` is
-  int rows_left;        // of the tile
+  int n_chunks;   // of a row
+  int chunk;      // which of them `next` is
+  int rows_left;  // of the tile, from `next` on
 
-  __device__ Queue(const Share<SWIGLU>& share_, const W* w, int width, uint4* shared)
-      : share(share_), mine(shared + threadIdx.x) {
+  __device__ Queue(const Share<SWIGLU>& share_, const W* w, int width, uint4* queue)
+      : share(share_), mine(queue + threadIdx.x) {
     row_bytes = (size_t)width * sizeof(W);
     n_chunks = width / Chunk<W>::SIZE;
     chunk = threadIdx.x;
@@ -189,7 +192,7 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
   __device__ void copy_next(int stage) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      const int unit = r / Share<SWIGLU>::ROWS_OF_UNIT, is_up = r % Share<SWIGLU>::ROWS_OF_UNIT;
+      const int unit = r / UNIT, is_up = r % UNIT;
       const char* from = next + row_bytes * unit + (is_up ? row_bytes * share.n_all_units : 0);
 #pragma unroll
       for (int j = 0; j < CHUNKS; j++) {
@@ -198,11 +201,11 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
       }
     }
     __pipeline_commit();
-    next += row_bytes * (ROWS / Share<SWIGLU>::ROWS_OF_UNIT);
+    next += row_bytes * (ROWS / UNIT);
     rows_left -= ROWS;
     if (rows_left <= 0) {  // the first batch of the next tile; past the last one nothing is there
       const int n_batches = (share.n_rows + ROWS - 1) / ROWS;
-      next -= row_bytes * (ROWS / Share<SWIGLU>::ROWS_OF_UNIT) * n_batches;
+      next -= row_bytes * (ROWS / UNIT) * n_batches;
       next += TILE * 16;
       chunk += TILE;
       rows_left = share.n_rows;
@@ -215,8 +218,8 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
 
 // -- the kernel -----------------------------------------------------------------------------------
 
-// This thread's columns of x * norm in one tile, of n_tokens rows of x, zeros elsewhere. Each lane 0
-// adds its warp's sums of x^2 to squares (M).
+// This thread's columns of x * norm in one tile, zeros where there are none. Lane 0 adds its warp's
+// sums of x^2 to squares (M).
 template <typename W, int M, int THREADS, int CHUNKS, bool NORM, bool DIGITS>
 __device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, const float* x,
                                     const float* __restrict__ norm, int n_tokens, int width,
@@ -243,7 +246,7 @@ __device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, cons
         const int d = first + j * THREADS * N + i;
         float4 v = make_float4(0, 0, 0, 0);
         if (m < n_tokens && d < width) {
-          v = __ldcg(reinterpret_cast<const float4*>(x + (size_t)m * width + d));
+          v = *reinterpret_cast<const float4*>(x + (size_t)m * width + d);
         }
         h[m][j][i] = v.x, h[m][j][i + 1] = v.y, h[m][j][i + 2] = v.z, h[m][j][i + 3] = v.w;
       }
@@ -265,14 +268,14 @@ __device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, cons
   }
 }
 
-// y of the block's units from the sums of its warps: sums (WARPS, M, pitch), squares (WARPS, M),
-// scales (pitch), residuals (M, pitch).
+// y of the block's units, from what the block has in shared memory: sums (WARPS, M, pitch) and
+// squares (WARPS, M) of its warps, scales (pitch), residuals (M, pitch).
 template <int M, int THREADS, bool SWIGLU>
 __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* sums, int pitch,
                                      const float* squares, const float* scales, bool has_scale,
                                      bool has_norm, const float* residuals, bool has_residual,
                                      float* y, int n_tokens, int width, float eps) {
-  constexpr int WARPS = THREADS / 32;
+  constexpr int WARPS = THREADS / 32, UNIT = Share<SWIGLU>::UNIT;
 #pragma unroll
   for (int m = 0; m < M; m++) {
     if (m >= n_tokens) break;
@@ -284,62 +287,60 @@ __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* su
       inverse = rsqrtf(sum / width + eps);
     }
     for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS) {
-      float outputs[Share<SWIGLU>::ROWS_OF_UNIT];
+      float outputs[UNIT];
 #pragma unroll
-      for (int i = 0; i < Share<SWIGLU>::ROWS_OF_UNIT; i++) {
-        const int row = unit * Share<SWIGLU>::ROWS_OF_UNIT + i;
+      for (int i = 0; i < UNIT; i++) {
+        const int row = unit * UNIT + i;
         float sum = 0;
 #pragma unroll
         for (int warp = 0; warp < WARPS; warp++) sum += sums[(warp * M + m) * pitch + row];
         outputs[i] = sum * inverse * (has_scale ? scales[row] : 1.0f);
       }
       float value = outputs[0];
-      if (SWIGLU) value = silu(value) * outputs[Share<SWIGLU>::ROWS_OF_UNIT - 1];
+      if (SWIGLU) value = silu(value) * outputs[UNIT - 1];
       if (has_residual) value += residuals[m * pitch + unit];
       y[(size_t)m * share.n_all_units + share.first + unit] = value;
     }
   }
 }
 
-// W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), y and residual
-// (n_tokens, n_weight_rows, or half of that with SWIGLU); n_tokens <= M. width * sizeof(W) is a
+// W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), y, residual
+// (n_tokens, n_weight_rows, or half as many with SWIGLU). n_tokens <= M; width * sizeof(W) is a
 // multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below.
-// registers: at most 128
+// registers: at most 224
 template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU,
           bool DIGITS>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 2)  // two blocks on an SM: of this kernel and the next
 gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
      const float* __restrict__ norm, const float* residual, float* y, int n_weight_rows, int width,
      int n_tokens, float eps) {
   typedef Queue<W, THREADS, CHUNKS, ROWS, STAGES, SWIGLU> Weights;
-  constexpr int WARPS = THREADS / 32, LANES_OF_SUM = 32 / (ROWS * M);
-  static_assert(LANES_OF_SUM > 0, "each lane has one sum of a batch");
+  typedef Columns<W, M, CHUNKS, DIGITS> X;
+  constexpr int WARPS = THREADS / 32, UNIT = Share<SWIGLU>::UNIT, LANES_OF_SUM = 32 / (ROWS * M);
+  static_assert(LANES_OF_SUM > 0, "a lane has one sum of a batch");
   const Share<SWIGLU> share(n_weight_rows);
-  // rows of the largest share
-  const int pitch = (share.n_all_units + gridDim.x - 1) / gridDim.x * Share<SWIGLU>::ROWS_OF_UNIT;
+  const int pitch = share.most_rows, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int n_tiles = (width / Chunk<W>::SIZE + Weights::TILE - 1) / Weights::TILE;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  extern __shared__ uint4 shared[];                   // (STAGES, ROWS, CHUNKS, THREADS)
-  float* sums = reinterpret_cast<float*>(shared + STAGES * ROWS * Weights::TILE);
-  float* squares = sums + WARPS * M * pitch;          // after sums (WARPS, M, pitch): (WARPS, M)
-  float* scales = squares + WARPS * M;                // (pitch)
-  float* residuals = scales + pitch;                  // (M, pitch)
+  extern __shared__ uint4 queue[];  // (STAGES, ROWS, CHUNKS, THREADS)
+  float* sums = reinterpret_cast<float*>(queue + STAGES * ROWS * Weights::TILE);
+  float* squares = sums + WARPS * M * pitch;  // behind sums (WARPS, M, pitch): (WARPS, M)
+  float* scales = squares + WARPS * M;        // (pitch)
+  float* residuals = scales + pitch;          // (M, pitch)
 
-  // Each thread copies the scales and residuals of its own units beside the weights: read at the
-  // end, they would keep every block waiting.
+  // Each thread copies the scales and residuals of its own units beside the weights: if they were
+  // read at the end, every block would wait for them.
   if (scale != nullptr) {
-    for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS) {
-      for (int i = unit * Share<SWIGLU>::ROWS_OF_UNIT; i < (unit + 1) * Share<SWIGLU>::ROWS_OF_UNIT; i++)
+    for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS)
+      for (int i = unit * UNIT; i < (unit + 1) * UNIT; i++)
         __pipeline_memcpy_async(scales + i, scale + share.row(i), 4);
-    }
   }
-  Weights weights(share, w, width, shared);
+  Weights weights(share, w, width, queue);
 
-  // the sum that this lane keeps: of row sum_row of a batch and token sum_token
+  // of a batch this lane keeps the sum of row sum_row and token sum_token
   const int sum_row = lane / LANES_OF_SUM / M, sum_token = lane / LANES_OF_SUM % M;
   float* my_sums = sums + (warp * M + sum_token) * pitch + sum_row;
-  Columns<W, M, CHUNKS, DIGITS> columns;
+  X columns;
   int stage = 0;
   for (int tile = 0; tile < n_tiles; tile++) {
     read_columns<W, M, THREADS, CHUNKS, NORM, DIGITS>(columns, x, norm, n_tokens, width, tile,
@@ -348,14 +349,15 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
       let_next_kernel_start();
       if (residual != nullptr) {
         for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS)
-          for (int m = 0; m < n_tokens; m++)
-            __pipeline_memcpy_async(residuals + m * pitch + unit,
-                                    residual + (size_t)m * share.n_all_units + share.first + unit, 4);
+          for (int m = 0; m < n_tokens; m++) {
+            const size_t output = (size_t)m * share.n_all_units + share.first + unit;
+            __pipeline_memcpy_async(residuals + m * pitch + unit, residual + output, 4);
+          }
       }
     }
     for (int row = 0; row < share.n_rows; row += ROWS) {
       __pipeline_wait_prior(STAGES - 1);  // the oldest batch is there
-      typename Columns<W, M, CHUNKS, DIGITS>::Sums batch[ROWS];
+      typename X::Sums batch[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; r++) columns.clear(batch[r]);
 #pragma unroll
@@ -376,6 +378,6 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
   }
   __pipeline_wait_prior(0);
   __syncthreads();
-  write_outputs<M, THREADS>(share, sums, pitch, squares, scales, scale != nullptr, NORM,
-                            residuals, residual != nullptr, y, n_tokens, width, eps);
+  write_outputs<M, THREADS>(share, sums, pitch, squares, scales, scale != nullptr, NORM, residuals,
+                            residual != nullptr, y, n_tokens, width, eps);
 }
