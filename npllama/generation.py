@@ -137,7 +137,8 @@ class Generation:
                         yield row.number, self._accept(row, id_, log_prob)
                 began = time.perf_counter()
         except Exception:
-            is_own = False  # what a failed step has left is not used again
+            if is_own:  # what a failed step has left is not used again
+                self._cache.user, is_own = None, False
             raise
         finally:
             self._end(is_own)

@@ -313,11 +313,12 @@ def test_a_dropped_model_frees_its_graphs():
     llama = make_llama(SumOps(StrictCupyBackend()))
     run(llama, PROMPTS)
     (cache,) = llama._kept_cache._kept
-    pool = weakref.ref(cache.captured._pool)
+    captures, pool = weakref.ref(cache.captured), cache.captured._pool
     buffer = weakref.ref(cache.layers[0].k.array.base)
+    assert pool.total_bytes() > 0
     del llama, cache
     gc.collect()
-    assert (pool(), buffer()) == (None, None)
+    assert (captures(), buffer(), pool.total_bytes()) == (None, None, 0)
 
 
 def test_the_generation_itself_holds_no_array_of_its_cache(llama):

@@ -8,6 +8,7 @@ step allocates comes from a memory pool that lives as long.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Captures:
         """
         if self._pool is None:
             self._pool = self._cupy.cuda.MemoryPool()
+            weakref.finalize(self, _free, self._captures, self._pool).atexit = False
         if self._stream is None:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
         stream = self._stream
@@ -86,6 +88,12 @@ class Captures:
                 with suppress(Exception):  # the first error counts
                     stream.end_capture()
                 raise
+
+
+def _free(captures: dict[Hashable, Capture], pool: object) -> None:
+    """Give a pool's memory back: one that CuPy drops with blocks in it may leak them."""
+    captures.clear()
+    pool.free_all_blocks()
 
 
 class DecodeSteps:
