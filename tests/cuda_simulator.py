@@ -75,7 +75,7 @@ class Launch:
 
     Attributes:
         read, written: bytes of each argument, by all threads; 0 for a number or a null pointer.
-        number: what the next launch on the stream names as the previous one.
+        number: by which later launches name it.
     """
 
     name: str
@@ -130,7 +130,7 @@ class _Launch(ctypes.Structure):
         ("order", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
         ("overlapped", ctypes.c_uint32),
-        ("previous", ctypes.c_uint32),
+        ("first_running", ctypes.c_uint32),
         ("number", ctypes.c_uint32),
     ]
 
@@ -138,7 +138,7 @@ class _Launch(ctypes.Structure):
 class Module:
     """Kernels of a source.
 
-    A source that calls cuda_sim::wait_for_previous_kernel is launched to overlap the kernel before
+    A source that calls cuda_sim::wait_for_previous_kernel is launched to overlap the kernels before
     it: then the rules of npllama/ops/kernels/common.cu are checked.
 
     Attributes:
@@ -168,7 +168,7 @@ class Module:
         *,
         order: str = "forward",
         seed: int = 0,
-        previous: int = 0,
+        first_running: int = 0,
         max_accesses: int = 1 << 26,
     ) -> Launch:
         """Run a kernel.
@@ -177,8 +177,8 @@ class Module:
             args: NumPy arrays as device memory, NumPy scalars of the exact type, None for null.
             shared: bytes of dynamic shared memory.
             order: one of ORDERS.
-            previous: number of the launch before it on its stream, which may still run; 0 where
-                all that was written before is complete.
+            first_running: number of the oldest launch that may still run; 0 where all that was
+                written before is complete.
             max_accesses: how many, barriers included, a kernel makes that ends.
 
         Raises:
@@ -201,7 +201,7 @@ class Module:
             order=ORDERS.index(order),
             seed=seed,
             overlapped=self._overlapped,
-            previous=previous,
+            first_running=first_running,
         )
         error = _runtime().cuda_sim_launch(self._kernels[name], ctypes.byref(given))
         if error:

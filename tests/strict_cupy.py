@@ -246,9 +246,9 @@ class CupyDevice(strict_array.Device):
             self._launches = before
 
     def launch(self, module, name, grid, block, values, shared):
-        def run(previous, *values):
+        def run(first_running, *values):
             launch = module.launch(
-                name, grid, block, values, shared, order=self._order, previous=previous
+                name, grid, block, values, shared, order=self._order, first_running=first_running
             )
             if self._launches is not None:
                 self._launches.append(launch)

@@ -16,8 +16,8 @@ from strict_memory import CUDARuntimeError, Held, is_pinned, poison
 class Node:
     """A piece of device work; arrays in its arguments are held by address.
 
-    run(previous, *arguments) is given the number of the kernel that was queued directly before it,
-    or 0, and returns its own if it is a kernel.
+    run(first_running, *arguments) is given the number of the oldest kernel before it without other
+    work between, or 0, and returns its own if it is a kernel.
     """
 
     run: object
@@ -51,7 +51,8 @@ class Stream:
 
     Attributes:
         clock: how much work was queued.
-        previous_kernel: number of the kernel that was queued last; 0 after other work.
+        first_running: number of the oldest kernel that may still run: the first one after other
+            work, which waits for all before it; 0 where there is none.
     """
 
     null: bool = False
@@ -59,7 +60,7 @@ class Stream:
     ptds: bool = False
     priority: int | None = None
     clock: int = field(default=0, init=False)
-    previous_kernel: int = field(default=0, init=False)
+    first_running: int = field(default=0, init=False)
     capture: list | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -93,14 +94,16 @@ class Stream:
 
     def _do(self, node):
         arguments = map_arrays(Held.array, node.arguments, Held)
-        previous = self.previous_kernel
+        first_running = self.first_running
         self.touch(arrays_in(arguments))
-        self.previous_kernel = node.run(previous, *arguments) or 0
+        number = node.run(first_running, *arguments)
+        if number:
+            self.first_running = first_running or number
 
     def touch(self, arrays):
         """Note that queued work uses these arrays."""
         self.clock += 1
-        self.previous_kernel = 0
+        self.first_running = 0
         for array in arrays:
             self.device.uses.touch(array, self)
 

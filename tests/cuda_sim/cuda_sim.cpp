@@ -143,12 +143,15 @@ struct Extent {  // an array of the launch
   size_t first_cell;
   uint64_t read, written;  // bytes, by all threads
 };
-struct Launch {  // this one, and the one before it: what did it write
+struct Launch {  // what did it write
   uint32_t stamp = 0;
   std::vector<Extent> extents;
   Cells cells;
-} launches[2];
-Launch *launch = &launches[0], *previous = nullptr;
+};
+constexpr uint32_t N_LAUNCHES = 32;
+Launch launches[N_LAUNCHES];  // this one, and those before it
+Launch* launch = &launches[0];
+uint32_t first_running;  // the launches from this one on may still run; 0: none
 
 struct Shared {  // cells of 4 bytes, and of bytes where a narrower access was made
   uintptr_t begin = 0, end = 0;
@@ -309,19 +312,25 @@ Shared* shared_memory_of(uintptr_t p, size_t size) {
        (size_t)(nearest->end - nearest->begin), std::abs(distance));
 }
 
-void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
-  if (!overlapped || fibers[current].waited) return;
-  if (mode != READ) stop(where, "write to global memory before wait_for_previous_kernel()");
-  if (!previous) return;
-  for (const Extent& e : previous->extents)
+bool has_written(const Launch& other, uintptr_t p, size_t size) {
+  for (const Extent& e : other.extents)
     if (e.writable && p < e.end && p + size > e.begin) {
       size_t begin = std::max(p, e.begin) - e.begin, end = std::min(p + size, e.end) - e.begin;
       for (size_t i = begin / e.granule; i * e.granule < end; i++) {
-        const Cell& c = previous->cells.at[e.first_cell + i];
-        if (c.stamp == previous->stamp && c.is_set())
-          stop(where, "read of what the previous kernel wrote, before wait_for_previous_kernel()");
+        const Cell& c = other.cells.at[e.first_cell + i];
+        if (c.stamp == other.stamp && c.is_set()) return true;
       }
     }
+  return false;
+}
+
+void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
+  if (!overlapped || fibers[current].waited) return;
+  if (mode != READ) stop(where, "write to global memory before wait_for_previous_kernel()");
+  if (!first_running) return;
+  for (const Launch& other : launches)
+    if (other.stamp >= first_running && other.stamp < launch->stamp && has_written(other, p, size))
+      stop(where, "read of what a kernel before wrote, before wait_for_previous_kernel()");
 }
 
 bool access_array(uintptr_t p, size_t size, Mode mode, bool counted, Where where) {
@@ -625,10 +634,7 @@ void wait_for_copies(size_t n) {
   }
 }
 void wait_for_previous_kernel(const char*, int) { fibers[current].waited = true; }
-void let_next_kernel_start(const char* file, int line) {
-  if (!fibers[current].waited)
-    stop({nullptr, {file, line}}, "let_next_kernel_start() before wait_for_previous_kernel()");
-}
+void let_next_kernel_start() {}  // every order of the launches' starts is allowed for
 
 }  // namespace cuda_sim
 
@@ -652,7 +658,7 @@ struct GivenLaunch {
   uint64_t max_accesses;
   uint32_t n_extents, order, seed;
   uint32_t overlapped;
-  uint32_t previous;  // number of the launch before it on its stream; 0: what it wrote is complete
+  uint32_t first_running;  // number of the oldest launch that may still run; 0 where none does
   uint32_t number;  // of this launch: a result
 };
 
@@ -665,10 +671,9 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
     queue.reserve(1 << 17);
   }
   uint32_t number = launch->stamp + 1;
-  Launch* before = launch;
-  launch = before == &launches[0] ? &launches[1] : &launches[0];
+  launch = &launches[number % N_LAUNCHES];
   launch->stamp = number;
-  previous = g.previous && g.previous == before->stamp ? before : nullptr;
+  first_running = g.first_running;
   launch->extents.clear();
   size_t n_cells = 0;
   for (uint32_t i = 0; i < g.n_extents; i++) {

@@ -76,7 +76,7 @@ void copy_later(void* shared, const void* global, size_t size, size_t zeros, Sit
 void commit_copies();
 void wait_for_copies(size_t n);
 void wait_for_previous_kernel(const char* file = __builtin_FILE(), int line = __builtin_LINE());
-void let_next_kernel_start(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void let_next_kernel_start();
 [[noreturn]] void fail(const char* what, Site);
 
 template <class To, class From> inline To bits_as(From from) {

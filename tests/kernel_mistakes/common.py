@@ -16,11 +16,11 @@ extern "C" __global__ void all(const float* x, const signed char* q, float* sums
                                __nv_bfloat16* activated) {
   __shared__ uint4 copied[2][32];
   const int lane = threadIdx.x;
+  let_next_kernel_start();
   __pipeline_memcpy_async(&copied[0][lane], (const uint4*)x + lane, 16);
   __pipeline_memcpy_async(&copied[1][lane], (const uint4*)q + lane, 16);
   __pipeline_commit();
   wait_for_previous_kernel();
-  let_next_kernel_start();
   __pipeline_wait_prior(0);
   const float a = weighted_sum<float>(copied[0]), b = weighted_sum<signed char>(copied[1]);
   if (lane == 0) sums[0] = a, sums[1] = b;

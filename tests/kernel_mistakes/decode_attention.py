@@ -86,11 +86,6 @@ MISTAKES = [
         "  if (qkv[b] == 0.5f) return;\n  wait_for_previous_kernel();\n",
     ),
     (
-        "the next kernel starts too early",
-        "  wait_for_previous_kernel();\n  let_next_kernel_start();\n",
-        "  let_next_kernel_start();\n  wait_for_previous_kernel();\n",
-    ),
-    (
         "empty splits do not wait",
         "  wait_for_previous_kernel();\n",
         "  if ((int)blockIdx.x >= keys.n_used) return;\n  wait_for_previous_kernel();\n",

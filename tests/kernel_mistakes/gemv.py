@@ -12,11 +12,6 @@ MISTAKES = [
     ("the last copies are not waited for", "  __pipeline_wait_prior(0);\n", ""),
     ("x is read before the kernel before ends", "  if (tile == 0) wait_for_previous_kernel();", ""),
     (
-        "the next kernel starts before the wait",
-        "  Weights weights(",
-        "  let_next_kernel_start();\n  Weights weights(",
-    ),
-    (
         "a batch is overwritten before it is read",
         "      typename X::Sums",
         "      weights.copy_next(stage);\n      typename X::Sums",

@@ -289,6 +289,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(
   using Threads = Arrangement<C, KEYS, THREADS>;
   constexpr int LANES = Threads::LANES, GROUPS = Threads::GROUPS, STEP = Threads::STEP;
   __shared__ GroupResults<C, GB, GROUPS> results;
+  let_next_kernel_start();
 
   const int b = blockIdx.z, kv_head = blockIdx.y / n_slices, slice = blockIdx.y % n_slices;
   const int n_splits = gridDim.x, n_parts = gridDim.y;
@@ -310,7 +311,6 @@ __global__ void __launch_bounds__(THREADS, 1) attend(
   KeysAndValues<T, KEYS> next = read(keys.begin);
   const Rotation<C> rope(cos + (size_t)b * (C / 2), sin + (size_t)b * (C / 2), column);
   wait_for_previous_kernel();
-  let_next_kernel_start();
   if ((int)blockIdx.x >= keys.n_used) return;
 
   // the new token: q, and k and v as the cache holds them

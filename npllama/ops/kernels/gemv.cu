@@ -318,6 +318,7 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
   typedef Columns<W, M, CHUNKS, DIGITS> X;
   constexpr int WARPS = THREADS / 32, UNIT = Share<SWIGLU>::UNIT, LANES_OF_SUM = 32 / (ROWS * M);
   static_assert(LANES_OF_SUM > 0, "a lane has one sum of a batch");
+  let_next_kernel_start();
   const Share<SWIGLU> share(n_weight_rows);
   const int pitch = share.most_rows, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int n_tiles = (width / Chunk<W>::SIZE + Weights::TILE - 1) / Weights::TILE;
@@ -345,14 +346,12 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
   for (int tile = 0; tile < n_tiles; tile++) {
     read_columns<W, M, THREADS, CHUNKS, NORM, DIGITS>(columns, x, norm, n_tokens, width, tile,
                                                       squares + warp * M);
-    if (tile == 0) {
-      let_next_kernel_start();
-      if (residual != nullptr) {
-        for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS)
-          for (int m = 0; m < n_tokens; m++) {
-            const size_t output = (size_t)m * share.n_all_units + share.first + unit;
-            __pipeline_memcpy_async(residuals + m * pitch + unit, residual + output, 4);
-          }
+    if (tile == 0 && residual != nullptr) {
+      for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS) {
+        for (int m = 0; m < n_tokens; m++) {
+          const size_t output = (size_t)m * share.n_all_units + share.first + unit;
+          __pipeline_memcpy_async(residuals + m * pitch + unit, residual + output, 4);
+        }
       }
     }
     for (int row = 0; row < share.n_rows; row += ROWS) {

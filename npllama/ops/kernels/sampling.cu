@@ -374,8 +374,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
                float sharpness, int top_k, double top_p, float log2_min_p) {
   __shared__ Shared s;
   extern __shared__ float values[];
-  wait_for_previous_kernel();
   let_next_kernel_start();
+  wait_for_previous_kernel();
   const size_t start = (size_t)blockIdx.x * n_vocab;
   bool* const seen_here = seen ? seen + start : nullptr;
   const bool is_penalized = penalty != 1.0f;
