@@ -44,7 +44,7 @@ _DYNAMIC = re.compile(
 _PLAIN = re.compile(
     r'^\s*extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)', re.MULTILINE
 )
-_OVERLAP = "cuda_sim::wait_for_previous_kernel"
+_OVERLAP = ("cuda_sim::wait_for_previous_kernel", "cuda_sim::let_next_kernel_start")
 
 
 class KernelError(Exception):
@@ -138,7 +138,7 @@ class _Launch(ctypes.Structure):
 class Module:
     """Kernels of a source.
 
-    A source that calls cuda_sim::wait_for_previous_kernel is launched to overlap the kernels before
+    A source with one of the calls in _OVERLAP is launched to overlap the kernels before
     it: then the rules of npllama/ops/kernels/common.cu are checked.
 
     Attributes:
@@ -147,7 +147,7 @@ class Module:
 
     def __init__(self, code: str, names: Sequence[str] = (), filename: str = "kernel.cu") -> None:
         self.names = (*names, *_PLAIN.findall(code))
-        self._overlapped = _OVERLAP in code
+        self._overlapped = any(call in code for call in _OVERLAP)
         code = _DYNAMIC.sub(r"\1* \2 = (\1*)cuda_sim::dynamic_shared();", code)
         adders = "\n".join(f"CUDA_SIM_KERNEL({i}, {name})" for i, name in enumerate(self.names))
         text = f'#include "cuda_sim.h"\n#line 1 "{filename}"\n{code}\n{adders}\n'

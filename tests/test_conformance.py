@@ -7,6 +7,7 @@ import safetensors.numpy
 from conftest import FIXTURES, make_ops
 from npllama.config import LlamaConfig
 from npllama.llama import Llama
+from npllama.ops import CupyOps
 from npllama.sampling_options import Sampling
 from npllama.weights import Checkpoint
 
@@ -23,7 +24,7 @@ def hf_case(name, ops):
     config = LlamaConfig.from_directory(directory)
     checkpoint = Checkpoint(directory, config)
     expected = safetensors.numpy.load_file(directory / "expected.safetensors")
-    dtype = checkpoint.storage_dtype.name if type(ops).__name__ == "CupyOps" else "float32"
+    dtype = checkpoint.storage_dtype.name if isinstance(ops, CupyOps) else "float32"
     return Llama(config, checkpoint.parameters(ops), ops), expected, TOLERANCE[dtype]
 
 
