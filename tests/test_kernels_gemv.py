@@ -317,6 +317,18 @@ def test_prepare_joins_what_has_one_input(dtype, where, backend):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_prepare_holds_no_more_than_one_tensor_twice(dtype, backend):
+    ops = CupyOps(backend)
+    layer = make_layer(ops, 64, 48, dtype)
+    pool = backend.xp.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    prepared = ops.prepare(layer)
+    sizes = [array.nbytes for array in prepared.arrays()]
+    assert sum(sizes) <= pool.total_bytes() - before <= sum(sizes) + max(sizes)
+
+
 def test_prepare_leaves_apart_what_is_stored_differently(backend):
     ops = CupyOps(backend)
     layer = make_layer(ops, 64, 48)
