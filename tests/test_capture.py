@@ -71,6 +71,10 @@ def ids_of(completions):
     return [completion.ids for completion in completions]
 
 
+def warnings_in(caplog):
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def run(llama, prompts, **options):
     """ids, and how the steps ran."""
     before = DEVICE.n_captures
@@ -361,6 +365,15 @@ def test_a_step_is_launched_before_the_one_before_it_is_read(
         assert launched == min(n + 1 + steps_ahead, 12)
 
 
+def test_what_is_copied_later_is_what_there_was(ops, to_device, to_host):
+    a, b = to_device(np.arange(6)), to_device(np.ones((2, 3), "float32"))
+    wait = ops.backend.to_host_later(a * 2, b / 3)
+    b *= 7
+    got = wait()
+    for copy, want in zip(got, (to_host(a * 2), np.ones((2, 3), "float32") / 3), strict=True):
+        assert copy.dtype == want.dtype and np.array_equal(copy, want)
+
+
 def test_copies_are_of_the_step_that_they_were_queued_behind():
     backend = StrictCupyBackend()
     a, b = backend.to_device(np.arange(3)), backend.to_device(np.ones(2, "float32"))
@@ -414,7 +427,7 @@ def test_a_step_whose_capture_fails_runs_eagerly(llama, on_numpy, monkeypatch, c
         got, steps = run(llama, PROMPTS)
     assert (got, steps.n_captured, steps.n_eager) == (want, 0, 11)
     assert f"the capture failed: {reason}" in steps.report()
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert len(warnings_in(caplog)) == 1
     assert run(llama, PROMPTS)[1].n_eager == 11  # for good
     got, steps = run(llama, PROMPTS, sampling=GREEDY)  # another key is captured all the same
     assert steps.n_captured == 1
@@ -539,11 +552,27 @@ def test_a_step_of_kernels_in_bfloat16_says_the_same_replayed_and_launched():
 
 
 @needs_compiler
-def test_nine_rows_are_eager_and_eight_are_captured():
-    llama = make_llama(CupyOps(StrictCupyBackend()), ON_KERNELS)
-    on_numpy = make_llama(NumpyOps(Backend()), ON_KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # products of cupy.matmul, and of gemmEx
+def test_nine_rows_are_eager_and_eight_are_captured(dtype, caplog):
+    llama = make_llama(CupyOps(StrictCupyBackend()), ON_KERNELS, dtype=dtype)
+    on_numpy = make_llama(NumpyOps(Backend()), ON_KERNELS, dtype=dtype)
     prompts = [[1] * (ON_KERNELS.context_length - n) for n in (4, *[9] * 8)]
     got, steps = run(llama, prompts, sampling=GREEDY)
     assert got == ids_of(on_numpy.generate_batch(prompts, **OPTIONS | {"sampling": GREEDY}))
     assert (steps.n_eager, steps.n_captured, steps.n_replayed) == (4, 1, 4)
-    assert "cuBLAS computes a product" in steps.report()
+    assert "cuBLAS computes a product" in steps.report() and not warnings_in(caplog)
+
+
+def test_a_second_generation_replays_wherever_there_are_kernels(ops, on_numpy):
+    llama = make_llama(ops, ON_KERNELS)
+    on_numpy = make_llama(on_numpy.ops, ON_KERNELS)
+    for sampling in (GREEDY, LIVELY):
+        options = OPTIONS | {"sampling": sampling, "max_new_tokens": 24}
+        want = ids_of(on_numpy.generate_batch(PROMPTS, **options))
+        for n_eager in (2, 0):  # in two buckets
+            generation = llama.generation(PROMPTS, **options)
+            generation.run()
+            assert ids_of(generation.completions()) == want
+            if type(ops) is CupyOps:
+                steps = generation._compiled
+                assert (steps.n_eager, steps.n_captured) == (n_eager, n_eager), steps.report()
