@@ -375,6 +375,7 @@ class StrictCupy(StrictModule):
         runtime = types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             getDeviceProperties=lambda device_id: {"name": b"a GPU of the tests"},
+            getDeviceCount=lambda: 1,
             **TYPES,
         )
         self.cuda = types.SimpleNamespace(
