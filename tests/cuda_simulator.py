@@ -10,6 +10,7 @@ cuda_sim/ says how it is found.
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -132,6 +133,8 @@ class _Launch(ctypes.Structure):
         ("overlapped", ctypes.c_uint32),
         ("previous", ctypes.c_uint32),
         ("number", ctypes.c_uint32),
+        ("before", ctypes.POINTER(ctypes.c_uint64)),
+        ("n_before", ctypes.c_uint32),
     ]
 
 
@@ -169,6 +172,7 @@ class Module:
         order: str = "forward",
         seed: int = 0,
         previous: int = 0,
+        before: Sequence[tuple[int, int]] = (),
         max_accesses: int = 1 << 26,
     ) -> Launch:
         """Run a kernel.
@@ -177,8 +181,8 @@ class Module:
             args: NumPy arrays as device memory, NumPy scalars of the exact type, None for null.
             shared: bytes of dynamic shared memory.
             order: one of ORDERS.
-            previous: number of the launch before it on its stream, which may still run; 0 where
-                all that was written before is complete.
+            previous: number of the launch directly before it on its stream; 0 for other work.
+            before: begins and ends of the memory that this other work wrote.
             max_accesses: how many, barriers included, a kernel makes that ends.
 
         Raises:
@@ -202,6 +206,8 @@ class Module:
             seed=seed,
             overlapped=self._overlapped,
             previous=previous,
+            before=(ctypes.c_uint64 * (2 * len(before)))(*itertools.chain(*before)),
+            n_before=len(before),
         )
         error = _runtime().cuda_sim_launch(self._kernels[name], ctypes.byref(given))
         if error:

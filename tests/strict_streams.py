@@ -16,12 +16,16 @@ from strict_memory import CUDARuntimeError, Held, is_pinned, poison
 class Node:
     """A piece of device work; arrays in its arguments are held by address.
 
-    run(previous, *arguments) is given the number of the kernel that was queued directly before it,
-    or 0, and returns its own if it is a kernel.
+    run(previous, before, *arguments) is given the number of the kernel that was queued directly
+    before it, or 0 and what other work wrote; it returns its own number if it is a kernel.
+
+    Attributes:
+        written: the place of the argument that it writes, if it is no kernel.
     """
 
     run: object
     arguments: tuple
+    written: int | None = None
 
     def __post_init__(self):
         self.arguments = tuple(map_arrays(Held, argument) for argument in self.arguments)
@@ -52,6 +56,7 @@ class Stream:
     Attributes:
         clock: how much work was queued.
         previous_kernel: number of the kernel that was queued last; 0 after other work.
+        before: where that other work wrote: begins and ends of memory.
     """
 
     null: bool = False
@@ -60,6 +65,7 @@ class Stream:
     priority: int | None = None
     clock: int = field(default=0, init=False)
     previous_kernel: int = field(default=0, init=False)
+    before: list = field(default_factory=list, init=False)
     capture: list | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -93,14 +99,16 @@ class Stream:
 
     def _do(self, node):
         arguments = map_arrays(Held.array, node.arguments, Held)
-        previous = self.previous_kernel
-        self.touch(arrays_in(arguments))
-        self.previous_kernel = node.run(previous, *arguments) or 0
+        previous, before = self.previous_kernel, self.before
+        written = [] if node.written is None else arrays_in(arguments[node.written])
+        self.touch(arrays_in(arguments), written)
+        self.previous_kernel = node.run(previous, before, *arguments) or 0
 
-    def touch(self, arrays):
-        """Note that queued work uses these arrays."""
+    def touch(self, arrays, written=()):
+        """Note that queued work uses these arrays, and that a kernel writes some of them."""
         self.clock += 1
         self.previous_kernel = 0
+        self.before = [np.lib.array_utils.byte_bounds(array) for array in written]
         for array in arrays:
             self.device.uses.touch(array, self)
 

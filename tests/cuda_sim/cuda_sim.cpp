@@ -106,6 +106,8 @@ char message[2048];
 std::mt19937 order_rng;
 int order;  // 0 in order, 1 in reverse, 2 at random
 bool overlapped;  // launched to start before the previous kernel ends
+struct Range { uint64_t begin, end; };
+std::vector<Range> before;  // what was written by work that is no kernel of ours, directly before
 uint64_t n_accesses, max_accesses;  // of the launch, with its barriers and warp operations
 
 // -- memory: who touched a cell last, and when ---------------------------------------------------
@@ -312,6 +314,9 @@ Shared* shared_memory_of(uintptr_t p, size_t size) {
 void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
   if (!overlapped || fibers[current].waited) return;
   if (mode != READ) stop(where, "write to global memory before wait_for_previous_kernel()");
+  for (const Range& r : before)
+    if (p < r.end && p + size > r.begin)
+      stop(where, "read of what the work before wrote, before wait_for_previous_kernel()");
   if (!previous) return;
   for (const Extent& e : previous->extents)
     if (e.writable && p < e.end && p + size > e.begin) {
@@ -652,8 +657,10 @@ struct GivenLaunch {
   uint64_t max_accesses;
   uint32_t n_extents, order, seed;
   uint32_t overlapped;
-  uint32_t previous;  // number of the launch before it on its stream; 0: what it wrote is complete
+  uint32_t previous;  // number of the launch before it on its stream; 0 after other work
   uint32_t number;  // of this launch: a result
+  Range* before;  // what other work wrote directly before it
+  uint32_t n_before;
 };
 
 static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
@@ -665,10 +672,10 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
     queue.reserve(1 << 17);
   }
   uint32_t number = launch->stamp + 1;
-  Launch* before = launch;
-  launch = before == &launches[0] ? &launches[1] : &launches[0];
+  Launch* last = launch;
+  launch = last == &launches[0] ? &launches[1] : &launches[0];
   launch->stamp = number;
-  previous = g.previous && g.previous == before->stamp ? before : nullptr;
+  previous = g.previous && g.previous == last->stamp ? last : nullptr;
   launch->extents.clear();
   size_t n_cells = 0;
   for (uint32_t i = 0; i < g.n_extents; i++) {
@@ -686,6 +693,7 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
   entry = kernel->call;
   entry_arguments = g.arguments;
   overlapped = g.overlapped;
+  before.assign(g.before, g.before + g.n_before);
   order = g.order;
   order_rng.seed(g.seed);
   now_time = 0;
