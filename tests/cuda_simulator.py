@@ -10,6 +10,7 @@ cuda_sim/ says how it is found.
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -132,6 +133,8 @@ class _Launch(ctypes.Structure):
         ("overlapped", ctypes.c_uint32),
         ("first_running", ctypes.c_uint32),
         ("number", ctypes.c_uint32),
+        ("before", ctypes.POINTER(ctypes.c_uint64)),
+        ("n_before", ctypes.c_uint32),
     ]
 
 
@@ -169,6 +172,7 @@ class Module:
         order: str = "forward",
         seed: int = 0,
         first_running: int = 0,
+        before: Sequence[tuple[int, int]] = (),
         max_accesses: int = 1 << 26,
     ) -> Launch:
         """Run a kernel.
@@ -177,8 +181,8 @@ class Module:
             args: NumPy arrays as device memory, NumPy scalars of the exact type, None for null.
             shared: bytes of dynamic shared memory.
             order: one of ORDERS.
-            first_running: number of the oldest launch that may still run; 0 where all that was
-                written before is complete.
+            first_running: number of the oldest launch that may still run; 0 where none does.
+            before: begins and ends of the memory that other work wrote before that launch.
             max_accesses: how many, barriers included, a kernel makes that ends.
 
         Raises:
@@ -202,6 +206,8 @@ class Module:
             seed=seed,
             overlapped=self._overlapped,
             first_running=first_running,
+            before=(ctypes.c_uint64 * (2 * len(before)))(*itertools.chain(*before)),
+            n_before=len(before),
         )
         error = _runtime().cuda_sim_launch(self._kernels[name], ctypes.byref(given))
         if error:

@@ -155,22 +155,23 @@ class CupyDevice(strict_array.Device):
         if name in ("empty", "empty_like"):
             self.uses.touch(poison(result), stream)  # without work on the device
         else:
-            stream.touch(inputs + arrays_in(result))
+            outputs = arrays_in(result)
+            stream.touch(inputs + outputs, outputs)
         return result
 
     def change(self, name, function, target, args, kwargs):
         stream = self.stream
         if stream.capture is None:
-            stream.touch([target, *arrays_in((args, kwargs))])
+            stream.touch([target, *arrays_in((args, kwargs))], [target])
             function(target, *args, **kwargs)
             return
         _check_capturable(name, (target, *args), kwargs)
         _trial(function, (target, *args), kwargs)  # an error is raised at the caller's line
 
-        def run(_, target, args, kwargs):
+        def run(_, __, target, args, kwargs):
             function(target, *args, **kwargs)
 
-        stream.queue(Node(run, (target, args, kwargs)))
+        stream.queue(Node(run, (target, args, kwargs), written=0))
 
     def _capture(self, stream, name, function, args, kwargs):
         """Record an operation; its result is new memory, or a view of an argument."""
@@ -182,12 +183,12 @@ class CupyDevice(strict_array.Device):
         if name in ("empty", "empty_like"):
             return outputs
 
-        def run(_, args, kwargs, outputs):
+        def run(_, __, args, kwargs, outputs):
             results = _as_arrays(function(*args, **kwargs))
             for out, result in zip(arrays_in(outputs), arrays_in(results), strict=True):
                 out[...] = result
 
-        stream.queue(Node(run, (args, kwargs, outputs)))
+        stream.queue(Node(run, (args, kwargs, outputs), written=2))
         return outputs
 
     def _allocated(self, name, like):
@@ -246,10 +247,9 @@ class CupyDevice(strict_array.Device):
             self._launches = before
 
     def launch(self, module, name, grid, block, values, shared):
-        def run(first_running, *values):
-            launch = module.launch(
-                name, grid, block, values, shared, order=self._order, first_running=first_running
-            )
+        def run(first_running, before, *values):
+            how = {"order": self._order, "first_running": first_running, "before": before}
+            launch = module.launch(name, grid, block, values, shared, **how)
             if self._launches is not None:
                 self._launches.append(launch)
             return launch.number

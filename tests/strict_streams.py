@@ -16,12 +16,16 @@ from strict_memory import CUDARuntimeError, Held, is_pinned, poison
 class Node:
     """A piece of device work; arrays in its arguments are held by address.
 
-    run(first_running, *arguments) is given the number of the oldest kernel before it without other
-    work between, or 0, and returns its own if it is a kernel.
+    run(first_running, before, *arguments) is given the number of the oldest kernel that may still
+    run, or 0, and what other work wrote before it; it returns its own number if it is a kernel.
+
+    Attributes:
+        written: the place of the argument that it writes, if it is no kernel.
     """
 
     run: object
     arguments: tuple
+    written: int | None = None
 
     def __post_init__(self):
         self.arguments = tuple(map_arrays(Held, argument) for argument in self.arguments)
@@ -53,6 +57,7 @@ class Stream:
         clock: how much work was queued.
         first_running: number of the oldest kernel that may still run: the first one after other
             work, which waits for all before it; 0 where there is none.
+        before: what that other work wrote: begins and ends of memory.
     """
 
     null: bool = False
@@ -61,6 +66,7 @@ class Stream:
     priority: int | None = None
     clock: int = field(default=0, init=False)
     first_running: int = field(default=0, init=False)
+    before: list = field(default_factory=list, init=False)
     capture: list | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -94,16 +100,18 @@ class Stream:
 
     def _do(self, node):
         arguments = map_arrays(Held.array, node.arguments, Held)
-        first_running = self.first_running
-        self.touch(arrays_in(arguments))
-        number = node.run(first_running, *arguments)
+        first_running, before = self.first_running, self.before
+        written = [] if node.written is None else arrays_in(arguments[node.written])
+        self.touch(arrays_in(arguments), written)
+        number = node.run(first_running, before, *arguments)
         if number:
-            self.first_running = first_running or number
+            self.first_running, self.before = first_running or number, before
 
-    def touch(self, arrays):
-        """Note that queued work uses these arrays."""
+    def touch(self, arrays, written=()):
+        """Note that queued work uses these arrays, and that a kernel writes some of them."""
         self.clock += 1
         self.first_running = 0
+        self.before = [np.lib.array_utils.byte_bounds(array) for array in written]
         for array in arrays:
             self.device.uses.touch(array, self)
 

@@ -119,13 +119,13 @@ def test_a_launch_is_recorded(scale, move, xp, backend):
         (lambda xp, a: {"x": xp.zeros(80, "float32")[::2]}, KernelError, "is not contiguous"),
         (lambda xp, a: {"x": xp.zeros(40, "float16")}, KernelError, "array of float16, expected"),
         (lambda xp, a: {"x": xp.zeros(40)}, KernelError, "array of float64, expected float32"),
-        (lambda xp, a: {"x": xp.zeros(39, "float32"), "n": 40}, KernelError, "out of bounds"),
+        (lambda xp, a: {"x": a[:39], "n": 40}, KernelError, "out of bounds"),
         (lambda xp, a: {"shared": 124}, KernelError, "beyond the 124 bytes"),
         (lambda xp, a: {"shared": 49_156}, CUDARuntimeError, "max_dynamic_shared_size_bytes"),
     ],
 )
-def test_what_a_launch_refuses(scale, xp, change, error, message):
-    x, y = xp.zeros(40, "float32"), xp.zeros(40, "float32")
+def test_what_a_launch_refuses(scale, xp, move, change, error, message):
+    x, y = move(np.zeros(40, "float32")), xp.empty(40, "float32")
     given = {"x": x, "y": y, "by": np.float32(2)}
     scale(**given)
     with pytest.raises(error, match=message):
@@ -133,8 +133,8 @@ def test_what_a_launch_refuses(scale, xp, change, error, message):
 
 
 @needs_compiler
-def test_more_shared_memory_is_asked_for(scale, xp):
-    x, y = xp.zeros(40, "float32"), xp.empty(40, "float32")
+def test_more_shared_memory_is_asked_for(scale, xp, move):
+    x, y = move(np.zeros(40, "float32")), xp.empty(40, "float32")
     scale.kernel.max_dynamic_shared_size_bytes = 200 << 10
     scale(x, y, np.float32(1), shared=200 << 10)
     scale.kernel.max_dynamic_shared_size_bytes = 228 << 10
@@ -145,18 +145,20 @@ def test_more_shared_memory_is_asked_for(scale, xp):
 
 
 @needs_compiler
-def test_a_kernel_knows_what_those_before_it_wrote(scale, xp):
-    x, y = xp.zeros(40, "float32"), xp.zeros(40, "float32")
+def test_a_kernel_knows_what_was_written_before_it(scale, xp, move):
+    x, y, z = (move(np.zeros(40, "float32")) for _ in range(3))
     one = np.float32(1)
     for n_between in range(2):  # the kernels before the last one may still run, too
         scale(x, y, one)
-        z = xp.empty(40, "float32")  # no work on the device
+        xp.empty(40, "float32")  # no work on the device
         for _ in range(n_between):
             scale(x, z, one)
         with pytest.raises(KernelError, match="read of what a kernel before wrote"):
             scale(y, z, one)
-    x += 1  # other work waits for all before it
-    scale(x, y, one)
+    y += 1  # waits for all before it, and is not waited for itself
+    scale(x, z, one)
+    with pytest.raises(KernelError, match="read of what the work before wrote"):
+        scale(y[1:], z, one)
 
 
 def test_another_name_is_no_kernel(xp):
@@ -175,11 +177,11 @@ def test_a_captured_sequence_replays_with_new_contents(scale, xp, move, backend)
     with stream, xp.cuda.using_allocator(pool.malloc):
         captures = DEVICE.n_captures
         stream.begin_capture()
+        picked = xp.take(table, xp.argmax(x) - 2, axis=0)
         y = xp.empty(6, "float32")
         scale(x, y, np.float32(3))
         z = xp.where(y > 4, y - 1, -1.0)[1:].reshape(5, 1)
         state[1:] += z[:, 0]
-        picked = xp.take(table, xp.argmax(x) - 2, axis=0)
         rising = xp.sort(xp.concatenate([z[:, 0], picked]))
         rows = table[(xp.asarray(x[:2]) % 4).astype("int32"), 1]
         assert np.isnan(z.array).all() and (state.array == 0).all()  # nothing was done

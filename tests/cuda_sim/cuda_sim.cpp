@@ -106,6 +106,8 @@ char message[2048];
 std::mt19937 order_rng;
 int order;  // 0 in order, 1 in reverse, 2 at random
 bool overlapped;  // launched to start before the previous kernel ends
+struct Range { uint64_t begin, end; };
+std::vector<Range> before;  // what was written by work that is no kernel of ours, directly before
 uint64_t n_accesses, max_accesses;  // of the launch, with its barriers and warp operations
 
 // -- memory: who touched a cell last, and when ---------------------------------------------------
@@ -327,6 +329,9 @@ bool has_written(const Launch& other, uintptr_t p, size_t size) {
 void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
   if (!overlapped || fibers[current].waited) return;
   if (mode != READ) stop(where, "write to global memory before wait_for_previous_kernel()");
+  for (const Range& r : before)
+    if (p < r.end && p + size > r.begin)
+      stop(where, "read of what the work before wrote, before wait_for_previous_kernel()");
   if (!first_running) return;
   for (const Launch& other : launches)
     if (other.stamp >= first_running && other.stamp < launch->stamp && has_written(other, p, size))
@@ -660,6 +665,8 @@ struct GivenLaunch {
   uint32_t overlapped;
   uint32_t first_running;  // number of the oldest launch that may still run; 0 where none does
   uint32_t number;  // of this launch: a result
+  Range* before;  // what other work wrote directly before it
+  uint32_t n_before;
 };
 
 static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
@@ -691,6 +698,7 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
   entry = kernel->call;
   entry_arguments = g.arguments;
   overlapped = g.overlapped;
+  before.assign(g.before, g.before + g.n_before);
   order = g.order;
   order_rng.seed(g.seed);
   now_time = 0;
