@@ -25,6 +25,7 @@ SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
 NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
 NUMPY_DERIVATIVES, NUMPY_SAMPLING = "ops/numpy_derivatives.py", "ops/numpy_sampling.py"
 TILES, CHUNKS, WEIGHT_FORMATS = "ops/tiles.py", "ops/chunks.py", "weight_formats.py"
+GRAPH = "ops/cuda/graph.py"
 GENERATION, UNIFORMS = "generation.py", "uniforms.py"
 
 # what is wrong: (file, the right line's part, the mistake)
@@ -166,6 +167,11 @@ MISTAKES = {
         "state.uniforms[:n, index]",
         "state.uniforms[:n, : len(index)]",
     ),
+    "a graph for every bucket": (GRAPH, "place.bucket, self._frozen", "self._frozen"),
+    "a graph for every sampling": (GRAPH, "place.bucket, self._frozen", "place.bucket"),
+    "graphs of other weights": (GRAPH, "or [*map(id, captures.constants)] !=", "or [] and [] !="),
+    "a kept cache is not emptied": ("kept_cache.py", "cache.clear()", "pass"),
+    "a copy is read before it is there": ("backend.py", "copied.synchronize()", "pass"),
     "a key of Philox that does not grow": (UNIFORMS, "round_ * weyl", "weyl"),
     "every row writes row 0": (CACHE, "self.k[row, :, new] = k[b]", "self.k[0, :, new] = k[b]"),
     "NumPy override: mask ignores the past": (
@@ -361,6 +367,13 @@ SUITES = {
     GENERATION: ("generation",),
     "decode_step.py": ("generation", "decode_step"),
     UNIFORMS: ("uniforms",),
+    GRAPH: (
+        "capture::test_a_replayed_step_says_what_numpy_says",
+        "capture::test_each_way_to_sample_is_captured_once",
+        "capture::test_other_weights_are_captured_anew_and_the_old_ones_freed",
+    ),
+    "kept_cache.py": ("capture::test_the_kept_cache_is_emptied",),
+    "backend.py": ("capture::test_copies_are_of_the_step_that_they_were_queued_behind",),
     SAMPLING: ("sampling::test_the_ends_of_the_uniforms_sample_no_excluded_token", "sampling"),
 }
 
