@@ -14,7 +14,7 @@ from cuda_simulator import ORDERS, compiler
 from npllama.backend import Backend
 from npllama.kv_cache import KVCache
 from npllama.ops import CupyOps, Ops
-from npllama.ops.cuda import prompt
+from npllama.ops.cuda import decode_attention, prompt
 from npllama.parameters import Head, Matrix
 from npllama.weight_formats import FORMATS
 from strict_cupy import DEVICE, StrictCupyBackend
@@ -45,7 +45,7 @@ def room(request, monkeypatch):
     if request.param == "in turns":
         monkeypatch.setattr(prompt, "QUERIES", 7)
         monkeypatch.setattr(prompt, "SCORES", 2000)
-        monkeypatch.setattr(prompt, "WIDENED", 16 * DIM)
+        monkeypatch.setattr(prompt, "WIDENED", 20 * DIM)  # 16 rows
 
 
 def tolerance(dtype):
@@ -193,6 +193,27 @@ def test_large_scores_do_not_overflow(cuda):
     p = cuda.backend.to_host(p)
     assert_close(p[:, :21], truth, 1e-3)
     assert not p[:, 21:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_new_token_in_many_rows(cuda, dtype, monkeypatch):
+    """More rows than the decode step's kernels take: products, around its attention."""
+
+    def attend(kernels, qkv, cache, positions):
+        heads = qkv.reshape(len(qkv), 1, -1, HEAD_DIM)
+        q, k = (
+            cuda.rope(a, positions.cos, positions.sin) for a in (heads[:, :, :4], heads[:, :, 4:6])
+        )
+        return cuda.cached_attention(q, k, heads[:, :, 6:], cache, positions)
+
+    monkeypatch.setattr(decode_attention, "fits", lambda cache: True)
+    monkeypatch.setattr(decode_attention, "attend", attend)
+    case = (1, 20, 11, 2, None)
+    with DEVICE.recording() as launches:
+        got = attention_block(cuda, dtype, case)
+    assert "rms_norm_rows" in names(launches) and "rotate_and_cache" not in names(launches)
+    for a, b in zip(got, attention_block(REFERENCE, dtype, case), strict=True):
+        assert_close(a, b, tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -114,7 +114,7 @@ def _operands(kernels: Kernels, w: Matrix) -> Iterator[tuple[slice, Array]]:
         yield slice(None), w.values
         return
     n_out, width = w.shape
-    at_once = min(n_out, max(8, WIDENED // width))
+    at_once = min(n_out, max(8, WIDENED // width // 8 * 8))  # columns of `out` stay aligned
     wide = kernels.xp.empty((at_once, width), dtype=dtype)
     for begin in range(0, n_out, at_once):
         values = w.values[begin : begin + at_once]
