@@ -11,10 +11,10 @@ constexpr unsigned int ALL_LANES = 0xffffffffu;
 //
 // On sm_90 a kernel may start while the one before it still runs (programmatic dependent launch).
 // It then reads its weights ahead, and waits before it reads what kernels write. The one before it
-// may itself be waiting still: several kernels of a row overlap. Array calls do not: they end before
-// the next kernel starts. So every kernel follows three rules, and needs no others:
+// may itself be waiting still: several kernels of a row overlap, but no array calls. So every kernel
+// follows three rules, and needs no others:
 //   1. let_next_kernel_start() comes first.
-//   2. Before the wait a kernel reads only constants, and what array calls or earlier steps wrote.
+//   2. Before the wait it reads only constants, and what was written before the last array call.
 //   3. Every thread calls wait_for_previous_kernel() before it writes to global memory, and before
 //      it ends. So whoever has waited comes after all kernels before it.
 __device__ inline void wait_for_previous_kernel() {
