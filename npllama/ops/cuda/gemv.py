@@ -10,7 +10,8 @@ from npllama.parameters import Matrix
 MAX_ROWS = 8
 """Tokens that one launch computes; more are computed as matrix products."""
 _CHUNK = 16  # bytes of a row that a thread copies at once
-_MOST_THREADS = 480  # so that two blocks of 64 registers a thread fit on a multiprocessor
+_MOST_THREADS = {1: 448, 2: 480, 4: 480}
+"""By bytes of an element: more had too few registers, as two blocks share a multiprocessor's."""
 _BATCH = 32 * 1024  # bytes that a block works on between two requests, at most
 _QUEUE = 96 * 1024  # bytes in flight: what two blocks of a multiprocessor have room for
 _SHARED = 112 * 1024  # of a block: a multiprocessor has room for two, of one kernel and the next
@@ -41,17 +42,25 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan(
-    itemsize: int, n_out: int, width: int, n_rows: int, swiglu: bool, n_sms: int, max_shared: int
+    itemsize: int,
+    n_out: int,
+    width: int,
+    n_rows: int,
+    norm: bool,
+    swiglu: bool,
+    n_sms: int,
+    max_shared: int,
 ) -> Plan:
     """How to multiply W (n_out, width) with n_rows vectors.
 
     Args:
+        norm, swiglu: whether there is one.
         n_sms: multiprocessors of the device.
         max_shared: bytes of shared memory that a block may have.
     """
     m = next(m for m in (1, 2, 4, 8) if m >= n_rows)
     limit = min(_SHARED, max_shared)
-    threads, chunks = _tile(itemsize, width, m)
+    threads, chunks = _tile(itemsize, width, m, norm)
     row_bytes = threads * chunks * _CHUNK
     least = 2 if swiglu else 1  # a row of gate and one of up
     most = max(least, min(32 // m, _BATCH // row_bytes))
@@ -64,12 +73,15 @@ def plan(
     return Plan(m, threads, chunks, rows, stages, grid, shared)
 
 
-def _tile(itemsize: int, width: int, m: int) -> tuple[int, int]:
+def _tile(itemsize: int, width: int, m: int, norm: bool) -> tuple[int, int]:
     """Threads, and chunks of each: one tile where the registers hold so much of m rows of x, else
     tiles of about equal size."""
     numbers = _CHUNK // itemsize  # of a chunk
-    most_threads = _MOST_THREADS if m == 1 else 256 if m * numbers <= 64 else 128
-    most_chunks = max(1, min(3, (24 if m == 1 else 32) // (m * numbers)))
+    if m == 1:  # the elements of norm are in registers beside those of x
+        most_threads, most_numbers = _MOST_THREADS[itemsize], 16 if norm else 24
+    else:
+        most_threads, most_numbers = 256 if m * numbers <= 64 else 128, 32
+    most_chunks = max(1, min(3, most_numbers // (m * numbers)))
     n_chunks = width // numbers
     n_tiles = -(-n_chunks // (most_threads * most_chunks))
     tile = -(-n_chunks // n_tiles)
@@ -135,11 +147,11 @@ def gemv(
     """
     xp = kernels.xp
     n_rows, (n_out, width) = x.shape[0], w.shape
-    device = kernels.n_sms, kernels.max_shared
-    cut = plan(w.values.itemsize, n_out, width, n_rows, swiglu, *device)
+    device, has_norm = (kernels.n_sms, kernels.max_shared), norm is not None
+    cut = plan(w.values.itemsize, n_out, width, n_rows, has_norm, swiglu, *device)
     name = (
         f"gemv<{C_TYPES[w.format.name]}, {cut.m}, {cut.threads}, {cut.chunks}, {cut.rows}, "
-        f"{cut.stages}, {_cpp(norm is not None)}, {_cpp(swiglu)}, {_cpp(w.values.itemsize == 1)}>"
+        f"{cut.stages}, {_cpp(has_norm)}, {_cpp(swiglu)}, {_cpp(w.values.itemsize == 1)}>"
     )
     y = xp.empty((n_rows, 1, n_out // 2 if swiglu else n_out), dtype="float32")
     x = xp.ascontiguousarray(x)
