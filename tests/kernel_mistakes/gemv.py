@@ -43,10 +43,11 @@ MISTAKES = [
 
 def run(launcher):
     # 3 rows of x where 4 fit, two tiles, of which the second is not full, and 3 blocks: of 6, 5
-    # and 5 units, so that batches of 2 units are full and are not
-    check(launcher, "signed char, 4, 32, 1, 4, 2, true, true, true", 3, 32, 800, 3, True, True)
+    # and 5 units, so that batches of 2 units are full and are not; and the same by integers
+    check(launcher, "signed char, 4, 32, 1, 4, 2, true, true", 3, 32, 800, 3, True, True)
+    check(launcher, "signed char, 2, 32, 1, 4, 2, true, true", 2, 32, 800, 3, True, True)
     # 41 outputs a block: more than threads, and one more than full batches
-    check(launcher, "__half, 2, 32, 2, 2, 3, false, false, false", 2, 82, 512, 2, False, False)
+    check(launcher, "__half, 2, 32, 2, 2, 3, false, false", 2, 82, 512, 2, False, False)
 
 
 def check(launcher, arguments, n_rows, n_out, width, grid, has_norm, swiglu):

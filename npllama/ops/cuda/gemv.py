@@ -151,7 +151,7 @@ def gemv(
     cut = plan(w.values.itemsize, n_out, width, n_rows, has_norm, swiglu, *device)
     name = (
         f"gemv<{C_TYPES[w.format.name]}, {cut.m}, {cut.threads}, {cut.chunks}, {cut.rows}, "
-        f"{cut.stages}, {_cpp(has_norm)}, {_cpp(swiglu)}, {_cpp(w.values.itemsize == 1)}>"
+        f"{cut.stages}, {_cpp(has_norm)}, {_cpp(swiglu)}>"
     )
     y = xp.empty((n_rows, 1, n_out // 2 if swiglu else n_out), dtype="float32")
     x = xp.ascontiguousarray(x)

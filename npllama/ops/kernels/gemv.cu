@@ -47,7 +47,11 @@ template <int COUNT, int MASK = 16> __device__ inline float warp_sums(float* v) 
 // set() takes the columns of row m, (CHUNKS, 16 / sizeof(W)); add() adds the products with 16 bytes
 // of a row of W to that row's Sums; value() is their sum for row m.
 
-template <typename W, int M, int CHUNKS, bool DIGITS> struct Columns {
+// int8 weights are multiplied as integers where M is small: with more rows of x their digits take
+// more registers, and more instructions, than the numbers.
+template <typename W, int M> constexpr bool in_digits() { return sizeof(W) == 1 && M <= 2; }
+
+template <typename W, int M, int CHUNKS, bool DIGITS = in_digits<W, M>()> struct Columns {
   static constexpr int N = Chunk<W>::SIZE;
   float h[M][CHUNKS][N];
 
@@ -220,8 +224,8 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
 
 // This thread's columns of x * norm in one tile, zeros where there are none. Lane 0 adds its warp's
 // sums of x^2 to squares (M).
-template <typename W, int M, int THREADS, int CHUNKS, bool NORM, bool DIGITS>
-__device__ inline void read_columns(Columns<W, M, CHUNKS, DIGITS>& columns, const float* x,
+template <typename W, int M, int THREADS, int CHUNKS, bool NORM>
+__device__ inline void read_columns(Columns<W, M, CHUNKS>& columns, const float* x,
                                     const float* __restrict__ norm, int n_tokens, int width,
                                     int tile, float* squares) {
   constexpr int N = Chunk<W>::SIZE;
@@ -308,14 +312,13 @@ __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* su
 // (n_tokens, n_weight_rows, or half as many with SWIGLU). n_tokens <= M; width * sizeof(W) is a
 // multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below.
 // registers: at most 224
-template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU,
-          bool DIGITS>
+template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU>
 __global__ void __launch_bounds__(THREADS, 2)  // two blocks on an SM: of this kernel and the next
 gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
      const float* __restrict__ norm, const float* residual, float* y, int n_weight_rows, int width,
      int n_tokens, float eps) {
   typedef Queue<W, THREADS, CHUNKS, ROWS, STAGES, SWIGLU> Weights;
-  typedef Columns<W, M, CHUNKS, DIGITS> X;
+  typedef Columns<W, M, CHUNKS> X;
   constexpr int WARPS = THREADS / 32, UNIT = Share<SWIGLU>::UNIT, LANES_OF_SUM = 32 / (ROWS * M);
   static_assert(LANES_OF_SUM > 0, "a lane has one sum of a batch");
   let_next_kernel_start();
@@ -344,8 +347,8 @@ gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
   X columns;
   int stage = 0;
   for (int tile = 0; tile < n_tiles; tile++) {
-    read_columns<W, M, THREADS, CHUNKS, NORM, DIGITS>(columns, x, norm, n_tokens, width, tile,
-                                                      squares + warp * M);
+    read_columns<W, M, THREADS, CHUNKS, NORM>(columns, x, norm, n_tokens, width, tile,
+                                              squares + warp * M);
     if (tile == 0 && residual != nullptr) {
       for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS) {
         for (int m = 0; m < n_tokens; m++) {
