@@ -74,8 +74,8 @@ class Launch:
 
 
 def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
-    """What decode steps of so many rows, and the first chunk of a prompt, launch for all models in
-    each dtype."""
+    """What decode steps of so many rows, the first chunk of a prompt and training launch for all
+    models in each dtype."""
     noted: set[Launch] = set()
     with _nothing_computed(), np.errstate(all="ignore"):
         for config in MODELS.values():
@@ -127,7 +127,11 @@ def _run(ops: CupyOps, config: LlamaConfig, dtype: str, n_rows: int) -> None:
         ops.next_token(logits, None, GREEDY)
         ops.next_token(logits, np.zeros(n_rows), ALL_FILTERS, seen)
     cache = model.new_cache(1)
-    model.compute(np.zeros((1, PROMPT), dtype="int64"), cache, cache.place(PROMPT))
+    tokens = np.zeros((1, PROMPT), dtype="int64")
+    model.compute(tokens, cache, cache.place(PROMPT), n_last=PROMPT)
+    if dtype == "float32":
+        dx = np.zeros((1, PROMPT, config.dim), "float32")
+        ops.embedding_backward(dx, tokens, model.parameters.embedding)
 
 
 def _parameters(config: LlamaConfig, dtype: str) -> Parameters:
@@ -146,7 +150,7 @@ def _parameters(config: LlamaConfig, dtype: str) -> Parameters:
             joined[weights[0].joined] = whole
         begin = 0
         for weight, (n_out, _) in zip(weights, sizes, strict=True):
-            parts[weight.field] = whole.rows(slice(begin, begin + n_out))
+            parts[weight.field] = whole.slice_rows(slice(begin, begin + n_out))
             begin += n_out
     norms = {w.field: np.ones(config.dim, "float32") for w in OF_LAYER if not w.is_matrix}
     layer = Layer(**parts, **norms, norm_eps=config.norm_eps).with_derived(**joined)
@@ -214,5 +218,6 @@ def _nothing_computed() -> Iterator[None]:
     with (
         mock.patch.multiple(Ops, **{f.__name__: f for f in replaced}),
         mock.patch.object(CupyOps, "linear", linear),
+        mock.patch("npllama.ops.cuda.prompt.cublas_product"),
     ):
         yield

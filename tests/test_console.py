@@ -137,7 +137,7 @@ def test_a_line_that_standard_error_cannot_take_is_lost(monkeypatch):
 
 
 def test_an_error_of_the_system_is_reported_as_what_it_is(capsys, monkeypatch):
-    def fail(*_args):
+    def fail(*_args, **_options):
         raise OSError(errno.EIO, "Input/output error", "model.safetensors")
 
     monkeypatch.setattr(generate, "load", fail)
@@ -208,7 +208,7 @@ def test_a_program_says_what_a_signal_and_a_lack_of_memory_mean_for_it(capsys):
 
 
 def test_a_broken_pipe_that_is_not_standard_output_is_an_error(capsys, monkeypatch):
-    def fail(*_args):
+    def fail(*_args, **_options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(generate, "load", fail)

@@ -321,13 +321,16 @@ def test_memory_is_what_is_foretold(cuda, dtype, n_new, n_keys, monkeypatch):
     cuda.feed_forward(y, layer)
     taken = pool.total_bytes() - before
     block = 4 * n_new * (2 * DIM + 6 * max(heads[0] * HEAD_DIM, ffn_dim))  # as in memory.py
-    assert taken <= block + cuda.attention_nbytes(*heads, HEAD_DIM, n_new, n_keys)
+    assert taken <= block + cuda.attention_nbytes(
+        *heads, HEAD_DIM, n_new, n_keys, cache.layers[0].k.dtype
+    )
 
 
 def test_the_chunk_is_larger_than_on_the_cpu(cuda):
     assert cuda.prefill_chunk() > REFERENCE.prefill_chunk()
-    assert cuda.attention_nbytes(32, 32, 128, 2048, 4096) == cuda.attention_nbytes(
-        32, 32, 128, prompt.QUERIES, 4096
+    dtype = np.dtype("float16")
+    assert cuda.attention_nbytes(32, 32, 128, 2048, 4096, dtype) == cuda.attention_nbytes(
+        32, 32, 128, prompt.QUERIES, 4096, dtype
     )
 
 

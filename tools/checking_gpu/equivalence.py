@@ -30,7 +30,7 @@ def _compare(stage: Stage, dtype: str) -> None:
             name, layer, worst = worst_of(phase)
             parts.append(f"{kind}: {worst:.1e} ({name}, layer {layer}), logits {phase.logits:.1e}")
             is_ok = is_ok and all(
-                max(layers) <= tolerance("cupy", dtype, operation)
+                max(layers) <= tolerance("cupy", dtype, operation, kind)
                 for operation, layers in phase.operations.items()
             )
         figure = f"{'; '.join(parts)}; greedy ids {d.equal_ids} of {len(truth.ids)}"

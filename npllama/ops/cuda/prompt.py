@@ -73,6 +73,7 @@ def product(kernels: Kernels, h: Array, w: Matrix, out: Array | None = None) -> 
     Args:
         out: (M, O) float32, to which the product is added.
     """
+    kernels.cublas.n_calls += 1
     beta = 0.0 if out is None else 1.0
     if out is None:
         out = kernels.xp.empty((len(h), w.shape[0]), dtype="float32")

@@ -274,9 +274,9 @@ __device__ inline bool is_last(unsigned int* counter, unsigned int n_blocks) {
 //   partials (B, H, n_splits, C + 2), any contents; counters (B, K * n_slices), zeros
 //   o (B, H, C)
 //
-// What it reads before the wait: starts, rows, cos and sin, which array calls wrote before the
-// layer's first kernel, and the keys and values of earlier steps. The new key and value are not
-// read from the cache, but taken from qkv by each block that needs them.
+// What it reads before the wait: rows and starts, which lie before the array calls for cos and sin,
+// and the keys and values of earlier steps. The new key and value are not read from the cache, but
+// taken from qkv by each block that needs them.
 //
 // At least one block an SM (the 1 in the bounds): left to itself, ptxas may spill registers so that
 // more blocks fit.
@@ -309,11 +309,11 @@ __global__ void __launch_bounds__(THREADS, 1) attend(
         k_column, v_column, first_key + group, end_of_cached, has_columns);
   };
   KeysAndValues<T, KEYS> next = read(keys.begin);
-  const Rotation<C> rope(cos + (size_t)b * (C / 2), sin + (size_t)b * (C / 2), column);
   wait_for_previous_kernel();
   if ((int)blockIdx.x >= keys.n_used) return;
 
   // the new token: q, and k and v as the cache holds them
+  const Rotation<C> rope(cos + (size_t)b * (C / 2), sin + (size_t)b * (C / 2), column);
   const float* token = qkv + (size_t)b * (n_heads + 2 * n_kv_heads) * C;
   float q[GB][8];
 #pragma unroll

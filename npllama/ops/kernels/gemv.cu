@@ -310,13 +310,14 @@ __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* su
 
 // W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), y, residual
 // (n_tokens, n_weight_rows, or half as many with SWIGLU). n_tokens <= M; width * sizeof(W) is a
-// multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below.
+// multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below. Two blocks
+// fit on an SM (the 2 in the bounds): one of this kernel and one of the next.
 // registers: at most 224
 template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU>
-__global__ void __launch_bounds__(THREADS, 2)  // two blocks on an SM: of this kernel and the next
-gemv(const W* __restrict__ w, const float* __restrict__ scale, const float* x,
-     const float* __restrict__ norm, const float* residual, float* y, int n_weight_rows, int width,
-     int n_tokens, float eps) {
+__global__ void __launch_bounds__(THREADS, 2) gemv(
+    const W* __restrict__ w, const float* __restrict__ scale, const float* x,
+    const float* __restrict__ norm, const float* residual, float* y, int n_weight_rows, int width,
+    int n_tokens, float eps) {
   typedef Queue<W, THREADS, CHUNKS, ROWS, STAGES, SWIGLU> Weights;
   typedef Columns<W, M, CHUNKS> X;
   constexpr int WARPS = THREADS / 32, UNIT = Share<SWIGLU>::UNIT, LANES_OF_SUM = 32 / (ROWS * M);
