@@ -128,9 +128,10 @@ struct Cells {  // zero, and in memory only where touched
   Cell* at = nullptr;
   size_t n = 0;
   void reserve(size_t wanted) {
-    if (wanted <= n) return;
+    const bool is_wasteful = n > (1 << 20) && wanted < n / 16;  // after a launch on a large array
+    if (wanted <= n && !is_wasteful) return;
     if (at) munmap(at, n * sizeof(Cell));
-    n = wanted;
+    n = std::max(wanted, (size_t)1);
     at = (Cell*)mmap(nullptr, n * sizeof(Cell), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at != MAP_FAILED) return;
@@ -150,7 +151,7 @@ struct Launch {  // what did it write
   std::vector<Extent> extents;
   Cells cells;
 };
-constexpr uint32_t N_LAUNCHES = 32;
+constexpr uint32_t N_LAUNCHES = 8;
 Launch launches[N_LAUNCHES];  // this one, and those before it
 Launch* launch = &launches[0];
 uint32_t first_running;  // the launches from this one on may still run; 0: none

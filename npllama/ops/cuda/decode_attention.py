@@ -32,32 +32,34 @@ class Division:
 
 
 def divide(
-    n_rows: int, n_kv_heads: int, n_groups: int, itemsize: int, bucket: int, n_sms: int
+    n_rows: int,
+    n_kv_heads: int,
+    n_groups: int,
+    head_dim: int,
+    itemsize: int,
+    bucket: int,
+    n_sms: int,
 ) -> Division:
-    """The division that was measured best, as a rule.
+    """The division that was measured best, as a rule (tools/README.md).
 
-    The time goes into reading keys and values. An SM needs about 64 keys in flight for that: one
-    block of 16 groups with 4 keys each, or two blocks with 2. As many splits as fill the SMs once
-    with such blocks: with fewer some SMs have nothing to read, and more were slower, for each
-    block has a beginning and an end of its own. No more splits than the bucket has steps.
-
-    Two query heads a block halve what is read of the L2 where heads share keys. With four, half
-    as many blocks have the keys of a short context to read.
+    Reading keys and values takes the time. Splits are as many as fill the SMs once, each of which
+    has registers for 512 threads. A split has at least two steps, since each has a beginning and
+    an end, and there are at most 16, since one block combines them. Two query heads a block read
+    the keys half as often; four leave too few blocks where the context is short.
 
     Args:
         n_groups: G, query heads of a key-value head.
         itemsize: bytes of a number in the cache.
         bucket: keys of the longest row, at most.
     """
-    heads = 2 if n_groups % 2 == 0 else 1
-    in_flight, groups = 4, 16
-    keys = in_flight // heads
-    blocks_an_sm = in_flight // keys
+    heads, groups = 2 if n_groups % 2 == 0 else 1, 16
+    keys = 4 // heads
     if itemsize == 4:  # as many bytes, and as many registers
         keys //= 2
     n_blocks = n_rows * n_kv_heads * n_groups // heads  # of one split each
+    at_once = n_sms * (512 // (groups * lanes(head_dim)))
     steps = -(-bucket // (groups * keys))
-    splits = min(max(n_sms * blocks_an_sm // n_blocks, 1), steps)
+    splits = max(1, min(at_once // n_blocks, steps // 2, 16))
     return Division(heads, keys, groups, splits)
 
 
@@ -94,6 +96,7 @@ def attend(
         n_rows,
         n_kv_heads,
         n_heads // n_kv_heads,
+        head_dim,
         cache.k.dtype.itemsize,
         positions.bucket,
         kernels.n_sms,
