@@ -142,8 +142,8 @@ class Stream:
         for _clock, memory, values in done:
             if memory() is None:
                 raise CUDARuntimeError(
-                    "pinned memory was freed before a copy to it was done: CuPy hands it out again, "
-                    "and the copy writes over what is there then"
+                    "pinned memory was freed before a copy to it was done: CuPy hands it out "
+                    "again, and the copy writes over what is there then"
                 )
             np.frombuffer(memory(), values.dtype, values.size)[:] = values.ravel()
 
