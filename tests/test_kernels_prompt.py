@@ -304,6 +304,17 @@ def test_scores_of_7b_are_never_all_there():
     assert at_once >= 64 and prompt._room(64, 8, at_once, 50_000) <= prompt.SCORES
 
 
+def test_the_room_is_enough_for_the_heads_that_take_it():
+    sizes = [(32, 32, 128), (8, 64, 2560), (8, 64, 3500), (3, 6, 7), (1, 8, 50_000)]
+    for (n_kv_heads, n_heads, n_keys), context in itertools.product(sizes, (7, 300, 3528, 50_000)):
+        n_keys = min(n_keys, context)
+        tile = prompt.queries_at_once(n_heads // n_kv_heads, context)
+        room = prompt._room(n_heads, n_kv_heads, tile, context)
+        of_key_head = n_heads // n_kv_heads * tile * prompt._stride(n_keys)
+        at_once = prompt._heads_at_once(n_kv_heads, of_key_head, room)
+        assert 1 <= at_once <= n_kv_heads and at_once * of_key_head <= room
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(("n_new", "n_keys"), [(64, 64), (64, 300), (200, 200)])
 def test_memory_is_what_is_foretold(cuda, dtype, n_new, n_keys, monkeypatch):

@@ -172,6 +172,12 @@ def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
     return of_key_head * min(n_kv_heads, max(1, SCORES // of_key_head))
 
 
+def _heads_at_once(n_kv_heads: int, of_key_head: int, room: int) -> int:
+    """Key heads, of so many scores each, that the room is enough for, in turns of about equal size."""
+    turns = -(-n_kv_heads // (room // of_key_head))
+    return -(-n_kv_heads // turns)
+
+
 def _stride(n_keys: int) -> int:
     """Keys rounded up: rows of scores then begin at 16 bytes, of 16 bits too."""
     return -(-n_keys // 8) * 8
@@ -197,9 +203,7 @@ def _attend_tile(
     o = o.reshape(len(o), n_kv_heads, -1, head_dim)  # (t, H*C) -> (t, K, G, C)
     t, _, groups, _ = o.shape
     stride = _stride(n_keys)
-    of_key_head = groups * t * stride
-    turns = -(-n_kv_heads * of_key_head // room[0].size)
-    at_once = -(-n_kv_heads // turns)
+    at_once = _heads_at_once(n_kv_heads, groups * t * stride, room[0].size)
     for first in range(0, n_kv_heads, at_once):
         some = slice(first, min(first + at_once, n_kv_heads))
         shape = (some.stop - first, groups * t, stride)
