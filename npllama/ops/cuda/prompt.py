@@ -173,7 +173,7 @@ def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
 
 
 def _heads_at_once(n_kv_heads: int, of_key_head: int, room: int) -> int:
-    """Key heads, of so many scores each, that the room is enough for, in turns of about one size."""
+    """Key heads, of so many scores each, that the room is enough for, in turns of one size."""
     turns = -(-n_kv_heads // (room // of_key_head))
     return -(-n_kv_heads // turns)
 
