@@ -1,102 +1,83 @@
-"""The dialogue format of Llama-2-chat, as token ids.
+"""Dialogues as token ids, in the chat format that a model was trained on.
 
-    BOS [INST] {user} [/INST] {answer} EOS  BOS [INST] {user} [/INST]
-
-Each turn is encoded by itself, so that no text can reach into a control token; the system
-prompt stands inside the first user message. Source: Meta's llama repository, chat_completion;
-Touvron et al. 2023, section 3.3.
+The format is the checkpoint's own template (npllama.chat_template), or one that is built in
+(npllama.chat_formats).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from npllama.chat_formats import FORMATS, llama_2
+from npllama.chat_template import ChatTemplate, read_template
 from npllama.config import read_json
+from npllama.dialogue_parts import ChatFormat, Message, encode_parts
 from npllama.errors import InputError, TokenizerError
 from npllama.tokenizer import Tokenizer
 
-_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-
-def encode_chat(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer | None,
+    messages: Sequence[Message],
+    chat_format: ChatFormat = llama_2,
+    answer: str = "",
+) -> list[int]:
     """The prompt of a dialogue that ends with a user's message.
+
+    The text of a message never becomes a control token, whatever it says. Tags that are plain
+    text, such as [INST], stay text, which the model may take for tags.
 
     Args:
         messages: {"role": ..., "content": ...}; roles are an optional "system", then "user"
-            and "assistant" in turn, "user" last.
+            and "assistant" in turn, "user" last. A checkpoint's template may allow others.
+        chat_format: of `find_chat_format`, or one of npllama.chat_formats.
+        answer: how the assistant's answer begins; the model continues it.
 
     Returns:
-        Ids: each past turn BOS .. EOS, the last one BOS .. [/INST] without a trailing space.
+        Ids, with exactly one BOS in front. Those of Llama-2-chat: each past turn BOS .. EOS, the
+        last one BOS .. [/INST] without a trailing space.
 
     Raises:
-        InputError: roles out of turn, or a message that holds one of the format's tags.
-        TokenizerError: a model without a tokenizer has None.
+        InputError: messages that are none, or roles that the format does not know.
+        TokenizerError: a model without a tokenizer has None; a template cannot be rendered.
     """
     try:
-        turns = [(message["role"], message["content"]) for message in messages]
+        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
     except (KeyError, TypeError):
-        turns = [(None, None)]
-    if not all(isinstance(text, str) for turn in turns for text in turn):
+        turns = [{"role": None}]
+    if not all(isinstance(text, str) for turn in turns for text in turn.values()):
         raise InputError('messages are not a list of {"role": "user", "content": "..."}')
     if tokenizer is None:
         raise TokenizerError(
             "the model has no tokenizer: a dialogue needs its tokenizer.model or tokenizer.json"
         )
-    for role, content in turns:
-        for tag in _TAGS:
-            if tag in content:
-                raise InputError(
-                    f"the {role} message holds {tag!r}, which Llama-2-chat uses as a tag: remove it"
-                )
-    system = None
-    if turns and turns[0][0] == "system":
-        system = turns.pop(0)[1]
-    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]
-    if not turns or len(turns) % 2 == 0 or [role for role, _ in turns] != expected:
-        raise InputError(
-            "roles must be user, assistant, user, ... and end with user, "
-            f"after an optional system; found {', '.join(m['role'] for m in messages) or 'none'}"
-        )
-    texts = [content for _, content in turns]
-    if system is not None:
-        texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
-    texts = [text.strip() for text in texts]  # as Meta does, with the system prompt before it
-    ids: list[int] = []
-    for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
-        ids += [*tokenizer.encode(f"[INST] {user} [/INST] {answer} "), tokenizer.eos_id]
-    return ids + tokenizer.encode(f"[INST] {texts[-1]} [/INST]")
+    return encode_parts(tokenizer, chat_format(tokenizer, turns, answer))
 
 
-def check_chat_template(directory: Path) -> None:
-    """Refuse a checkpoint that was trained on another dialogue format.
+def find_chat_format(
+    directory: Path | None, name: str | None = None
+) -> tuple[ChatFormat, str | None]:
+    """A model's chat format, and what to say of it where it is not known for sure.
+
+    Args:
+        directory: the model's; None where it has none.
+        name: of npllama.chat_formats.FORMATS; it counts before what the directory says.
 
     Raises:
-        TokenizerError: tokenizer_config.json (or chat_template.jinja) carries a template
-            without Llama-2's tags.
+        InputError: there is no format of that name.
+        TokenizerError: a template that is damaged (see npllama.chat_template.read_template).
     """
-    path = Path(directory) / "chat_template.jinja"
-    if path.exists():
-        try:
-            template: object = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-    else:
+    if name is not None:
+        if name not in FORMATS:
+            raise InputError(
+                f"the chat format {name!r} is unknown: expected one of {', '.join(FORMATS)}"
+            )
+        return FORMATS[name], None
+    found = read_template(Path(directory)) if directory is not None else None
+    if found is not None:
         path = Path(directory) / "tokenizer_config.json"
-        template = read_json(path).get("chat_template") if path.exists() else None
-        template = _default_template(template)
-    if template is None:
-        return
-    missing = [tag for tag in _TAGS if tag not in str(template)]
-    if missing:
-        raise TokenizerError(
-            f"{path} carries a chat template without {missing[0]}: this checkpoint was trained on "
-            "another dialogue format than Llama-2-chat's; run it without --chat, with a prompt in "
-            "its own format"
-        )
-
-
-def _default_template(template: object) -> object:
-    """Of a list of named templates the one named default; the list itself where there is none."""
-    if not isinstance(template, list):
-        return template
-    named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-    return named[0].get("template") if named else template
+        return ChatTemplate(*found, read_json(path) if path.exists() else {}).parts, None
+    return llama_2, (
+        f"{directory or 'the model'} has no chat template (in chat_template.jinja or "
+        "tokenizer_config.json): the prompt is put into Llama-2-chat's format; name another with "
+        "--chat-format, or leave out --chat if it is no chat model"
+    )

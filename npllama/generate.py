@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from npllama.backend import BACKENDS
+from npllama.chat_formats import FORMATS as CHAT_FORMATS
 from npllama.completion import Completion
 from npllama.console import (
     INTERRUPTED,
@@ -29,7 +30,8 @@ from npllama.console import (
     utf8,
     write,
 )
-from npllama.dialogue import check_chat_template, encode_chat
+from npllama.dialogue import encode_chat, find_chat_format
+from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
@@ -166,7 +168,11 @@ def parser() -> argparse.ArgumentParser:
         help="the same seed gives the same text again (default: a random one; --stats shows it)",
     )
 
-    chat = p.add_argument_group("chat, for models such as Llama-2-chat")
+    chat = p.add_argument_group(
+        "chat, for models that are made for it",
+        "A message can make no control token, whatever it says. Tags that are plain text, such as "
+        "[INST], stay text in a message, and the model may take them for tags.",
+    )
     chat.add_argument(
         "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
     )
@@ -176,6 +182,19 @@ def parser() -> argparse.ArgumentParser:
         type=utf8,
         metavar="TEXT",
         help="how the assistant should behave",
+    )
+    chat.add_argument(
+        "--answer",
+        action=_Once,
+        type=utf8,
+        metavar="TEXT",
+        help="how the assistant's answer begins; the model continues it",
+    )
+    chat.add_argument(
+        "--chat-format",
+        choices=tuple(CHAT_FORMATS),
+        help="the format that the model was trained on (default: the checkpoint's own chat "
+        "template, which needs the extra [chat]; llama-2 where it has none)",
     )
 
     machine = p.add_argument_group("how it is computed")
@@ -255,9 +274,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--model is empty: expected a model directory")
     if args.system is not None and not args.chat:
         raise InputError("--system is for --chat: give both, or neither")
+    if (args.answer is not None or args.chat_format is not None) and not args.chat:
+        option = "--chat-format" if args.answer is None else "--answer"
+        raise InputError(f"{option} is for --chat: give both, or neither")
     prompts = read_prompts(args)
-    if args.chat and args.model is not None and os.path.isdir(args.model):
-        check_chat_template(Path(args.model))
+    chat_format, chat_note = None, None
+    if args.chat:
+        is_directory = args.model is not None and os.path.isdir(args.model)
+        directory = Path(args.model) if is_directory else None
+        chat_format, chat_note = find_chat_format(directory, args.chat_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
         llama = load(
@@ -275,14 +300,16 @@ def run(args: argparse.Namespace) -> int:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
     generation = llama.generation(
-        encode_prompts(llama, prompts, args),
+        encode_prompts(llama, prompts, args, chat_format),
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=args.seed,
         stop=args.stop,
         ignore_eos=args.ignore_eos,
-        fresh_text=args.chat,
+        fresh_text=args.chat and not args.answer,
     )
+    if chat_note is not None:
+        tell(f"npllama: {chat_note}")
     interrupted = False
     try:
         if args.json:
@@ -290,7 +317,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             heads = [""] * len(prompts)
             if not args.no_echo:
-                heads = [prompt + ("\n" if args.chat else "") for prompt in prompts]
+                begun = "\n" + (args.answer or "") if args.chat else ""
+                heads = [prompt + begun for prompt in prompts]
             print_text(generation, heads)
     except KeyboardInterrupt:
         interrupted = True
@@ -340,33 +368,40 @@ def _decoded(content: bytes, name: str) -> str:
         ) from None
 
 
-def encode_prompts(llama: Llama, prompts: Sequence[str], args: argparse.Namespace) -> list:
+def encode_prompts(
+    llama: Llama,
+    prompts: Sequence[str],
+    args: argparse.Namespace,
+    chat_format: ChatFormat | None = None,
+) -> list:
     """Each prompt's ids.
 
     Raises:
         InputError: a prompt that cannot be served; of --prompt-file its line is named.
     """
     if args.prompt_file is None:
-        return [encode_prompt(llama, prompt, args) for prompt in prompts]
+        return [encode_prompt(llama, prompt, args, chat_format) for prompt in prompts]
     encoded = []
     for line, prompt in enumerate(prompts, start=1):
         try:
-            encoded.append(encode_prompt(llama, prompt, args))
+            encoded.append(encode_prompt(llama, prompt, args, chat_format))
             llama.to_tokens(encoded[-1])
         except InputError as error:
             raise InputError(f"{args.prompt_file}, line {line}: {error}") from None
     return encoded
 
 
-def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[int]:
-    """A prompt's ids: as text, or with --chat as a dialogue of one message."""
-    if not args.chat:
+def encode_prompt(
+    llama: Llama, prompt: str, args: argparse.Namespace, chat_format: ChatFormat | None = None
+) -> list[int]:
+    """A prompt's ids: as text, or in a chat format as a dialogue of one message."""
+    if chat_format is None:
         return llama.encode(prompt)
     llama.encode("")  # says what is missing where there is no tokenizer
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    return encode_chat(llama.tokenizer, messages)
+    return encode_chat(llama.tokenizer, messages, chat_format, args.answer or "")
 
 
 def print_text(generation: Generation, heads: Sequence[str]) -> None:

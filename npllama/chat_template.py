@@ -1,0 +1,291 @@
+"""A checkpoint's own chat template: the file it is in, and dialogues rendered with it.
+
+A template writes markup and the text of messages into one text. Which is which decides what may
+become a control token, so it is rendered more than once: see `ChatTemplate.parts`.
+"""
+
+import contextlib
+import json
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npllama.config import read_json
+from npllama.dialogue_parts import Message, Parts, split_markup
+from npllama.errors import InputError, TokenizerError
+from npllama.small_file import read_small_file
+from npllama.special_tokens import special_ids
+from npllama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+MAX_TEMPLATE = 2**20
+"""Bytes of a template; those of Llama 3.2, with tools, have 4 KB."""
+SECONDS = 10.0
+"""Of the processor's time for one rendering, which takes some milliseconds."""
+_PATIENCE = 120.0  # seconds that pass, where the processor's time cannot be limited
+_ROLES = ("system", "user", "assistant", "tool", "function", "developer", "ipython")
+_UNFINISHED = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers marks the end of a begun answer
+_PRIVATE = [range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]  # characters of no meaning
+_OTHER_WAYS = "name a format with --chat-format, or leave out --chat"
+
+
+def read_template(directory: Path) -> tuple[str, Path] | None:
+    """A directory's template and the file it is in; None where there is none.
+
+    chat_template.jinja counts before tokenizer_config.json, and of a list of templates there the
+    one named "default".
+
+    Raises:
+        TokenizerError: a template that is damaged or too large, or a list without a default.
+        ConfigError: a damaged tokenizer_config.json.
+    """
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        try:
+            return read_small_file(path, MAX_TEMPLATE).decode("utf-8-sig"), path
+        except OSError as error:
+            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} is not UTF-8 (byte {error.start})") from None
+    path = directory / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict)]
+        default = next((t.get("template") for t in named if t.get("name") == "default"), None)
+        if default is None:
+            names = ", ".join(str(t.get("name"))[:40] for t in named[:10]) or "none"
+            raise TokenizerError(
+                f"{path} lists chat templates ({names}) and none is the default: {_OTHER_WAYS}"
+            )
+        template = default
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise TokenizerError(f"{path}: the chat template is {repr(template)[:40]}, expected a text")
+    if len(template) > MAX_TEMPLATE:
+        raise TokenizerError(
+            f"{path}: the chat template has {len(template)} characters, expected at most "
+            f"{MAX_TEMPLATE}"
+        )
+    return template, path
+
+
+class ChatTemplate:
+    """A template of jinja2's language, which the extra [chat] installs.
+
+    Args:
+        template, path: see `read_template`; the path is for messages.
+        settings: tokenizer_config.json, whose bos_token, eos_token, unk_token and pad_token the
+            template sees.
+    """
+
+    def __init__(self, template: str, path: Path, settings: Mapping[str, Any]) -> None:
+        self.template = template
+        self.path = path
+        self._settings = settings
+        self._renderer = _Renderer(path)
+
+    def render(self, tokenizer: Tokenizer, messages: Sequence[Message], answer: str = "") -> str:
+        """The text that transformers' apply_chat_template makes, with the answer's beginning.
+
+        Raises:
+            InputError: roles that the template refuses, or that none knows.
+            TokenizerError: a template that cannot be rendered, or takes too long or too much.
+        """
+        return self._rendered(self._variables(tokenizer, messages, answer), {}, time.time())
+
+    def parts(self, tokenizer: Tokenizer, messages: Sequence[Message], answer: str = "") -> Parts:
+        """The rendered text, with the ids of control tokens where the template's own text has
+        their names.
+
+        The dialogue is rendered again with every character of the messages but white space
+        replaced by a character of no meaning. Where that, put back, is the text, those
+        characters show what is a message's. It is not where a template looks into messages. It
+        is then rendered with the names of tokens in the template's source replaced, and those
+        show where the control tokens are.
+
+        Raises:
+            InputError, TokenizerError: see `render`.
+        """
+        ids_of = special_ids(tokenizer)
+        variables = self._variables(tokenizer, messages, answer)
+        now = time.time()
+        text = self._rendered(variables, {}, now)
+        in_use = {*self.template, *json.dumps(variables, ensure_ascii=False), *text}
+
+        shown = {c for m in variables["messages"] for c in m["content"] if not c.isspace()}
+        free = _free_characters(in_use)
+        hidden = {ord(c): twin for c, twin in zip(sorted(shown), free, strict=False)}
+        if len(hidden) == len(shown):
+            messages = [
+                {**m, "content": m["content"].translate(hidden)} for m in self._messages(messages)
+            ]
+            disguised = self._variables(tokenizer, messages, answer.translate(hidden))
+            back = {ord(twin): chr(c) for c, twin in hidden.items()}
+            with_twins = self._attempt(disguised, {}, now)
+            if with_twins is not None and with_twins.translate(back) == text:
+                parts = split_markup(ids_of, with_twins)
+                return [p.translate(back) if isinstance(p, str) else p for p in parts]
+
+        names = dict(zip(ids_of, _free_characters(in_use), strict=False))
+        with_names = self._attempt(variables, names, now)
+        if with_names is None:
+            return [text]
+        return split_markup({twin: ids_of[name] for name, twin in names.items()}, with_names)
+
+    def _messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """What a template sees of them."""
+        for message in messages:
+            if message["role"] not in _ROLES:
+                raise InputError(
+                    f"the role {message['role'][:40]!r} is unknown: expected one of "
+                    f"{', '.join(_ROLES)}"
+                )
+        if not messages or messages[-1]["role"] == "assistant":
+            found = ", ".join(message["role"] for message in messages) or "none"
+            raise InputError(f"messages must end with user; found {found}")
+        return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+    def _variables(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], answer: str
+    ) -> dict[str, Any]:
+        """What the template sees, as transformers names it."""
+        seen = self._messages(messages)
+        if answer:
+            seen.append({"role": "assistant", "content": answer + _UNFINISHED})
+        return {
+            "messages": seen,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": not answer,
+            **self._tokens(tokenizer),
+        }
+
+    def _tokens(self, tokenizer: Tokenizer) -> dict[str, str]:
+        """Names of the tokens with a role, of those that have one."""
+        tokens = {}
+        unknown = tokenizer.processor.unk_id()
+        defaults = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": unknown, "pad": -1}
+        for role, id_ in defaults.items():
+            default = tokenizer.piece(id_) if id_ >= 0 else None
+            token = self._settings.get(f"{role}_token", default)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                tokens[f"{role}_token"] = token
+        return tokens
+
+    def _attempt(
+        self, variables: dict[str, Any], names: Mapping[str, str], now: float
+    ) -> str | None:
+        """As `_rendered`, and None where the template refuses what was replaced."""
+        try:
+            return self._rendered(variables, names, now)
+        except (InputError, TokenizerError):
+            return None
+
+    def _rendered(self, variables: dict[str, Any], names: Mapping[str, str], now: float) -> str:
+        if names:
+            tokens = {name: value for name, value in variables.items() if name.endswith("_token")}
+            variables = variables | {name: names.get(tokens[name], tokens[name]) for name in tokens}
+        text = self._renderer.render(
+            template=self.template, variables=variables, names=names, now=now
+        )
+        if variables["add_generation_prompt"]:
+            return text
+        end = text.rfind(_UNFINISHED.rstrip())
+        if end < 0:
+            raise InputError(
+                f"{self.path}: this chat template leaves out an answer that has only begun: the "
+                "answer cannot be begun with it"
+            )
+        # as transformers does: without the tag's space, the template has stripped the answer
+        return text[:end] if text.startswith(_UNFINISHED, end) else text[:end].rstrip()
+
+
+def _free_characters(in_use: set[str]) -> Iterator[str]:
+    return (chr(c) for block in _PRIVATE for c in block if chr(c) not in in_use)
+
+
+class _Renderer:
+    """The process that renders (npllama/template_renderer.py), started when it is needed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._process: Popen | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._lock = threading.Lock()
+
+    def render(self, **request: Any) -> str:
+        line = json.dumps({**request, "seconds": SECONDS}).encode() + b"\n"
+        with self._lock:
+            answer = self._asked(line)
+        if not answer:
+            raise TokenizerError(
+                f"{self._path}: the chat template was not rendered within {SECONDS:g} s and the "
+                f"memory it may have: {_OTHER_WAYS}"
+            )
+        fields = json.loads(answer)
+        if "text" in fields:
+            return fields["text"]
+        kind, message = fields["error"], fields["message"][:300]
+        if kind == "jinja2":
+            raise TokenizerError(
+                f"{self._path}: a chat template needs jinja2 3.1.6, which {message}: "
+                "pip install 'npllama[chat]', or name a format that is built in with --chat-format"
+            )
+        if kind == "refused":
+            raise InputError(f"the model's chat template refuses the dialogue: {message}")
+        raise TokenizerError(f"{self._path} cannot be rendered ({message}): {_OTHER_WAYS}")
+
+    def _asked(self, line: bytes) -> bytes:
+        """The process's answer; nothing where it ended. It is ended where this is interrupted."""
+        process = self._started()
+        timer = threading.Timer(_PATIENCE, process.kill)
+        timer.daemon = True
+        timer.start()
+        answer = b""
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            pass
+        finally:
+            timer.cancel()
+            if not answer.endswith(b"\n"):
+                self._finalizer()
+                self._process = None
+                answer = b""
+        return answer
+
+    def _started(self) -> "Popen":
+        import subprocess  # not for --help
+
+        if self._process is None or self._process.poll() is not None:
+            if self._finalizer is not None:
+                self._finalizer()
+            program = Path(__file__).with_name("template_renderer.py")
+            self._process = subprocess.Popen(
+                [sys.executable, str(program)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+            self._finalizer = weakref.finalize(self, _end, self._process)
+        return self._process
+
+
+def _end(process: "Popen") -> None:
+    """End a process and its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was not sent is lost with the process
+            pipe.close()

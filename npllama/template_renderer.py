@@ -1,0 +1,194 @@
+"""A program that renders chat templates with jinja2, for npllama/chat_template.py.
+
+A template comes with a checkpoint and may ask for any amount of time and memory, so it is
+rendered by this process, which may have only so much and can be ended. jinja2's sandbox keeps it
+from everything else. One JSON object a line is read and one is written.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+MEMORY = 2**30
+"""Bytes that the process may have."""
+MAX_RENDERED = 16 * 2**20
+"""Characters of a rendered dialogue."""
+
+
+def main() -> None:
+    """Answer requests until standard input ends: {"template", "variables", "names", "now",
+    "seconds"} by {"text"} or {"error", "message"}."""
+    del sys.path[0]  # npllama's own directory, whose modules have plain names
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        with _cpu_time(request["seconds"]):
+            answer = _answer(request)
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def _cpu_time(seconds: float) -> Any:
+    """More of the processor's time than this ends the process, whatever it is doing."""
+    timed = hasattr(signal, "setitimer")
+    if timed:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    if timed:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, str]:
+    try:
+        import jinja2
+        import jinja2.ext
+        import jinja2.sandbox
+    except ImportError:
+        return {"error": "jinja2", "message": "is not installed"}
+    numbers = [int(n) if n.isdigit() else 0 for n in jinja2.__version__.split(".")[:3]]
+    if numbers < [3, 1, 6]:  # has ways out of its sandbox
+        return {"error": "jinja2", "message": f"{jinja2.__version__} is too old"}
+    try:
+        return {"text": _render(**request)}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": "template", "message": f"line {error.lineno}: {error.message}"}
+    except _RaisedError as error:
+        return {"error": "refused", "message": str(error)}
+    except (MemoryError, OverflowError):
+        return {"error": "template", "message": "it asks for too much memory"}
+    except Exception as error:  # of the template's: a value of another type, say
+        return {"error": "template", "message": str(error) or type(error).__name__}
+
+
+class _RaisedError(Exception):
+    """What a template says by raise_exception."""
+
+
+def _render(
+    template: str,
+    variables: dict[str, Any],
+    names: dict[str, str],
+    now: float,
+    seconds: float,
+) -> str:
+    """The text of a template.
+
+    Args:
+        names: texts that are replaced wherever the template's source has them.
+        now: seconds since 1970, for strftime_now.
+        seconds: the limit, which the caller keeps.
+    """
+    environment = _environment(datetime.fromtimestamp(now))
+    parsed = environment.parse(template)
+    if names:
+        _replace(parsed, names)
+    text = ""
+    for piece in environment.from_string(parsed).generate(**variables):
+        text += piece
+        if len(text) > MAX_RENDERED:
+            raise ValueError(f"it makes more than {MAX_RENDERED} characters")
+    return text
+
+
+def _replace(template: Any, names: dict[str, str]) -> None:
+    """Replace names in the literals of a parsed template."""
+    from jinja2 import nodes
+
+    def replaced(text: str) -> str:
+        for name in sorted(names, key=len, reverse=True):
+            text = text.replace(name, names[name])
+        return text
+
+    for node in template.find_all((nodes.TemplateData, nodes.Const)):
+        if isinstance(node, nodes.TemplateData):
+            node.data = replaced(node.data)
+        elif isinstance(node.value, str):
+            node.value = replaced(node.value)
+
+
+def _environment(now: datetime) -> Any:
+    """jinja2 with the settings, tags, filters and functions that transformers gives templates."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %}, which mark an answer and change nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_same")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _same(self, caller: Any) -> str:
+            return caller()
+
+    class Dict:
+        """dict(), without what else a class has."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args: Any) -> dict:
+            return dict.fromkeys(*args)
+
+    class Namespace(jinja2.utils.Namespace):
+        """namespace(), without names that begin with an underscore."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            values = dict(*args[1:], **kwargs)
+            for name in values:
+                Namespace._check(name)
+            jinja2.utils.Namespace.__init__(args[0], values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            Namespace._check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def _check(name: Any) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+
+    def raise_exception(message: str) -> None:
+        raise _RaisedError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": now.strftime,
+        "dict": Dict(),
+        "namespace": Namespace,
+    }
+    return environment
+
+
+if __name__ == "__main__":
+    main()
