@@ -199,9 +199,10 @@ class ChatTemplate:
         if variables["add_generation_prompt"]:
             return text
         end = text.rfind(_UNFINISHED.rstrip())
-        if end < 0:
+        answer = variables["messages"][-1]["content"].removesuffix(_UNFINISHED)
+        if end < 0 or answer.strip() not in text:
             raise InputError(
-                f"{self.path}: this chat template leaves out an answer that has only begun: the "
+                f"{self.path}: this chat template changes or leaves out the last answer: the "
                 "answer cannot be begun with it"
             )
         # as transformers does: without the tag's space, the template has stripped the answer

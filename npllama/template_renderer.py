@@ -6,13 +6,14 @@ from everything else. One JSON object a line is read and one is written.
 """
 
 import contextlib
+import functools
 import json
 import signal
 import sys
 from datetime import datetime
 from typing import Any
 
-MEMORY = 2**30
+MEMORY = 2**29
 """Bytes that the process may have."""
 MAX_RENDERED = 16 * 2**20
 """Characters of a rendered dialogue."""
@@ -72,11 +73,7 @@ class _RaisedError(Exception):
 
 
 def _render(
-    template: str,
-    variables: dict[str, Any],
-    names: dict[str, str],
-    now: float,
-    seconds: float,
+    template: str, variables: dict[str, Any], names: dict[str, str], now: float, seconds: float
 ) -> str:
     """The text of a template.
 
@@ -85,16 +82,22 @@ def _render(
         now: seconds since 1970, for strftime_now.
         seconds: the limit, which the caller keeps.
     """
-    environment = _environment(datetime.fromtimestamp(now))
-    parsed = environment.parse(template)
-    if names:
-        _replace(parsed, names)
+    variables["strftime_now"] = datetime.fromtimestamp(now).strftime
     text = ""
-    for piece in environment.from_string(parsed).generate(**variables):
+    for piece in _compiled(template, tuple(names.items())).generate(**variables):
         text += piece
         if len(text) > MAX_RENDERED:
             raise ValueError(f"it makes more than {MAX_RENDERED} characters")
     return text
+
+
+@functools.lru_cache(maxsize=2)
+def _compiled(template: str, names: tuple[tuple[str, str], ...]) -> Any:
+    environment = _environment()
+    parsed = environment.parse(template)
+    if names:
+        _replace(parsed, dict(names))
+    return environment.from_string(parsed)
 
 
 def _replace(template: Any, names: dict[str, str]) -> None:
@@ -113,7 +116,7 @@ def _replace(template: Any, names: dict[str, str]) -> None:
             node.value = replaced(node.value)
 
 
-def _environment(now: datetime) -> Any:
+def _environment() -> Any:
     """jinja2 with the settings, tags, filters and functions that transformers gives templates."""
     import jinja2.ext
     import jinja2.sandbox
@@ -183,7 +186,6 @@ def _environment(now: datetime) -> Any:
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": now.strftime,
         "dict": Dict(),
         "namespace": Namespace,
     }

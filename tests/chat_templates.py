@@ -1,38 +1,19 @@
 """Chat templates of published checkpoints, and messages."""
 
-ALTERNATE = (
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
-    "'Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-)
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}"
-    "{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
-    "{% for message in loop_messages %}" + ALTERNATE + "{% if loop.index0 == 0 and "
-    "system_message != false %}{% set content = '<<SYS>>\\n' + system_message + "
-    "'\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}"
-    "{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + "
-    "' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + "
-    "eos_token }}{% endif %}{% endfor %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}" + ALTERNATE + "{% if message['role'] == "
-    "'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == "
-    "'assistant' %}{{ message['content'] + eos_token}}{% else %}{{ raise_exception('Only user "
-    "and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
-    "message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n'"
-    " + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
-    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
-    "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+import importlib.util
+import json
+
+from conftest import FIXTURES, needed
+
+DIRECTORY = FIXTURES / "chat_templates"
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in DIRECTORY.glob("*.jinja")}
+# of tools/make_reference.py, from transformers: dialogues with the text by template, None where
+# the template refuses the roles
+DIALOGUES = json.loads((DIRECTORY / "expected.json").read_text())
+
+
+def need_jinja2():
+    needed(None if importlib.util.find_spec("jinja2") else "jinja2 is missing (extra [chat])")
 
 
 def user(text):

@@ -103,7 +103,7 @@ def test_no_framework_is_imported_and_cupy_is_picked_in_one_place(path):
 def test_importing_npllama_imports_neither_cupy_nor_a_framework():
     code = (
         "import sys, npllama, npllama.generate; "
-        "print([m for m in ('cupy', 'torch', 'transformers', 'jax') if m in sys.modules])"
+        "print([m for m in ('cupy', 'torch', 'transformers', 'jax', 'jinja2') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

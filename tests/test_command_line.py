@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from chat_templates import need_jinja2
 from conftest import TINY
 from model_directory import write_model
 from npllama import load, operating_system
@@ -567,13 +568,66 @@ def test_too_little_memory_is_one_line_with_both_numbers(capsys, model, monkeypa
     assert "0.00 GB are free" in line
 
 
-def test_chat_refuses_a_checkpoint_with_another_template(capsys, tmp_path):
-    directory = write_model(tmp_path / "zephyr", CONFIG)
-    (directory / "tokenizer_config.json").write_text('{"chat_template": "<|user|> {{ m }}"}')
-    line = error_line(capsys, "--model", str(directory), "--chat", "--prompt", "Hi")
-    assert "another dialogue format than Llama-2-chat" in line
-    code, _, _ = call(capsys, "--model", str(directory), "--prompt", "Hi", *GREEDY)
+def chat_directory(tmp_path, template):
+    directory = write_model(tmp_path / "m", CONFIG)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return str(directory)
+
+
+@pytest.mark.parametrize("end", ["--chat", "--chat-format"])
+def test_chat_uses_the_checkpoints_template_or_the_format_that_is_named(capsys, tmp_path, end):
+    need_jinja2()
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}>"
+    directory = chat_directory(tmp_path, template)
+    llama = load(directory, backend="numpy")
+    tokenizer = llama.tokenizer
+    args = ["--model", directory, "--chat", "--prompt", "Hi</s>", "--system", "S", *GREEDY]
+    if end == "--chat":
+        first, second = (tokenizer.encode(t, bos=False) for t in ("system: S", "user: Hi</s>"))
+        ids = [1, *first, 2, *second, 2, *tokenizer.encode(">", bos=False)]
+    else:
+        args += ["--chat-format", "zephyr"]
+        text = ["<|system|>\nS", "\n<|user|>\nHi</s>", "\n<|assistant|>\n"]
+        first, second, third = (tokenizer.encode(t, bos=False) for t in text)
+        ids = [1, *first, 2, *second, 2, *third]
+    greedy = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    text = llama.generate(ids, fresh_text=True, **greedy).text
+    code, out, err = call(capsys, *args)
+    assert (code, out, err) == (0, f"Hi</s>\n{text}\n", "")
+
+
+def test_chat_begins_the_answer_that_the_caller_gives(capsys, model):
+    from npllama.dialogue import encode_chat
+
+    llama = load(model, backend="numpy")
+    ids = encode_chat(llama.tokenizer, [{"role": "user", "content": "Hi"}], answer="Sure")
+    assert ids == llama.encode("[INST] Hi [/INST] Sure")
+    text = llama.generate(ids, max_new_tokens=12, temperature=0, ignore_eos=True).text
+    args = ("--model", model, "--chat", "--prompt", "Hi", "--answer", "Sure", *GREEDY)
+    args += ("--chat-format", "llama-2")
+    assert call(capsys, *args) == (0, f"Hi\nSure{text}\n", "")
+    assert call(capsys, *args, "--no-echo") == (0, f"{text}\n", "")
+
+
+def test_chat_without_a_template_says_so(capsys, model):
+    _, _, err = call(capsys, "--model", model, "--chat", "--prompt", "Hi", *GREEDY)
+    assert err.startswith(f"npllama: {model} has no chat template") and err.count("\n") == 1
+    assert "--chat-format" in err
+
+
+def test_chat_with_a_template_that_cannot_be_rendered_is_one_line(capsys, tmp_path):
+    need_jinja2()
+    directory = chat_directory(tmp_path, "{{ x")
+    line = error_line(capsys, "--model", directory, "--chat", "--prompt", "Hi")
+    assert "tokenizer_config.json cannot be rendered" in line
+    code, _, _ = call(capsys, "--model", directory, "--prompt", "Hi", *GREEDY)
     assert code == 0
+
+
+@pytest.mark.parametrize("option", ["--answer=a", "--chat-format=vicuna"])
+def test_options_of_chat_need_it(capsys, model, option):
+    line = error_line(capsys, "--model", model, "--prompt", "Hi", option)
+    assert f"{option.split('=')[0]} is for --chat" in line
 
 
 def test_cupy_where_there_is_none_is_one_line(capsys, monkeypatch):

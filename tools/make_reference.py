@@ -5,6 +5,7 @@
     python tools/make_reference.py torch --meta-converter convert_llama_weights_to_hf.py
     python tools/make_reference.py gradients
     python tools/make_reference.py tokenizers
+    python tools/make_reference.py chat
     python tools/make_reference.py check
 
 fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
@@ -18,6 +19,7 @@ forward written in torch for the purpose, since transformers' own is float32 in 
 is held to transformers'.
 fixtures/tokenizers has the files that transformers 5 makes of the shipped tokenizer.model, with a
 special and a plain token added, and the ids that it gives to texts.
+fixtures/chat_templates has chat templates and dialogues, and what transformers renders of them.
 The tests need the files alone, not torch. `check` converts every fixture with tools/convert.py
 and opens the result in transformers.
 """
@@ -30,11 +32,13 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+import jinja2
 import numpy as np
 import safetensors.numpy
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import convert
 from command_line import say
@@ -340,6 +344,30 @@ GRADIENT_BASE = {
 }
 
 
+def make_chat() -> None:
+    """fixtures/chat_templates/expected.json: each dialogue with its text by template."""
+    dest = FIXTURES / "chat_templates"
+    dialogues = json.loads((dest / "dialogues.json").read_text())
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for dialogue in dialogues:
+        answer = dialogue.get("answer")
+        begun = [] if answer is None else [{"role": "assistant", "content": answer}]
+        dialogue["texts"] = {}
+        for path in sorted(dest.glob("*.jinja")):
+            try:
+                texts, _ = render_jinja_template(
+                    conversations=[dialogue["messages"] + begun],
+                    chat_template=path.read_text(encoding="utf-8"),
+                    continue_final_message=bool(begun),
+                    add_generation_prompt=not begun,
+                    **tokens,
+                )
+            except (jinja2.exceptions.TemplateError, ValueError):  # roles, or no place to go on
+                texts = [None]
+            dialogue["texts"][path.stem] = texts[0]
+    (dest / "expected.json").write_text(json.dumps(dialogues, indent=1) + "\n")
+
+
 def make_gradients() -> None:
     """fixtures/gradients: weights ("w/..."), gradients ("g/..."), and what they are of."""
     dest = FIXTURES / "gradients"
@@ -450,7 +478,7 @@ def main() -> None:
     """Write what the command line names."""
     open_streams()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("hf", "torch", "gradients", "tokenizers", "check"))
+    p.add_argument("what", choices=("hf", "torch", "gradients", "tokenizers", "chat", "check"))
     p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
     args = p.parse_args()
     tell(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -462,6 +490,8 @@ def main() -> None:
         make_gradients()
     elif args.what == "tokenizers":
         make_tokenizers()
+    elif args.what == "chat":
+        make_chat()
     else:
         if args.meta_converter is None:
             p.error("torch needs --meta-converter convert_llama_weights_to_hf.py")
