@@ -6,6 +6,7 @@ become a control token, so it is rendered more than once: see `ChatTemplate.part
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -113,7 +114,7 @@ class ChatTemplate:
         Raises:
             InputError, TokenizerError: see `render`.
         """
-        ids_of = special_ids(tokenizer)
+        ids_of = {name: id_ for name, id_ in special_ids(tokenizer).items() if not name.isspace()}
         variables = self._variables(tokenizer, messages, answer)
         now = time.time()
         text = self._rendered(variables, {}, now)
@@ -220,6 +221,7 @@ class _Renderer:
         self._path = path
         self._process: Popen | None = None
         self._finalizer: weakref.finalize | None = None
+        self._owner = 0  # the process that started it
         self._lock = threading.Lock()
 
     def render(self, **request: Any) -> str:
@@ -268,7 +270,8 @@ class _Renderer:
     def _started(self) -> "Popen":
         import subprocess  # not for --help
 
-        if self._process is None or self._process.poll() is not None:
+        is_ours = self._owner == os.getpid()  # after a fork it is the other process's
+        if self._process is None or not is_ours or self._process.poll() is not None:
             if self._finalizer is not None:
                 self._finalizer()
             program = Path(__file__).with_name("template_renderer.py")
@@ -279,12 +282,15 @@ class _Renderer:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is not for it
             )
-            self._finalizer = weakref.finalize(self, _end, self._process)
+            self._owner = os.getpid()
+            self._finalizer = weakref.finalize(self, _end, self._process, self._owner)
         return self._process
 
 
-def _end(process: "Popen") -> None:
-    """End a process and its pipes."""
+def _end(process: "Popen", owner: int) -> None:
+    """End a process and its pipes, in the process that started it."""
+    if os.getpid() != owner:
+        return
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

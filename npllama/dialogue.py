@@ -30,7 +30,8 @@ def encode_chat(
         messages: {"role": ..., "content": ...}; roles are an optional "system", then "user"
             and "assistant" in turn, "user" last. A checkpoint's template may allow others.
         chat_format: of `find_chat_format`, or one of npllama.chat_formats.
-        answer: how the assistant's answer begins; the model continues it.
+        answer: how the assistant's answer begins, which the model continues; white space alone
+            is no beginning.
 
     Returns:
         Ids, with exactly one BOS in front. Those of Llama-2-chat: each past turn BOS .. EOS, the
@@ -50,11 +51,12 @@ def encode_chat(
         raise TokenizerError(
             "the model has no tokenizer: a dialogue needs its tokenizer.model or tokenizer.json"
         )
-    return encode_parts(tokenizer, chat_format(tokenizer, turns, answer))
+    begun = answer if answer.strip() else ""
+    return encode_parts(tokenizer, chat_format(tokenizer, turns, begun))
 
 
 def find_chat_format(
-    directory: Path | None, name: str | None = None
+    directory: str | Path | None, name: str | None = None
 ) -> tuple[ChatFormat, str | None]:
     """A model's chat format, and what to say of it where it is not known for sure.
 

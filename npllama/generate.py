@@ -306,7 +306,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
         ignore_eos=args.ignore_eos,
-        fresh_text=args.chat and not args.answer,
+        fresh_text=args.chat and not (args.answer or "").strip(),
     )
     if chat_note is not None:
         tell(f"npllama: {chat_note}")

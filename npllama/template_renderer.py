@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 MEMORY = 2**29
@@ -22,7 +23,8 @@ MAX_RENDERED = 16 * 2**20
 def main() -> None:
     """Answer requests until standard input ends: {"template", "variables", "names", "now",
     "seconds"} by {"text"} or {"error", "message"}."""
-    del sys.path[0]  # npllama's own directory, whose modules have plain names
+    here = Path(__file__).resolve().parent  # npllama's modules have plain names
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         import resource
 

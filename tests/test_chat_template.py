@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from chat_templates import DIALOGUES, TEMPLATES, assistant, need_jinja2, system, user
+from conftest import run_script
 from model_directory import byte_tokenizer
 from npllama import chat_template
 from npllama.chat_formats import FORMATS
@@ -292,6 +294,36 @@ def test_the_process_ends_with_the_template():
     assert process.poll() is not None
 
 
+def test_after_a_fork_each_process_has_its_own():
+    need_jinja2()
+    run_script(
+        f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from model_directory import byte_tokenizer
+from npllama.chat_template import ChatTemplate
+made = ChatTemplate("{{{{ messages[0].content }}}}", Path("a"), {{}})
+say = lambda text: made.render(byte_tokenizer(), [{{"role": "user", "content": text}}])
+assert say("a") == "a"
+child = os.fork()
+if child == 0:
+    code = 0 if say("b") == "b" else 1
+    del made
+    os._exit(code)
+assert os.waitpid(child, 0)[1] == 0
+first = made._renderer._process
+assert say("c") == "c" and made._renderer._process is first
+"""
+    )
+
+
+def test_no_module_of_ours_hides_one_of_pythons_from_the_process():
+    folder = Path(chat_template.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    assert not names & sys.stdlib_module_names
+
+
 # -- without jinja2
 
 
@@ -320,6 +352,20 @@ def test_without_jinja2_one_line_says_what_to_do(monkeypatch, tmp_path, version,
 def test_what_is_built_in_starts_nothing(monkeypatch, name):
     monkeypatch.setattr(chat_template._Renderer, "render", None)
     assert encode_chat(TOKENIZER, HELLO, find_chat_format(None, name)[0])[0] == 1
+
+
+def test_white_space_is_no_beginning_of_an_answer():
+    for chat_format in FORMATS.values():
+        ids = encode_chat(TOKENIZER, HELLO, chat_format)
+        assert encode_chat(TOKENIZER, HELLO, chat_format, answer=" \n") == ids
+
+
+def test_an_answer_follows_what_stands_before_it():
+    for name, begun in [("llama-2", "[/INST] Sure"), ("vicuna", "ASSISTANT: Sure")]:
+        assert FORMATS[name](TOKENIZER, HELLO, "Sure")[-1].endswith(begun)
+    for name in ("zephyr", "chatml"):
+        parts = FORMATS[name](TOKENIZER, HELLO, " Sure")
+        assert parts == [*FORMATS[name](TOKENIZER, HELLO, "")[:-1], " Sure"]
 
 
 # -- the formats that are built in
