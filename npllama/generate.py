@@ -4,6 +4,11 @@ The text goes to stdout as it is made, everything else to stderr. Exit codes: 0,
 that cannot be served (one line says why), 130 after Ctrl-C.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import os
@@ -24,6 +29,7 @@ from npllama.console import (
     exit_code,
     open_streams,
     reason,
+    started_as,
     tell,
     tell_what_is_logged,
     utf8,
@@ -96,7 +102,7 @@ class _Once(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
     p = _Parser(
-        prog="python -m npllama.generate",
+        prog=started_as("generate", "python -m npllama.generate"),
         description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
         "it is made; everything else goes to standard error.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',

@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     [
         "errors",
+        "early_interrupt",
         "small_file",
         "rope_scaling",
         "not_a_model",
@@ -58,6 +59,7 @@ FLOORS = [
     ["generation", "gradients"],
     ["llama"],
     ["__init__", "generate", "plain"],
+    ["__main__"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 
