@@ -14,7 +14,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from npllama.early_interrupt import handle_again
 from npllama.errors import InputError, NpllamaError, exhausted
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -39,6 +41,7 @@ def exit_code(
         out_of_memory: what to do then.
     """
     try:
+        handle_again()
         return work() or 0
     except NpllamaError as error:
         tell(f"{program}: error: {error}")
@@ -75,6 +78,12 @@ def open_streams() -> None:
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def started_as(word: str, alone: str) -> str:
+    """How a program's help names it: "npllama WORD" where that started it, else `alone`."""
+    started = Path(sys.argv[0]).stem  # of __main__.py where it was python -m npllama
+    return f"npllama {word}" if started in ("npllama", "__main__") else alone
 
 
 def utf8(argument: str) -> str:

@@ -4,6 +4,11 @@ The text goes to stdout as it is made, everything else to stderr. Exit codes: 0,
 that cannot be served (one line says why), 130 after Ctrl-C.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import os
@@ -24,6 +29,7 @@ from npllama.console import (
     exit_code,
     open_streams,
     reason,
+    started_as,
     tell,
     tell_what_is_logged,
     utf8,
@@ -31,10 +37,14 @@ from npllama.console import (
 )
 from npllama.dialogue import check_chat_template, encode_chat
 from npllama.errors import InputError, TokenizerWarning
+from npllama.escapes import unescape
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling_options import Sampling
+from npllama.special_tokens import encode_special
 from npllama.weight_formats import FORMATS
+
+STANDARD_INPUT = "standard input"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,7 +106,7 @@ class _Once(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
     p = _Parser(
-        prog="python -m npllama.generate",
+        prog=started_as("generate", "python -m npllama.generate"),
         description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
         "it is made; everything else goes to standard error.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
@@ -119,7 +129,21 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-file",
         action=_Once,
         metavar="FILE",
-        help="a file with one prompt a line, continued together; an empty line starts from nothing",
+        help="a file with one prompt a line, continued together; an empty line starts from "
+        'nothing, "-" reads the lines of standard input',
+    )
+    p.add_argument(
+        "-e",
+        dest="escapes",
+        action="store_true",
+        help="\\n, \\t, \\\\ and \\uXXXX in --prompt, --system and --stop are a line end, a tab, a "
+        "backslash and the character with that number; without it they are text",
+    )
+    p.add_argument(
+        "--special",
+        action="store_true",
+        help="control tokens written in the prompt count: </s>, say, and the added tokens of "
+        "tokenizer.json; without it they are text like any other",
     )
 
     length = p.add_argument_group("how long")
@@ -255,9 +279,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--model is empty: expected a model directory")
     if args.system is not None and not args.chat:
         raise InputError("--system is for --chat: give both, or neither")
+    if args.special and args.chat:
+        raise InputError("--special is for a text, not for --chat's messages: give one of them")
+    if args.escapes:
+        unescape_texts(args)
     prompts = read_prompts(args)
-    if args.chat and args.model is not None and os.path.isdir(args.model):
-        check_chat_template(Path(args.model))
+    chat_note = check_chat(args) if args.chat else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
         llama = load(
@@ -283,6 +310,8 @@ def run(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
         fresh_text=args.chat,
     )
+    if chat_note is not None:
+        tell(f"npllama: {chat_note}")
     interrupted = False
     try:
         if args.json:
@@ -301,33 +330,68 @@ def run(args: argparse.Namespace) -> int:
     elif args.logprobs:
         for completion in completions:
             print_log_probs(llama, completion)
+    if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
+        tell(f"npllama: {note}")
     if args.stats:
         print_stats(llama, generation)
     return INTERRUPTED if interrupted else 0
 
 
+def unescape_texts(args: argparse.Namespace) -> None:
+    """Put the characters that escapes stand for into --prompt, --system and --stop."""
+    if args.prompt is not None:
+        args.prompt = unescape(args.prompt, "--prompt")
+    if args.system is not None:
+        args.system = unescape(args.system, "--system")
+    args.stop = [unescape(text, "--stop") for text in args.stop]
+
+
+def check_chat(args: argparse.Namespace) -> str | None:
+    """What to say of a model whose dialogue format is not known, if it is not.
+
+    Raises:
+        InputError: the model that ships, which knows none.
+        TokenizerError: a model that was trained on another format.
+    """
+    if args.model is None:
+        raise InputError(
+            "--chat needs a chat model, and the one that ships with npllama tells stories: give "
+            "--model DIR, or leave out --chat"
+        )
+    return check_chat_template(Path(args.model)) if os.path.isdir(args.model) else None
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt, of standard input, or of --prompt-file's lines."""
+    """The prompts of --prompt or of --prompt-file's lines; "-" for standard input."""
     if args.prompt_file is None:
         if args.prompt != "-":
             return [args.prompt]
-        if sys.stdin is None:
-            raise InputError("standard input is closed: give the prompt with --prompt TEXT")
-        try:
-            content = sys.stdin.buffer.read()
-        except OSError as error:
-            raise InputError(f"standard input cannot be read: {reason(error)}") from None
-        return [_decoded(content, "standard input").removesuffix("\n")]
+        return [_decoded(_standard_input(), STANDARD_INPUT).removesuffix("\n")]
+    name = file_name(args)
     try:
-        content = Path(args.prompt_file).read_bytes()
+        content = _standard_input() if args.prompt_file == "-" else Path(name).read_bytes()
     except OSError as error:
         raise InputError(
             f"--prompt-file {args.prompt_file!r} cannot be read: {error.strerror}"
         ) from None
-    text = _decoded(content, args.prompt_file)
+    text = _decoded(content, name)
     if not text:
-        raise InputError(f"{args.prompt_file} is empty: expected one prompt a line")
+        raise InputError(f"{name} is empty: expected one prompt a line")
     return text.removesuffix("\n").split("\n")
+
+
+def file_name(args: argparse.Namespace) -> str:
+    """What messages call the file of --prompt-file."""
+    return STANDARD_INPUT if args.prompt_file == "-" else args.prompt_file
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise InputError("standard input is closed: give the prompt with --prompt TEXT")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"standard input cannot be read: {reason(error)}") from None
 
 
 def _decoded(content: bytes, name: str) -> str:
@@ -354,15 +418,18 @@ def encode_prompts(llama: Llama, prompts: Sequence[str], args: argparse.Namespac
             encoded.append(encode_prompt(llama, prompt, args))
             llama.to_tokens(encoded[-1])
         except InputError as error:
-            raise InputError(f"{args.prompt_file}, line {line}: {error}") from None
+            raise InputError(f"{file_name(args)}, line {line}: {error}") from None
     return encoded
 
 
 def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[int]:
-    """A prompt's ids: as text, or with --chat as a dialogue of one message."""
-    if not args.chat:
+    """A prompt's ids: as text, with --special also of tokens that it names, or with --chat as a
+    dialogue of one message."""
+    if not (args.chat or args.special):
         return llama.encode(prompt)
     llama.encode("")  # says what is missing where there is no tokenizer
+    if args.special:
+        return encode_special(llama.tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -419,6 +486,23 @@ def print_log_probs(llama: Llama, completion: Completion) -> None:
     for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
         piece = llama.tokenizer.piece(id_)
         tell(f"{id_:>6} {log_prob:>9.4f}  {piece!r}")
+
+
+def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:
+    """What to say of prompts that left no room for a new token, if any did."""
+    full = [
+        i for i, one in enumerate(completions, 1) if one.finish_reason == "length" and not one.ids
+    ]
+    if not full:
+        return None
+    what = "the prompt fills"
+    if len(completions) > 1:
+        what = f"{len(full)} of {len(completions)} prompts fill (the first is number {full[0]})"
+    larger = " or give a larger --context" if llama.context < llama.config.context_length else ""
+    return (
+        f"{what} the context of {llama.context} tokens, so there was room for no new token: "
+        f"shorten it{larger}"
+    )
 
 
 def finish_reasons(completions: Sequence[Completion]) -> str:

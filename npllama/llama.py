@@ -380,7 +380,7 @@ def _checked_directory(given: str) -> Path:
         what = "does not exist: expected a model directory with a config.json"
         raise InputError(f"{given} {missing_instead(given) or what}")
     if not path.is_dir():
-        what = "is a file: expected a model directory; tools/convert.py makes one"
+        what = "is a file: expected a model directory; npllama convert makes one"
         raise InputError(f"{path} {file_instead(path) or what}")
     if not (path / "config.json").exists():
         what = f"has no config.json: expected a model directory; {HOW_TO_GET_ONE}"

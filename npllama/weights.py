@@ -226,7 +226,7 @@ def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> li
     if not (directory / index).exists():
         what = (
             f"has neither {single} nor {index}: expected a Hugging Face model directory; "
-            "tools/convert.py makes one from other formats"
+            "npllama convert makes one from other formats"
         )
         raise WeightsError(f"{directory} {directory_instead(directory) or what}")
     paths = [directory / shard for shard in sorted(set(read_index(directory / index).values()))]

@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     [
         "errors",
+        "early_interrupt",
         "small_file",
         "rope_scaling",
         "not_a_model",
@@ -27,10 +28,18 @@ FLOORS = [
         "cuda_device",
     ],
     ["threads", "weight_formats"],
-    ["backend", "config", "sentencepiece_model", "console"],
+    ["backend", "config", "sentencepiece_model", "console", "escapes"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options"],
     ["tokenizer", "ops.tiles"],
-    ["ops.equations", "dialogue", "tokenizer_files", "safetensors_file", "row", "decode_step"],
+    [
+        "ops.equations",
+        "dialogue",
+        "special_tokens",
+        "tokenizer_files",
+        "safetensors_file",
+        "row",
+        "decode_step",
+    ],
     [
         "ops.sampling",
         "ops.derivatives",
@@ -58,6 +67,7 @@ FLOORS = [
     ["generation", "gradients"],
     ["llama"],
     ["__init__", "generate", "plain"],
+    ["__main__"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

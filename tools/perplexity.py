@@ -7,6 +7,11 @@ as BOS and its ids, and scored on every id after BOS; all its bytes count. Bits 
 the other two, can be compared between tokenizers.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import math

@@ -6,6 +6,11 @@ RUN holds the tokenizer, the checkpoint from which the same command resumes, the
 at the end, RUN/model: a model directory in float32, for tools/convert.py to make narrower.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import hashlib
 import math
