@@ -33,6 +33,7 @@ from npllama.dialogue import check_chat_template, encode_chat
 from npllama.errors import InputError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
 
@@ -98,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog="python -m npllama.generate",
         description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
-        "it is made; everything else goes to standard error.",
+        "it is made; everything else goes to standard error, on a terminal with the time left of "
+        "what takes long.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
     )
     p.add_argument(
@@ -236,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         check_output()
         try:
-            return run(args)
+            with progress_shown("npllama"):
+                return run(args)
         except ReaderLeftError:
             return 0
 
@@ -374,9 +377,12 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     the others when their turn comes."""
     waiting = list(heads)
     turn = 0
-    _write(waiting[0])
+    # with the first piece: until then a terminal's line belongs to the progress
+    head, waiting[0] = waiting[0], ""
     try:
         for row, text in generation:
+            _write(head)
+            head = ""
             if row == turn:
                 _write(text)
             else:
@@ -385,7 +391,7 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
                 turn += 1
                 _write("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
-        _write(generation.rows[turn].interrupt())
+        _write(head + generation.rows[turn].interrupt())
         for row in generation.rows[turn + 1 :]:
             _write("\n" + waiting[row.number] + row.interrupt())
         _write("\n")
