@@ -40,6 +40,7 @@ from npllama.errors import InputError, TokenizerWarning
 from npllama.escapes import unescape
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
 from npllama.special_tokens import encode_special
 from npllama.weight_formats import FORMATS
@@ -108,7 +109,8 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog=started_as("generate", "python -m npllama.generate"),
         description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
-        "it is made; everything else goes to standard error.",
+        "it is made; everything else goes to standard error, on a terminal with the time left of "
+        "what takes long.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
     )
     p.add_argument(
@@ -260,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         check_output()
         try:
-            return run(args)
+            with progress_shown("npllama"):
+                return run(args)
         except ReaderLeftError:
             return 0
 
@@ -441,9 +444,12 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     the others when their turn comes."""
     waiting = list(heads)
     turn = 0
-    _write(waiting[0])
+    # with the first piece: until then a terminal's line belongs to the progress
+    head, waiting[0] = waiting[0], ""
     try:
         for row, text in generation:
+            _write(head)
+            head = ""
             if row == turn:
                 _write(text)
             else:
@@ -452,7 +458,7 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
                 turn += 1
                 _write("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
-        _write(generation.rows[turn].interrupt())
+        _write(head + generation.rows[turn].interrupt())
         for row in generation.rows[turn + 1 :]:
             _write("\n" + waiting[row.number] + row.interrupt())
         _write("\n")

@@ -147,7 +147,7 @@ class Generation:
         """Read what the cache does not hold of every prompt, and choose each row's first token."""
         cache = self._cache
         rest = {row: row.prompt_ids[cache.lengths[row.number] :] for row in rows}
-        with _unwarned():
+        with _unwarned(), self.model.reading(sum(map(len, rest.values()))):
             logits = [self.model.prefill(rest[row], cache, row.number) for row in rows]
         chunk = self.ops.prefill_chunk()
         self.timings.prefill_forwards = sum(math.ceil(len(ids) / chunk) for ids in rest.values())

@@ -26,9 +26,10 @@ FLOORS = [
         "completion",
         "quantization",
         "cuda_device",
+        "progress",
     ],
     ["threads", "weight_formats"],
-    ["backend", "config", "sentencepiece_model", "console", "escapes"],
+    ["backend", "config", "sentencepiece_model", "console", "progress_line", "escapes"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options"],
     ["tokenizer", "ops.tiles"],
     [
