@@ -274,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
-    generation = llama.generation(
+    generation = llama.new_generation(
         encode_prompts(llama, prompts, args),
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,

@@ -99,7 +99,7 @@ class Llama(Transformer):
         self.dtype = parameters.layers[0].wq.format.name
 
     @_shows_keywords_of(Sampling)
-    def generation(
+    def new_generation(
         self,
         prompts: Sequence[Prompt],
         *,
@@ -138,7 +138,7 @@ class Llama(Transformer):
             TokenizerError: text asked of a model without a tokenizer.
             TypeError: a keyword that is none of these.
 
-        >>> generation = load().generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
+        >>> generation = load().new_generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
         >>> sorted({row for row, text in generation})
         [0, 1]
         >>> [len(completion.ids) for completion in generation.completions()]
@@ -187,14 +187,14 @@ class Llama(Transformer):
                 "expected a row for each"
             )
 
-    @_shows_keywords_of(generation)
+    @_shows_keywords_of(new_generation)
     def generate(self, prompt: Prompt = "", **options: Any) -> Completion:
         """Continue a prompt.
 
         Args:
             prompt: a text, or token ids taken as they are; "" is BOS alone.
             options: max_new_tokens, temperature, seed, stop and the other keywords of
-                `generation`, which explains them and what it raises.
+                `new_generation`, which explains them and what it raises.
 
         Returns:
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
@@ -210,7 +210,7 @@ class Llama(Transformer):
         """
         return self.generate_batch([prompt], **options)[0]
 
-    @_shows_keywords_of(generation)
+    @_shows_keywords_of(new_generation)
     def stream(self, prompt: Prompt = "", **options: Any) -> Iterator[str]:
         """As `generate`, yielding the text in pieces as they become certain.
 
@@ -223,10 +223,10 @@ class Llama(Transformer):
         """
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        generation = self.generation([prompt], **options)
+        generation = self.new_generation([prompt], **options)
         return (text for _row, text in generation if text)
 
-    @_shows_keywords_of(generation)
+    @_shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; see `generate`.
 
@@ -234,7 +234,7 @@ class Llama(Transformer):
         >>> [len(completion.ids) for completion in both]
         [4, 4]
         """
-        generation = self.generation(prompts, **options)
+        generation = self.new_generation(prompts, **options)
         generation.run()
         return generation.completions()
 
@@ -394,7 +394,7 @@ def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
         raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
     unknown = sorted(changes.keys() - {field.name for field in fields(sampling)})
     if unknown:
-        expected = [*inspect.signature(Llama.generation).parameters][2:]
+        expected = [*inspect.signature(Llama.new_generation).parameters][2:]
         raise TypeError(f"no keyword is named {unknown[0]}: expected one of {', '.join(expected)}")
     return replace(sampling, **changes)
 

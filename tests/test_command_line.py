@@ -411,7 +411,7 @@ def test_chat_wraps_the_prompt_as_ids(model, capsys):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     llama = load(model, backend="numpy")
     ids = encode_chat(llama.tokenizer, messages)
-    generation = llama.generation(
+    generation = llama.new_generation(
         [ids], max_new_tokens=12, ignore_eos=True, seed=1, fresh_text=True
     )
     text = "".join(piece for _, piece in generation)

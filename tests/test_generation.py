@@ -20,7 +20,7 @@ PROMPTS = [[1, 100, 7], [1], [1, 9, 9, 9, 30, 31, 8], [1, 42]]
 
 
 def run(llama, prompts, **options):
-    generation = llama.generation(prompts, **options)
+    generation = llama.new_generation(prompts, **options)
     pieces = list(generation)
     completions = generation.completions()
     for row, completion in enumerate(completions):
@@ -60,7 +60,7 @@ def test_signatures_show_every_option_and_its_default():
         ("generate", "prompt"),
         ("stream", "prompt"),
         ("generate_batch", "prompts"),
-        ("generation", "prompts"),
+        ("new_generation", "prompts"),
     ):
         itself, prompt, *options = inspect.signature(getattr(Llama, name)).parameters.values()
         assert (itself.name, prompt.name) == ("self", first)
@@ -68,7 +68,7 @@ def test_signatures_show_every_option_and_its_default():
         assert {p.kind for p in options} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("method", ["generate", "stream", "generate_batch", "generation"])
+@pytest.mark.parametrize("method", ["generate", "stream", "generate_batch", "new_generation"])
 def test_a_misspelled_keyword_is_named_with_those_there_are(llama, method):
     expected = r"^no keyword is named temprature: expected one of max_new_tokens, .*temperature, "
     with pytest.raises(TypeError, match=expected):
@@ -100,7 +100,7 @@ def test_a_batch_says_what_each_row_says_alone(llama, sampling):
     together = run(llama, PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
     for row, prompt in enumerate(PROMPTS):
         # alone at the same place in the batch: the others are cut short at once
-        generation = llama.generation(PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
+        generation = llama.new_generation(PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
         for other in generation.rows:
             if other.number != row:
                 other.finish_reason = "length"
@@ -341,7 +341,7 @@ def test_timings_count_what_was_done(llama):
 
 
 def test_a_generation_runs_once(llama):
-    generation = llama.generation([[1, 5]], max_new_tokens=5, ignore_eos=True)
+    generation = llama.new_generation([[1, 5]], max_new_tokens=5, ignore_eos=True)
     next(iter(generation))
     with pytest.raises(InputError, match="has run"):
         iter(generation)
@@ -351,7 +351,7 @@ def test_a_generation_runs_once(llama):
 def test_what_was_held_back_is_said_when_a_row_is_interrupted(llama):
     options = {"max_new_tokens": 9, "sampling": GREEDY, "ignore_eos": True}
     whole = run(llama, [[1, 5]], **options)[0].text
-    generation = llama.generation([[1, 5]], stop=whole[:6] + "?", **options)
+    generation = llama.new_generation([[1, 5]], stop=whole[:6] + "?", **options)
     pieces = iter(generation)
     while len(generation.rows[0].ids) < 5:
         next(pieces)
@@ -417,7 +417,7 @@ def test_a_row_that_ended_or_was_left_holds_what_is_known(llama):
     stop = next(iter(llama.stream(PROMPT, **OPTIONS)))
     said = llama.generate(PROMPT, cache=ended, stop=stop, **OPTIONS).ids
     assert ended.ids[0] == (PROMPT + said)[:-1]  # also where a step was launched ahead
-    pieces = llama.generation([PROMPT], cache=other, **OPTIONS)
+    pieces = llama.new_generation([PROMPT], cache=other, **OPTIONS)
     running = iter(pieces)
     next(running), next(running)
     running.close()
@@ -484,7 +484,7 @@ def test_wherever_a_generation_is_left_the_cache_knows_what_it_holds(llama):
     want = [c.ids for c in llama.generate_batch(prompts, **OPTIONS)]
     for n_steps in range(9):
         cache = llama.new_cache(batch=2, context=30)
-        running = iter(llama.generation(prompts, cache=cache, **OPTIONS))
+        running = iter(llama.new_generation(prompts, cache=cache, **OPTIONS))
         for _ in range(n_steps):
             next(running)
         running.close()
@@ -497,7 +497,7 @@ def test_wherever_a_generation_is_left_the_cache_knows_what_it_holds(llama):
 
 def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
     cache = llama.new_cache(context=30)
-    first, second = (llama.generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
+    first, second = (llama.new_generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
     list(first)
     held = list(cache.ids[0])
     with pytest.raises(InputError, match=r"begins with 7 of them .* cache.truncate\(0, 7\)"):
@@ -507,7 +507,7 @@ def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
 
 def test_an_old_iterator_neither_goes_on_nor_writes_over_a_newer_ones_record(llama):
     cache = llama.new_cache(context=40)
-    old = iter(llama.generation([[3, 4, 5]], cache=cache, **OPTIONS))
+    old = iter(llama.new_generation([[3, 4, 5]], cache=cache, **OPTIONS))
     next(old)
     cache.truncate(0, 0)
     newer = llama.generate(PROMPT, cache=cache, **OPTIONS)
