@@ -103,18 +103,19 @@ class Llama(Transformer):
         self,
         prompts: Sequence[Prompt],
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = MAX_NEW_TOKENS,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        fresh_text: bool = False,
+        stop: str | Sequence[str] | None = (),
+        ignore_eos: bool | None = False,
+        fresh_text: bool | None = False,
         cache: KVCache | None = None,
-        sampling: Sampling = DEFAULT_SAMPLING,
-        **changes: float,
+        sampling: Sampling | None = DEFAULT_SAMPLING,
+        **changes: float | None,
     ) -> Generation:
         """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
 
-        `generate`, `stream` and `generate_batch` take the same keywords.
+        `generate`, `stream` and `generate_batch` take the same keywords. None means a keyword's
+        default, as if it was not given.
 
         Args:
             prompts: each a text, or token ids taken as they are; "" is BOS alone.
@@ -144,12 +145,13 @@ class Llama(Transformer):
         >>> [len(completion.ids) for completion in generation.completions()]
         [3, 3]
         """
+        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         if not is_integer(max_new_tokens) or max_new_tokens < 0:
             raise InputError(
                 f"max_new_tokens is {max_new_tokens!r}: expected a whole number from 0"
             )
-        sampling = _changed(sampling, changes)
-        stops = _checked_stops(stop)
+        sampling = _changed(DEFAULT_SAMPLING if sampling is None else sampling, changes)
+        stops = _checked_stops(() if stop is None else stop)
         if stops and self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
         if isinstance(prompts, str | bytes) or len(prompts) == 0:
@@ -169,7 +171,7 @@ class Llama(Transformer):
                     eos_ids=frozenset(() if ignore_eos else self.config.eos_ids),
                     stop=StopFilter(stops),
                     tokenizer=self.tokenizer,
-                    fresh_text=fresh_text,
+                    fresh_text=bool(fresh_text),
                 )
             )
         if cache is None:
@@ -188,8 +190,8 @@ class Llama(Transformer):
             )
 
     @_shows_keywords_of(new_generation)
-    def generate(self, prompt: Prompt = "", **options: Any) -> Completion:
-        """Continue a prompt.
+    def generate(self, prompt: Prompt | None = "", **options: Any) -> Completion:
+        """Continue a prompt; `generate_batch` continues several.
 
         Args:
             prompt: a text, or token ids taken as they are; "" is BOS alone.
@@ -208,10 +210,10 @@ class Llama(Transformer):
         ... ).text
         True
         """
-        return self.generate_batch([prompt], **options)[0]
+        return self.generate_batch([_one_prompt(prompt)], **options)[0]
 
     @_shows_keywords_of(new_generation)
-    def stream(self, prompt: Prompt = "", **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt | None = "", **options: Any) -> Iterator[str]:
         """As `generate`, yielding the text in pieces as they become certain.
 
         Joined, they are `generate(...).text`; no piece holds half a character.
@@ -223,12 +225,12 @@ class Llama(Transformer):
         """
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        generation = self.new_generation([prompt], **options)
+        generation = self.new_generation([_one_prompt(prompt)], **options)
         return (text for _row, text in generation if text)
 
     @_shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
-        """Continue several prompts at once, each as long as it is; see `generate`.
+        """Continue several prompts at once, each as long as it is; keywords are `generate`'s.
 
         >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, temperature=0)
         >>> [len(completion.ids) for completion in both]
@@ -283,6 +285,27 @@ class Llama(Transformer):
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
         return self.tokenizer.encode_prompt(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, as those of a completion; control tokens, as BOS, have none.
+
+        Raises:
+            InputError: something else than ids, or an id that the model does not have.
+            TokenizerError: the model has no tokenizer.
+
+        >>> llama = load()
+        >>> llama.decode(llama.encode("Once upon a time"))
+        'Once upon a time'
+        """
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise InputError(f"the ids are {ids!r:.60}: expected token ids, as [1, 261]")
+        if self.tokenizer is None:
+            raise TokenizerError(self._no_tokenizer)
+        ids = list(ids)
+        for i, id_ in enumerate(ids):
+            if not is_integer(id_):
+                raise InputError(f"token id {id_!r:.60} at position {i} is not an integer")
+        return self.tokenizer.decode(ids)
 
     @property
     def bytes_per_forward(self) -> int:
@@ -396,7 +419,19 @@ def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
     if unknown:
         expected = [*inspect.signature(Llama.new_generation).parameters][2:]
         raise TypeError(f"no keyword is named {unknown[0]}: expected one of {', '.join(expected)}")
-    return replace(sampling, **changes)
+    return replace(sampling, **{k: value for k, value in changes.items() if value is not None})
+
+
+def _one_prompt(prompt: Prompt | None) -> Prompt:
+    """The prompt, "" for None; several are refused with what takes them."""
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes):
+        first = None if getattr(prompt, "shape", None) == () or not len(prompt) else prompt[0]
+        if isinstance(first, str | bytes | Sequence | np.ndarray):
+            raise InputError(
+                "several prompts where one is expected: generate_batch(prompts) continues them "
+                "together, new_generation(prompts) yields (row, text) as it is made"
+            )
+    return "" if prompt is None else prompt
 
 
 def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -253,7 +253,7 @@ def test_stream_raises_before_it_is_iterated(llama):
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected a whole number"),
         ({"stop": ""}, "a stop text is empty"),
         ({"stop": ["a", ""]}, "a stop text is empty"),
-        ({"stop": None}, "a stop text is None"),
+        ({"stop": [None]}, "a stop text is None"),
         ({"stop": [5]}, "a stop text is 5"),
         ({"seed": -1}, "seed is -1"),
         ({"top_p": 0}, "top_p is 0"),
@@ -270,13 +270,58 @@ def test_prompts_of_another_kind_are_refused(llama):
     for prompts in ([], "abc", b"abc"):
         with pytest.raises(InputError, match="not a list of at least one prompt"):
             llama.generate_batch(prompts)
-    for prompt in (None, 5, b"abc"):
+    for prompt in (5, b"abc", np.array(5)):
         with pytest.raises(InputError, match="expected a text or token ids"):
             llama.generate(prompt)
     with pytest.raises(InputError, match=r"llama\.encode\(text\) makes them"):
         llama.logits("abc")
-    with pytest.raises(InputError, match="sampling is None"):
-        llama.generate_batch(["abc"], sampling=None)
+    with pytest.raises(InputError, match=r"sampling is 0\.7"):
+        llama.generate_batch(["abc"], sampling=0.7)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize(
+    "prompts", [["a", "b"], ("a",), [[1, 5], [1]], [(1,)], np.ones((2, 3), dtype="int64")]
+)
+def test_several_prompts_are_pointed_to_the_method_that_takes_them(llama, method, prompts):
+    with pytest.raises(InputError, match=r"^several prompts .* generate_batch\(prompts\) contin"):
+        getattr(llama, method)(prompts)
+
+
+def test_none_is_the_default_of_every_optional_argument(llama):
+    names = [*inspect.signature(Llama.generate).parameters][2:]
+    nothing = dict.fromkeys(names)
+    calls = {
+        "generate": lambda options: llama.generate(None, **options).ids,
+        "stream": lambda options: list(llama.stream(None, **options)),
+        "generate_batch": lambda options: llama.generate_batch([""], **options)[0].ids,
+        "new_generation": lambda options: list(llama.new_generation([""], **options)),
+    }
+    for name, call in calls.items():
+        assert call(nothing | {"seed": 3}) == call({"seed": 3}), name
+    lively = {"sampling": LIVELY, "seed": 3, "max_new_tokens": 12}  # None changes no field of it
+    assert calls["generate"](nothing | lively) == calls["generate"](lively)
+    assert calls["generate"](lively) != calls["generate"](lively | {"sampling": None})
+
+
+def test_decode_is_the_way_back_from_encode(ops, llama):
+    text = "a b\nü"
+    ids = llama.encode(text)
+    assert llama.decode(ids) == llama.decode(np.array(ids)) == llama.decode(iter(ids)) == text
+    assert llama.decode([]) == llama.decode([1]) == ""
+    completion = llama.generate([1, 5], **OPTIONS)
+    assert llama.decode(completion.ids) == llama.tokenizer.decode(completion.ids)
+    for ids, message in (
+        ("abc", "the ids are 'abc': expected token ids"),
+        (5, "the ids are 5: expected token ids"),
+        ([1, "a"], "token id 'a' at position 1 is not an integer"),
+        ([[1, 5]], r"token id \[1, 5\] at position 0 is not an integer"),
+        ([1, 260], "token id 260 is not in the tokenizer's vocabulary of 260"),
+    ):
+        with pytest.raises(InputError, match=message):
+            llama.decode(ids)
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.model"):
+        Llama(TINY, llama.parameters, ops).decode([1])
 
 
 def test_the_prompt_of_a_batch_that_cannot_be_served_is_named(llama):
