@@ -8,6 +8,7 @@ class Timings:
     """Where the time of one generation went; shared by all rows of a batch.
 
     Attributes:
+        rows: prompts that were continued together, whose timings these are.
         prompt_tokens, new_tokens: over all rows; of prompts those that were read, not those that a
             cache held.
         first_token_seconds: from the start to the first row's first token.
@@ -24,6 +25,7 @@ class Timings:
     decode_tokens: int = 0
     prefill_forwards: int = 0
     decode_steps: int = 0
+    rows: int = 1
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -34,7 +36,7 @@ class Timings:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass
+@dataclass(repr=False)
 class Completion:
     """What the model said.
 
@@ -45,8 +47,10 @@ class Completion:
         finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text; ids and log_probs
             then hold its tokens, text does not), "length" (max_new_tokens, or the context is
             full), or "interrupted" (the caller stopped iterating, or Ctrl-C).
-        timings: see Timings.
+        timings: of the whole batch; see Timings.
         seed: reproduces the text.
+        prompt_tokens: ids of this row's own prompt, those that a cache held included.
+        new_tokens: this row's own, as many as `ids`.
     """
 
     text: str | None
@@ -55,3 +59,19 @@ class Completion:
     finish_reason: str
     timings: Timings
     seed: int
+    prompt_tokens: int = 0
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        said = "" if self.text is None else f" {_shortened(self.text)!r}"
+        return (
+            f"<Completion{said}: {self.new_tokens} tokens after {self.prompt_tokens}, "
+            f"{self.finish_reason}, seed {self.seed}>"
+        )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

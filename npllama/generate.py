@@ -222,7 +222,10 @@ def parser() -> argparse.ArgumentParser:
         "--stats", action="store_true", help="show speed, memory and seed on standard error"
     )
     output.add_argument(
-        "--json", action="store_true", help="print one JSON object a prompt instead of text"
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt instead of text; "
+        'its "timings" are those of all "rows" of the batch together',
     )
     return p
 
@@ -401,10 +404,12 @@ def _write(text: str) -> None:
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
-    """One line of JSON about one completion."""
+    """One line of JSON about one completion; its "timings" are those of its whole batch, whose
+    size is their "rows"."""
     fields = {
         "prompt": prompt,
         **asdict(completion),
+        "new_tokens": completion.new_tokens,
         "backend": llama.backend.name,
         "dtype": llama.dtype,
     }

@@ -69,7 +69,7 @@ class Generation:
         cached = [0] * len(rows) if cache is None else cache.lengths
         active = [row for row in rows if row.finish_reason is None]
         n_read = sum(len(row.prompt_ids) - cached[row.number] for row in active)
-        self.timings = Timings(prompt_tokens=n_read)
+        self.timings = Timings(prompt_tokens=n_read, rows=len(rows))
 
     def completions(self) -> list[Completion]:
         """Each row's completion; a row that has not ended is interrupted."""
@@ -83,9 +83,18 @@ class Generation:
                 finish_reason=row.finish_reason or "",
                 timings=self.timings,
                 seed=self.seed,
+                prompt_tokens=len(row.prompt_ids),
             )
             for row in self.rows
         ]
+
+    def __repr__(self) -> str:
+        ended = sum(row.finish_reason is not None for row in self.rows)
+        n_new, most = sum(len(row.ids) for row in self.rows), sum(row.limit for row in self.rows)
+        return (
+            f"<Generation of {len(self.rows)} rows, {ended} ended: {n_new} of at most {most} new "
+            f"tokens, seed {self.seed}>"
+        )
 
     def steps_report(self) -> str | None:
         """How a device ran the decode steps: captured, replayed or eager; None where it has only

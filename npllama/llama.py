@@ -98,6 +98,14 @@ class Llama(Transformer):
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.format.name
 
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<Llama of {c.n_layers} layers, D {c.dim}, V {c.vocab_size}, "
+            f"{self.parameters.nbytes / 1e6:.1f} MB in {self.dtype}, context {self.context}, "
+            f"{self.backend.name}>"
+        )
+
     @_shows_keywords_of(Sampling)
     def new_generation(
         self,

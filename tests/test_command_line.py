@@ -382,6 +382,8 @@ def test_json_is_one_object_a_prompt(model, tmp_path, capsys):
         assert (result["prompt"], result["text"], result["ids"]) == (prompt, want.text, want.ids)
         assert result["finish_reason"] == "length"
         assert "log_probs" not in result
+        assert (result["prompt_tokens"], result["new_tokens"]) == (want.prompt_tokens, 12)
+        assert (result["timings"]["rows"], result["timings"]["new_tokens"]) == (2, 24)
     _, out, _ = call(capsys, *args, "--logprobs")
     assert json.loads(out.splitlines()[0])["log_probs"] == pytest.approx(
         completion(model, "Once").log_probs, abs=1e-4

@@ -385,6 +385,45 @@ def test_timings_count_what_was_done(llama):
     assert t.decode_tokens_per_second == pytest.approx(4 / t.decode_seconds)
 
 
+def test_a_completion_of_a_batch_has_its_own_token_counts(llama):
+    cache = llama.new_cache(batch=3)
+    llama.prefill([1, 5, 6], cache, row=1)
+    stop = llama.generate([1, 5, 6, 7], max_new_tokens=9, temperature=0, ignore_eos=True).text[:3]
+    options = {"max_new_tokens": 9, "temperature": 0, "ignore_eos": True, "stop": stop}
+    completions = llama.generate_batch([[1], [1, 5, 6, 7], [1, 8]], cache=cache, **options)
+    assert [c.prompt_tokens for c in completions] == [1, 4, 2]
+    assert [c.new_tokens for c in completions] == [len(c.ids) for c in completions]
+    assert completions[1].new_tokens < completions[0].new_tokens == 9
+    t = completions[1].timings
+    assert (t.rows, t.prompt_tokens, t.new_tokens) == (3, 4, sum(c.new_tokens for c in completions))
+    assert llama.generate([1, 5], max_new_tokens=2).timings.rows == 1
+
+
+def test_what_is_printed_is_one_line_with_the_numbers_that_matter(llama):
+    generation = llama.new_generation([[1], [1, 5, 6]], max_new_tokens=5, seed=7, ignore_eos=True)
+    assert repr(generation) == "<Generation of 2 rows, 0 ended: 0 of at most 10 new tokens, seed 7>"
+    generation.run()
+    assert "2 rows, 2 ended: 10 of at most 10 new tokens" in repr(generation)
+    completion = generation.completions()[1]
+    completion.text = "a\n" * 50
+    shown = "a\\n" * 28 + "a..."
+    assert repr(completion) == f"<Completion '{shown}': 5 tokens after 3, length, seed 7>"
+    completion.text = None
+    assert repr(completion) == "<Completion: 5 tokens after 3, length, seed 7>"
+    cache = llama.new_cache(batch=2, context=10)
+    n_bytes = 2 * 2 * 2 * 3 * 10 * 8 * llama.cache_dtype.itemsize  # k and v, L, B, K, context, C
+    size = f"{llama.cache_dtype.name}, {n_bytes / 1e6:.1f} MB>"
+    assert repr(cache) == f"<KVCache of 2 rows, 0 of 10 positions filled, {size}"
+    llama.prefill([1, 5, 6], cache, row=1)
+    assert "0 to 3 of 10 positions" in repr(cache)
+    assert repr(llama.tokenizer) == "<Tokenizer of 260 pieces and 0 added tokens, BOS 1, EOS 2>"
+    n_bytes = llama.parameters.nbytes
+    assert repr(llama) == (
+        f"<Llama of 2 layers, D 48, V 260, {n_bytes / 1e6:.1f} MB in float32, context 64, "
+        f"{llama.backend.name}>"
+    )
+
+
 def test_a_generation_runs_once(llama):
     generation = llama.new_generation([[1, 5]], max_new_tokens=5, ignore_eos=True)
     next(iter(generation))
