@@ -3,7 +3,7 @@
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
 from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
+from npllama.text_stream import TextStream
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import check_size, mismatch, read_tokenizer, tokenizer_file
 from npllama.weight_formats import FORMATS
@@ -221,20 +222,26 @@ class Llama(Transformer):
         return self.generate_batch([_one_prompt(prompt)], **options)[0]
 
     @_shows_keywords_of(new_generation)
-    def stream(self, prompt: Prompt | None = "", **options: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt | None = "", **options: Any) -> TextStream:
         """As `generate`, yielding the text in pieces as they become certain.
 
-        Joined, they are `generate(...).text`; no piece holds half a character.
+        Joined, they are `generate(...).text`; no piece holds half a character. When it has ended,
+        its `completion` is what `generate` returns: finish reason, log-probabilities, ...
 
         >>> llama = load()
         >>> pieces = list(llama.stream("Once", max_new_tokens=8, temperature=0))
         >>> "".join(pieces) == llama.generate("Once", max_new_tokens=8, temperature=0).text
         True
+        >>> stream = llama.stream("Once", max_new_tokens=8, temperature=0)
+        >>> for piece in stream:
+        ...     print(end=piece)
+         upon a time, there was a little
+        >>> stream.completion.finish_reason
+        'length'
         """
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        generation = self.new_generation([_one_prompt(prompt)], **options)
-        return (text for _row, text in generation if text)
+        return TextStream(self.new_generation([_one_prompt(prompt)], **options))
 
     @_shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:

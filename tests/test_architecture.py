@@ -56,6 +56,7 @@ FLOORS = [
     ["memory", "kept_cache"],
     ["model"],
     ["generation", "gradients"],
+    ["text_stream"],
     ["llama"],
     ["__init__", "generate", "plain"],
 ]

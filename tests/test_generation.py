@@ -246,6 +246,41 @@ def test_stream_raises_before_it_is_iterated(llama):
         llama.stream([1], temperature=-1)
 
 
+def test_a_stream_tells_its_completion_when_it_has_ended(llama):
+    options = OPTIONS | {"max_new_tokens": 20}
+    want = llama.generate(PROMPT, **options)
+    stop = want.text[3:6]
+    for more in ({}, {"stop": stop}, {"max_new_tokens": 0}):
+        want = llama.generate(PROMPT, **options | more)
+        stream = llama.stream(PROMPT, **options | more)
+        assert stream.completion is None
+        assert "".join(piece for piece in stream) == want.text
+        got = stream.completion
+        assert (got.ids, got.text, got.finish_reason) == (want.ids, want.text, want.finish_reason)
+        assert got.log_probs == pytest.approx(want.log_probs, abs=1e-4)
+        assert (got.seed, got.prompt_tokens) == (options["seed"], len(PROMPT))
+        assert list(stream) == [] and stream.completion is got
+    assert repr(stream).startswith("<TextStream ended: <Completion '")
+
+
+def test_a_stream_that_is_left_tells_what_it_has_said(llama):
+    whole = llama.generate(PROMPT, **OPTIONS)
+    cache = llama.new_cache(context=30)
+    stream = llama.stream(PROMPT, cache=cache, stop=whole.text[:4] + "?", **OPTIONS)
+    assert repr(stream) == "<TextStream runs>"
+    for _piece in stream:
+        break
+    stream.close()
+    got = stream.completion
+    assert got.finish_reason == "interrupted" and 0 < len(got.ids) < len(whole.ids)
+    assert got.ids == whole.ids[: len(got.ids)] and whole.text.startswith(got.text)
+    assert cache.ids[0] == (PROMPT + got.ids)[: cache.lengths[0]]  # left to the next prompt
+    assert list(stream) == [] and stream.completion is got
+    unbegun = llama.stream(PROMPT, **OPTIONS)
+    unbegun.close()
+    assert (unbegun.completion.ids, unbegun.completion.finish_reason) == ([], "interrupted")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
