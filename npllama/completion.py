@@ -36,6 +36,22 @@ class Timings:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass(frozen=True)
+class LikelyToken:
+    """One of the tokens that were likeliest at a step.
+
+    Attributes:
+        id: its token id.
+        text: as the vocabulary writes it: "\u2581" is a space, "<0x0A>" a byte; None where there
+            is no tokenizer.
+        log_prob: under the unmodified logits, in nats.
+    """
+
+    id: int
+    text: str | None
+    log_prob: float
+
+
 @dataclass(repr=False)
 class Completion:
     """What the model said.
@@ -51,6 +67,9 @@ class Completion:
         seed: reproduces the text.
         prompt_tokens: ids of this row's own prompt, those that a cache held included.
         new_tokens: this row's own, as many as `ids`.
+        top_logprobs: of each id, the tokens that were likeliest in its place, the likeliest first
+            and whether it is one of them or not; fewer where all others are impossible. None
+            where they were not asked for.
     """
 
     text: str | None
@@ -60,6 +79,7 @@ class Completion:
     timings: Timings
     seed: int
     prompt_tokens: int = 0
+    top_logprobs: list[list[LikelyToken]] | None = None
 
     @property
     def new_tokens(self) -> int:

@@ -38,6 +38,7 @@ from npllama.weights import Checkpoint
 Prompt = str | Sequence[int]
 Method = TypeVar("Method", bound=Callable)
 MAX_NEW_TOKENS = 512
+MAX_TOP_LOGPROBS = 20  # each is a pass over the logits
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
 NO_TOKENIZER = (
@@ -118,6 +119,7 @@ class Llama(Transformer):
         ignore_eos: bool | None = False,
         fresh_text: bool | None = False,
         cache: KVCache | None = None,
+        top_logprobs: int | None = 0,
         sampling: Sampling | None = DEFAULT_SAMPLING,
         **changes: float | None,
     ) -> Generation:
@@ -138,6 +140,8 @@ class Llama(Transformer):
                 at first), which are not read again, and afterwards the prompt and the completion
                 without its last id (a prompt that is to get no new token is not read).
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
+            top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` tells of
+                each step, up to 20, with their log-probabilities under the logits as they came.
             sampling: how tokens are chosen.
             changes: fields of npllama.Sampling (temperature, top_k, ...) that replace those of
                 `sampling`.
@@ -158,6 +162,12 @@ class Llama(Transformer):
         if not is_integer(max_new_tokens) or max_new_tokens < 0:
             raise InputError(
                 f"max_new_tokens is {max_new_tokens!r}: expected a whole number from 0"
+            )
+        top_logprobs = 0 if top_logprobs is None else top_logprobs
+        if not is_integer(top_logprobs) or not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InputError(
+                f"top_logprobs is {top_logprobs!r}: expected a whole number from 0 to "
+                f"{MAX_TOP_LOGPROBS}"
             )
         sampling = _changed(DEFAULT_SAMPLING if sampling is None else sampling, changes)
         stops = _checked_stops(() if stop is None else stop)
@@ -186,7 +196,14 @@ class Llama(Transformer):
         if cache is None:
             self.check_own_memory(len(rows), max(len(row.prompt_ids) + row.limit for row in rows))
         return Generation(
-            self, rows, sampling, checked_seed(seed), self._n_tokens, self._allowed, cache
+            self,
+            rows,
+            sampling,
+            checked_seed(seed),
+            self._n_tokens,
+            self._allowed,
+            cache,
+            int(top_logprobs),
         )
 
     def _check_cache(self, cache: KVCache, n_prompts: int) -> None:

@@ -102,6 +102,21 @@ def test_a_replayed_step_says_what_numpy_says(llama, on_numpy, prompts, sampling
     assert DEVICE.n_captures == before + 2
 
 
+def test_the_likeliest_tokens_are_told_by_a_captured_step(llama, on_numpy):
+    def told(completions):
+        return [[[t.id for t in top] for top in c.top_logprobs or ()] for c in completions]
+
+    for n_top in (4, 2, 0, 4):  # each is a step of its own
+        options = OPTIONS | {"top_logprobs": n_top, "max_new_tokens": 14}
+        want = on_numpy.generate_batch(PROMPTS, **options)
+        generation = llama.new_generation(PROMPTS, **options)
+        generation.run()
+        got, steps = generation.completions(), generation._compiled
+        assert (ids_of(got), told(got)) == (ids_of(want), told(want))
+        assert steps.eager_because is None and steps.n_replayed >= 11
+    assert steps.n_captured == 0  # the last had run before
+
+
 def test_without_graphs_each_step_is_launched(on_numpy):
     llama = make_llama(SumOps(StrictCupyBackend(), graph=False))
     got, steps = run(llama, PROMPTS)

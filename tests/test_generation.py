@@ -55,7 +55,13 @@ def test_options_are_given_in_one_way(llama):
 
 def test_signatures_show_every_option_and_its_default():
     expected = {"max_new_tokens": 512, "seed": None, "stop": (), "ignore_eos": False}
-    expected |= {"fresh_text": False, "cache": None, "sampling": Sampling(), **vars(Sampling())}
+    expected |= {
+        "fresh_text": False,
+        "cache": None,
+        "top_logprobs": 0,
+        "sampling": Sampling(),
+        **vars(Sampling()),
+    }
     for name, first in (
         ("generate", "prompt"),
         ("stream", "prompt"),
@@ -93,6 +99,47 @@ def test_log_probs_are_of_the_unmodified_logits(llama):
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = [row[id_] for row, id_ in zip(log_p, completion.ids, strict=True)]
     assert completion.log_probs == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, LIVELY], ids=["greedy", "lively"])
+def test_the_likeliest_of_each_step_are_those_of_the_unmodified_logits(llama, sampling):
+    options = {"sampling": sampling, "seed": 1, "max_new_tokens": 5, "ignore_eos": True}
+    plain = llama.generate_batch(PROMPTS, **options)
+    completions = llama.generate_batch(PROMPTS, top_logprobs=4, **options)
+    assert [c.ids for c in completions] == [c.ids for c in plain]  # nothing else changes
+    assert {c.top_logprobs for c in plain} == {None}
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        logits = llama.logits(prompt + completion.ids)[len(prompt) - 1 : -1].astype("float64")
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert len(completion.top_logprobs) == len(completion.ids)
+        for row, top in zip(log_p, completion.top_logprobs, strict=True):
+            assert [token.log_prob for token in top] == pytest.approx(-np.sort(-row)[:4], abs=1e-4)
+            assert [row[token.id] for token in top] == pytest.approx(-np.sort(-row)[:4], abs=1e-4)
+            assert [token.text for token in top] == [llama.tokenizer.piece(t.id) for t in top]
+    stream = llama.stream(PROMPTS[0], top_logprobs=4, **options)
+    assert "".join(stream) == completions[0].text
+    got = [[t.id for t in top] for top in stream.completion.top_logprobs]
+    assert got == [[t.id for t in top] for top in completions[0].top_logprobs]
+
+
+def test_fewer_tokens_than_asked_for_are_likeliest_in_a_small_vocabulary(ops):
+    config = LlamaConfig(**{**vars(TINY), "vocab_size": 9})
+    llama = Llama(config, random_parameters(config, ops), ops)
+    completion = llama.generate([1, 5], max_new_tokens=2, ignore_eos=True, top_logprobs=20)
+    for top in completion.top_logprobs:
+        assert sorted(token.id for token in top) == [*range(9)]
+        assert {token.text for token in top} == {None}
+    head = llama.ops.head
+    possible = np.arange(9) < 3
+
+    def head_of_three(x, p):
+        out = ops.backend.to_host(head(x, p)).copy()
+        out[..., ~possible] = -np.inf
+        return ops.backend.to_device(out)
+
+    llama.ops.head = head_of_three
+    completion = llama.generate([1, 5], max_new_tokens=2, ignore_eos=True, top_logprobs=4)
+    assert [sorted(t.id for t in top) for top in completion.top_logprobs] == [[0, 1, 2]] * 2
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, LIVELY], ids=["greedy", "lively"])
@@ -294,6 +341,9 @@ def test_a_stream_that_is_left_tells_what_it_has_said(llama):
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_logprobs": -1}, "top_logprobs is -1: expected a whole number from 0 to 20"),
+        ({"top_logprobs": 21}, "top_logprobs is 21: expected a whole number from 0 to 20"),
+        ({"top_logprobs": True}, "top_logprobs is True"),
     ],
 )
 def test_arguments_out_of_range_are_refused(llama, options, message):
