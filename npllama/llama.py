@@ -71,6 +71,10 @@ def _shows_keywords_of(source: Callable) -> Callable[[Method], Method]:
 class Llama(Transformer):
     """A transformer that reads and writes text; made by `load`.
 
+    It is pickled by its path: what unpickles it, as another process, calls `load` again with the
+    same arguments, and must find the directory there. Weights of its own and caches are not
+    pickled.
+
     Attributes:
         config, sizes, parameters, ops, backend, context, cache_dtype: see Transformer.
         tokenizer: None where the directory has none that can be read; ids work all the same.
@@ -99,6 +103,32 @@ class Llama(Transformer):
         self._no_tokenizer = no_tokenizer
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.format.name
+        self._loaded: tuple[tuple, Parameters] | None = None  # arguments of load, what it read
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """How it is pickled: the arguments with which `load` makes it again.
+
+        Raises:
+            InputError: it was not loaded from a directory, or has other weights since.
+        """
+        if self._loaded is None:
+            raise InputError(
+                "a model is pickled by its path, and this one was not loaded from a directory: "
+                "expected one that npllama.load returned"
+            )
+        arguments, parameters = self._loaded
+        if parameters is not self.parameters:
+            raise InputError(
+                "a model is pickled by its path, and this one has other weights than were loaded "
+                "from there: expected it as npllama.load returned it"
+            )
+        return load, arguments
+
+    def __copy__(self) -> "Llama":
+        """The same weights, not loaded again."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __repr__(self) -> str:
         c = self.config
@@ -422,6 +452,8 @@ def load(
     )
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
+    found = None if path is None else os.path.abspath(directory)  # None is wherever npllama is
+    llama._loaded = (found, backend, dtype, context, threads, device, graph), parameters
     for note in llama.notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return llama

@@ -1,17 +1,20 @@
 """The loop: what it says, when it stops, and that batches and queues change nothing."""
 
+import copy
 import inspect
+import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from conftest import TINY, make_llama
-from model_directory import BYTE_PIECES
+from model_directory import BYTE_PIECES, write_model
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
 from npllama.initialization import random_parameters
-from npllama.llama import Llama
+from npllama.llama import Llama, load
 from npllama.sampling_options import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -539,6 +542,34 @@ def test_the_compiled_step_is_what_runs(llama, monkeypatch):
     monkeypatch.setattr(llama.ops, "compile", compile_step)
     llama.generate([1, 5], max_new_tokens=5, ignore_eos=True)
     assert len(calls) == 4
+
+
+def test_a_model_is_pickled_by_its_path(tmp_path, monkeypatch):
+    write_model(tmp_path / "m", TINY)
+    monkeypatch.chdir(tmp_path)
+    one = load("m", "numpy", dtype="bfloat16", context=40, threads=1)
+    want = one.generate("ab", **OPTIONS).ids
+    pickled = pickle.dumps(one)
+    assert len(pickled) < 1000
+    monkeypatch.chdir("/")  # as another process may be
+    again = pickle.loads(pickled)
+    assert (again.dtype, again.context, again.backend.name) == ("bfloat16", 40, "numpy")
+    assert again.generate("ab", **OPTIONS).ids == want
+    assert pickle.dumps(again) == pickled
+    shutil.rmtree(tmp_path / "m")
+    with pytest.raises(InputError, match=r"/m does not exist: expected a model directory"):
+        pickle.loads(pickled)
+    assert copy.copy(one).parameters is one.parameters  # which reads no file
+    assert load(backend="numpy").__reduce__()[1][0] is None  # the one that ships, wherever it lies
+
+
+def test_a_model_that_cannot_be_pickled_says_why(ops, llama):
+    with pytest.raises(InputError, match="by its path, and this one was not loaded from a dir"):
+        pickle.dumps(llama)
+    changed = load(backend="numpy")
+    changed.parameters = replace(changed.parameters)
+    with pytest.raises(InputError, match="by its path, and this one has other weights"):
+        pickle.dumps(changed)
 
 
 # -- a cache of the caller's
