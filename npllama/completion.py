@@ -62,7 +62,8 @@ class Completion:
         log_probs: of each id under the unmodified logits, in nats.
         finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text; ids and log_probs
             then hold its tokens, text does not), "length" (max_new_tokens, or the context is
-            full), or "interrupted" (the caller stopped iterating, or Ctrl-C).
+            full), or "interrupted" (a stream or a generation that was left before its end, by
+            its caller or by Ctrl-C).
         timings: of the whole batch; see Timings.
         seed: reproduces the text.
         prompt_tokens: ids of this row's own prompt, those that a cache held included.

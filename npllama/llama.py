@@ -168,7 +168,8 @@ class Llama(Transformer):
                 npllama.dialogue.encode_chat does, and has no leading space.
             cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
                 at first), which are not read again, and afterwards the prompt and the completion
-                without its last id (a prompt that is to get no new token is not read).
+                without its last id (a prompt that is to get no new token is not read; after Ctrl-C
+                as much of them as was read).
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
             top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` tells of
                 each step, up to 20, with their log-probabilities under the logits as they came.
@@ -256,6 +257,10 @@ class Llama(Transformer):
 
         Returns:
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C. What was said until then is lost here; `stream` and
+                `new_generation` keep it.
 
         >>> llama = load()
         >>> completion = llama.generate("Once upon", max_new_tokens=5, seed=1, ignore_eos=True)

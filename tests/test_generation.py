@@ -3,13 +3,17 @@
 import copy
 import inspect
 import pickle
+import re
 import shutil
+import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import TINY, make_llama
+from conftest import TINY, make_llama, make_ops
 from model_directory import BYTE_PIECES, write_model
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
@@ -644,6 +648,96 @@ def test_ctrl_c_in_a_forward_leaves_a_cache_that_can_go_on(llama, monkeypatch):
         llama.generate(PROMPT, cache=cache, **OPTIONS)
     cache.truncate(0, min(cache.lengths[0], len(PROMPT) - 1))
     assert llama.generate(PROMPT, cache=cache, **OPTIONS).ids == want
+
+
+def interrupting(call, at):
+    """`call`, but that its at-th time begins with Ctrl-C."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return call(*args)
+
+    return interrupted
+
+
+def test_after_ctrl_c_a_stream_and_a_generation_keep_what_was_said(llama, monkeypatch):
+    whole = llama.generate(PROMPT, **OPTIONS)
+    head = llama.ops.head
+
+    def left(run):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(llama.ops, "head", interrupting(head, 5))
+            run()
+
+    left(lambda: llama.generate(PROMPT, **OPTIONS))  # which can only raise it
+    stream, generation = llama.stream(PROMPT, **OPTIONS), llama.new_generation([PROMPT], **OPTIONS)
+    left(lambda: list(stream))
+    left(generation.run)
+    for completion in (stream.completion, *generation.completions()):
+        assert completion.finish_reason == "interrupted"
+        assert 2 <= len(completion.ids) <= 4  # of four, those in flight are lost
+        assert completion.ids == whole.ids[: len(completion.ids)]
+        assert completion.text and whole.text.startswith(completion.text)
+        assert len(completion.log_probs) == len(completion.ids)
+
+
+@pytest.mark.parametrize(("on", "stride"), [("numpy", 7), ("strict", 97)])
+def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride):
+    """At one line in `stride`. In the last lines, which write down what it holds, it may not know
+    all of that, and the error says what to keep."""
+    llama = make_llama(make_ops(on))
+    prompts = [PROMPT, [1, 8, 9]]
+    options = OPTIONS | {"max_new_tokens": 4}
+    want = [c.ids for c in llama.generate_batch(prompts, **options)]
+    at, was_interrupted = 1, True
+    while was_interrupted:
+        cache = llama.new_cache(batch=2, context=30)
+        generation = llama.new_generation(prompts, cache=cache, **options)
+        was_interrupted = interrupted_at_line(at, generation.run)
+        for row, prompt in enumerate(prompts):
+            assert cache.ids[row] == (prompt + want[row])[: len(cache.ids[row])]
+        for _ in range(4):
+            try:
+                got = llama.generate_batch(prompts, cache=cache, **options)
+                break
+            except InputError as error:
+                found = re.search(r"cache\.truncate\((\d), (\d+)\)", str(error))
+                cache.truncate(int(found[1]), int(found[2]))
+        assert [c.ids for c in got] == want, f"after Ctrl-C at line {at}"
+        at += stride
+    assert at > 600
+
+
+def interrupted_at_line(at, run):
+    """Run, with a KeyboardInterrupt at the at-th line of the modules that write to a cache;
+    whether there are so many."""
+    modules = ("generation.py", "model.py", "kv_cache.py", "decode_step.py", "row.py")
+    n_lines = 0
+
+    def trace_lines(frame, event, arg):
+        nonlocal n_lines
+        n_lines += event == "line"
+        if event == "line" and n_lines == at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace_lines
+
+    def trace_calls(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        return trace_lines if path.parent.name == "npllama" and path.name in modules else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_calls)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
 
 
 @pytest.mark.parametrize(
