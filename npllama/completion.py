@@ -89,7 +89,7 @@ class Completion:
     def __repr__(self) -> str:
         said = "" if self.text is None else f" {_shortened(self.text)!r}"
         return (
-            f"<Completion{said}: {self.new_tokens} tokens after {self.prompt_tokens}, "
+            f"<Completion{said}: {self.new_tokens} new tokens after {self.prompt_tokens}, "
             f"{self.finish_reason}, seed {self.seed}>"
         )
 

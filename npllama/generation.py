@@ -96,7 +96,7 @@ class Generation:
         ended = sum(row.finish_reason is not None for row in self.rows)
         n_new, most = sum(len(row.ids) for row in self.rows), sum(row.limit for row in self.rows)
         return (
-            f"<Generation of {len(self.rows)} rows, {ended} ended: {n_new} of at most {most} new "
+            f"<Generation: {ended} of {len(self.rows)} ended, {n_new} of at most {most} new "
             f"tokens, seed {self.seed}>"
         )
 

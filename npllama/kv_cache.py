@@ -127,8 +127,8 @@ class KVCache:
         filled = f"{least}" if least == most else f"{least} to {most}"
         size = sum(buffer.nbytes for buffer in self._all) / 1e6
         return (
-            f"<KVCache of {len(self.lengths)} rows, {filled} of {self.context} positions filled, "
-            f"{self._all[0].dtype.name}, {size:.1f} MB>"
+            f"<KVCache of {len(self.lengths)} x {self.context} positions, {filled} filled in each "
+            f"row, {self._all[0].dtype.name}, {size:.1f} MB>"
         )
 
     @staticmethod

@@ -493,21 +493,21 @@ def test_a_completion_of_a_batch_has_its_own_token_counts(llama):
 
 def test_what_is_printed_is_one_line_with_the_numbers_that_matter(llama):
     generation = llama.new_generation([[1], [1, 5, 6]], max_new_tokens=5, seed=7, ignore_eos=True)
-    assert repr(generation) == "<Generation of 2 rows, 0 ended: 0 of at most 10 new tokens, seed 7>"
+    assert repr(generation) == "<Generation: 0 of 2 ended, 0 of at most 10 new tokens, seed 7>"
     generation.run()
-    assert "2 rows, 2 ended: 10 of at most 10 new tokens" in repr(generation)
+    assert "2 of 2 ended, 10 of at most 10 new tokens" in repr(generation)
     completion = generation.completions()[1]
     completion.text = "a\n" * 50
     shown = "a\\n" * 28 + "a..."
-    assert repr(completion) == f"<Completion '{shown}': 5 tokens after 3, length, seed 7>"
+    assert repr(completion) == f"<Completion '{shown}': 5 new tokens after 3, length, seed 7>"
     completion.text = None
-    assert repr(completion) == "<Completion: 5 tokens after 3, length, seed 7>"
+    assert repr(completion) == "<Completion: 5 new tokens after 3, length, seed 7>"
     cache = llama.new_cache(batch=2, context=10)
     n_bytes = 2 * 2 * 2 * 3 * 10 * 8 * llama.cache_dtype.itemsize  # k and v, L, B, K, context, C
     size = f"{llama.cache_dtype.name}, {n_bytes / 1e6:.1f} MB>"
-    assert repr(cache) == f"<KVCache of 2 rows, 0 of 10 positions filled, {size}"
+    assert repr(cache) == f"<KVCache of 2 x 10 positions, 0 filled in each row, {size}"
     llama.prefill([1, 5, 6], cache, row=1)
-    assert "0 to 3 of 10 positions" in repr(cache)
+    assert "positions, 0 to 3 filled in each row" in repr(cache)
     assert repr(llama.tokenizer) == "<Tokenizer of 260 pieces and 0 added tokens, BOS 1, EOS 2>"
     n_bytes = llama.parameters.nbytes
     assert repr(llama) == (
