@@ -241,14 +241,21 @@ def parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--logprobs",
-        action="store_true",
-        help="show each token's log-probability, on standard error or in --json",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="show each token's log-probability, on standard error or in --json, and with a number "
+        "the N tokens, up to 20, that were likeliest in its place",
     )
     output.add_argument(
         "--stats", action="store_true", help="show speed, memory and seed on standard error"
     )
     output.add_argument(
-        "--json", action="store_true", help="print one JSON object a prompt instead of text"
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt instead of text; "
+        'its "timings" are those of all "rows" of the batch together',
     )
     return p
 
@@ -304,7 +311,7 @@ def run(args: argparse.Namespace) -> int:
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
-    generation = llama.generation(
+    generation = llama.new_generation(
         encode_prompts(llama, prompts, args),
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
@@ -312,6 +319,7 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop,
         ignore_eos=args.ignore_eos,
         fresh_text=args.chat,
+        top_logprobs=args.logprobs,
     )
     if chat_note is not None:
         tell(f"npllama: {chat_note}")
@@ -329,9 +337,11 @@ def run(args: argparse.Namespace) -> int:
     completions = generation.completions()
     if args.json:
         for prompt, completion in zip(prompts, completions, strict=True):
-            write(as_json(prompt, completion, llama, args.logprobs) + "\n")
-    elif args.logprobs:
-        for completion in completions:
+            write(as_json(prompt, completion, llama, args.logprobs is not None) + "\n")
+    elif args.logprobs is not None:
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if len(prompts) > 1:
+                tell(f"prompt {number + 1} of {len(prompts)}: {prompt[:60]!r}")
             print_log_probs(llama, completion)
     if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
         tell(f"npllama: {note}")
@@ -474,24 +484,32 @@ def _write(text: str) -> None:
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
-    """One line of JSON about one completion."""
+    """One line of JSON about one completion; its "timings" are those of its whole batch, whose
+    size is their "rows"."""
     fields = {
         "prompt": prompt,
         **asdict(completion),
+        "new_tokens": completion.new_tokens,
         "backend": llama.backend.name,
         "dtype": llama.dtype,
     }
     if not log_probs:
         del fields["log_probs"]
+    if completion.top_logprobs is None:
+        del fields["top_logprobs"]
     return json.dumps(fields, allow_nan=False)
 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:
-    """A table of id, log-probability and piece."""
-    tell(f"{'id':>6} {'log p':>9}  piece")
-    for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
-        piece = llama.tokenizer.piece(id_)
-        tell(f"{id_:>6} {log_prob:>9.4f}  {piece!r}")
+    """A table of id, log-probability, piece, and the likeliest pieces where they are known."""
+    likeliest = completion.top_logprobs
+    tell(f"{'id':>6} {'log p':>9}  {'piece' if likeliest is None else 'piece           likeliest'}")
+    for i, (id_, log_prob) in enumerate(zip(completion.ids, completion.log_probs, strict=True)):
+        line = f"{id_:>6} {log_prob:>9.4f}  {llama.tokenizer.piece(id_)!r}"
+        if likeliest is not None:
+            told = "  ".join(f"{token.text!r} {token.log_prob:.4f}" for token in likeliest[i])
+            line = f"{line:<33} {told}"
+        tell(line)
 
 
 def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:

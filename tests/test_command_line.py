@@ -383,6 +383,8 @@ def test_json_is_one_object_a_prompt(model, tmp_path, capsys):
         assert (result["prompt"], result["text"], result["ids"]) == (prompt, want.text, want.ids)
         assert result["finish_reason"] == "length"
         assert "log_probs" not in result
+        assert (result["prompt_tokens"], result["new_tokens"]) == (want.prompt_tokens, 12)
+        assert (result["timings"]["rows"], result["timings"]["new_tokens"]) == (2, 24)
     _, out, _ = call(capsys, *args, "--logprobs")
     assert json.loads(out.splitlines()[0])["log_probs"] == pytest.approx(
         completion(model, "Once").log_probs, abs=1e-4
@@ -398,6 +400,34 @@ def test_logprobs_are_shown_on_stderr(model, capsys):
     assert [p for _, p in shown] == pytest.approx(want.log_probs, abs=1e-3)
 
 
+def test_logprobs_tell_rows_apart_and_show_the_likeliest(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\nTwice\n")
+    args = ("--model", model, "--prompt-file", str(file), "--logprobs")
+    _, _, err = call(capsys, *args, *GREEDY)
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("prompt")] == [
+        "prompt 1 of 2: 'Once'",
+        "prompt 2 of 2: 'Twice'",
+    ]
+    assert len(lines) == 2 * (1 + 1 + 12) and lines[1].endswith("piece")
+    _, _, err = call(capsys, *args, "2", *GREEDY)
+    rows = [line.split() for line in err.splitlines() if line[:6].strip().isdigit()]
+    assert len(rows) == 24
+    for _id, log_prob, piece, first, highest, _second, second in rows:  # greedy takes the first
+        assert (first, highest) == (piece, log_prob) and float(second) <= float(highest)
+    _, out, _ = call(capsys, *args, "2", "--json", *GREEDY)
+    result = json.loads(out.splitlines()[1])
+    assert [[*token] for top in result["top_logprobs"] for token in top] == (
+        24 * [["id", "text", "log_prob"]]
+    )
+    assert [top[0]["id"] for top in result["top_logprobs"]] == result["ids"]
+    _, out, _ = call(capsys, *args, "--json", *GREEDY)
+    assert "top_logprobs" not in json.loads(out.splitlines()[0])
+    line = error_line(capsys, "--model", model, "--prompt", "a", "--logprobs", "21")
+    assert "top_logprobs is 21: expected a whole number from 0 to 20" in line
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_dtype_is_what_computes(model, capsys, dtype):
     _, _, err = call(
@@ -410,7 +440,7 @@ def test_chat_wraps_the_prompt_as_ids(model, capsys):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     llama = load(model, backend="numpy")
     ids = encode_chat(llama.tokenizer, messages)
-    generation = llama.generation(
+    generation = llama.new_generation(
         [ids], max_new_tokens=12, ignore_eos=True, seed=1, fresh_text=True
     )
     text = "".join(piece for _, piece in generation)

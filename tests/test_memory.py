@@ -47,7 +47,7 @@ def test_a_generation_takes_no_more_than_foretold_and_not_far_less(case, where, 
     config, n_prompt, batch = CASES[case]
     ops = make_ops(where)
     llama = Llama(config, random_parameters(config, ops), ops, cache_dtype=cache_dtype)
-    generation = llama.generation([[5] * n_prompt] * batch, max_new_tokens=3, sampling=LIVELY)
+    generation = llama.new_generation([[5] * n_prompt] * batch, max_new_tokens=3, sampling=LIVELY)
     tracemalloc.start()
     for _ in generation:
         pass

@@ -250,6 +250,22 @@ def test_tokens_are_sampled_as_often_as_they_are_probable(ops, rng, changes):
     assert np.abs(sampled - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
 
 
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_the_likeliest_are_in_falling_order_and_equals_in_that_of_their_ids(
+    ops, to_device, to_host, rng, n
+):
+    logits = rng.standard_normal((3, 9)).round(1).astype("float32")
+    logits[0, [2, 7]] = 4
+    logits[1, 1:8] = -np.inf
+    ids, log_probs = map(to_host, ops.likeliest(to_device(logits), n))
+    want = np.argsort(-logits, axis=-1, kind="stable")[:, :n]
+    log_p = logits - np.log(np.exp(logits.astype("float64")).sum(-1, keepdims=True))
+    possible = np.take_along_axis(logits, want, axis=-1) > -np.inf  # of others any will do
+    assert np.array_equal(ids[possible], want[possible])
+    assert np.allclose(log_probs, np.take_along_axis(log_p, want, axis=-1), atol=1e-5)
+    assert (ids.dtype, log_probs.dtype) == ("int64", "float32")
+
+
 def test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(
     ops, to_device, to_host
 ):

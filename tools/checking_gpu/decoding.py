@@ -51,7 +51,7 @@ def decode(
     found: list[float] = []
     until = math.inf
     while len(found) < 1 + runs and (len(found) < 2 or time.monotonic() < until):
-        generation = llama.generation(
+        generation = llama.new_generation(
             task.prompts,
             max_new_tokens=new_tokens,
             sampling=GREEDY,

@@ -25,7 +25,7 @@ MOST_GRAPHS = 64
 """Of one cache. There is one for each number of rows, bucket and sampling: the oldest goes."""
 LOG = logging.getLogger(__name__)
 
-Results = tuple[Array, Array]
+Results = tuple[Array, ...]
 Step = Callable[[StepState, "KVCache", "Place"], Results]
 
 
