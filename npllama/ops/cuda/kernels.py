@@ -45,7 +45,8 @@ class Kernels:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self.xp = self._cupy = backend.xp
+        self.backend = backend
+        self.xp = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
         self._counters: dict[int, Array] = {}
         self.cublas = CublasCalls()
@@ -54,13 +55,12 @@ class Kernels:
     @cached_property
     def n_sms(self) -> int:
         """Streaming multiprocessors of the device."""
-        return self._cupy.cuda.Device().attributes["MultiProcessorCount"]
+        return self.xp.cuda.Device().attributes["MultiProcessorCount"]
 
     @cached_property
     def max_shared(self) -> int:
         """Bytes of shared memory that a block may ask for."""
-        attributes = self._cupy.cuda.Device().attributes
-        return attributes["MaxSharedMemoryPerBlockOptin"]
+        return self.xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
     def counters(self, n: int) -> Array:
         """(n,) uint32, zeros, which a kernel that counts in them leaves as zeros.
@@ -112,7 +112,7 @@ class Kernels:
             if not self._compiles and not marker.exists():
                 self._compiles = True
                 LOG.info("compiling kernels for this GPU: some seconds, at the first start alone")
-            module = self._cupy.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
+            module = self.xp.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
             kernel = module.get_function(name)
             with suppress(OSError):  # CuPy could not write there either, and compiles again
                 marker.touch()
@@ -124,14 +124,14 @@ class Kernels:
     def _marker(self, code: str, name: str) -> Path:
         """A file beside CuPy's compiled kernels that is there once CuPy has compiled this one: CuPy
         does not tell whether it will find it."""
-        what = repr((code, name, OPTIONS, self._cupy.__version__, self._compute_capability))
+        what = repr((code, name, OPTIONS, self.xp.__version__, self._compute_capability))
         folder = os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
         digest = hashlib.sha256(what.encode()).hexdigest()[:32]
         return Path(folder).expanduser() / f"npllama-{digest}"
 
     @cached_property
     def _compute_capability(self) -> str:
-        return self._cupy.cuda.Device().compute_capability
+        return self.xp.cuda.Device().compute_capability
 
     @cached_property
     def _overlap(self) -> "_Overlap | None":
@@ -139,7 +139,7 @@ class Kernels:
         if int(self._compute_capability) < 90:
             return None
         try:
-            return _Overlap(self._cupy)
+            return _Overlap(self.xp)
         except OSError:
             return None
 
