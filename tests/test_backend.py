@@ -360,7 +360,7 @@ def test_devices_are_those_that_the_driver_counts(monkeypatch, library, devices,
 
 
 def test_devices_that_a_variable_hides_are_told(monkeypatch):
-    monkeypatch.setattr(cuda_device, "_library", lambda: fake_library(init=100))
+    monkeypatch.setattr(cuda_device, "driver_library", lambda: fake_library(init=100))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "CUDA_VISIBLE_DEVICES" not in cuda_driver().remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from npllama.backend import Array
-from npllama.ops.cuda.kernels import C_TYPES, Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 from npllama.parameters import Matrix
 
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "int8")
 MAX_ROWS = 8
 """Tokens that one launch computes; more are computed as matrix products."""
 _CHUNK = 16  # bytes of a row that a thread copies at once
@@ -119,7 +120,7 @@ def fits(w: Matrix | None, n_rows: int) -> bool:
     return (
         w is not None
         and n_rows <= MAX_ROWS
-        and w.format.name in C_TYPES
+        and w.format.name in WEIGHT_DTYPES
         and w.shape[1] * w.values.itemsize % _CHUNK == 0
     )
 
@@ -149,10 +150,8 @@ def gemv(
     n_rows, (n_out, width) = x.shape[0], w.shape
     device, has_norm = (kernels.n_sms, kernels.max_shared), norm is not None
     cut = plan(w.values.itemsize, n_out, width, n_rows, has_norm, swiglu, *device)
-    name = (
-        f"gemv<{C_TYPES[w.format.name]}, {cut.m}, {cut.threads}, {cut.chunks}, {cut.rows}, "
-        f"{cut.stages}, {_cpp(has_norm)}, {_cpp(swiglu)}>"
-    )
+    sizes = (cut.m, cut.threads, cut.chunks, cut.rows, cut.stages)
+    name = instance("gemv", w.format.name, *sizes, has_norm, swiglu)
     y = xp.empty((n_rows, 1, n_out // 2 if swiglu else n_out), dtype="float32")
     x = xp.ascontiguousarray(x)
     if residual is not None:
@@ -160,7 +159,3 @@ def gemv(
     args = (w.values, w.scale, x, norm, residual, y, n_out, width, n_rows, eps)
     kernels.launch("gemv", name, (cut.grid,), (cut.threads,), args, cut.shared)
     return y
-
-
-def _cpp(value: bool) -> str:
-    return "true" if value else "false"

@@ -8,25 +8,43 @@ import threading
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from npllama.backend import Array, Backend
+from npllama.cuda_device import driver_library
 
 SOURCES = Path(__file__).parent.parent / "kernels"
 C_TYPES = {
+    "float64": "double",
     "float32": "float",
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
     "int8": "signed char",
 }
-"""What a dtype is called in a template's argument."""
+"""What a dtype is called in C++."""
 STATIC_LIMIT = 48 * 1024  # bytes of shared memory that a kernel has without asking
 
 OPTIONS = ("--std=c++17",)
 LOG = logging.getLogger(__name__)
 
 Argument = Array | np.generic | int | float | None
+
+
+def instance(template: str, *arguments: np.dtype | str | int) -> str:
+    """The name of a template's kernel, as C++ writes it: dtypes, or their names, and numbers.
+
+    >>> instance("gemv", "float16", 1, True)
+    'gemv<__half, 1, true>'
+    """
+    return f"{template}<{', '.join(map(_in_cpp, arguments))}>"
+
+
+def _in_cpp(argument: np.dtype | str | int) -> str:
+    if isinstance(argument, int):  # a bool too
+        return str(argument).lower()
+    return C_TYPES[str(argument)]
 
 
 class CublasCalls(threading.local):
@@ -84,7 +102,7 @@ class Kernels:
 
         Args:
             file: of npllama/ops/kernels, without .cu.
-            name: a template's with its arguments, as "gemv<__half, 1>".
+            name: a template's as `instance` writes it.
             args: contiguous arrays, None for a null pointer; an int is passed as int32, a float
                 as float32. Other numbers are given as NumPy's.
             shared: bytes of dynamic shared memory.
@@ -136,12 +154,10 @@ class Kernels:
     @cached_property
     def _overlap(self) -> "_Overlap | None":
         """How kernels are launched that may start early; None where the device cannot."""
-        if int(self._compute_capability) < 90:
+        library = driver_library()  # CuPy found it already
+        if library is None or int(self._compute_capability) < 90:
             return None
-        try:
-            return _Overlap(self.xp)
-        except OSError:
-            return None
+        return _Overlap(self.xp, library)
 
 
 def _as_c(value: Argument) -> Argument:
@@ -184,9 +200,9 @@ class _Overlap:
 
     _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
-    def __init__(self, cupy: object) -> None:
+    def __init__(self, cupy: ModuleType, driver: ctypes.CDLL) -> None:
         self._cupy = cupy
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver = driver
         self._attribute = _Attribute(id=self._PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
 
     def launch(
@@ -211,7 +227,9 @@ class _Overlap:
             ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None
         )
         if error:
-            raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {error}")
+            name = ctypes.c_char_p(b"an unknown error")
+            self._driver.cuGetErrorName(error, ctypes.byref(name))
+            raise RuntimeError(f"cuLaunchKernelEx: {(name.value or b'').decode()} ({error})")
 
 
 def _bytes(value: Argument) -> ctypes.Array:

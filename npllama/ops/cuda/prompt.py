@@ -12,7 +12,7 @@ import numpy as np
 
 from npllama.backend import Array
 from npllama.ops.cuda.cublas import product as cublas_product
-from npllama.ops.cuda.kernels import C_TYPES, Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 from npllama.parameters import Matrix
 
 if TYPE_CHECKING:
@@ -231,5 +231,4 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
 def _launch(
     kernels: Kernels, name: str, dtype: np.dtype, grid: tuple, arguments: tuple, shared: int = 0
 ) -> None:
-    name = f"{name}<{C_TYPES[np.dtype(dtype).name]}>"
-    kernels.launch("prompt", name, grid, (THREADS,), arguments, shared)
+    kernels.launch("prompt", instance(name, dtype), grid, (THREADS,), arguments, shared)
