@@ -25,7 +25,6 @@ from npllama.console import (
     open_streams,
     reason,
     tell,
-    tell_what_is_logged,
     utf8,
     write,
 )
@@ -230,7 +229,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
-    tell_what_is_logged("npllama")
     args = parser().parse_args(argv)
 
     def work() -> int:
