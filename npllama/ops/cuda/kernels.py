@@ -56,7 +56,8 @@ class CublasCalls(threading.local):
 class Kernels:
     """The kernels of npllama/ops/kernels, each compiled at its first launch.
 
-    CuPy keeps compiled kernels on disk, by source, options and device.
+    CuPy keeps compiled kernels on disk, by source, options and device. Several threads may launch
+    on one stream, CuPy's default; on streams of their own they would share the counters.
 
     Attributes:
         cublas: whoever calls cuBLAS counts it here.
