@@ -57,8 +57,10 @@ class CupyOps(Ops):
             qkv = gemv.gemv(self.kernels, layer.qkv, x, norm=norm, eps=eps)  # (B, 1, (H + 2K) C)
             o = decode_attention.attend(self.kernels, qkv, cache, positions)  # (B, 1, H*C)
             return gemv.gemv(self.kernels, layer.wo, o, residual=x)
-        is_step = x.shape[1] == 1
-        fits = decode_attention.fits(cache) if is_step else prompt.fits_attention(cache, layer.wo)
+        if x.shape[1] == 1:
+            fits = decode_attention.fits(cache)
+        else:
+            fits = prompt.fits_attention(self.kernels, cache, layer.wo)
         if fits and self._fits_prompt(x, layer.qkv, layer.wo):
             return self._attention_of_many(x, layer, cache, positions, n_last)
         return super().attention_block(x, layer, cache, positions, n_last)
@@ -68,7 +70,7 @@ class CupyOps(Ops):
         return is_step and all(gemv.fits(w, len(x)) for w in weights)
 
     def _fits_prompt(self, x: Array, *weights: Matrix | None) -> bool:
-        return x.dtype == np.float32 and prompt.fits(*weights)
+        return prompt.fits(self.kernels, x, *weights)
 
     def _attention_of_many(
         self,
