@@ -227,23 +227,13 @@ class Generation:
             keeps: it is this generation's own, and to be kept for another.
         """
         cache, self._cache, self._state = self._cache, None, None
-        is_done = self._finish_copies()
-        if keeps and is_done:
+        if keeps:
+            for _rows, copied in self._in_flight:
+                copied()  # nothing of this generation runs any more, on whatever stream
             self.model.give_cache_back(cache)
-        elif not keeps and cache.user is self:
+        elif cache.user is self:
             self._settle(cache)
-
-    def _finish_copies(self) -> bool:
-        """Wait for the steps in flight; whether none failed. Memory that is dropped while the
-        device still writes to it becomes somebody else's."""
-        is_done = True
-        while self._in_flight:
-            _rows, copied = self._in_flight.popleft()
-            try:
-                copied()
-            except Exception:  # a device that has failed says so at its next call as well
-                is_done = False
-        return is_done
+        self._in_flight.clear()
 
     def _settle(self, cache: KVCache) -> None:
         """Leave in each row of the cache its prompt and its completion without the last id, as
