@@ -31,7 +31,6 @@ from npllama.console import (
     reason,
     started_as,
     tell,
-    tell_what_is_logged,
     utf8,
     write,
 )
@@ -263,7 +262,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
-    tell_what_is_logged("npllama")
     args = parser().parse_args(argv)
 
     def work() -> int:

@@ -199,6 +199,7 @@ class KVCache:
                 f"row {row} of the cache holds {self.lengths[row]} positions: "
                 f"it cannot be truncated to {length}"
             )
+        self.backend.use()
         self.lengths[row] = length
         self.device_lengths[row] = length
         del self.ids[row][length:]
@@ -206,6 +207,7 @@ class KVCache:
     def clear(self) -> None:
         """Empty it, as it was when it was made: what is hidden is multiplied by 0, and a number
         that is not finite would show."""
+        self.backend.use()
         for buffer in self._all:
             buffer[...] = 0
         self.device_lengths[...] = 0

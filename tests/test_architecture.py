@@ -59,6 +59,7 @@ FLOORS = [
         "ops.cuda.prompt",
         "ops.cuda.embedding",
         "ops.cuda.graph",
+        "ops.cuda.upload",
     ],
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],

@@ -20,6 +20,8 @@ from npllama.generate import main
 from npllama.ops import CupyOps, NumpyOps, Ops, ops_for
 from npllama.sampling_options import Sampling
 from strict_cupy import DEVICE, StrictCupyBackend
+from strict_memory import MemoryPool
+from strict_streams import Graph
 
 GREEDY = Sampling(0)
 LIVELY = Sampling(1.0, 20, 0.95, 0.01, 1.2)
@@ -338,6 +340,45 @@ def test_a_dropped_model_frees_its_graphs():
     del llama, cache
     gc.collect()
     assert (captures(), buffer(), pool.total_bytes()) == (None, None, 0)
+
+
+@pytest.fixture
+def another_device():
+    """Makes another device current, as a caller may who uses several."""
+    yield lambda: setattr(DEVICE, "current", 1)
+    DEVICE.current = 0
+
+
+def test_a_pool_is_freed_on_its_own_device(monkeypatch, another_device):
+    llama, freed = make_llama(SumOps(StrictCupyBackend())), []
+    run(llama, PROMPTS)
+    another_device()
+    monkeypatch.setattr(MemoryPool, "free_all_blocks", lambda _: freed.append(DEVICE.current))
+    del llama
+    gc.collect()
+    assert (freed, DEVICE.current) == ([0], 1)
+
+
+def test_a_replay_is_on_the_models_device_in_every_thread(llama, monkeypatch, another_device):
+    launch, launched = Graph.launch, []
+    run(llama, PROMPTS)
+
+    def noted(graph):
+        launched.append(DEVICE.current)
+        launch(graph)
+
+    monkeypatch.setattr(Graph, "launch", noted)
+    for _ in llama.generation(PROMPTS, **OPTIONS):
+        another_device()  # the caller's own
+    assert len(launched) > 3 and set(launched) == {0}
+
+
+def test_a_cache_is_truncated_and_emptied_on_its_device(llama, another_device):
+    for act in (lambda cache: cache.truncate(0, 0), lambda cache: cache.clear()):
+        cache = llama.new_cache()
+        another_device()
+        act(cache)
+        assert DEVICE.current == 0
 
 
 def test_the_generation_itself_holds_no_array_of_its_cache(llama):

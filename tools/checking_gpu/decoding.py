@@ -74,5 +74,5 @@ def decode(
 
 def _eager_because(generation: Generation) -> str:
     """The generation's own words on steps that no graph replayed."""
-    report = getattr(generation, "steps_report", lambda: None)()
+    report = generation.steps_report()
     return report if report is not None and "eager" in report else ""
