@@ -484,7 +484,7 @@ def test_escapes_count_in_stop_and_system_too(model, capsys, monkeypatch):
         asked.append((prompts, options["stop"]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("npllama.llama.Llama.generation", generation)
+    monkeypatch.setattr("npllama.llama.Llama.new_generation", generation)
     args = ("--model", model, "--chat", "--prompt", "Hi", "--system", r"A\nB", "--stop", r"\t")
     assert main([*args, "-e"]) == main(args) == 130
     messages = [{"role": "system", "content": "A\nB"}, {"role": "user", "content": "Hi"}]
