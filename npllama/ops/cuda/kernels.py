@@ -69,7 +69,7 @@ class Kernels:
         self._kernels: dict[tuple[str, str], object] = {}
         self._counters: dict[int, Array] = {}
         self.cublas = CublasCalls()
-        self._compiles = False  # whether one was compiled, and that was said
+        self._has_told = False  # that kernels are being compiled
 
     @cached_property
     def n_sms(self) -> int:
@@ -128,8 +128,8 @@ class Kernels:
         if (file, name) not in self._kernels:
             code = self.source(file)
             marker = self._marker(code, name)
-            if not self._compiles and not marker.exists():
-                self._compiles = True
+            if not self._has_told and not marker.exists():
+                self._has_told = True
                 LOG.info("compiling kernels for this GPU: some seconds, at the first start alone")
             module = self.xp.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
             kernel = module.get_function(name)
