@@ -368,7 +368,7 @@ def test_a_replay_is_on_the_models_device_in_every_thread(llama, monkeypatch, an
         launch(graph)
 
     monkeypatch.setattr(Graph, "launch", noted)
-    for _ in llama.generation(PROMPTS, **OPTIONS):
+    for _ in llama.new_generation(PROMPTS, **OPTIONS):
         another_device()  # the caller's own
     assert len(launched) > 3 and set(launched) == {0}
 
