@@ -45,6 +45,7 @@ def test_no_random_numbers_are_made_where_nothing_is_drawn(llama, monkeypatch):
         llama.generate([1, 5], max_new_tokens=3, temperature=1)
 
 
+@pytest.mark.array_calls
 def test_options_are_given_in_one_way(llama):
     """As keywords, as a Sampling, or as a Sampling of which keywords change some fields."""
     keywords = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3}
@@ -187,6 +188,7 @@ def test_rows_leave_the_batch_when_they_end(llama, monkeypatch):
     assert [shape[0] for shape in sizes] == [1, 1, 1, 3, 2, 1]
 
 
+@pytest.mark.array_calls
 def test_the_seed_reproduces_the_text_and_another_does_not(llama):
     def say(seed):
         return llama.generate([1, 5], max_new_tokens=20, temperature=1.0, top_p=1, seed=seed)
@@ -226,6 +228,7 @@ def test_eos_ends_a_row_and_is_its_last_id(ops):
     assert (len(on.ids), on.finish_reason) == (9, "length")
 
 
+@pytest.mark.array_calls
 def test_a_stop_text_ends_the_completion_and_is_not_part_of_it(llama):
     options = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
     text = llama.generate([1, 5], **options).text
@@ -238,6 +241,7 @@ def test_a_stop_text_ends_the_completion_and_is_not_part_of_it(llama):
         assert "".join(llama.stream([1, 5], stop=stops, **options)) == stopped.text
 
 
+@pytest.mark.array_calls
 def test_the_text_is_what_the_tokenizer_makes_of_prompt_and_completion(llama):
     prompts = [[1], [1, 100, 101], [1, 259, 100]] * 5
     sampling = Sampling(temperature=1.0, top_p=1)
@@ -259,6 +263,7 @@ def test_a_text_prompt_is_its_ids(llama):
     assert llama.generate("ab", **options).ids == llama.generate([1, 259, 100, 101], **options).ids
 
 
+@pytest.mark.array_calls
 def test_ids_beyond_the_tokenizer_are_never_chosen(ops):
     config = LlamaConfig(**{**vars(TINY), "vocab_size": 300})
     llama = make_llama(ops, config)

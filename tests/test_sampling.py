@@ -222,6 +222,7 @@ def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
     assert np.abs(sampled - truth).max() < 1e-3
 
 
+@pytest.mark.array_calls
 @pytest.mark.parametrize(
     "changes",
     [

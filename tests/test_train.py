@@ -19,7 +19,7 @@ import pytest
 import npllama
 import train
 import training.progress
-from conftest import ROOT, TINY, data_file, make_ops
+from conftest import ROOT, STRICT_CUPY, TINY, data_file, make_ops
 from model_directory import random_tensors, write_model
 from npllama.config import _HF_NAMES
 from npllama.initialization import random_parameters
@@ -227,7 +227,7 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
     sequences = [rng.integers(3, TINY.vocab_size, n).astype("int32") for n in (9, 5, 12, 7)]
     batches = Batches(sequences, context=64, batch=4, micro_batch=2, packed=False, seed=0)
     weights = []
-    for implementation in ("numpy", "strict", "strict-cupy"):
+    for implementation in ("numpy", "strict", STRICT_CUPY):
         ops = make_ops(implementation)
         llama = Llama(TINY, random_parameters(TINY, ops), ops)
         workers = WorkerThreads(1)
