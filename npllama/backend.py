@@ -93,7 +93,7 @@ class CupyBackend(Backend):
     """CuPy on a CUDA device.
 
     Args:
-        device: its number; None for the one that is current in each thread, by default 0.
+        device: its number; None for the one that is current in this thread, by default 0.
     """
 
     name = "cupy"
@@ -102,13 +102,12 @@ class CupyBackend(Backend):
 
     def __init__(self, xp: ModuleType, device: int | None = None) -> None:
         super().__init__(xp, Threads(1))  # the device is parallel in itself
-        self.device = device
+        self.device = xp.cuda.Device().id if device is None else device
         self.use()
 
     def use(self) -> None:
         """Make the device current; each thread has a current device of its own."""
-        if self.device is not None:
-            self.xp.cuda.Device(self.device).use()
+        self.xp.cuda.Device(self.device).use()
 
     def to_device(self, array: Array) -> Array:
         self.use()

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npllama.config import read_json
-from npllama.dialogue_parts import Message, Parts, split_markup
+from npllama.dialogue_parts import Message, Parts
 from npllama.errors import InputError, TokenizerError
 from npllama.small_file import read_small_file
-from npllama.special_tokens import special_ids
+from npllama.special_tokens import special_ids, split_names
 from npllama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -131,14 +131,14 @@ class ChatTemplate:
             back = {ord(twin): chr(c) for c, twin in hidden.items()}
             with_twins = self._attempt(disguised, {}, now)
             if with_twins is not None and with_twins.translate(back) == text:
-                parts = split_markup(ids_of, with_twins)
+                parts = split_names(ids_of, with_twins)
                 return [p.translate(back) if isinstance(p, str) else p for p in parts]
 
         names = dict(zip(ids_of, _free_characters(in_use), strict=False))
         with_names = self._attempt(variables, names, now)
         if with_names is None:
             return [text]
-        return split_markup({twin: ids_of[name] for name, twin in names.items()}, with_names)
+        return split_names({twin: ids_of[name] for name, twin in names.items()}, with_names)
 
     def _messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """What a template sees of them."""

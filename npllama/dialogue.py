@@ -64,6 +64,10 @@ def find_chat_format(
         directory: the model's; None where it has none.
         name: of npllama.chat_formats.FORMATS; it counts before what the directory says.
 
+    Returns:
+        The format, and what to say of a checkpoint without a chat template, which may be
+        Llama-2-chat (Meta's files have none) or no chat model at all; None where there is one.
+
     Raises:
         InputError: there is no format of that name.
         TokenizerError: a template that is damaged (see npllama.chat_template.read_template).

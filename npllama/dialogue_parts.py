@@ -1,14 +1,13 @@
 """A dialogue as parts: text, and the ids of control tokens between them.
 
-A chat format makes them. Control tokens are found in its own markup alone (`split_markup`), and
+A chat format makes them. Control tokens are found in its own markup alone (`split_names`), and
 the text of a message goes into a text part, where no token has a name: so no message can make a
 control token, whatever it says.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from npllama.special_tokens import special_ids
+from npllama.special_tokens import special_ids, split_names
 from npllama.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -18,23 +17,10 @@ ChatFormat = Callable[[Tokenizer, Sequence[Message], str], Parts]
 """From a tokenizer, messages and the beginning of the answer to parts."""
 
 
-def split_markup(ids_of: Mapping[str, int], markup: str) -> Parts:
-    """A format's own text, each name of a token in it replaced by its id.
-
-    Args:
-        ids_of: the tokens by name. Of two that begin at the same place the longer one counts.
-    """
-    if not ids_of:
-        return [markup]
-    longest_first = sorted(ids_of, key=len, reverse=True)
-    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", markup)
-    return [ids_of[piece] if i % 2 else piece for i, piece in enumerate(pieces)]
-
-
 def markup_of(tokenizer: Tokenizer) -> Callable[[str], Parts]:
-    """`split_markup` with the control and added tokens of a tokenizer."""
+    """`split_names` of a format's own text, with the control and added tokens of a tokenizer."""
     ids_of = special_ids(tokenizer)
-    return lambda markup: split_markup(ids_of, markup)
+    return lambda markup: split_names(ids_of, markup)
 
 
 def encode_parts(tokenizer: Tokenizer, parts: Iterable[str | int]) -> list[int]:

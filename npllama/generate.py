@@ -4,6 +4,11 @@ The text goes to stdout as it is made, everything else to stderr. Exit codes: 0,
 that cannot be served (one line says why), 130 after Ctrl-C.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import os
@@ -25,18 +30,23 @@ from npllama.console import (
     exit_code,
     open_streams,
     reason,
+    started_as,
     tell,
-    tell_what_is_logged,
     utf8,
     write,
 )
 from npllama.dialogue import encode_chat, find_chat_format
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, TokenizerWarning
+from npllama.escapes import unescape
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
+from npllama.special_tokens import encode_special
 from npllama.weight_formats import FORMATS
+
+STANDARD_INPUT = "standard input"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,9 +108,10 @@ class _Once(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
     p = _Parser(
-        prog="python -m npllama.generate",
+        prog=started_as("generate", "python -m npllama.generate"),
         description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
-        "it is made; everything else goes to standard error.",
+        "it is made; everything else goes to standard error, on a terminal with the time left of "
+        "what takes long.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
     )
     p.add_argument(
@@ -121,7 +132,21 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-file",
         action=_Once,
         metavar="FILE",
-        help="a file with one prompt a line, continued together; an empty line starts from nothing",
+        help="a file with one prompt a line, continued together; an empty line starts from "
+        'nothing, "-" reads the lines of standard input',
+    )
+    p.add_argument(
+        "-e",
+        dest="escapes",
+        action="store_true",
+        help="\\n, \\t, \\\\ and \\uXXXX in --prompt, --system, --answer and --stop are a line end, "
+        "a tab, a backslash and the character with that number; without it they are text",
+    )
+    p.add_argument(
+        "--special",
+        action="store_true",
+        help="control tokens written in the prompt count: </s>, say, and the added tokens of "
+        "tokenizer.json; without it they are text like any other",
     )
 
     length = p.add_argument_group("how long")
@@ -234,14 +259,21 @@ def parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--logprobs",
-        action="store_true",
-        help="show each token's log-probability, on standard error or in --json",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="show each token's log-probability, on standard error or in --json, and with a number "
+        "the N tokens, up to 20, that were likeliest in its place",
     )
     output.add_argument(
         "--stats", action="store_true", help="show speed, memory and seed on standard error"
     )
     output.add_argument(
-        "--json", action="store_true", help="print one JSON object a prompt instead of text"
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt instead of text; "
+        'its "timings" are those of all "rows" of the batch together',
     )
     return p
 
@@ -249,13 +281,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
-    tell_what_is_logged("npllama")
     args = parser().parse_args(argv)
 
     def work() -> int:
         check_output()
         try:
-            return run(args)
+            with progress_shown("npllama"):
+                return run(args)
         except ReaderLeftError:
             return 0
 
@@ -277,12 +309,12 @@ def run(args: argparse.Namespace) -> int:
     if (args.answer is not None or args.chat_format is not None) and not args.chat:
         option = "--chat-format" if args.answer is None else "--answer"
         raise InputError(f"{option} is for --chat: give both, or neither")
+    if args.special and args.chat:
+        raise InputError("--special is for a text, not for --chat's messages: give one of them")
+    if args.escapes:
+        unescape_texts(args)
     prompts = read_prompts(args)
-    chat_format, chat_note = None, None
-    if args.chat:
-        is_directory = args.model is not None and os.path.isdir(args.model)
-        directory = Path(args.model) if is_directory else None
-        chat_format, chat_note = find_chat_format(directory, args.chat_format)
+    chat_format, chat_note = chat_format_of(args) if args.chat else (None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
         llama = load(
@@ -299,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
-    generation = llama.generation(
+    generation = llama.new_generation(
         encode_prompts(llama, prompts, args, chat_format),
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
@@ -307,6 +339,7 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop,
         ignore_eos=args.ignore_eos,
         fresh_text=args.chat and not (args.answer or "").strip(),
+        top_logprobs=args.logprobs,
     )
     if chat_note is not None:
         tell(f"npllama: {chat_note}")
@@ -325,37 +358,74 @@ def run(args: argparse.Namespace) -> int:
     completions = generation.completions()
     if args.json:
         for prompt, completion in zip(prompts, completions, strict=True):
-            write(as_json(prompt, completion, llama, args.logprobs) + "\n")
-    elif args.logprobs:
-        for completion in completions:
+            write(as_json(prompt, completion, llama, args.logprobs is not None) + "\n")
+    elif args.logprobs is not None:
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if len(prompts) > 1:
+                tell(f"prompt {number + 1} of {len(prompts)}: {prompt[:60]!r}")
             print_log_probs(llama, completion)
+    if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
+        tell(f"npllama: {note}")
     if args.stats:
         print_stats(llama, generation)
     return INTERRUPTED if interrupted else 0
 
 
+def unescape_texts(args: argparse.Namespace) -> None:
+    """Put the characters that escapes stand for into --prompt, --system, --answer and --stop."""
+    for name in ("prompt", "system", "answer"):
+        if (text := getattr(args, name)) is not None:
+            setattr(args, name, unescape(text, f"--{name}"))
+    args.stop = [unescape(text, "--stop") for text in args.stop]
+
+
+def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
+    """The model's chat format, and what to say of it where it is not known for sure.
+
+    Raises:
+        InputError: the model that ships, which knows none.
+        TokenizerError: a chat template that is damaged.
+    """
+    if args.model is None:
+        raise InputError(
+            "--chat needs a chat model, and the one that ships with npllama tells stories: give "
+            "--model DIR, or leave out --chat"
+        )
+    directory = Path(args.model) if os.path.isdir(args.model) else None  # load says what it is
+    return find_chat_format(directory, args.chat_format)
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt, of standard input, or of --prompt-file's lines."""
+    """The prompts of --prompt or of --prompt-file's lines; "-" for standard input."""
     if args.prompt_file is None:
         if args.prompt != "-":
             return [args.prompt]
-        if sys.stdin is None:
-            raise InputError("standard input is closed: give the prompt with --prompt TEXT")
-        try:
-            content = sys.stdin.buffer.read()
-        except OSError as error:
-            raise InputError(f"standard input cannot be read: {reason(error)}") from None
-        return [_decoded(content, "standard input").removesuffix("\n")]
+        return [_decoded(_standard_input(), STANDARD_INPUT).removesuffix("\n")]
+    name = file_name(args)
     try:
-        content = Path(args.prompt_file).read_bytes()
+        content = _standard_input() if args.prompt_file == "-" else Path(name).read_bytes()
     except OSError as error:
         raise InputError(
             f"--prompt-file {args.prompt_file!r} cannot be read: {error.strerror}"
         ) from None
-    text = _decoded(content, args.prompt_file)
+    text = _decoded(content, name)
     if not text:
-        raise InputError(f"{args.prompt_file} is empty: expected one prompt a line")
+        raise InputError(f"{name} is empty: expected one prompt a line")
     return text.removesuffix("\n").split("\n")
+
+
+def file_name(args: argparse.Namespace) -> str:
+    """What messages call the file of --prompt-file."""
+    return STANDARD_INPUT if args.prompt_file == "-" else args.prompt_file
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise InputError("standard input is closed: give the prompt with --prompt TEXT")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"standard input cannot be read: {reason(error)}") from None
 
 
 def _decoded(content: bytes, name: str) -> str:
@@ -387,17 +457,20 @@ def encode_prompts(
             encoded.append(encode_prompt(llama, prompt, args, chat_format))
             llama.to_tokens(encoded[-1])
         except InputError as error:
-            raise InputError(f"{args.prompt_file}, line {line}: {error}") from None
+            raise InputError(f"{file_name(args)}, line {line}: {error}") from None
     return encoded
 
 
 def encode_prompt(
     llama: Llama, prompt: str, args: argparse.Namespace, chat_format: ChatFormat | None = None
 ) -> list[int]:
-    """A prompt's ids: as text, or in a chat format as a dialogue of one message."""
-    if chat_format is None:
+    """A prompt's ids: as text, with --special also of tokens that it names, or in a chat format
+    as a dialogue of one message."""
+    if chat_format is None and not args.special:
         return llama.encode(prompt)
     llama.encode("")  # says what is missing where there is no tokenizer
+    if args.special:
+        return encode_special(llama.tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -409,9 +482,12 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     the others when their turn comes."""
     waiting = list(heads)
     turn = 0
-    _write(waiting[0])
+    # with the first piece: until then a terminal's line belongs to the progress
+    head, waiting[0] = waiting[0], ""
     try:
         for row, text in generation:
+            _write(head)
+            head = ""
             if row == turn:
                 _write(text)
             else:
@@ -420,7 +496,7 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
                 turn += 1
                 _write("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
-        _write(generation.rows[turn].interrupt())
+        _write(head + generation.rows[turn].interrupt())
         for row in generation.rows[turn + 1 :]:
             _write("\n" + waiting[row.number] + row.interrupt())
         _write("\n")
@@ -436,24 +512,49 @@ def _write(text: str) -> None:
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
-    """One line of JSON about one completion."""
+    """One line of JSON about one completion; its "timings" are those of its whole batch, whose
+    size is their "rows"."""
     fields = {
         "prompt": prompt,
         **asdict(completion),
+        "new_tokens": completion.new_tokens,
         "backend": llama.backend.name,
         "dtype": llama.dtype,
     }
     if not log_probs:
         del fields["log_probs"]
+    if completion.top_logprobs is None:
+        del fields["top_logprobs"]
     return json.dumps(fields, allow_nan=False)
 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:
-    """A table of id, log-probability and piece."""
-    tell(f"{'id':>6} {'log p':>9}  piece")
-    for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
-        piece = llama.tokenizer.piece(id_)
-        tell(f"{id_:>6} {log_prob:>9.4f}  {piece!r}")
+    """A table of id, log-probability, piece, and the likeliest pieces where they are known."""
+    likeliest = completion.top_logprobs
+    tell(f"{'id':>6} {'log p':>9}  {'piece' if likeliest is None else 'piece           likeliest'}")
+    for i, (id_, log_prob) in enumerate(zip(completion.ids, completion.log_probs, strict=True)):
+        line = f"{id_:>6} {log_prob:>9.4f}  {llama.tokenizer.piece(id_)!r}"
+        if likeliest is not None:
+            told = "  ".join(f"{token.text!r} {token.log_prob:.4f}" for token in likeliest[i])
+            line = f"{line:<33} {told}"
+        tell(line)
+
+
+def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:
+    """What to say of prompts that left no room for a new token, if any did."""
+    full = [
+        i for i, one in enumerate(completions, 1) if one.finish_reason == "length" and not one.ids
+    ]
+    if not full:
+        return None
+    what = "the prompt fills"
+    if len(completions) > 1:
+        what = f"{len(full)} of {len(completions)} prompts fill (the first is number {full[0]})"
+    larger = " or give a larger --context" if llama.context < llama.config.context_length else ""
+    return (
+        f"{what} the context of {llama.context} tokens, so there was room for no new token: "
+        f"shorten it{larger}"
+    )
 
 
 def finish_reasons(completions: Sequence[Completion]) -> str:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from npllama.backend import Array
-from npllama.completion import Completion, Timings
+from npllama.completion import Completion, LikelyToken, Timings
 from npllama.decode_step import StepState
 from npllama.errors import InputError, NumericalError
 from npllama.kv_cache import KVCache, Place
@@ -41,6 +41,7 @@ class Generation:
         cache: row i may hold the first ids of prompt i, which are then not read again, and has
             room for the prompt and its completion; None for a cache of this generation's own.
             Afterwards row i holds its prompt and its completion without the last id.
+        n_likeliest: how many of the likeliest tokens are told of each step.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Generation:
         n_tokens: int,
         allowed: Array | None = None,
         cache: KVCache | None = None,
+        n_likeliest: int = 0,
     ) -> None:
         self.model = model
         self.backend = model.backend
@@ -61,6 +63,7 @@ class Generation:
         self.seed = seed
         self.n_tokens = n_tokens
         self.allowed = allowed
+        self._n_likeliest = min(n_likeliest, model.config.vocab_size)
         self._cache = cache
         self._began = False
         self._in_flight: deque[tuple[list[Row], Callable[[], tuple]]] = deque()
@@ -69,7 +72,7 @@ class Generation:
         cached = [0] * len(rows) if cache is None else cache.lengths
         active = [row for row in rows if row.finish_reason is None]
         n_read = sum(len(row.prompt_ids) - cached[row.number] for row in active)
-        self.timings = Timings(prompt_tokens=n_read)
+        self.timings = Timings(prompt_tokens=n_read, rows=len(rows))
 
     def completions(self) -> list[Completion]:
         """Each row's completion; a row that has not ended is interrupted."""
@@ -83,9 +86,19 @@ class Generation:
                 finish_reason=row.finish_reason or "",
                 timings=self.timings,
                 seed=self.seed,
+                prompt_tokens=len(row.prompt_ids),
+                top_logprobs=_named(row) if self._n_likeliest else None,
             )
             for row in self.rows
         ]
+
+    def __repr__(self) -> str:
+        ended = sum(row.finish_reason is not None for row in self.rows)
+        n_new, most = sum(len(row.ids) for row in self.rows), sum(row.limit for row in self.rows)
+        return (
+            f"<Generation: {ended} of {len(self.rows)} ended, {n_new} of at most {most} new "
+            f"tokens, seed {self.seed}>"
+        )
 
     def steps_report(self) -> str | None:
         """How a device ran the decode steps: captured, replayed or eager; None where it has only
@@ -130,11 +143,11 @@ class Generation:
                     pass
                 if not self._in_flight:
                     return
-                rows, ids, log_probs = self._read()
+                rows, *results = self._read()
                 self._count(time.perf_counter() - began, rows)
-                for row, id_, log_prob in zip(rows, ids, log_probs, strict=True):
+                for row, *result in zip(rows, *results, strict=True):
                     if row.finish_reason is None:
-                        yield row.number, self._accept(row, id_, log_prob)
+                        yield row.number, self._accept(row, *result)
                 began = time.perf_counter()
         except Exception:
             if is_own:  # what a failed step has left is not used again
@@ -147,7 +160,7 @@ class Generation:
         """Read what the cache does not hold of every prompt, and choose each row's first token."""
         cache = self._cache
         rest = {row: row.prompt_ids[cache.lengths[row.number] :] for row in rows}
-        with _unwarned():
+        with _unwarned(), self.model.reading(sum(map(len, rest.values()))):
             logits = [self.model.prefill(rest[row], cache, row.number) for row in rows]
         chunk = self.ops.prefill_chunk()
         self.timings.prefill_forwards = sum(math.ceil(len(ids) / chunk) for ids in rest.values())
@@ -157,7 +170,7 @@ class Generation:
         )
         self._compiled = self.ops.compile(
             self._step,
-            frozen=(self.sampling, self.n_tokens),
+            frozen=(self.sampling, self.n_tokens, self._n_likeliest),
             constants=(self.model.parameters, self.allowed),
         )
         with _unwarned():
@@ -189,28 +202,38 @@ class Generation:
         self.timings.decode_steps += 1
         return True
 
-    def _step(self, state: StepState, cache: KVCache, place: Place) -> tuple[Array, Array]:
-        """One decode step, from state.tokens (B,) to the next ids (B,) and their
-        log-probabilities (B,). See Ops.compile for what it may read."""
+    def _step(self, state: StepState, cache: KVCache, place: Place) -> tuple[Array, ...]:
+        """One decode step, from state.tokens (B,) to what `_choose` returns. See Ops.compile for
+        what it may read."""
         with _unwarned():
             logits = self.model.compute(state.tokens[:, None], cache, place)  # -> (B, 1, V)
             return self._choose(logits[:, 0], state)
 
-    def _choose(self, logits: Array, state: StepState) -> tuple[Array, Array]:
-        """The ids that follow (B, V) logits, which become state.tokens, and log-probabilities."""
+    def _choose(self, logits: Array, state: StepState) -> tuple[Array, ...]:
+        """The ids (B,) that follow (B, V) logits, which become state.tokens, and their
+        log-probabilities (B,); where they are asked for, ids and log-probabilities (B, n) of the
+        likeliest."""
         ids, log_probs = self.ops.next_token(
             logits, state.next_uniform(), self.sampling, state.seen, self.n_tokens, self.allowed
         )
         state.tokens[...] = ids
-        return ids, log_probs
+        if self._n_likeliest == 0:
+            return ids, log_probs
+        return ids, log_probs, *self.ops.likeliest(logits, self._n_likeliest)
 
-    def _read(self) -> tuple[list[Row], list[int], list[float]]:
-        """The oldest step in flight: its rows, and each one's id and log-probability."""
+    def _read(self) -> tuple[list[Row], list[int], list[float], list[list[tuple[int, float]]]]:
+        """The oldest step in flight: its rows, each one's id and log-probability, and the same of
+        the likeliest."""
         rows, copied = self._in_flight.popleft()
-        ids, log_probs = copied()
-        return rows, ids.tolist(), log_probs.tolist()
+        ids, log_probs, *top = (array.tolist() for array in copied())
+        pairs = [[*zip(*both, strict=True)] for both in zip(*top, strict=True)] or [
+            [] for _ in rows
+        ]
+        return rows, ids, log_probs, pairs
 
-    def _accept(self, row: Row, id_: int, log_prob: float) -> str:
+    def _accept(
+        self, row: Row, id_: int, log_prob: float, likeliest: list[tuple[int, float]]
+    ) -> str:
         """Give a row its next token; the text that it makes certain."""
         if not math.isfinite(log_prob):
             raise NumericalError(
@@ -218,7 +241,7 @@ class Generation:
                 f"{len(row.ids) + 1}: the weights are damaged, or their dtype is too "
                 "narrow; try --dtype float32"
             )
-        return row.accept(id_, log_prob)
+        return row.accept(id_, log_prob, likeliest)
 
     def _end(self, keeps: bool) -> None:
         """Leave the cache to whoever uses it next, and hold none of its arrays.
@@ -270,6 +293,12 @@ class Generation:
             timings.decode_seconds += seconds
             timings.decode_tokens += n_new
         timings.new_tokens += n_new
+
+
+def _named(row: Row) -> list[list[LikelyToken]]:
+    """A row's likeliest tokens at each step, with their names."""
+    name = (lambda id_: None) if row.tokenizer is None else row.tokenizer.piece
+    return [[LikelyToken(i, name(i), p) for i, p in likeliest] for likeliest in row.likeliest]
 
 
 def _unwarned() -> AbstractContextManager:

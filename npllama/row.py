@@ -1,5 +1,6 @@
 """One row of a batch: its prompt, its completion so far, and where that ends."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -60,6 +61,7 @@ class Row:
     fresh_text: bool = False
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
 
@@ -80,10 +82,15 @@ class Row:
         self.text += held
         return held
 
-    def accept(self, id_: int, log_prob: float) -> str:
-        """Take the next token; the text that it makes certain."""
+    def accept(self, id_: int, log_prob: float, likeliest: Sequence[tuple[int, float]] = ()) -> str:
+        """Take the next token; the text that it makes certain.
+
+        Args:
+            likeliest: ids and log-probabilities of the tokens likeliest in its place.
+        """
         self.ids.append(id_)
         self.log_probs.append(log_prob)
+        self.likeliest.append([(i, p) for i, p in likeliest if p != -math.inf])
         is_eos = id_ in self.eos_ids
         text = ""
         if self._decoder is not None and not is_eos:

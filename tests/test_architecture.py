@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     [
         "errors",
+        "early_interrupt",
         "small_file",
         "rope_scaling",
         "not_a_model",
@@ -26,9 +27,10 @@ FLOORS = [
         "quantization",
         "cuda_device",
         "template_renderer",
+        "progress",
     ],
     ["threads", "weight_formats"],
-    ["backend", "config", "sentencepiece_model", "console"],
+    ["backend", "config", "sentencepiece_model", "console", "progress_line", "escapes"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options"],
     ["tokenizer", "ops.tiles"],
     ["special_tokens"],
@@ -53,6 +55,7 @@ FLOORS = [
         "ops.cuda.prompt",
         "ops.cuda.embedding",
         "ops.cuda.graph",
+        "ops.cuda.upload",
     ],
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],
@@ -60,8 +63,10 @@ FLOORS = [
     ["memory", "kept_cache"],
     ["model"],
     ["generation", "gradients"],
+    ["text_stream"],
     ["llama"],
     ["__init__", "generate", "plain"],
+    ["__main__"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

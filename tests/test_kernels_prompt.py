@@ -12,7 +12,7 @@ import pytest
 
 from cuda_simulator import ORDERS, compiler
 from npllama.backend import Backend
-from npllama.kv_cache import KVCache
+from npllama.kv_cache import KVCache, LayerCache
 from npllama.ops import CupyOps, Ops
 from npllama.ops.cuda import decode_attention, prompt
 from npllama.parameters import Head, Matrix
@@ -250,6 +250,28 @@ def test_other_shapes_and_dtypes_are_array_calls(cuda, why, dtype, more):
     bound = tolerance("bfloat16" if more.get("cache_dtype") else dtype)
     for a, b in zip(got, truth, strict=True):
         assert_close(a, b, bound)
+
+
+def test_rows_that_a_small_gpu_has_no_room_for_are_array_calls(cuda):
+    case = (9, 5, 1, 2, None)  # 14 keys
+    cuda.kernels.max_shared = 4 * (DIM + 8)  # a row, and a number for each warp
+    with DEVICE.recording() as launches:
+        attention_block(cuda, "float16", case)
+    assert set(names(launches)) == set(ATTENTION)
+    cuda.kernels.max_shared -= 1
+    with DEVICE.recording() as launches:
+        got = attention_block(cuda, "float16", case)
+    assert launches == []
+    for a, b in zip(got, attention_block(REFERENCE, "float16", case), strict=True):
+        assert_close(a, b, tolerance("float16"))
+
+
+def test_a_context_that_a_small_gpu_has_no_room_for_is_array_calls(cuda):
+    w = Matrix(cuda.xp.zeros((48, 64), dtype="float16"))
+    cuda.kernels.max_shared = 4 * (64 + 8)
+    for context, fits in ((64, True), (65, False)):
+        cache = LayerCache(*(cuda.xp.zeros((1, 2, context, 16), dtype="float16") for _ in "kv"))
+        assert prompt.fits_attention(cuda.kernels, cache, w) == fits
 
 
 def test_matrices_that_are_not_joined_are_array_calls(cuda):
