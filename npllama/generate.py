@@ -148,6 +148,14 @@ def parser() -> argparse.ArgumentParser:
         help="room for N tokens of prompt and completion together; less needs less memory "
         "(default: all that the model was trained for)",
     )
+    length.add_argument(
+        "--rope-scaling",
+        action=_Once,
+        metavar="TYPE:FACTOR",
+        help="for a model of a longer context whose config.json does not say how: linear, dynamic "
+        "or yarn and how many times longer, such as linear:4; dynamic changes nothing unless "
+        "--context asks for more than the model's own",
+    )
 
     choice = p.add_argument_group("how the next token is chosen")
     for field in fields(Sampling):
@@ -268,6 +276,7 @@ def run(args: argparse.Namespace) -> int:
             args.threads,
             args.device,
             graph=args.graph,
+            rope_scaling=args.rope_scaling,
         )
     for note in llama.notes:
         tell(f"npllama: {note}")
@@ -429,6 +438,17 @@ def finish_reasons(completions: Sequence[Completion]) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
 
+def describe_context(llama: Llama) -> str:
+    """Room for how many tokens, of how many the model is good for, and how that came about."""
+    config, scaling = llama.config, llama.config.rope_scaling
+    text = f"{llama.context} of the model's {config.longest_context} tokens"
+    if scaling is None:
+        return text
+    off = scaling.kind == "dynamic" and llama.context <= config.context_length
+    state = f"not used up to {config.context_length}" if off else f"factor {scaling.factor:g}"
+    return f"{text}; RoPE scaling {scaling.kind}, {state}"
+
+
 def print_stats(llama: Llama, generation: Generation) -> None:
     """Speed, memory, and what is needed to have the same text again."""
     t = generation.timings
@@ -449,6 +469,7 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "decode": f"{t.decode_tokens} tokens, {t.decode_tokens_per_second:.1f} tokens/s, "
         f"{t.decode_steps * gb_per_forward / max(t.decode_seconds, 1e-9):.2f} GB/s",
         "memory": memory,
+        "context": describe_context(llama),
         "backend": f"{llama.backend.name} ({'; '.join(backend)})",
         "dtype": llama.dtype,
         "finish": finish_reasons(generation.completions()),

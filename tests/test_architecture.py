@@ -17,7 +17,6 @@ FLOORS = [
     [
         "errors",
         "small_file",
-        "rope_scaling",
         "not_a_model",
         "operating_system",
         "shared_arrays",
@@ -26,10 +25,10 @@ FLOORS = [
         "quantization",
         "cuda_device",
     ],
-    ["threads", "weight_formats"],
+    ["threads", "weight_formats", "rope_scaling"],
     ["backend", "config", "sentencepiece_model", "console"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options"],
-    ["tokenizer", "ops.tiles"],
+    ["tokenizer", "ops.tiles", "ops.rope_frequencies"],
     ["ops.equations", "dialogue", "tokenizer_files", "safetensors_file", "row", "decode_step"],
     [
         "ops.sampling",
