@@ -371,8 +371,8 @@ def _rope(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(hf.get(name, {}), dict):
             raise ConfigError(
-                f"{name} is {hf[name]!r}: expected an object; --rope-scaling TYPE:FACTOR "
-                "(rope_scaling= in Python) takes its place"
+                f"{name} is {hf[name]!r}: expected an object; npllama.generate takes "
+                "--rope-scaling TYPE:FACTOR (load takes rope_scaling=) in its place"
             )
     name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     return name, hf.get(name, {})

@@ -324,7 +324,9 @@ def load(
         graph: whether a GPU captures each step as a CUDA graph and replays it, which is faster;
             False launches every kernel anew.
         rope_scaling: "TYPE:FACTOR", such as "linear:4", for a checkpoint whose config.json lacks
-            the field; linear, dynamic or yarn. It takes the place of one that is there.
+            the field; linear, dynamic or yarn. It takes the place of one that is there. The context
+            that the factor multiplies is original_max_position_embeddings, else
+            max_position_embeddings; "linear:1" is no scaling.
 
     Raises:
         NpllamaError: one of its kinds, with one line that says what is wrong.

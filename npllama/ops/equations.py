@@ -114,8 +114,8 @@ class Equations:
         xp = self.xp
         position = xp.arange(n_positions, dtype="float64")  # (n_positions,)
         angle = position[:, None] * rotation.frequencies[None, :]  # (n_positions, C/2)
-        cos, sin = (rotation.attention_scaling * f(angle) for f in (xp.cos, xp.sin))
-        return cos.astype(dtype), sin.astype(dtype)
+        a = rotation.attention_scaling
+        return (a * xp.cos(angle)).astype(dtype), (a * xp.sin(angle)).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Turn the pair (x_i, x_{i+C/2}) of each head by its position's angle_i:
