@@ -8,7 +8,13 @@ from typing import Any
 
 from npllama.errors import ConfigError
 from npllama.not_a_model import content_instead
-from npllama.rope_scaling import scaled_by
+from npllama.rope_scaling import (
+    RopeScaling,
+    parse_rope_scaling,
+    read_rope_scaling,
+    scaled_context,
+    with_rope_scaling,
+)
 from npllama.small_file import MAX_JSON, parse_json, read_small_file
 from npllama.weight_formats import FORMATS
 
@@ -42,13 +48,15 @@ class LlamaConfig:
             anything between grouped-query.
         ffn_dim: F, width of the SwiGLU hidden layer.
         vocab_size: V.
-        context_length: positions the model was trained for.
+        context_length: positions the model was trained for, a scaling included; with "dynamic"
+            those before it.
         norm_eps: epsilon inside RMSNorm's square root.
         rope_theta: base of the rotary frequencies.
         tie_embeddings: the head uses the embedding matrix.
         bos_id: id that begins every text.
         eos_ids: ids that end a generation.
         head_dim: C, width of each head; D / H where it is not given.
+        rope_scaling: how the rotary frequencies differ from the plain ones; None where not.
 
     Raises:
         ConfigError: numbers that do not fit together.
@@ -67,11 +75,25 @@ class LlamaConfig:
     bos_id: int = 1
     eos_ids: tuple[int, ...] = field(default=(2,))
     head_dim: int = None  # type: ignore[assignment]  # an int once the object is made
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         _check(vars(self), {name: name for name in _HF_NAMES})
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        kind = None if self.rope_scaling is None else self.rope_scaling.kind
+        if kind == "dynamic" and self.head_dim == 2:
+            raise ConfigError("head width is 2: rotary scaling 'dynamic' divides by head width - 2")
+        if kind == "yarn" and self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta is {self.rope_theta!r}: 'yarn' needs one above 1")
+
+    @property
+    def longest_context(self) -> int:
+        """Positions that the model is good for: `context_length`, and factor times as many with
+        the scaling "dynamic"."""
+        if self.rope_scaling is None or self.rope_scaling.kind != "dynamic":
+            return self.context_length
+        return int(self.context_length * self.rope_scaling.factor)
 
     @property
     def n_parameters(self) -> int:
@@ -95,18 +117,25 @@ class LlamaConfig:
             raise ConfigError(f"no LLaMA-2 is called {size!r}: expected one of {known}") from None
 
     @classmethod
-    def from_directory(cls, directory: Path) -> "LlamaConfig":
+    def from_directory(cls, directory: Path, rope_scaling: str | None = None) -> "LlamaConfig":
         """Read config.json, and generation_config.json where there is one.
 
         End-of-sequence ids come from generation_config.json, then from config.json, then 2.
 
+        Args:
+            rope_scaling: "TYPE:FACTOR", in place of what config.json says of it.
+
         Raises:
             ConfigError: the file is missing, damaged, or asks for what is not implemented.
+            InputError: another `rope_scaling`.
         """
+        given = None if rope_scaling is None else parse_rope_scaling(rope_scaling)
         path = Path(directory) / "config.json"
         hf = read_json(path, missing="get it from where the weights came from")
         generation_path = path.with_name("generation_config.json")
         generation = read_json(generation_path) if generation_path.exists() else {}
+        if given is not None:
+            hf = with_rope_scaling(hf, *given)
         try:
             config = cls.from_hf(hf)
         except ConfigError as error:
@@ -126,6 +155,7 @@ class LlamaConfig:
         """
         hf = {name: value for name, value in hf.items() if value is not None}
         _refuse_other_mathematics(hf)
+        rope_scaling, context = _rope_scaling(hf)
         for name in (
             "hidden_size",
             "num_hidden_layers",
@@ -142,13 +172,14 @@ class LlamaConfig:
             "n_kv_heads": hf.get("num_key_value_heads", hf["num_attention_heads"]),
             "ffn_dim": hf["intermediate_size"],
             "vocab_size": hf["vocab_size"],
-            "context_length": _context_length(hf),
+            "context_length": context,
             "norm_eps": hf.get("rms_norm_eps", 1e-6),
             "rope_theta": _rope_theta(hf),
             "tie_embeddings": hf.get("tie_word_embeddings") or False,
             "bos_id": _bos_id(hf, 1),
             "eos_ids": _eos_ids(hf, (2,)),
             "head_dim": hf.get("head_dim"),
+            "rope_scaling": rope_scaling,
         }
         _check(fields, _HF_NAMES)
         config = cls(**fields)
@@ -187,6 +218,10 @@ class LlamaConfig:
         }
         if self.n_heads * self.head_dim != self.dim:  # older readers know no such field
             fields["head_dim"] = self.head_dim
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = self.rope_scaling.to_hf()
+            if self.rope_scaling.kind in ("linear", "yarn"):  # the factor is counted in
+                fields["max_sequence_length"] = self.context_length
         return fields
 
 
@@ -302,8 +337,6 @@ def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
     for name, implemented in _ONLY_IMPLEMENTED.items():
         if name in hf and hf[name] not in implemented:
             raise ConfigError(f"{name} is {hf[name]!r}: only {implemented[0]!r} is implemented")
-    for name in ("rope_scaling", "rope_parameters"):
-        _refuse_scaling(name, hf.get(name, {}), _context_length(hf))
 
 
 def _is_llama(architectures: object) -> bool:
@@ -312,28 +345,42 @@ def _is_llama(architectures: object) -> bool:
     return len(names) == 1 and str(names[0]).lower() == _ARCHITECTURE.lower()
 
 
-def _refuse_scaling(name: str, rope: object, context: object) -> None:
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{name} is {rope!r}: expected an object")
+def _rope_scaling(hf: Mapping[str, Any]) -> tuple[RopeScaling | None, int]:
+    """The scaling of the rotary frequencies, and the positions that the model is good for."""
+    context = hf.get("max_position_embeddings", 2048)
+    _check_size("max_position_embeddings", context)
+    name, rope = _rope(hf)
     part = rope.get("partial_rotary_factor")
     if part not in _ONLY_IMPLEMENTED["partial_rotary_factor"]:
         raise ConfigError(f"{name}.partial_rotary_factor is {part!r}: only 1 is implemented")
-    scaling = scaled_by(rope, context)
-    if scaling is not None:
-        raise ConfigError(
-            f"{name} is {scaling}: only plain rotary embeddings ('default', or a factor of 1.0) "
-            "are implemented"
-        )
+    original = hf.get("original_max_position_embeddings")
+    try:
+        scaling = read_rope_scaling(rope, context, original)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    if original is None:
+        original = rope.get("original_max_position_embeddings")
+    context = scaled_context(scaling, context, original, hf.get("max_sequence_length"))
+    _check_size("max_position_embeddings times the factor of the rotary scaling", context)
+    return scaling, context
 
 
-def _context_length(hf: Mapping[str, Any]) -> Any:
-    return hf.get("max_position_embeddings", 2048)
+def _rope(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The field that describes the rotary embeddings, and its content: `rope_scaling` (older)
+    replaces `rope_parameters` (transformers 5) where both are there, as in transformers."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(name, {}), dict):
+            raise ConfigError(
+                f"{name} is {hf[name]!r}: expected an object; npllama.generate takes "
+                "--rope-scaling TYPE:FACTOR (load takes rope_scaling=) in its place"
+            )
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    return name, hf.get(name, {})
 
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
-    """`rope_parameters.rope_theta` (transformers 5), then `rope_theta` (older), then 10000."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta")
+    """`rope_theta` inside the field above, then beside it, then 10000."""
+    theta = _rope(hf)[1].get("rope_theta")
     return hf.get("rope_theta", 10000.0) if theta is None else theta
 
 

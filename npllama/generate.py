@@ -139,8 +139,8 @@ def parser() -> argparse.ArgumentParser:
         "-e",
         dest="escapes",
         action="store_true",
-        help="\\n, \\t, \\\\ and \\uXXXX in --prompt, --system, --answer and --stop are a line end, "
-        "a tab, a backslash and the character with that number; without it they are text",
+        help="\\n, \\t, \\\\ and \\uXXXX in --prompt, --system, --answer and --stop are a line "
+        "end, a tab, a backslash and the character with that number; without it they are text",
     )
     p.add_argument(
         "--special",
@@ -174,6 +174,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="room for N tokens of prompt and completion together; less needs less memory "
         "(default: all that the model was trained for)",
+    )
+    length.add_argument(
+        "--rope-scaling",
+        action=_Once,
+        metavar="TYPE:FACTOR",
+        help="for a model of a longer context whose config.json does not say how: linear, dynamic "
+        "or yarn and how many times longer, such as linear:4; dynamic changes nothing unless "
+        "--context asks for more than the model's own",
     )
 
     choice = p.add_argument_group("how the next token is chosen")
@@ -325,6 +333,7 @@ def run(args: argparse.Namespace) -> int:
             args.threads,
             args.device,
             graph=args.graph,
+            rope_scaling=args.rope_scaling,
         )
     for note in llama.notes:
         tell(f"npllama: {note}")
@@ -550,7 +559,7 @@ def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:
     what = "the prompt fills"
     if len(completions) > 1:
         what = f"{len(full)} of {len(completions)} prompts fill (the first is number {full[0]})"
-    larger = " or give a larger --context" if llama.context < llama.config.context_length else ""
+    larger = " or give a larger --context" if llama.context < llama.config.longest_context else ""
     return (
         f"{what} the context of {llama.context} tokens, so there was room for no new token: "
         f"shorten it{larger}"
@@ -563,6 +572,17 @@ def finish_reasons(completions: Sequence[Completion]) -> str:
     if len(completions) == 1:
         return next(iter(counts))
     return ", ".join(f"{n} {name}" for name, n in counts.most_common())
+
+
+def describe_context(llama: Llama) -> str:
+    """Room for how many tokens, of how many the model is good for, and how that came about."""
+    config, scaling = llama.config, llama.config.rope_scaling
+    text = f"{llama.context} of the model's {config.longest_context} tokens"
+    if scaling is None:
+        return text
+    off = scaling.kind == "dynamic" and llama.context <= config.context_length
+    state = f"not used up to {config.context_length}" if off else f"factor {scaling.factor:g}"
+    return f"{text}; RoPE scaling {scaling.kind}, {state}"
 
 
 def print_stats(llama: Llama, generation: Generation) -> None:
@@ -585,6 +605,7 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "decode": f"{t.decode_tokens} tokens, {t.decode_tokens_per_second:.1f} tokens/s, "
         f"{t.decode_steps * gb_per_forward / max(t.decode_seconds, 1e-9):.2f} GB/s",
         "memory": memory,
+        "context": describe_context(llama),
         "backend": f"{llama.backend.name} ({'; '.join(backend)})",
         "dtype": llama.dtype,
         "finish": finish_reasons(generation.completions()),

@@ -100,7 +100,7 @@ def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dt
     ops, sizes = model.ops, model.sizes
     return KVCache(
         model.backend,
-        ops.rope_table(n_new, ops.rope_frequencies(model.config), dtype),
+        ops.rope_table(n_new, model.rotation, dtype),
         n_layers=1,
         n_kv_heads=sizes.n_kv_heads,
         head_dim=sizes.head_dim,

@@ -391,6 +391,7 @@ def load(
     threads: int | None = None,
     device: int | None = None,
     graph: bool = True,
+    rope_scaling: str | None = None,
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
 
@@ -405,12 +406,17 @@ def load(
         dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
             (see npllama.quantization); None keeps them as stored (on the CPU as views of the
             memory-mapped file).
-        context: positions to plan memory for, at most and by default the model's own.
+        context: positions to plan memory for, at most and by default the model's own. Where the
+            config has the RoPE scaling "dynamic", more turn on the scaling, for all positions.
         threads: to compute with on the CPU; None for as many as there are free cores, which
             is looked at again and again.
         device: the number of the GPU where there are several, from 0; None for the first.
         graph: whether a GPU captures each step as a CUDA graph and replays it, which is faster;
             False launches every kernel anew.
+        rope_scaling: "TYPE:FACTOR", such as "linear:4", for a checkpoint whose config.json lacks
+            the field; linear, dynamic or yarn. It takes the place of one that is there. The context
+            that the factor multiplies is original_max_position_embeddings, else
+            max_position_embeddings; "linear:1" is no scaling.
 
     Raises:
         NpllamaError: one of its kinds, with one line that says what is wrong.
@@ -431,7 +437,7 @@ def load(
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
     directory = SHIPPED if path is None else _checked_directory(as_given(path))
-    config = LlamaConfig.from_directory(directory)
+    config = LlamaConfig.from_directory(directory, rope_scaling)
     context = _checked_context(context, config)
     ops = ops_for(get_backend(backend, _checked_threads(threads), device), graph)
     tokenizer, no_tokenizer = None, NO_TOKENIZER.format(directory)
@@ -458,7 +464,8 @@ def load(
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
     found = None if path is None else os.path.abspath(directory)  # None is wherever npllama is
-    llama._loaded = (found, backend, dtype, context, threads, device, graph), parameters
+    arguments = found, backend, dtype, context, threads, device, graph, rope_scaling
+    llama._loaded = arguments, parameters
     for note in llama.notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return llama
@@ -524,8 +531,8 @@ def _checked_context(context: int | None, config: LlamaConfig) -> int:
         return config.context_length
     if not is_integer(context) or context < 1:
         raise InputError(f"context is {context!r}: expected a whole number of at least 1")
-    if context > config.context_length:
+    if context > config.longest_context:
         raise InputError(
-            f"context is {context}: the model was trained for {config.context_length} positions"
+            f"context is {context}: the model was trained for {config.longest_context} positions"
         )
     return context

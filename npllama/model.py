@@ -44,6 +44,8 @@ class Transformer:
             weights.
 
     Attributes:
+        rotation: the rotary frequencies, for inference and training; `rope_table` is their cosines
+            and sines, one table for all that the model computes.
         sizes: the config with the H, K and F of these weights: a shard's own, where the
             parameters are one shard's.
     """
@@ -65,7 +67,8 @@ class Transformer:
         if cache_dtype is None:
             cache_dtype = ops.cache_dtype(parameters.layers[0].wq.values.dtype)
         self.cache_dtype = np.dtype(cache_dtype)
-        self.rope_table = ops.rope_table(self.context, ops.rope_frequencies(config))
+        self.rotation = ops.rope_frequencies(config, self.context)
+        self.rope_table = ops.rope_table(self.context, self.rotation)
         self._kept_cache = KeptCache()
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
@@ -305,7 +308,7 @@ class Transformer:
                     f"{self.config.vocab_size}"
                 )
         if n > self.context:
-            most = self.config.context_length
+            most = self.config.longest_context
             what = f"shorten the prompt; the model was trained for {most} positions"
             if n <= most:
                 what = f"shorten the prompt, or give --context (context= in Python) up to {most}"

@@ -4,8 +4,9 @@
 
 It prints what `python -m npllama.generate --temperature 0 --backend numpy` prints (which never
 chooses rows of the vocabulary that only pad it). Nothing here is fast; the tests hold the library
-to it. Letters: T new tokens, N cached positions with them,
-D width, H query heads, K key-value heads, G = H/K, C head width, F ffn width, V vocabulary.
+to it. It knows no RoPE scaling for longer contexts, and refuses such a config. Letters: T new
+tokens, N cached positions with them, D width, H query heads, K key-value heads, G = H/K, C head
+width, F ffn width, V vocabulary.
 """
 
 if __name__ == "__main__":  # first of all, since the imports take a while
@@ -125,6 +126,8 @@ def run(model: str | Path, prompt: str, max_new_tokens: int) -> None:
         raise InputError(f"--model is {str(model)!r}: expected a model directory")
     directory = Path(model)
     config = LlamaConfig.from_directory(directory)
+    if config.rope_scaling is not None:
+        raise InputError(f"{directory} scales RoPE, which this page does not: use npllama.generate")
     parameters = Checkpoint(directory, config, "float32").parameters(Ops(Backend()))
     tokenizer = read_tokenizer(directory, config)
     if tokenizer is None:

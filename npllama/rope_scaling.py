@@ -1,83 +1,250 @@
-"""Which scalings of the rotary embeddings change nothing, of those that a config.json may name.
+"""RopeScaling: how a checkpoint turns its rotary embeddings more slowly, for a longer context.
 
-Only plain rotary embeddings are implemented. Many files name a scaling with factor 1.0, which
-leaves every angle as it is.
+Here the fields are read and checked; ops/rope_frequencies.py has the formulas.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-Check = Callable[[Any, int], bool]
+from npllama.errors import ConfigError, InputError
 
+KINDS = ("linear", "dynamic", "yarn", "llama3")
+MAX_FACTOR = 2**16
+_TRAINED = 4096
+"""Positions of LLaMA-2 itself: a file that names no more does not count the scaling in."""
 
-def _is_one(value: Any, context: int) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and value == 1
-
-
-def _is_context(value: Any, context: int) -> bool:
-    return value == context  # else transformers takes the quotient as the factor
-
-
-def _anything(value: Any, context: int) -> bool:
-    return True
-
-
-_ALWAYS: dict[str, Check] = {
-    "rope_type": _anything,
-    "type": _anything,
-    "rope_theta": _anything,
-    "partial_rotary_factor": _anything,  # config.py reads it
-    "factor": _is_one,
+_ORIGINAL = "original_max_position_embeddings"
+# kind -> its own fields
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": (
+        _ORIGINAL,
+        *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (_ORIGINAL, "low_freq_factor", "high_freq_factor"),
 }
-# kind of scaling -> its fields, each with a check that it changes no angle where factor is 1
-_FIELDS: dict[str, dict[str, Check]] = {
-    "default": {},
-    "linear": {},
-    "dynamic": {"original_max_position_embeddings": _is_context},
-    "llama3": {  # both ends of its interpolation are the plain frequency
-        "low_freq_factor": _anything,
-        "high_freq_factor": _anything,
-        "original_max_position_embeddings": _anything,
-    },
-    "yarn": {  # the same, and its temperature is 1 where factor is
-        "beta_fast": _anything,
-        "beta_slow": _anything,
-        "mscale": _anything,
-        "mscale_all_dim": _anything,
-        "truncate": _anything,
-        "attention_factor": _is_one,
-        "original_max_position_embeddings": _is_context,
-    },
-}
-_REQUIRED = {kind: ("factor",) for kind in _FIELDS if kind != "default"}
+_REQUIRED = {"yarn": (_ORIGINAL,), "llama3": _FIELDS["llama3"]}
+# fields that every kind may have: read by config.py, or without effect
+_OTHERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", _ORIGINAL}
 
 
-def scaled_by(rope: Mapping[str, Any], context: int) -> str | None:
-    """What of a `rope_scaling` or `rope_parameters` object changes an angle; None where nothing.
+@dataclass(frozen=True)
+class RopeScaling:
+    """A scaling of the rotary frequencies; all fields but `kind` are named as in a config.json.
+
+    Attributes:
+        kind: "linear", "dynamic", "yarn" or "llama3".
+        factor: s, at least 1: how many times longer the context is.
+        original_max_position_embeddings: L0, the context before (yarn, llama3).
+        beta_fast, beta_slow: yarn keeps the frequency of pairs that turn more often than
+            beta_fast times in L0 positions, and divides that of pairs that turn less often than
+            beta_slow times by s.
+        attention_factor: what yarn multiplies cosines and sines by; None for its formula.
+        mscale, mscale_all_dim: of that formula, where both are above 0.
+        truncate: whether yarn rounds the bounds of its ramp to whole pairs.
+        low_freq_factor, high_freq_factor: the same as beta_slow and beta_fast, for llama3.
+
+    Raises:
+        ConfigError: a value out of range, or a field that the kind needs and has not.
+    """
+
+    kind: str
+    factor: float
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(_unknown(self.kind))
+        for name in _REQUIRED.get(self.kind, ()):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{self.kind!r} without {name}")
+        _check_number("factor", self.factor, least=1, most=MAX_FACTOR)
+        for name in _FIELDS[self.kind]:
+            _check_field(name, getattr(self, name))
+        slow, fast = ("low_freq_factor", "high_freq_factor")
+        if self.kind == "yarn":
+            slow, fast = ("beta_slow", "beta_fast")
+        if self.kind in ("yarn", "llama3") and getattr(self, slow) >= getattr(self, fast):
+            raise ConfigError(
+                f"{self.kind!r} with {slow} {getattr(self, slow)!r} and {fast} "
+                f"{getattr(self, fast)!r}: expected the second above the first"
+            )
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether angles, cosines and sines are the plain ones at every length."""
+        return self.factor == 1 and self.attention_factor in (None, 1)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The object of a config.json, spelled so that the oldest reader that knows it reads it."""
+        spelling = "rope_type" if self.kind == "llama3" else "type"
+        own = {name: getattr(self, name) for name in _FIELDS[self.kind]}
+        given = {name: value for name, value in own.items() if value is not None}
+        return {spelling: self.kind, "factor": self.factor} | given
+
+
+def read_rope_scaling(
+    rope: Mapping[str, Any], context: int, original: object = None
+) -> RopeScaling | None:
+    """The scaling of a `rope_scaling` or `rope_parameters` object; None where nothing is scaled.
+
+    As transformers reads it: `rope_type` comes before `type`, none is "default"; a
+    `original_max_position_embeddings` beside the object before the one inside, and without either
+    it is `context`. yarn without a factor has context / original.
 
     Args:
         rope: the object; a field that is null counts as absent.
         context: max_position_embeddings.
+        original: original_max_position_embeddings beside the object.
 
-    Returns:
-        None, or the name of the kind or of the field, for a message.
+    Raises:
+        ConfigError: another kind, or a field that is missing, out of range or unknown.
 
-    >>> scaled_by({"type": "linear", "factor": 1.0}, 4096)
-    >>> scaled_by({"type": "linear", "factor": 2.0}, 4096)
-    "'linear'"
-    >>> scaled_by({"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2}, 4096)
-    "'yarn' with attention_factor 1.2"
+    >>> read_rope_scaling({"type": "linear", "factor": 4.0}, 4096).factor
+    4.0
+    >>> read_rope_scaling({"type": "linear", "factor": 1.0}, 4096)
     """
     given = {name: value for name, value in rope.items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _FIELDS:
-        return repr(kind)
-    for name in _REQUIRED.get(kind, ()):
-        if name not in given:
-            return f"{kind!r} without {name}"
-    checks = _ALWAYS | _FIELDS[kind]
-    for name in sorted(given, key=lambda name: name != "factor"):  # the factor first
-        if name not in checks or not checks[name](given[name], context):
-            is_kind = kind != "default" and name == "factor"
-            return repr(kind) if is_kind else f"{kind!r} with {name} {given[name]!r}"
-    return None
+    if kind != "default" and kind not in KINDS:
+        raise ConfigError(_unknown(kind))
+    known = _OTHERS | {"factor", *_FIELDS.get(kind, ())}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{kind!r} with {name} {value!r}: that field is not implemented")
+    if kind == "default":
+        if given.get("factor", 1) != 1 or isinstance(given.get("factor"), bool):
+            raise ConfigError(
+                f"'default' with factor {given['factor']!r}: expected rope_type, one of "
+                f"{', '.join(KINDS)}"
+            )
+        return None
+    inside = given.get(_ORIGINAL)
+    if kind == "dynamic" and inside not in (None, context):  # readers differ in which they take
+        raise ConfigError(
+            f"'dynamic' with {_ORIGINAL} {inside!r}: expected max_position_embeddings, {context}"
+        )
+    own = {name: given[name] for name in _FIELDS[kind] if name in given}
+    if _ORIGINAL in _FIELDS[kind]:
+        own[_ORIGINAL] = _first(original, inside, context)
+        _check_field(_ORIGINAL, own[_ORIGINAL])
+    factor = given.get("factor")
+    if factor is None and kind == "yarn" and _first(original, inside) is not None:
+        factor = context / own[_ORIGINAL]
+    if factor is None:
+        raise ConfigError(f"{kind!r} without factor")
+    scaling = RopeScaling(kind, factor, **own)
+    return None if scaling.changes_nothing else scaling
+
+
+def scaled_context(
+    scaling: RopeScaling | None, context: int, original: object = None, given: object = None
+) -> int:
+    """How many positions a checkpoint is good for.
+
+    dynamic and llama3: `context`, since dynamic grows from it and llama3's files count the factor
+    in. linear and yarn: `given` where it is, else factor times `original`, which is `context`
+    itself where that is no more than LLaMA-2's own; but never less than `context`.
+
+    Args:
+        context: max_position_embeddings.
+        original: original_max_position_embeddings, beside the object or in it.
+        given: max_sequence_length, as Vicuna's long checkpoints have it.
+
+    Raises:
+        ConfigError: a field that is no number of positions.
+
+    >>> scaled_context(RopeScaling("linear", 4.0), 4096)
+    16384
+    >>> scaled_context(RopeScaling("linear", 8.0), 32768)
+    32768
+    >>> scaled_context(RopeScaling("yarn", 8.0, 4096), 8192, 4096)
+    32768
+    """
+    if scaling is None or scaling.kind in ("dynamic", "llama3"):
+        return context
+    if given is not None:
+        _check_positions("max_sequence_length", given)
+        return max(context, given)
+    if original is None:
+        original = context if context <= _TRAINED else 1
+    _check_positions(_ORIGINAL, original)
+    return max(context, int(original * scaling.factor))
+
+
+def parse_rope_scaling(text: str) -> tuple[str, float]:
+    """Kind and factor of "TYPE:FACTOR", as the command line has it.
+
+    Raises:
+        InputError: it is none.
+
+    >>> parse_rope_scaling("linear:4")
+    ('linear', 4.0)
+    """
+    kind, _colon, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if kind not in KINDS or kind == "llama3" or not 1 <= factor <= MAX_FACTOR:
+        more = "; llama3 needs more numbers, in config.json" if kind == "llama3" else ""
+        raise InputError(
+            f"rope_scaling is {text!r}: expected TYPE:FACTOR with type linear, dynamic or yarn and "
+            f"a factor from 1 to {MAX_FACTOR}, such as linear:4{more}"
+        )
+    return kind, factor
+
+
+def with_rope_scaling(hf: Mapping[str, Any], kind: str, factor: float) -> dict[str, Any]:
+    """The fields of a config.json with this scaling in place of their own; theta stays."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope = rope if isinstance(rope, dict) else {}  # "rope_scaling": "dynamic" has been seen
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    original = _first(hf.get(_ORIGINAL), rope.get(_ORIGINAL), hf.get("max_position_embeddings"))
+    if kind != "dynamic":
+        kept[_ORIGINAL] = original
+    replaced = ("rope_parameters", "max_sequence_length", _ORIGINAL)
+    fields = {name: value for name, value in hf.items() if name not in replaced}
+    return fields | {"rope_scaling": {"rope_type": kind, "factor": factor} | kept}
+
+
+def _unknown(kind: object) -> str:
+    return f"{kind!r} is not implemented: expected 'default', {', '.join(map(repr, KINDS))}"
+
+
+def _first(*values: object) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _check_field(name: str, value: object) -> None:
+    if name == _ORIGINAL:
+        _check_positions(name, value)
+    elif name == "truncate":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}: expected a bool")
+    elif name in ("mscale", "mscale_all_dim"):
+        _check_number(name, 0 if value is None else value, least=0)
+    elif not (value is None and name == "attention_factor"):
+        _check_number(name, value, least=1e-6)
+
+
+def _check_number(name: str, value: object, least: float, most: float = 1e6) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise ConfigError(f"{name} is {value!r}: expected a number from {least:g} to {most:g}")
+
+
+def _check_positions(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ConfigError(f"{name} is {value!r}: expected a whole number from 1, below 2**31")

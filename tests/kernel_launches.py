@@ -19,6 +19,7 @@ from npllama.llama import SHIPPED
 from npllama.model import Transformer
 from npllama.ops import CupyOps, Ops
 from npllama.ops.cuda.kernels import Kernels
+from npllama.ops.rope_frequencies import Rotation
 from npllama.parameters import Head, Layer, Matrix, Parameters
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
@@ -180,8 +181,8 @@ class _NotingOps(CupyOps):
         super().__init__(backend)
         self.kernels = _NotingKernels(backend, noted)
 
-    def rope_table(self, n: int, frequencies: np.ndarray, dtype: str = "float32") -> tuple:
-        shape = (n, len(frequencies))
+    def rope_table(self, n: int, rotation: Rotation, dtype: str = "float32") -> tuple:
+        shape = (n, len(rotation.frequencies))
         return np.empty(shape, dtype), np.empty(shape, dtype)
 
 

@@ -180,6 +180,7 @@ def test_absent_fields_have_the_defaults_of_transformers():
         {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 10000.0},
         {"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6},
         {"rope_parameters": {}, "rope_theta": 1e6},
+        {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"rope_theta": 1e6}},
     ],
 )
 def test_both_spellings_of_the_rotary_base_are_read(rope):
@@ -282,10 +283,11 @@ def test_a_field_that_changes_the_mathematics_is_refused(name, value, wanted):
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("spelling", ["rope_type", "type"])
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope", "llama3", "none", 7])
-def test_every_scaling_of_the_rotary_embeddings_is_refused(field, spelling, kind):
+@pytest.mark.parametrize("kind", ["longrope", "su", "ntk_yarn", "mrope", "none", 7, ["linear"]])
+def test_an_unknown_scaling_of_the_rotary_embeddings_is_refused_by_name(field, spelling, kind):
     message = refused(hf(**{field: {spelling: kind, "factor": 2.0, "rope_theta": 10000.0}}))
-    assert field in message and repr(kind) in message and "default" in message
+    expected = "expected 'default', 'linear', 'dynamic', 'yarn', 'llama3'"
+    assert message == f"{field}: {kind!r} is not implemented: {expected}"
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
@@ -306,49 +308,65 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         {"rope_type": "yarn", "factor": 1.0, "beta_fast": 32, "beta_slow": 1},
         {"rope_type": "yarn", "factor": 1.0, "mscale": 0.7, "attention_factor": 1.0},
         {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 2048},
+        {"type": "linear", "rope_type": "default"},  # rope_type comes first
     ],
 )
 def test_a_scaling_that_changes_no_angle_is_plain(field, rope):
     assert LlamaConfig.from_hf(hf(**{field: rope})) == LLAMA_2["7B"]
 
 
+YARN = {"type": "yarn", "factor": 2.0}
+BELOW_ONE = "expected a number from 1 to 65536"
+
+
 @pytest.mark.parametrize(
-    ("rope", "named"),
+    ("rope", "says"),
     [
-        ({"type": "linear"}, "linear"),
-        ({"type": "linear", "factor": None}, "linear"),
-        ({"type": "linear", "factor": True}, "linear"),
-        ({"type": "linear", "factor": "1.0"}, "linear"),
-        ({"type": "linear", "factor": 1.0000001}, "linear"),
-        ({"type": "linear", "factor": 1.0, "alpha": 1000.0}, "alpha"),
-        ({"type": "dynamic", "factor": 1.0, "alpha": 1000.0}, "alpha"),
+        ({"type": "linear"}, "'linear' without factor"),
+        ({"type": "linear", "factor": None}, "'linear' without factor"),
+        ({"type": "yarn"}, "'yarn' without factor"),
+        ({"type": "linear", "factor": True}, f"factor is True: {BELOW_ONE}"),
+        ({"type": "linear", "factor": "2.0"}, f"factor is '2.0': {BELOW_ONE}"),
+        ({"type": "dynamic", "factor": 0.5}, f"factor is 0.5: {BELOW_ONE}"),
+        ({"type": "dynamic", "factor": 1e9}, f"factor is 1000000000.0: {BELOW_ONE}"),
+        ({"type": "linear", "factor": float("nan")}, f"factor is nan: {BELOW_ONE}"),
+        ({"type": "linear", "factor": 1.0, "alpha": 1000.0}, "'linear' with alpha 1000.0"),
+        ({"type": "dynamic", "factor": 2.0, "beta_fast": 32}, "'dynamic' with beta_fast 32"),
         (
-            {"type": "dynamic", "factor": 1.0, "original_max_position_embeddings": 2048},
-            "original_max_position_embeddings",
+            {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 2048},
+            "original_max_position_embeddings 2048: expected max_position_embeddings, 4096",
         ),
-        ({"type": "yarn", "factor": 1.0, "attention_factor": 1.2}, "attention_factor"),
+        (YARN | {"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        (YARN | {"original_max_position_embeddings": "4096"}, "embeddings is '4096'"),
+        (YARN | {"original_max_position_embeddings": 2**30 + 1}, "expected a number below 2**31"),
+        (YARN | {"attention_factor": 0}, "attention_factor is 0"),
+        (YARN | {"beta_fast": []}, "beta_fast is []"),
+        (YARN | {"beta_fast": 1, "beta_slow": 2.5}, "beta_slow 2.5 and beta_fast 1: expected"),
+        (YARN | {"mscale": -1}, "mscale is -1"),
+        (YARN | {"truncate": 1}, "truncate is 1: expected a bool"),
+        (YARN | {"rope_theta": 1.0}, "rope_theta is 1.0: 'yarn' needs one above 1"),
+        ({"type": "llama3", "factor": 2.0}, "'llama3' without low_freq_factor"),
         (
-            {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 2048},
-            "original_max_position_embeddings",
+            {"type": "llama3", "factor": 2.0, **LLAMA3, "low_freq_factor": 4.0},
+            "low_freq_factor 4.0 and high_freq_factor 4.0: expected the second above the first",
         ),
-        (
-            {"type": "longrope", "factor": 1.0, "short_factor": [1.0], "long_factor": [1.0]},
-            "longrope",
-        ),
-        ({"type": "su", "factor": 1.0}, "su"),
-        ({"type": ["linear"], "factor": 1.0}, "linear"),
     ],
 )
-def test_a_factor_of_1_does_not_excuse_what_moves_an_angle(rope, named):
-    message = refused(hf(rope_scaling=rope))
-    assert "rope_scaling" in message and named in message and "default" in message
+def test_a_scaling_that_cannot_be_computed_is_refused(rope, says):
+    assert says in refused(hf(rope_scaling=rope))
+
+
+def test_dynamic_scaling_needs_more_than_one_pair():
+    heads = {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert "head width is 2: rotary scaling 'dynamic'" in refused(hf(**heads))
 
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("value", ["linear", [], 2.0, True])
 def test_a_rotary_field_that_is_no_object_is_refused(field, value):
     message = refused(hf(**{field: value}))
-    assert field in message and repr(value) in message
+    assert field in message and repr(value) in message and "--rope-scaling" in message
 
 
 def test_partial_rotation_inside_rope_parameters_is_refused_by_its_name():
@@ -613,6 +631,7 @@ def test_a_tie_that_is_no_bool_is_refused():
         ({"factor": 2.0}, "factor"),
         ({"full_attention": {"rope_type": "linear"}}, "full_attention"),
         ({"rope_type": "default", "low_freq_factor": 1.0}, "low_freq_factor"),
+        ({"factor": True}, "factor"),
     ],
 )
 def test_a_rope_that_says_more_than_theta_is_refused(field, rope, named):

@@ -134,14 +134,16 @@ def test_scores_depend_on_relative_position_only(ops, rng):
 
 def test_rope_frequencies_are_those_of_the_config(ops, to_host):
     config = LlamaConfig(36, 1, 4, 4, 1, 1, rope_theta=1e6, head_dim=10)
-    got = to_host(ops.rope_frequencies(config))
+    frequencies, attention_scaling = ops.rope_frequencies(config)
+    got = to_host(frequencies)
+    assert attention_scaling == 1
     assert got.dtype == np.float64
     assert_close(got, np.array([1e6 ** (-2 * i / 10) for i in range(5)]))
 
 
 def test_rope_angles_are_right_at_long_positions_in_float32(ops, to_host):
-    frequencies = ops.rope_frequencies(LLAMA_2["7B"])
-    cos, sin = (to_host(table) for table in ops.rope_table(16384, frequencies))
+    rotation = ops.rope_frequencies(LLAMA_2["7B"])
+    cos, sin = (to_host(table) for table in ops.rope_table(16384, rotation))
     assert cos.dtype == sin.dtype == np.float32
     angle = 16383 * 10000.0 ** (-2 * np.arange(64) / 128)
     assert np.abs(cos[-1] - np.cos(angle)).max() < 1e-7

@@ -556,13 +556,14 @@ def test_the_compiled_step_is_what_runs(llama, monkeypatch):
 def test_a_model_is_pickled_by_its_path(tmp_path, monkeypatch):
     write_model(tmp_path / "m", TINY)
     monkeypatch.chdir(tmp_path)
-    one = load("m", "numpy", dtype="bfloat16", context=40, threads=1)
+    one = load("m", "numpy", dtype="bfloat16", context=40, threads=1, rope_scaling="linear:4")
     want = one.generate("ab", **OPTIONS).ids
     pickled = pickle.dumps(one)
     assert len(pickled) < 1000
     monkeypatch.chdir("/")  # as another process may be
     again = pickle.loads(pickled)
     assert (again.dtype, again.context, again.backend.name) == ("bfloat16", 40, "numpy")
+    assert again.config == one.config and again.config.rope_scaling is not None
     assert again.generate("ab", **OPTIONS).ids == want
     assert pickle.dumps(again) == pickled
     shutil.rmtree(tmp_path / "m")

@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT
 
 EQUATIONS, BLOCKS = "ops/equations.py", "ops/blocks.py"
+ROPE = "ops/rope_frequencies.py"
 DERIVATIVES, GRADIENTS = "ops/derivatives.py", "gradients.py"
 SAMPLING, CACHE = "ops/sampling.py", "kv_cache.py"
 NUMPY_EQUATIONS, NUMPY_BLOCKS = "ops/numpy_equations.py", "ops/numpy_ops.py"
@@ -64,15 +65,40 @@ MISTAKES = {
         "x[..., 0::2], x[..., 1::2]",
     ),
     "rotation with the wrong base": (
-        EQUATIONS,
-        "return config.rope_theta ** (",
-        "return (config.rope_theta + 1) ** (",
+        ROPE,
+        "return theta ** (",
+        "return (theta + 1) ** (",
     ),
-    "rotation exponent without the 2": (EQUATIONS, "(-2.0 * pair", "(-1.0 * pair"),
+    "rotation exponent without the 2": (ROPE, "(-2.0 * pair", "(-1.0 * pair"),
     "angles in half precision": (
         EQUATIONS,
-        "return xp.cos(angle)",
-        "angle = angle.astype('float16'); return xp.cos(angle)",
+        "a = rotation.attention_scaling",
+        "a, angle = rotation.attention_scaling, angle.astype('float16')",
+    ),
+    "attention scaling forgotten": (EQUATIONS, "a = rotation.attention_scaling", "a = 1.0"),
+    "positions multiplied by the factor": (
+        ROPE,
+        "return frequencies / scaling",
+        "return frequencies * scaling",
+    ),
+    "dynamic without the - (s - 1)": (ROPE, "/ most - (factor - 1)", "/ most"),
+    "dynamic from its first token on": (ROPE, "max(context, most)", "context"),
+    "dynamic with the wrong exponent": (ROPE, "(config.head_dim - 2))", "config.head_dim)"),
+    "llama3's ends exchanged": (
+        ROPE,
+        "(1 - t) * frequencies / scaling.factor + t * frequencies",
+        "t * frequencies / scaling.factor + (1 - t) * frequencies",
+    ),
+    "llama3 without its ramp": (ROPE, "xp.clip((turns - low)", "xp.clip((turns - low) * 1e9"),
+    "yarn's ends not rounded": (ROPE, "if scaling.truncate:", "if not scaling.truncate:"),
+    "yarn's last pair rounded down": (ROPE, "math.ceil(last)", "math.floor(last)"),
+    "yarn's ramp over C/2": (ROPE, "return head_dim * math.log", "return head_dim // 2 * math.log"),
+    "yarn's temperature squared": (ROPE, "return 0.1 * log_s + 1", "return (0.1 * log_s + 1) ** 2"),
+    "attention_factor ignored": (ROPE, "if scaling.attention_factor is not", "if None is not"),
+    "gradients with another rotation": (
+        GRADIENTS,
+        "n_new, model.rotation, dtype",
+        "n_new, ops.rope_frequencies(model.config), dtype",
     ),
     "no 1/sqrt(C)": (EQUATIONS, " / math.sqrt(head_dim)", ""),
     "1/C for 1/sqrt(C)": (EQUATIONS, "/ math.sqrt(head_dim)", "/ head_dim"),
@@ -352,10 +378,11 @@ MISTAKES = {
 
 # the tests of the mathematics, those that fail first in front
 SUITES = {
-    EQUATIONS: ("equations", "blocks"),
+    EQUATIONS: ("equations", "blocks", "rope_scaling"),
+    ROPE: ("rope_scaling", "equations"),
     BLOCKS: ("blocks", "derivatives", "equations", "model"),
     DERIVATIVES: ("derivatives",),
-    GRADIENTS: ("gradients",),
+    GRADIENTS: ("gradients", "rope_scaling"),
     CACHE: ("kv_cache", "model", "blocks"),
     NUMPY_EQUATIONS: ("blocks", "hidden_keys", "overrides"),
     NUMPY_BLOCKS: ("blocks", "overrides"),

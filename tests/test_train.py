@@ -24,6 +24,7 @@ from model_directory import random_tensors, write_model
 from npllama.config import _HF_NAMES
 from npllama.initialization import random_parameters
 from npllama.llama import SHIPPED, Llama
+from npllama.rope_scaling import RopeScaling
 from npllama.weight_formats import FORMATS
 from npllama.weights import named_arrays
 from test_atomic import refuse_locks
@@ -751,12 +752,19 @@ def first_state(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tied", "shards"),
-    [("float32", False, 1), ("bfloat16", True, 1), ("float16", False, 3)],
+    ("dtype", "tied", "shards", "scaling"),
+    [
+        ("float32", False, 1, None),
+        ("bfloat16", True, 1, None),
+        ("float16", False, 3, RopeScaling("yarn", 4.0, 16)),
+    ],
 )
-def test_training_starts_from_a_checkpoints_weights(place, monkeypatch, dtype, tied, shards):
-    """Apart in the file, as another program wrote it, and in place of the random ones."""
-    config = replace(TINY, tie_embeddings=tied)
+def test_training_starts_from_a_checkpoints_weights(
+    place, monkeypatch, dtype, tied, shards, scaling
+):
+    """Apart in the file, as another program wrote it, and in place of the random ones; its
+    RoPE scaling is kept."""
+    config = replace(TINY, tie_embeddings=tied, rope_scaling=scaling)
     directory = write_model(place / "model", config, dtype=dtype, shards=shards)
     before = {path: path.read_bytes() for path in directory.iterdir()}
     states = first_state(monkeypatch)

@@ -6,6 +6,7 @@
     python tools/make_reference.py gradients
     python tools/make_reference.py tokenizers
     python tools/make_reference.py chat
+    python tools/make_reference.py rope
     python tools/make_reference.py check
 
 fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
@@ -20,6 +21,8 @@ is held to transformers'.
 fixtures/tokenizers has the files that transformers 5 makes of the shipped tokenizer.model, with a
 special and a plain token added, and the ids that it gives to texts.
 fixtures/chat_templates has chat templates and dialogues, and what transformers renders of them.
+fixtures/rope has one small model and, for every scaling of RoPE, logits of a text longer than the
+context before the scaling; and the frequencies that configs of published checkpoints have.
 The tests need the files alone, not torch. `check` converts every fixture with tools/convert.py
 and opens the result in transformers.
 """
@@ -438,6 +441,180 @@ def torch_llama(w: dict, tokens: torch.Tensor, config: LlamaConfig) -> torch.Ten
     return norm(x, "model.norm.weight") @ head.T
 
 
+ROPE_BASE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 24,
+    "intermediate_size": 40,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100.0,
+    "tie_word_embeddings": False,
+}
+ROPE_TOKENS = 48
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# name -> what it changes of ROPE_BASE, as a config.json has it: in the older and the newer spelling
+ROPE_CASES = {
+    "plain": {},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 3.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "yarn": {
+        "rope_scaling": {
+            "factor": 3.0,
+            "original_max_position_embeddings": 16,
+            "type": "yarn",
+            "finetuned": True,
+        }
+    },
+    "yarn-8k": {  # the factor comes before max_position_embeddings / original
+        "max_position_embeddings": 32,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "yarn-mscale": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.5,
+            "mscale_all_dim": 0.5,
+            "beta_fast": 2.5,
+            "beta_slow": 0.3,
+            "truncate": False,
+        },
+    },
+    "yarn-attention-factor": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 0.8,
+        },
+    },
+    "llama3": {
+        "max_position_embeddings": 64,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            **_LLAMA3,
+        },
+    },
+}
+# what published checkpoints say, and with dynamic how many tokens the text has; C is 128
+_YARN = {"type": "yarn", "original_max_position_embeddings": 4096, "finetuned": True}
+_LLAMA31 = {"rope_type": "llama3", "original_max_position_embeddings": 8192, **_LLAMA3}
+ROPE_PUBLISHED = {
+    "llama-2": ({"max_position_embeddings": 4096}, 4096),
+    "codellama": ({"max_position_embeddings": 16384, "rope_theta": 1e6}, 16384),
+    "vicuna-7b-v1.5-16k": (
+        {
+            "max_position_embeddings": 4096,
+            "max_sequence_length": 16384,
+            "rope_scaling": {"factor": 4.0, "type": "linear"},
+        },
+        16384,
+    ),
+    "llama-2-7b-32k": (
+        {"max_position_embeddings": 32768, "rope_scaling": {"factor": 8.0, "type": "linear"}},
+        32768,
+    ),
+    "yarn-llama-2-7b-64k": (
+        {"max_position_embeddings": 65536, "rope_scaling": {"factor": 16.0, **_YARN}},
+        65536,
+    ),
+    "yarn-llama-2-7b-128k": (
+        {"max_position_embeddings": 131072, "rope_scaling": {"factor": 32.0, **_YARN}},
+        131072,
+    ),
+    "yarn-llama-2-70b-32k": (
+        {
+            "max_position_embeddings": 8192,
+            "max_sequence_length": 32768,
+            "rope_scaling": {"factor": 8.0, **_YARN},
+        },
+        32768,
+    ),
+    "dynamic-2": (
+        {"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        6000,
+    ),
+    "tinyllama-1.1b-chat-32k": (
+        {"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 16.0}},
+        32768,
+    ),
+    "llama-3.1": (
+        {
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": {"factor": 8.0, **_LLAMA31},
+        },
+        131072,
+    ),
+    "llama-3.2": (
+        {
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"factor": 32.0, "rope_theta": 500000.0, **_LLAMA31},
+        },
+        131072,
+    ),
+}
+
+
+@torch.no_grad()
+def make_rope() -> None:
+    """fixtures/rope: one model, and for each case what transformers makes of it."""
+    dest = FIXTURES / "rope"
+    shutil.rmtree(dest, ignore_errors=True)
+    dest.mkdir(parents=True)
+    changes = {name: value for name, value in ROPE_BASE.items() if name in BASE}
+    base = make_model(0, changes | {"head_dim": ROPE_BASE["head_dim"]}, torch.float32, 1.0)
+    weights = base.state_dict()
+    safetensors.numpy.save_file(
+        {name: tensor.numpy() for name, tensor in weights.items()}, dest / "model.safetensors"
+    )
+    ids = np.random.default_rng(0).integers(3, ROPE_BASE["vocab_size"], ROPE_TOKENS)
+    expected, configs = {"ids": ids}, {}
+    for name, changes in ROPE_CASES.items():
+        # a copy: transformers writes into the dictionaries that it is given
+        configs[name] = json.loads(json.dumps(ROPE_BASE | changes))
+        model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(configs[name]))))
+        model.load_state_dict(weights)
+        logits = model.double().eval()(torch.tensor([ids.tolist()])).logits[0]
+        expected[f"logits/{name}"] = logits.numpy().astype("float32")
+        if "rope_scaling" in changes:  # the newer spelling is computed the same
+            newer = json.loads(json.dumps(ROPE_BASE | changes))
+            newer["rope_parameters"] = newer.pop("rope_scaling")
+            model = LlamaForCausalLM(LlamaConfig(**newer)).double().eval()
+            model.load_state_dict(weights)
+            assert torch.equal(model(torch.tensor([ids.tolist()])).logits[0], logits), name
+        _add_rotation(expected, name, model.model.rotary_emb)
+    for name, (changes, n_tokens) in ROPE_PUBLISHED.items():
+        heads = {"hidden_size": 128, "num_attention_heads": 1}
+        configs[name] = json.loads(json.dumps(ROPE_BASE | heads | changes | {"head_dim": 128}))
+        configs[name]["rope_theta"] = changes.get("rope_theta", 10000.0)
+        config = LlamaConfig(**json.loads(json.dumps(configs[name])))
+        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        rotary(torch.zeros(1), torch.tensor([[n_tokens - 1]]))  # dynamic's frequencies follow
+        _add_rotation(expected, name, rotary)
+        configs[name]["n_tokens"] = n_tokens
+    safetensors.numpy.save_file(expected, dest / "expected.safetensors")
+    (dest / "configs.json").write_text(json.dumps(configs, indent=1) + "\n")
+
+
+def _add_rotation(expected: dict[str, np.ndarray], name: str, rotary: torch.nn.Module) -> None:
+    expected[f"frequencies/{name}"] = rotary.inv_freq.float().numpy()
+    expected[f"attention_scaling/{name}"] = np.array(float(rotary.attention_scaling))
+
+
 def check() -> None:
     """What convert.py writes opens in transformers, and computes what was expected.
 
@@ -478,7 +655,8 @@ def main() -> None:
     """Write what the command line names."""
     open_streams()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("what", choices=("hf", "torch", "gradients", "tokenizers", "chat", "check"))
+    kinds = ("hf", "torch", "gradients", "tokenizers", "chat", "rope", "check")
+    p.add_argument("what", choices=kinds)
     p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
     args = p.parse_args()
     tell(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -492,6 +670,8 @@ def main() -> None:
         make_tokenizers()
     elif args.what == "chat":
         make_chat()
+    elif args.what == "rope":
+        make_rope()
     else:
         if args.meta_converter is None:
             p.error("torch needs --meta-converter convert_llama_weights_to_hf.py")

@@ -12,6 +12,7 @@ import math
 
 from npllama.backend import Array, Backend
 from npllama.config import LlamaConfig
+from npllama.ops.rope_frequencies import Rotation, rotation
 from npllama.parameters import Matrix
 
 
@@ -75,29 +76,35 @@ class Equations:
 
     # -- rotary position embeddings ----------------------------------------------------------
 
-    def rope_frequencies(self, config: LlamaConfig) -> Array:
+    def rope_frequencies(self, config: LlamaConfig, context: int | None = None) -> Rotation:
         """How far each pair turns from one position to the next:  theta_i = theta^(-2i / C).
 
-        Inference and training take their frequencies from here.
+        A config with a `rope_scaling` has other frequencies, and yarn's an attention scaling;
+        rope_frequencies.py has a function for each kind. Inference and training take them from
+        here.
+
+        Args:
+            context: positions that the model has room for, which "dynamic" depends on; default
+                the config's.
 
         Returns:
-            (C/2,) float64, in radians.
+            (C/2,) float64, in radians, and the attention scaling, 1 for all kinds but yarn.
 
         Source: Su et al. 2021 (RoFormer), section 3.2.2, Theta = {theta_i}.
         """
-        pair = self.xp.arange(config.head_dim // 2, dtype="float64")  # (C/2,)
-        return config.rope_theta ** (-2.0 * pair / config.head_dim)
+        return rotation(self.xp, config, context or config.context_length)
 
     def rope_table(
-        self, n_positions: int, frequencies: Array, dtype: str = "float32"
+        self, n_positions: int, rotation: Rotation, dtype: str = "float32"
     ) -> tuple[Array, Array]:
-        """Cosine and sine of every rotation angle:  angle[p, i] = p * theta_i.
+        """Cosine and sine of every rotation angle:  a cos(p theta_i), a sin(p theta_i).
 
         The angles are float64 and only the result is rounded: at position 4000 an angle in
         half precision would be off by more than a radian.
 
         Args:
-            frequencies: (C/2,) float64, from `rope_frequencies`.
+            rotation: theta_i, (C/2,) float64, and the attention scaling a, from
+                `rope_frequencies`.
 
         Returns:
             cos, sin: (n_positions, C/2) in `dtype`.
@@ -106,8 +113,9 @@ class Equations:
         """
         xp = self.xp
         position = xp.arange(n_positions, dtype="float64")  # (n_positions,)
-        angle = position[:, None] * frequencies[None, :]  # (n_positions, C/2)
-        return xp.cos(angle).astype(dtype), xp.sin(angle).astype(dtype)
+        angle = position[:, None] * rotation.frequencies[None, :]  # (n_positions, C/2)
+        a = rotation.attention_scaling
+        return (a * xp.cos(angle)).astype(dtype), (a * xp.sin(angle)).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Turn the pair (x_i, x_{i+C/2}) of each head by its position's angle_i:
@@ -123,8 +131,8 @@ class Equations:
             cos, sin: (B, T, C/2), the table's rows at each token's position.
 
         Returns:
-            (B, T, heads, C) in x's dtype. The norm of each head is kept, and q . k depends
-            on the distance of their positions alone.
+            (B, T, heads, C) in x's dtype. The norm of each head is kept (yarn multiplies it),
+            and q . k depends on the distance of their positions alone.
 
         Source: Su et al. 2021, equation 34.
         """

@@ -5,6 +5,7 @@ from pathlib import Path
 from converting.conversion import entries, other_files
 from converting.source import Source
 from converting.writer import index_files, plan
+from npllama.config import LlamaConfig
 
 
 def description(source: Source) -> str:
@@ -16,7 +17,8 @@ def description(source: Source) -> str:
         f"config      D {config.dim}, L {config.n_layers}, H {config.n_heads}, "
         f"K {config.n_kv_heads}, C {config.head_dim}, F {config.ffn_dim}, V {config.vocab_size}",
         f"            context {config.context_length}, norm eps {config.norm_eps:g}, "
-        f"rope theta {config.rope_theta:g}, {'tied' if config.tie_embeddings else 'untied'} head",
+        f"rope theta {config.rope_theta:g}{_scaling(config)}, "
+        f"{'tied' if config.tie_embeddings else 'untied'} head",
         f"dtype       {', '.join(dtypes)}",
         f"parameters  {config.n_parameters:,}",
         f"bytes       {source.nbytes:,}",
@@ -26,6 +28,11 @@ def description(source: Source) -> str:
     for name, tensor in source.tensors.items():
         lines.append(f"  {name:<55} {tensor.stored_dtype.name:<9} {list(tensor.shape)}")
     return "\n".join(lines)
+
+
+def _scaling(config: LlamaConfig) -> str:
+    scaling = config.rope_scaling
+    return "" if scaling is None else f" scaled by {scaling.kind}, factor {scaling.factor:g}"
 
 
 def dry_run(
