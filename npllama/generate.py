@@ -8,8 +8,9 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -35,6 +36,9 @@ from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
+
+BATCH_SIZE = 32
+"""Prompts that are decoded together by default. More gain little: see tools/README.md."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -120,6 +124,14 @@ def parser() -> argparse.ArgumentParser:
         action=_Once,
         metavar="FILE",
         help="a file with one prompt a line, continued together; an empty line starts from nothing",
+    )
+
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts of --prompt-file that are decoded together; the next one begins where one "
+        f"has ended (default: {BATCH_SIZE}, or as many as fit the memory)",
     )
 
     length = p.add_argument_group("how long")
@@ -274,8 +286,12 @@ def run(args: argparse.Namespace) -> int:
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
+    ids = encode_prompts(llama, prompts, args)
     generation = llama.generation(
-        encode_prompts(llama, prompts, args),
+        ids,
+        batch_size=default_batch_size(llama, ids, args.max_new_tokens)
+        if args.batch_size is None
+        else args.batch_size,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=args.seed,
@@ -286,7 +302,7 @@ def run(args: argparse.Namespace) -> int:
     interrupted = False
     try:
         if args.json:
-            generation.run()
+            print_json(generation, prompts, llama, args.logprobs)
         else:
             heads = [""] * len(prompts)
             if not args.no_echo:
@@ -294,13 +310,9 @@ def run(args: argparse.Namespace) -> int:
             print_text(generation, heads)
     except KeyboardInterrupt:
         interrupted = True
-    completions = generation.completions()
-    if args.json:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            write(as_json(prompt, completion, llama, args.logprobs) + "\n")
-    elif args.logprobs:
-        for completion in completions:
-            print_log_probs(llama, completion)
+    if args.logprobs and not args.json:
+        for row in filter(generation.has_begun, generation.rows):
+            print_log_probs(llama, generation.completion(row))
     if args.stats:
         print_stats(llama, generation)
     return INTERRUPTED if interrupted else 0
@@ -369,14 +381,79 @@ def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[i
     return encode_chat(llama.tokenizer, messages)
 
 
+def default_batch_size(llama: Llama, prompts: Sequence[Sequence[int]], n_new: int) -> int:
+    """BATCH_SIZE, or as many of the prompts as fit the memory."""
+    longest = max(min(len(ids) + max(n_new, 0), llama.context) for ids in prompts)
+    return llama.rows_that_fit(min(BATCH_SIZE, len(prompts)), longest)
+
+
+class Progress:
+    """A line on a terminal that does not show the text itself: prompts done, tokens a second."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        is_shown = sys.stderr.isatty() and not sys.stdout.isatty()
+        self._bar = None
+        if is_shown and len(generation.rows) > 1:
+            from tqdm import tqdm  # not for --help
+
+            self._bar = tqdm(total=len(generation.rows), unit="prompt", leave=False)
+        self._began = time.monotonic()
+        self._next = 0.0
+
+    def update(self) -> None:
+        """Show how far it is, some times a second."""
+        now = time.monotonic()
+        if self._bar is None or now < self._next:
+            return
+        self._next = now + 0.25
+        self._bar.n = sum(row.finish_reason is not None for row in self._generation.rows)
+        rate = self._generation.timings.new_tokens / max(now - self._began, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def print_json(
+    generation: Generation, prompts: Sequence[str], llama: Llama, log_probs: bool
+) -> None:
+    """A line a row, in order, each as soon as it and all before it have ended; after Ctrl-C those
+    of all rows that have begun."""
+    rows = deque(generation.rows)
+
+    def write_next() -> None:
+        row = rows.popleft()
+        completion = generation.completion(row)
+        write(as_json(prompts[row.number], completion, llama, log_probs) + "\n")
+
+    progress = Progress(generation)
+    try:
+        for _ in generation.turns():
+            while rows and rows[0].finish_reason is not None:
+                write_next()
+            progress.update()
+    except KeyboardInterrupt:
+        while rows and generation.has_begun(rows[0]):
+            write_next()
+        raise
+    finally:
+        progress.close()
+
+
 def print_text(generation: Generation, heads: Sequence[str]) -> None:
     """Each row's head and completion in order: the first unfinished row as its text is made,
     the others when their turn comes."""
     waiting = list(heads)
     turn = 0
     _write(waiting[0])
+    progress = Progress(generation)
     try:
         for row, text in generation:
+            progress.update()
             if row == turn:
                 _write(text)
             else:
@@ -385,8 +462,9 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
                 turn += 1
                 _write("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
+        progress.close()
         _write(generation.rows[turn].interrupt())
-        for row in generation.rows[turn + 1 :]:
+        for row in filter(generation.has_begun, generation.rows[turn + 1 :]):
             _write("\n" + waiting[row.number] + row.interrupt())
         _write("\n")
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from npllama.sampling_options import Sampling
 from npllama.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -47,8 +48,14 @@ class Row:
     """One prompt and what has been said after it.
 
     Args:
-        number: its place in the batch; with the seed, all that its random numbers depend on.
+        number: which of the prompts it is; with the seed, all that its random numbers depend on.
         limit: new tokens at most: max_new_tokens, or what the context leaves.
+
+    Attributes:
+        seed, sampling: how its tokens are chosen.
+        cache_row: the row of the cache that holds it; None while it waits for one.
+        launched: its tokens that are computed or queued.
+        error: what ended it, where finish_reason is "error".
     """
 
     number: int
@@ -62,6 +69,11 @@ class Row:
     log_probs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    cache_row: int | None = None
+    launched: int = 0
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)

@@ -56,6 +56,7 @@ FLOORS = [
     ["memory", "kept_cache"],
     ["model"],
     ["generation", "gradients"],
+    ["serving"],
     ["llama"],
     ["__init__", "generate", "plain"],
 ]
