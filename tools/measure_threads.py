@@ -4,9 +4,9 @@
     python tools/measure_threads.py --model DIR --requests 8
 
 A web server or a GUI calls npllama from threads of its own. Three ratios of seconds, each of
-medians of runs that alternate. With 1.00 as the aim: the same request in another thread to one in the
-main thread; and N requests at once, a thread each, to the same N one after the other. Far below
-1.00: N threads that ask one server (`llama.server`), to the same N one after the other.
+medians of runs that alternate. With 1.00 as the aim: the same request in another thread to one in
+the main thread; and N requests at once, a thread each, to the same N one after the other. Far
+below 1.00: N threads that ask one server (`llama.server`), to the same N one after the other.
 """
 
 import argparse
