@@ -80,21 +80,39 @@ def test_a_stream_has_its_completion_at_the_end(llama):
             next(stream)
 
 
+@pytest.fixture
+def at_third_token(monkeypatch):
+    """A function: what the server's thread does once a prompt is given its third token."""
+    accept, actions = Row.accept, {}
+
+    def act(row, id_, log_prob):
+        if len(row.ids) == 2 and tuple(row.prompt_ids) in actions:
+            actions[tuple(row.prompt_ids)]()
+        return accept(row, id_, log_prob)
+
+    monkeypatch.setattr(Row, "accept", act)
+    return lambda prompt, action: actions.update({tuple(prompt): action})
+
+
 @pytest.mark.parametrize("leave", ["close", "drop"])
-def test_a_caller_that_leaves_makes_room(llama, leave):
+def test_a_caller_that_leaves_makes_room(llama, leave, at_third_token):
     """With one place the second request waits for the first, which would take long."""
-    options = {"max_new_tokens": 30, "ignore_eos": True, "temperature": 0}
+    options = {"max_new_tokens": 20, "ignore_eos": True, "temperature": 0}
+    reached, left = threading.Event(), threading.Event()
+    at_third_token([1], lambda: reached.set() or left.wait(WAIT))
     with llama.server(batch_size=1) as server:
         stream = server.stream([1], **options)
-        next(stream)
         rows = [*server._requests]
+        assert reached.wait(WAIT)
         if leave == "close":
             stream.close()
         else:
             del stream
             gc.collect()
         assert [row.finish_reason for row in rows] == ["interrupted"]
+        left.set()
         assert server.generate([1, 5], **options).ids == llama.generate([1, 5], **options).ids
+    assert len(rows[0].ids) <= 3
 
 
 def test_closing_waits_for_the_requests_that_were_taken(llama):
@@ -110,10 +128,13 @@ def test_closing_waits_for_the_requests_that_were_taken(llama):
     server.close()  # nothing more happens
 
 
-def test_cancelling_ends_the_requests_at_once(llama):
+def test_cancelling_ends_the_requests_at_once(llama, at_third_token):
+    reached, closing = threading.Event(), threading.Event()
+    at_third_token([1, 0], lambda: reached.set() or closing.wait(WAIT))
     with pytest.raises(ZeroDivisionError), llama.server(batch_size=1) as server:
         streams = [server.stream([1, i], max_new_tokens=60, ignore_eos=True) for i in range(3)]
-        next(streams[0])
+        assert reached.wait(WAIT)
+        server._changed.notify_all = lambda: closing.set()  # it is cancelled now
         raise ZeroDivisionError
     assert not server._thread.is_alive()
     for stream in streams:
@@ -193,18 +214,19 @@ def test_an_error_of_one_request_is_its_callers_alone(llama, monkeypatch):
         ]
 
 
-def test_numbers_that_are_not_finite_do_not_stay_in_the_cache(llama):
+def test_numbers_that_are_not_finite_do_not_stay_in_the_cache(llama, at_third_token):
     """A row whose keys became NaN is emptied before the next prompt is read into it."""
+
+    def spoil():
+        for layer in server._cache.layers:
+            layer.k[...] = np.nan
+            layer.v[...] = np.nan
+
+    at_third_token([1, 5, 6], spoil)
+    options = {"max_new_tokens": 9, "temperature": 0, "ignore_eos": True}
     with llama.server(batch_size=1) as server:
-        options = {"max_new_tokens": 5, "temperature": 0, "ignore_eos": True}
-        stream = server.stream([1, 5, 6], **options | {"max_new_tokens": 50})
-        next(stream)
-        with llama.ops.turn():
-            for layer in server._cache.layers:
-                layer.k[...] = np.nan
-                layer.v[...] = np.nan
         with pytest.raises(NumericalError, match="log-probability of nan"):
-            "".join(stream)
+            server.generate([1, 5, 6], **options)
         assert server.generate([1, 9], **options).ids == llama.generate([1, 9], **options).ids
 
 
