@@ -6,10 +6,29 @@
 (3, 1024)
 """
 
-from npllama.completion import Completion
-from npllama.errors import NpllamaError
-from npllama.llama import Llama, load
-from npllama.sampling_options import Sampling
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from npllama.completion import Completion
+    from npllama.errors import NpllamaError
+    from npllama.llama import Llama, load
+    from npllama.sampling_options import Sampling
 
 __all__ = ["Completion", "Llama", "NpllamaError", "Sampling", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """A name of `__all__`, imported when it is first asked for: `python -m npllama.generate`
+    imports this file before any line of its own can run (see npllama.early_interrupt)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in ("completion", "errors", "llama", "sampling_options"):
+        exports = vars(importlib.import_module(f"{__name__}.{module}"))
+        globals().update({name: exports[name] for name in __all__ if name in exports})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

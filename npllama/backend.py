@@ -6,6 +6,7 @@ module (`numpy` or `cupy`), and moves arrays in and out through the backend alon
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -92,7 +93,7 @@ class CupyBackend(Backend):
     """CuPy on a CUDA device.
 
     Args:
-        device: its number; None for the one that is current in each thread, by default 0.
+        device: its number; None for the one that is current in this thread, by default 0.
     """
 
     name = "cupy"
@@ -101,13 +102,12 @@ class CupyBackend(Backend):
 
     def __init__(self, xp: ModuleType, device: int | None = None) -> None:
         super().__init__(xp, Threads(1))  # the device is parallel in itself
-        self.device = device
+        self.device = xp.cuda.Device().id if device is None else device
         self.use()
 
     def use(self) -> None:
         """Make the device current; each thread has a current device of its own."""
-        if self.device is not None:
-            self.xp.cuda.Device(self.device).use()
+        self.xp.cuda.Device(self.device).use()
 
     def to_device(self, array: Array) -> Array:
         self.use()
@@ -120,6 +120,7 @@ class CupyBackend(Backend):
         copies = tuple(self._begin_copy(array) for array in arrays)
         copied = self.xp.cuda.Event(disable_timing=True)
         copied.record()
+        _keep_until(copied, copies)
 
         def wait() -> tuple[np.ndarray, ...]:
             copied.synchronize()
@@ -150,6 +151,18 @@ class CupyBackend(Backend):
         number, n_devices = self.xp.cuda.Device().id, self.xp.cuda.runtime.getDeviceCount()
         name = self.xp.cuda.runtime.getDeviceProperties(number)["name"].decode()
         return name if n_devices == 1 else f"{name}, device {number} of 0 to {n_devices - 1}"
+
+
+_COPYING: list[tuple[Any, tuple[np.ndarray, ...]]] = []
+_COPYING_LOCK = threading.Lock()
+
+
+def _keep_until(copied: Any, copies: tuple[np.ndarray, ...]) -> None:
+    """Keep arrays in pinned memory until an event has happened, whoever drops them before: CuPy
+    would hand out their memory again while they are still written."""
+    with _COPYING_LOCK:
+        _COPYING[:] = [pair for pair in _COPYING if not pair[0].done]
+        _COPYING.append((copied, copies))
 
 
 class _UnusableError(Exception):

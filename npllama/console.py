@@ -14,7 +14,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from npllama.early_interrupt import handle_again
 from npllama.errors import InputError, NpllamaError, exhausted
 
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -33,12 +35,16 @@ def exit_code(
     """Do the work; the exit code: that of the work (None is 0), 2 after an error, 130 after
     Ctrl-C (or that of another signal), the last two with one line on stderr that says why.
 
+    What the package logs is written to stderr from then on.
+
     Args:
         program: how the line begins.
         interrupted: what the line says after a signal; None for no line.
         out_of_memory: what to do then.
     """
+    tell_what_is_logged(program)
     try:
+        handle_again()
         return work() or 0
     except NpllamaError as error:
         tell(f"{program}: error: {error}")
@@ -75,6 +81,12 @@ def open_streams() -> None:
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def started_as(word: str, alone: str) -> str:
+    """How a program's help names it: "npllama WORD" where that started it, else `alone`."""
+    started = Path(sys.argv[0]).stem  # of __main__.py where it was python -m npllama
+    return f"npllama {word}" if started in ("npllama", "__main__") else alone
 
 
 def utf8(argument: str) -> str:
@@ -128,11 +140,12 @@ def tell_what_is_logged(program: str) -> None:
     """Write what the package logs to standard error, a line each. A program that uses it as a
     library decides for itself, and by default shows warnings alone."""
     log = logging.getLogger("npllama")
-    if not any(isinstance(handler, _Told) for handler in log.handlers):
+    handler = next((h for h in log.handlers if isinstance(h, _Told)), None)
+    if handler is None:
         handler = _Told()
-        handler.name = program
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+    handler.name = program
 
 
 def reason(error: OSError) -> str:

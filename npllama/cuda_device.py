@@ -27,7 +27,7 @@ class Driver:
 
 def cuda_driver() -> Driver:
     """What the driver says of itself."""
-    library = _library()
+    library = driver_library()
     if library is None:
         return Driver(
             found="no NVIDIA driver",
@@ -65,7 +65,8 @@ def cuda_version(number: int) -> tuple[int, int]:
     return number // 1000, number % 1000 // 10
 
 
-def _library() -> ctypes.CDLL | None:
+def driver_library() -> ctypes.CDLL | None:
+    """The driver's library; None where there is none."""
     for name in LIBRARIES:
         try:
             return ctypes.CDLL(name)

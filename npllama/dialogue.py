@@ -66,8 +66,12 @@ def encode_chat(tokenizer: Tokenizer | None, messages: Sequence[Mapping[str, str
     return ids + tokenizer.encode(f"[INST] {texts[-1]} [/INST]")
 
 
-def check_chat_template(directory: Path) -> None:
+def check_chat_template(directory: Path) -> str | None:
     """Refuse a checkpoint that was trained on another dialogue format.
+
+    Returns:
+        What to say of a checkpoint without a chat template, which may be Llama-2-chat (Meta's
+        files have none) or no chat model at all; None where there is one.
 
     Raises:
         TokenizerError: tokenizer_config.json (or chat_template.jinja) carries a template
@@ -84,7 +88,11 @@ def check_chat_template(directory: Path) -> None:
         template = read_json(path).get("chat_template") if path.exists() else None
         template = _default_template(template)
     if template is None:
-        return
+        return (
+            f"{directory} has no chat template (in chat_template.jinja or tokenizer_config.json): "
+            "the prompt is put into Llama-2-chat's format; unless the model is Llama-2-chat, leave "
+            "out --chat"
+        )
     missing = [tag for tag in _TAGS if tag not in str(template)]
     if missing:
         raise TokenizerError(
@@ -92,6 +100,7 @@ def check_chat_template(directory: Path) -> None:
             "another dialogue format than Llama-2-chat's; run it without --chat, with a prompt in "
             "its own format"
         )
+    return None
 
 
 def _default_template(template: object) -> object:

@@ -4,6 +4,11 @@ The text goes to stdout as it is made, everything else to stderr. Exit codes: 0,
 that cannot be served (one line says why), 130 after Ctrl-C.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import os
@@ -25,18 +30,22 @@ from npllama.console import (
     exit_code,
     open_streams,
     reason,
+    started_as,
     tell,
-    tell_what_is_logged,
     utf8,
     write,
 )
 from npllama.dialogue import check_chat_template, encode_chat
 from npllama.errors import InputError, TokenizerWarning
+from npllama.escapes import unescape
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
+from npllama.special_tokens import encode_special
 from npllama.weight_formats import FORMATS
 
+STANDARD_INPUT = "standard input"
 BATCH_SIZE = 32
 """Prompts that are decoded together by default. More gain little: see tools/README.md."""
 
@@ -100,9 +109,10 @@ class _Once(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
     p = _Parser(
-        prog="python -m npllama.generate",
+        prog=started_as("generate", "python -m npllama.generate"),
         description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
-        "it is made; everything else goes to standard error.",
+        "it is made; everything else goes to standard error, on a terminal with the time left of "
+        "what takes long.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
     )
     p.add_argument(
@@ -123,7 +133,21 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-file",
         action=_Once,
         metavar="FILE",
-        help="a file with one prompt a line, continued together; an empty line starts from nothing",
+        help="a file with one prompt a line, continued together; an empty line starts from "
+        'nothing, "-" reads the lines of standard input',
+    )
+    p.add_argument(
+        "-e",
+        dest="escapes",
+        action="store_true",
+        help="\\n, \\t, \\\\ and \\uXXXX in --prompt, --system and --stop are a line end, a tab, a "
+        "backslash and the character with that number; without it they are text",
+    )
+    p.add_argument(
+        "--special",
+        action="store_true",
+        help="control tokens written in the prompt count: </s>, say, and the added tokens of "
+        "tokenizer.json; without it they are text like any other",
     )
 
     p.add_argument(
@@ -227,14 +251,21 @@ def parser() -> argparse.ArgumentParser:
     )
     output.add_argument(
         "--logprobs",
-        action="store_true",
-        help="show each token's log-probability, on standard error or in --json",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="show each token's log-probability, on standard error or in --json, and with a number "
+        "the N tokens, up to 20, that were likeliest in its place",
     )
     output.add_argument(
         "--stats", action="store_true", help="show speed, memory and seed on standard error"
     )
     output.add_argument(
-        "--json", action="store_true", help="print one JSON object a prompt instead of text"
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt instead of text; "
+        'its "timings" are those of all "rows" of the batch together',
     )
     return p
 
@@ -242,13 +273,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
-    tell_what_is_logged("npllama")
     args = parser().parse_args(argv)
 
     def work() -> int:
         check_output()
         try:
-            return run(args)
+            with progress_shown("npllama"):
+                return run(args)
         except ReaderLeftError:
             return 0
 
@@ -267,9 +298,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--model is empty: expected a model directory")
     if args.system is not None and not args.chat:
         raise InputError("--system is for --chat: give both, or neither")
+    if args.special and args.chat:
+        raise InputError("--special is for a text, not for --chat's messages: give one of them")
+    if args.escapes:
+        unescape_texts(args)
     prompts = read_prompts(args)
-    if args.chat and args.model is not None and os.path.isdir(args.model):
-        check_chat_template(Path(args.model))
+    chat_note = check_chat(args) if args.chat else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
         llama = load(
@@ -287,7 +321,7 @@ def run(args: argparse.Namespace) -> int:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
     ids = encode_prompts(llama, prompts, args)
-    generation = llama.generation(
+    generation = llama.new_generation(
         ids,
         batch_size=default_batch_size(llama, ids, args.max_new_tokens)
         if args.batch_size is None
@@ -298,11 +332,14 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop,
         ignore_eos=args.ignore_eos,
         fresh_text=args.chat,
+        top_logprobs=args.logprobs,
     )
+    if chat_note is not None:
+        tell(f"npllama: {chat_note}")
     interrupted = False
     try:
         if args.json:
-            print_json(generation, prompts, llama, args.logprobs)
+            print_json(generation, prompts, llama, args.logprobs is not None)
         else:
             heads = [""] * len(prompts)
             if not args.no_echo:
@@ -310,36 +347,76 @@ def run(args: argparse.Namespace) -> int:
             print_text(generation, heads)
     except KeyboardInterrupt:
         interrupted = True
-    if args.logprobs and not args.json:
-        for row in filter(generation.has_begun, generation.rows):
+    if args.logprobs is not None and not args.json:
+        # first those that were begun, since `completion` ends a row
+        begun = [row for row in generation.rows if generation.has_begun(row)]
+        for row in begun:
+            if len(prompts) > 1:
+                tell(f"prompt {row.number + 1} of {len(prompts)}: {prompts[row.number][:60]!r}")
             print_log_probs(llama, generation.completion(row))
+    completions = generation.completions()
+    if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
+        tell(f"npllama: {note}")
     if args.stats:
         print_stats(llama, generation)
     return INTERRUPTED if interrupted else 0
 
 
+def unescape_texts(args: argparse.Namespace) -> None:
+    """Put the characters that escapes stand for into --prompt, --system and --stop."""
+    if args.prompt is not None:
+        args.prompt = unescape(args.prompt, "--prompt")
+    if args.system is not None:
+        args.system = unescape(args.system, "--system")
+    args.stop = [unescape(text, "--stop") for text in args.stop]
+
+
+def check_chat(args: argparse.Namespace) -> str | None:
+    """What to say of a model whose dialogue format is not known, if it is not.
+
+    Raises:
+        InputError: the model that ships, which knows none.
+        TokenizerError: a model that was trained on another format.
+    """
+    if args.model is None:
+        raise InputError(
+            "--chat needs a chat model, and the one that ships with npllama tells stories: give "
+            "--model DIR, or leave out --chat"
+        )
+    return check_chat_template(Path(args.model)) if os.path.isdir(args.model) else None
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt, of standard input, or of --prompt-file's lines."""
+    """The prompts of --prompt or of --prompt-file's lines; "-" for standard input."""
     if args.prompt_file is None:
         if args.prompt != "-":
             return [args.prompt]
-        if sys.stdin is None:
-            raise InputError("standard input is closed: give the prompt with --prompt TEXT")
-        try:
-            content = sys.stdin.buffer.read()
-        except OSError as error:
-            raise InputError(f"standard input cannot be read: {reason(error)}") from None
-        return [_decoded(content, "standard input").removesuffix("\n")]
+        return [_decoded(_standard_input(), STANDARD_INPUT).removesuffix("\n")]
+    name = file_name(args)
     try:
-        content = Path(args.prompt_file).read_bytes()
+        content = _standard_input() if args.prompt_file == "-" else Path(name).read_bytes()
     except OSError as error:
         raise InputError(
             f"--prompt-file {args.prompt_file!r} cannot be read: {error.strerror}"
         ) from None
-    text = _decoded(content, args.prompt_file)
+    text = _decoded(content, name)
     if not text:
-        raise InputError(f"{args.prompt_file} is empty: expected one prompt a line")
+        raise InputError(f"{name} is empty: expected one prompt a line")
     return text.removesuffix("\n").split("\n")
+
+
+def file_name(args: argparse.Namespace) -> str:
+    """What messages call the file of --prompt-file."""
+    return STANDARD_INPUT if args.prompt_file == "-" else args.prompt_file
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise InputError("standard input is closed: give the prompt with --prompt TEXT")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"standard input cannot be read: {reason(error)}") from None
 
 
 def _decoded(content: bytes, name: str) -> str:
@@ -366,15 +443,18 @@ def encode_prompts(llama: Llama, prompts: Sequence[str], args: argparse.Namespac
             encoded.append(encode_prompt(llama, prompt, args))
             llama.to_tokens(encoded[-1])
         except InputError as error:
-            raise InputError(f"{args.prompt_file}, line {line}: {error}") from None
+            raise InputError(f"{file_name(args)}, line {line}: {error}") from None
     return encoded
 
 
 def encode_prompt(llama: Llama, prompt: str, args: argparse.Namespace) -> list[int]:
-    """A prompt's ids: as text, or with --chat as a dialogue of one message."""
-    if not args.chat:
+    """A prompt's ids: as text, with --special also of tokens that it names, or with --chat as a
+    dialogue of one message."""
+    if not (args.chat or args.special):
         return llama.encode(prompt)
     llama.encode("")  # says what is missing where there is no tokenizer
+    if args.special:
+        return encode_special(llama.tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
@@ -392,21 +472,22 @@ class Progress:
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        is_shown = sys.stderr.isatty() and not sys.stdout.isatty()
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._is_shown = is_terminal and not sys.stdout.isatty() and len(generation.rows) > 1
         self._bar = None
-        if is_shown and len(generation.rows) > 1:
-            from tqdm import tqdm  # not for --help
-
-            self._bar = tqdm(total=len(generation.rows), unit="prompt", leave=False)
         self._began = time.monotonic()
         self._next = 0.0
 
     def update(self) -> None:
         """Show how far it is, some times a second."""
         now = time.monotonic()
-        if self._bar is None or now < self._next:
+        if not self._is_shown or now < self._next:
             return
         self._next = now + 0.25
+        if self._bar is None:  # not before: until then the line is that of the prompts' reading
+            from tqdm import tqdm  # not for --help
+
+            self._bar = tqdm(total=len(self._generation.rows), unit="prompt", leave=False)
         self._bar.n = sum(row.finish_reason is not None for row in self._generation.rows)
         rate = self._generation.timings.new_tokens / max(now - self._began, 1e-9)
         self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
@@ -449,11 +530,14 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     the others when their turn comes."""
     waiting = list(heads)
     turn = 0
-    _write(waiting[0])
+    # with the first piece: until then a terminal's line belongs to the progress
+    head, waiting[0] = waiting[0], ""
     progress = Progress(generation)
     try:
         for row, text in generation:
             progress.update()
+            _write(head)
+            head = ""
             if row == turn:
                 _write(text)
             else:
@@ -463,7 +547,7 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
                 _write("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
         progress.close()
-        _write(generation.rows[turn].interrupt())
+        _write(head + generation.rows[turn].interrupt())
         for row in filter(generation.has_begun, generation.rows[turn + 1 :]):
             _write("\n" + waiting[row.number] + row.interrupt())
         _write("\n")
@@ -479,24 +563,49 @@ def _write(text: str) -> None:
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
-    """One line of JSON about one completion."""
+    """One line of JSON about one completion; its "timings" are those of its whole batch, whose
+    size is their "rows"."""
     fields = {
         "prompt": prompt,
         **asdict(completion),
+        "new_tokens": completion.new_tokens,
         "backend": llama.backend.name,
         "dtype": llama.dtype,
     }
     if not log_probs:
         del fields["log_probs"]
+    if completion.top_logprobs is None:
+        del fields["top_logprobs"]
     return json.dumps(fields, allow_nan=False)
 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:
-    """A table of id, log-probability and piece."""
-    tell(f"{'id':>6} {'log p':>9}  piece")
-    for id_, log_prob in zip(completion.ids, completion.log_probs, strict=True):
-        piece = llama.tokenizer.piece(id_)
-        tell(f"{id_:>6} {log_prob:>9.4f}  {piece!r}")
+    """A table of id, log-probability, piece, and the likeliest pieces where they are known."""
+    likeliest = completion.top_logprobs
+    tell(f"{'id':>6} {'log p':>9}  {'piece' if likeliest is None else 'piece           likeliest'}")
+    for i, (id_, log_prob) in enumerate(zip(completion.ids, completion.log_probs, strict=True)):
+        line = f"{id_:>6} {log_prob:>9.4f}  {llama.tokenizer.piece(id_)!r}"
+        if likeliest is not None:
+            told = "  ".join(f"{token.text!r} {token.log_prob:.4f}" for token in likeliest[i])
+            line = f"{line:<33} {told}"
+        tell(line)
+
+
+def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:
+    """What to say of prompts that left no room for a new token, if any did."""
+    full = [
+        i for i, one in enumerate(completions, 1) if one.finish_reason == "length" and not one.ids
+    ]
+    if not full:
+        return None
+    what = "the prompt fills"
+    if len(completions) > 1:
+        what = f"{len(full)} of {len(completions)} prompts fill (the first is number {full[0]})"
+    larger = " or give a larger --context" if llama.context < llama.config.context_length else ""
+    return (
+        f"{what} the context of {llama.context} tokens, so there was room for no new token: "
+        f"shorten it{larger}"
+    )
 
 
 def finish_reasons(completions: Sequence[Completion]) -> str:

@@ -17,6 +17,7 @@ from npllama.decode_step import StepState
 from npllama.errors import InputError, NumericalError
 from npllama.kv_cache import KVCache, Place
 from npllama.model import Transformer
+from npllama.progress import on_progress
 from npllama.row import Row
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
@@ -54,8 +55,10 @@ class Generation:
             room for the prompt and its completion; None for a cache of this generation's own.
             Afterwards row i holds its prompt and its completion without the last id.
         batch_size: rows that are decoded together at most, without a cache given; None for all.
-        waiting: rows of a server, each with its own seed and sampling, to which it adds while this
-            runs. They share the rows of `cache`, and an error of one row ends that row alone.
+        waiting: rows of a server, each with its own seed, sampling and n_likeliest, to which it
+            adds while this runs. They share the rows of `cache`, and an error of one row ends that
+            row alone.
+        n_likeliest: how many of the likeliest tokens are told of each step.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Generation:
         cache: KVCache | None = None,
         batch_size: int | None = None,
         waiting: deque[Row] | None = None,
+        n_likeliest: int = 0,
     ) -> None:
         self.model = model
         self.backend = model.backend
@@ -80,7 +84,7 @@ class Generation:
         self._cache = cache
         self._began = False
         self._in_flight: deque[tuple[list[Row], Callable[[], tuple], bool]] = deque()
-        self._compiled: dict[Groups, Callable] = {}
+        self._compiled: dict[tuple[Groups, int], Callable] = {}
         self._active: list[Row] = []  # the rows of self._state, in its order
         self._state: StepState | None = None
         self._reading: deque[Row] = deque()  # rows of which a part of the prompt is not yet read
@@ -91,10 +95,11 @@ class Generation:
         self._batch_size = min(batch_size or len(rows), len(rows))
         for row in rows:
             row.seed, row.sampling = seed, sampling
+            row.n_likeliest = min(n_likeliest, model.config.vocab_size)
         cached = [0] * len(rows) if cache is None else cache.lengths
         active = [row for row in rows if row.finish_reason is None]
         n_read = sum(len(row.prompt_ids) - cached[row.number] for row in active)
-        self.timings = Timings(prompt_tokens=n_read)
+        self.timings = Timings(prompt_tokens=n_read, rows=len(rows))
         self.waiting = deque(active) if waiting is None else waiting
 
     def completions(self) -> list[Completion]:
@@ -104,19 +109,20 @@ class Generation:
     def completion(self, row: Row) -> Completion:
         """One row's completion."""
         row.interrupt()
-        return Completion(
-            text=None if row.tokenizer is None else row.text,
-            ids=row.ids,
-            log_probs=row.log_probs,
-            finish_reason=row.finish_reason or "",
-            timings=self.timings,
-            seed=self.seed,
-        )
+        return row.completion(self.timings)
 
     def has_begun(self, row: Row) -> bool:
         """Whether there was a place for a row, or it needs none."""
         has_place = row.number < self._batch_size or row.cache_row is not None
         return has_place or row.finish_reason is not None
+
+    def __repr__(self) -> str:
+        ended = sum(row.finish_reason is not None for row in self.rows)
+        n_new, most = sum(len(row.ids) for row in self.rows), sum(row.limit for row in self.rows)
+        return (
+            f"<Generation: {ended} of {len(self.rows)} ended, {n_new} of at most {most} new "
+            f"tokens, seed {self.seed}>"
+        )
 
     def steps_report(self) -> str | None:
         """How a device ran the decode steps: captured, replayed or eager; None where it has only
@@ -169,8 +175,9 @@ class Generation:
         try:
             while True:
                 self._seat()
-                self._read_prompts()
-                began = self._count_reading(began)
+                if self._reading:
+                    self._read_prompts()
+                    began = self._count_reading(began)
                 while len(self._in_flight) <= self.backend.steps_ahead and self._launch():
                     pass
                 while self._failed:
@@ -179,11 +186,11 @@ class Generation:
                     if self._reading or self.waiting:
                         continue
                     return
-                rows, ids, log_probs, is_first = self._read()
+                rows, is_first, results = self._read()
                 self._count(time.perf_counter() - began, rows, is_first)
-                for row, id_, log_prob in zip(rows, ids, log_probs, strict=True):
+                for row, *result in zip(rows, *results, strict=True):
                     if row.finish_reason is None:
-                        yield row, self._accept(row, id_, log_prob)
+                        yield row, self._accept(row, *result)
                 began = time.perf_counter()
         except Exception:
             if is_own:  # what a failed step has left is not used again
@@ -226,21 +233,33 @@ class Generation:
         is_decoding = any(map(_goes_on, self._active))
         left = PROMPT_TOKENS_BETWEEN_STEPS if is_decoding else sys.maxsize
         read, logits = [], []
-        while self._reading and left > 0:
-            row = self._reading[0]
-            rest = row.prompt_ids[self._cache.lengths[row.cache_row] :]
-            part = rest[:left]
-            if row.finish_reason is None:
-                left -= len(part)
-                last = self._prefill(row, part)  # (1, V)
-            if row.finish_reason is not None:  # its caller has left, or it failed
-                self._reading.popleft()
-            elif len(part) == len(rest):
-                self._reading.popleft()
-                read.append(row)
-                logits.append(last)
+        with self._told_reading():
+            while self._reading and left > 0:
+                row = self._reading[0]
+                rest = self._unread(row)
+                part = rest[:left]
+                if row.finish_reason is None:
+                    left -= len(part)
+                    last = self._prefill(row, part)  # (1, V)
+                if row.finish_reason is not None:  # its caller has left, or it failed
+                    self._reading.popleft()
+                elif len(part) == len(rest):
+                    self._reading.popleft()
+                    read.append(row)
+                    logits.append(last)
         if read:
             self._begin(read, logits)
+
+    def _unread(self, row: Row) -> list[int]:
+        """The ids of a prompt that the cache does not hold."""
+        return row.prompt_ids[self._cache.lengths[row.cache_row] :]
+
+    def _told_reading(self) -> AbstractContextManager:
+        """The prompts that are read before the first token are one work. Of later ones nothing is
+        told: there is text then, and a line of progress would be drawn over it."""
+        if self.timings.new_tokens:
+            return on_progress(None)
+        return self.model.reading(sum(len(self._unread(row)) for row in self._reading))
 
     def _prefill(self, row: Row, ids: list[int]) -> Array | None:
         """The model's, counted."""
@@ -262,7 +281,9 @@ class Generation:
         )
         with _unwarned():
             # B x (1, V) -> (B, V)
-            results = self._choose(self.backend.xp.concatenate(logits), new, _groups(rows))
+            results = self._choose(
+                self.backend.xp.concatenate(logits), new, _groups(rows), _most_likeliest(rows)
+            )
         self._in_flight.append((rows, self.backend.to_host_later(*results), True))
         for row in rows:
             row.launched = 1
@@ -294,7 +315,8 @@ class Generation:
             raise InputError("another generation uses the cache: this one cannot go on")
         rows = self._active
         place = self._cache.place(1, tuple(row.cache_row for row in rows), self._state.rows)
-        results = self._compiled_for(_groups(rows))(self._state, self._cache, place)
+        step = self._compiled_for(_groups(rows), _most_likeliest(rows))
+        results = step(self._state, self._cache, place)
         self._cache.advance(place.rows, [1] * len(place.rows))
         self._in_flight.append((rows, self.backend.to_host_later(*results), False))
         for row in rows:
@@ -302,26 +324,31 @@ class Generation:
         self.timings.decode_steps += 1
         return True
 
-    def _compiled_for(self, groups: Groups) -> Callable:
-        if groups not in self._compiled:
-            self._compiled[groups] = self.ops.compile(
-                partial(self._step, groups),
-                frozen=(groups, self.n_tokens),
+    def _compiled_for(self, groups: Groups, n_likeliest: int) -> Callable:
+        key = groups, n_likeliest
+        if key not in self._compiled:
+            self._compiled[key] = self.ops.compile(
+                partial(self._step, *key),
+                frozen=(*key, self.n_tokens),
                 constants=(self.model.parameters, self.allowed),
             )
-        return self._compiled[groups]
+        return self._compiled[key]
 
     def _step(
-        self, groups: Groups, state: StepState, cache: KVCache, place: Place
-    ) -> tuple[Array, Array]:
-        """One decode step, from state.tokens (B,) to the next ids (B,) and their
-        log-probabilities (B,). See Ops.compile for what it may read."""
+        self, groups: Groups, n_likeliest: int, state: StepState, cache: KVCache, place: Place
+    ) -> tuple[Array, ...]:
+        """One decode step, from state.tokens (B,) to what `_choose` returns. See Ops.compile for
+        what it may read."""
         with _unwarned():
             logits = self.model.compute(state.tokens[:, None], cache, place)  # -> (B, 1, V)
-            return self._choose(logits[:, 0], state, groups)
+            return self._choose(logits[:, 0], state, groups, n_likeliest)
 
-    def _choose(self, logits: Array, state: StepState, groups: Groups) -> tuple[Array, Array]:
-        """The ids that follow (B, V) logits, which become state.tokens, and log-probabilities."""
+    def _choose(
+        self, logits: Array, state: StepState, groups: Groups, n_likeliest: int
+    ) -> tuple[Array, ...]:
+        """The ids (B,) that follow (B, V) logits, which become state.tokens, and their
+        log-probabilities (B,); where they are asked for, ids and log-probabilities (B, n) of the
+        likeliest."""
         uniform, results = state.next_uniform(), []
         for sampling, begin, end in groups:
             part = slice(begin, end)
@@ -339,16 +366,23 @@ class Generation:
         if len(results) > 1:
             ids, log_probs = map(self.backend.xp.concatenate, zip(*results, strict=True))
         state.tokens[...] = ids
-        return ids, log_probs
+        if n_likeliest == 0:
+            return ids, log_probs
+        return ids, log_probs, *self.ops.likeliest(logits, n_likeliest)
 
-    def _read(self) -> tuple[list[Row], list[int], list[float], bool]:
-        """The oldest step in flight: its rows, each one's id and log-probability, and whether they
-        are the rows' first."""
+    def _read(self) -> tuple[list[Row], bool, tuple[list, list, list]]:
+        """The oldest step in flight: its rows, whether it chose their first tokens, and each row's
+        id, log-probability, and pairs of both of the likeliest."""
         rows, copied, is_first = self._in_flight.popleft()
-        ids, log_probs = copied()
-        return rows, ids.tolist(), log_probs.tolist(), is_first
+        ids, log_probs, *top = (array.tolist() for array in copied())
+        pairs = [[*zip(*both, strict=True)] for both in zip(*top, strict=True)] or [
+            [] for _ in rows
+        ]
+        return rows, is_first, (ids, log_probs, pairs)
 
-    def _accept(self, row: Row, id_: int, log_prob: float) -> str:
+    def _accept(
+        self, row: Row, id_: int, log_prob: float, likeliest: list[tuple[int, float]]
+    ) -> str:
         """Give a row its next token; the text that it makes certain."""
         try:
             if not math.isfinite(log_prob):
@@ -357,7 +391,7 @@ class Generation:
                     f"{len(row.ids) + 1}: the weights are damaged, or their dtype is too "
                     "narrow; try --dtype float32"
                 )
-            return row.accept(id_, log_prob)
+            return row.accept(id_, log_prob, likeliest[: row.n_likeliest])
         except Exception as error:
             self._fail(row, error)
             return ""
@@ -437,6 +471,11 @@ class Generation:
 def _goes_on(row: Row) -> bool:
     """Whether a row needs a further step."""
     return row.finish_reason is None and row.launched < row.limit
+
+
+def _most_likeliest(rows: list[Row]) -> int:
+    """As many of the likeliest tokens as any of the rows tells of."""
+    return max(row.n_likeliest for row in rows)
 
 
 def _by_sampling(rows: list[Row]) -> list[int]:

@@ -122,6 +122,15 @@ class KVCache:
         self._new = xp.arange(context, dtype="int32")
         self._device_rows = {tuple(range(batch)): xp.arange(batch, dtype="int32")}
 
+    def __repr__(self) -> str:
+        least, most = min(self.lengths), max(self.lengths)
+        filled = f"{least}" if least == most else f"{least} to {most}"
+        size = sum(buffer.nbytes for buffer in self._all) / 1e6
+        return (
+            f"<KVCache of {len(self.lengths)} x {self.context} positions, {filled} filled in each "
+            f"row, {self._all[0].dtype.name}, {size:.1f} MB>"
+        )
+
     @staticmethod
     def nbytes(
         n_layers: int, n_kv_heads: int, head_dim: int, batch: int, context: int, itemsize: int
@@ -190,6 +199,7 @@ class KVCache:
                 f"row {row} of the cache holds {self.lengths[row]} positions: "
                 f"it cannot be truncated to {length}"
             )
+        self.backend.use()
         self.lengths[row] = length
         self.device_lengths[row] = length
         del self.ids[row][length:]
@@ -203,6 +213,7 @@ class KVCache:
     def clear(self) -> None:
         """Empty it, as it was when it was made: what is hidden is multiplied by 0, and a number
         that is not finite would show."""
+        self.backend.use()
         for buffer in self._all:
             buffer[...] = 0
         self.device_lengths[...] = 0

@@ -3,7 +3,7 @@
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from npllama.parameters import Parameters
 from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.serving import Server
+from npllama.text_stream import TextStream
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import check_size, mismatch, read_tokenizer, tokenizer_file
 from npllama.weight_formats import FORMATS
@@ -38,6 +39,7 @@ from npllama.weights import Checkpoint
 Prompt = str | Sequence[int]
 Method = TypeVar("Method", bound=Callable)
 MAX_NEW_TOKENS = 512
+MAX_TOP_LOGPROBS = 20  # each is a pass over the logits
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
 NO_TOKENIZER = (
@@ -70,6 +72,10 @@ def _shows_keywords_of(source: Callable) -> Callable[[Method], Method]:
 class Llama(Transformer):
     """A transformer that reads and writes text; made by `load`.
 
+    It is pickled by its path: what unpickles it, as another process, calls `load` again with the
+    same arguments, and must find the directory there. Weights of its own and caches are not
+    pickled.
+
     Attributes:
         config, sizes, parameters, ops, backend, context, cache_dtype: see Transformer.
         tokenizer: None where the directory has none that can be read; ids work all the same.
@@ -98,25 +104,61 @@ class Llama(Transformer):
         self._no_tokenizer = no_tokenizer
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.format.name
+        self._loaded: tuple[tuple, Parameters] | None = None  # arguments of load, what it read
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """How it is pickled: the arguments with which `load` makes it again.
+
+        Raises:
+            InputError: it was not loaded from a directory, or has other weights since.
+        """
+        if self._loaded is None:
+            raise InputError(
+                "a model is pickled by its path, and this one was not loaded from a directory: "
+                "expected one that npllama.load returned"
+            )
+        arguments, parameters = self._loaded
+        if parameters is not self.parameters:
+            raise InputError(
+                "a model is pickled by its path, and this one has other weights than were loaded "
+                "from there: expected it as npllama.load returned it"
+            )
+        return load, arguments
+
+    def __copy__(self) -> "Llama":
+        """The same weights, not loaded again."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<Llama of {c.n_layers} layers, D {c.dim}, V {c.vocab_size}, "
+            f"{self.parameters.nbytes / 1e6:.1f} MB in {self.dtype}, context {self.context}, "
+            f"{self.backend.name}>"
+        )
 
     @_shows_keywords_of(Sampling)
-    def generation(
+    def new_generation(
         self,
         prompts: Sequence[Prompt],
         *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = MAX_NEW_TOKENS,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
-        fresh_text: bool = False,
+        stop: str | Sequence[str] | None = (),
+        ignore_eos: bool | None = False,
+        fresh_text: bool | None = False,
         cache: KVCache | None = None,
         batch_size: int | None = None,
-        sampling: Sampling = DEFAULT_SAMPLING,
-        **changes: float,
+        top_logprobs: int | None = 0,
+        sampling: Sampling | None = DEFAULT_SAMPLING,
+        **changes: float | None,
     ) -> Generation:
         """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
 
-        `generate`, `stream` and `generate_batch` take the same keywords.
+        `generate`, `stream` and `generate_batch` take the same keywords. None means a keyword's
+        default, as if it was not given.
 
         Args:
             prompts: each a text, or token ids taken as they are; "" is BOS alone.
@@ -128,10 +170,13 @@ class Llama(Transformer):
                 npllama.dialogue.encode_chat does, and has no leading space.
             cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
                 at first), which are not read again, and afterwards the prompt and the completion
-                without its last id (a prompt that is to get no new token is not read).
+                without its last id (a prompt that is to get no new token is not read; after Ctrl-C
+                as much of them as was read).
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
             batch_size: prompts that are decoded together at most; the next one begins where one
                 has ended. None is all of them, or as many as fit the memory.
+            top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` tells of
+                each step, up to 20, with their log-probabilities under the logits as they came.
             sampling: how tokens are chosen.
             changes: fields of npllama.Sampling (temperature, top_k, ...) that replace those of
                 `sampling`.
@@ -142,18 +187,25 @@ class Llama(Transformer):
             TokenizerError: text asked of a model without a tokenizer.
             TypeError: a keyword that is none of these.
 
-        >>> generation = load().generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
+        >>> generation = load().new_generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
         >>> sorted({row for row, text in generation})
         [0, 1]
         >>> [len(completion.ids) for completion in generation.completions()]
         [3, 3]
         """
+        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         if not is_integer(max_new_tokens) or max_new_tokens < 0:
             raise InputError(
                 f"max_new_tokens is {max_new_tokens!r}: expected a whole number from 0"
             )
-        sampling = _changed(sampling, changes)
-        stops = _checked_stops(stop)
+        top_logprobs = 0 if top_logprobs is None else top_logprobs
+        if not is_integer(top_logprobs) or not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InputError(
+                f"top_logprobs is {top_logprobs!r}: expected a whole number from 0 to "
+                f"{MAX_TOP_LOGPROBS}"
+            )
+        sampling = _changed(DEFAULT_SAMPLING if sampling is None else sampling, changes)
+        stops = _checked_stops(() if stop is None else stop)
         if stops and self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
         if isinstance(prompts, str | bytes) or len(prompts) == 0:
@@ -173,13 +225,21 @@ class Llama(Transformer):
                     eos_ids=frozenset(() if ignore_eos else self.config.eos_ids),
                     stop=StopFilter(stops),
                     tokenizer=self.tokenizer,
-                    fresh_text=fresh_text,
+                    fresh_text=bool(fresh_text),
                 )
             )
         seed = checked_seed(seed)
         batch_size = self._checked_batch_size(batch_size, rows, cache)
         return Generation(
-            self, rows, sampling, seed, self._n_tokens, self._allowed, cache, batch_size
+            self,
+            rows,
+            sampling,
+            seed,
+            self._n_tokens,
+            self._allowed,
+            cache,
+            batch_size,
+            n_likeliest=int(top_logprobs),
         )
 
     def _checked_batch_size(
@@ -211,17 +271,21 @@ class Llama(Transformer):
                 "expected a row for each"
             )
 
-    @_shows_keywords_of(generation)
-    def generate(self, prompt: Prompt = "", **options: Any) -> Completion:
-        """Continue a prompt.
+    @_shows_keywords_of(new_generation)
+    def generate(self, prompt: Prompt | None = "", **options: Any) -> Completion:
+        """Continue a prompt; `generate_batch` continues several.
 
         Args:
             prompt: a text, or token ids taken as they are; "" is BOS alone.
             options: max_new_tokens, temperature, seed, stop and the other keywords of
-                `generation`, which explains them and what it raises.
+                `new_generation`, which explains them and what it raises.
 
         Returns:
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C. What was said until then is lost here; `stream` and
+                `new_generation` keep it.
 
         >>> llama = load()
         >>> completion = llama.generate("Once upon", max_new_tokens=5, seed=1, ignore_eos=True)
@@ -232,27 +296,33 @@ class Llama(Transformer):
         ... ).text
         True
         """
-        return self.generate_batch([prompt], **options)[0]
+        return self.generate_batch([_one_prompt(prompt)], **options)[0]
 
-    @_shows_keywords_of(generation)
-    def stream(self, prompt: Prompt = "", **options: Any) -> Iterator[str]:
+    @_shows_keywords_of(new_generation)
+    def stream(self, prompt: Prompt | None = "", **options: Any) -> TextStream:
         """As `generate`, yielding the text in pieces as they become certain.
 
-        Joined, they are `generate(...).text`; no piece holds half a character.
+        Joined, they are `generate(...).text`; no piece holds half a character. When it has ended,
+        its `completion` is what `generate` returns: finish reason, log-probabilities, ...
 
         >>> llama = load()
         >>> pieces = list(llama.stream("Once", max_new_tokens=8, temperature=0))
         >>> "".join(pieces) == llama.generate("Once", max_new_tokens=8, temperature=0).text
         True
+        >>> stream = llama.stream("Once", max_new_tokens=8, temperature=0)
+        >>> for piece in stream:
+        ...     print(end=piece)
+         upon a time, there was a little
+        >>> stream.completion.finish_reason
+        'length'
         """
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        generation = self.generation([prompt], **options)
-        return (text for _row, text in generation if text)
+        return TextStream(self.new_generation([_one_prompt(prompt)], **options))
 
-    @_shows_keywords_of(generation)
+    @_shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
-        """Continue several prompts at once, each as long as it is; see `generate`.
+        """Continue several prompts at once, each as long as it is; keywords are `generate`'s.
 
         Of thousands, `batch_size` are decoded together: the next one begins where one has ended.
 
@@ -260,7 +330,7 @@ class Llama(Transformer):
         >>> [len(completion.ids) for completion in both]
         [4, 4]
         """
-        generation = self.generation(prompts, **options)
+        generation = self.new_generation(prompts, **options)
         generation.run()
         return generation.completions()
 
@@ -325,6 +395,27 @@ class Llama(Transformer):
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
         return self.tokenizer.encode_prompt(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, as those of a completion; control tokens, as BOS, have none.
+
+        Raises:
+            InputError: something else than ids, or an id that the model does not have.
+            TokenizerError: the model has no tokenizer.
+
+        >>> llama = load()
+        >>> llama.decode(llama.encode("Once upon a time"))
+        'Once upon a time'
+        """
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise InputError(f"the ids are {ids!r:.60}: expected token ids, as [1, 261]")
+        if self.tokenizer is None:
+            raise TokenizerError(self._no_tokenizer)
+        ids = list(ids)
+        for i, id_ in enumerate(ids):
+            if not is_integer(id_):
+                raise InputError(f"token id {id_!r:.60} at position {i} is not an integer")
+        return self.tokenizer.decode(ids)
 
     @property
     def bytes_per_forward(self) -> int:
@@ -409,6 +500,8 @@ def load(
     )
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
+    found = None if path is None else os.path.abspath(directory)  # None is wherever npllama is
+    llama._loaded = (found, backend, dtype, context, threads, device, graph), parameters
     for note in llama.notes:
         warnings.warn(note, TokenizerWarning, stacklevel=2)
     return llama
@@ -422,7 +515,7 @@ def _checked_directory(given: str) -> Path:
         what = "does not exist: expected a model directory with a config.json"
         raise InputError(f"{given} {missing_instead(given) or what}")
     if not path.is_dir():
-        what = "is a file: expected a model directory; tools/convert.py makes one"
+        what = "is a file: expected a model directory; npllama convert makes one"
         raise InputError(f"{path} {file_instead(path) or what}")
     if not (path / "config.json").exists():
         what = f"has no config.json: expected a model directory; {HOW_TO_GET_ONE}"
@@ -436,9 +529,21 @@ def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
         raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
     unknown = sorted(changes.keys() - {field.name for field in fields(sampling)})
     if unknown:
-        expected = [*inspect.signature(Llama.generation).parameters][2:]
+        expected = [*inspect.signature(Llama.new_generation).parameters][2:]
         raise TypeError(f"no keyword is named {unknown[0]}: expected one of {', '.join(expected)}")
-    return replace(sampling, **changes)
+    return replace(sampling, **{k: value for k, value in changes.items() if value is not None})
+
+
+def _one_prompt(prompt: Prompt | None) -> Prompt:
+    """The prompt, "" for None; several are refused with what takes them."""
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes):
+        first = None if getattr(prompt, "shape", None) == () or not len(prompt) else prompt[0]
+        if isinstance(first, str | bytes | Sequence | np.ndarray):
+            raise InputError(
+                "several prompts where one is expected: generate_batch(prompts) continues them "
+                "together, new_generation(prompts) yields (row, text) as it is made"
+            )
+    return "" if prompt is None else prompt
 
 
 def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The transformer: embedding, L blocks, head. One forward for every backend and every phase."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from npllama.kv_cache import KVCache, Place, whole_buckets
 from npllama.memory import mapped_nbytes, require_free_memory
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
+from npllama.progress import Work, advance, work
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ class Transformer:
                 n = max(n_last, 1) if i == last else None  # at least 1: no array is empty
                 x = ops.attention_block(x, layer, layer_cache, positions, n)  # -> (B, n, D)
                 x = ops.feed_forward(x, layer)
+                advance(tokens.size)
             if n_last == 0:
                 shape = (len(x), 0, self.config.vocab_size)
                 logits = self.backend.xp.zeros(shape, dtype="float32")
@@ -226,14 +229,22 @@ class Transformer:
         """
         chunk = chunk or self.ops.prefill_chunk()
         tokens = self.to_tokens(ids)
-        for begin in range(0, len(ids), chunk):
-            is_last = begin + chunk >= len(ids)
-            part = tokens[None, begin : begin + chunk]  # (T,) -> (1, chunk)
-            is_known = len(cache.ids[row]) == cache.lengths[row]
-            logits = self.forward(part, cache, (row,), n_last=1 if is_last else 0)
-            if is_known:
-                cache.ids[row] += map(int, ids[begin : begin + chunk])
+        with self.reading(len(ids)):
+            for begin in range(0, len(ids), chunk):
+                is_last = begin + chunk >= len(ids)
+                part = tokens[None, begin : begin + chunk]  # (T,) -> (1, chunk)
+                is_known = len(cache.ids[row]) == cache.lengths[row]
+                logits = self.forward(part, cache, (row,), n_last=1 if is_last else 0)
+                if is_known:
+                    cache.ids[row] += map(int, ids[begin : begin + chunk])
         return logits[:, 0]  # (1, 1, V) -> (1, V)
+
+    def reading(
+        self, n_tokens: int, what: str = "reading the prompt"
+    ) -> AbstractContextManager[Work]:
+        """The context of forwards that read `n_tokens` together, for npllama.progress, where each
+        layer of each token counts."""
+        return work(what, n_tokens * self.config.n_layers)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits: row t scores what follows ids[0..t].
@@ -255,10 +266,11 @@ class Transformer:
         self.check_memory(1, len(ids), more=4 * n_rows * self.config.vocab_size)
         cache = self.new_cache(context=len(ids))
         out = np.empty((len(ids), self.config.vocab_size), dtype="float32")
-        for begin in range(0, len(ids), chunk):
-            part = tokens[None, begin : begin + chunk]
-            logits = self.forward(part, cache, n_last=part.shape[1])  # (1, chunk, V)
-            out[begin : begin + chunk] = self.backend.to_host(logits[0])
+        with self.reading(len(ids)):
+            for begin in range(0, len(ids), chunk):
+                part = tokens[None, begin : begin + chunk]
+                logits = self.forward(part, cache, n_last=part.shape[1])  # (1, chunk, V)
+                out[begin : begin + chunk] = self.backend.to_host(logits[0])
         return out
 
     def trace(self, ids: Sequence[int]) -> Trace:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HOW_TO_GET_ONE = (
-    "hf download NAME --local-dir DIR downloads one, and tools/convert.py makes one of a checkpoint"
+    "hf download NAME --local-dir DIR downloads one, and npllama convert makes one of a checkpoint"
 )
 _FIRST_BYTES = 64
 _LFS = (
@@ -74,7 +74,7 @@ def missing_instead(given: str, is_converting: bool = False) -> str | None:
 
     Args:
         given: as the user wrote it, a URL perhaps.
-        is_converting: asked by tools/convert.py, which reads .bin files too.
+        is_converting: asked by the converter, which reads .bin files too.
 
     >>> print(missing_instead("org/name"))
     does not exist; if it is a repository on the hub: hf download org/name --local-dir name \
@@ -105,7 +105,7 @@ def file_instead(path: Path, is_converting: bool = False) -> str | None:
     """What a file is that was given in place of a model directory.
 
     Args:
-        is_converting: asked by tools/convert.py, which reads other formats, and files of them.
+        is_converting: asked by the converter, which reads other formats, and files of them.
     """
     if (what := content_instead(path)) is not None:
         return what
@@ -241,7 +241,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _convert(path: Path) -> str:
-    return f"python tools/convert.py {shlex.quote(str(path))} DEST makes a model directory of it"
+    return f"npllama convert {shlex.quote(str(path))} DEST makes a model directory of it"
 
 
 def _is_llama2c(path: Path) -> bool:

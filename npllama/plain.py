@@ -8,6 +8,11 @@ to it. Letters: T new tokens, N cached positions with them,
 D width, H query heads, K key-value heads, G = H/K, C head width, F ffn width, V vocabulary.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +22,7 @@ import numpy as np
 
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
-from npllama.console import exit_code, open_streams, utf8, write
+from npllama.console import exit_code, open_streams, started_as, utf8, write
 from npllama.errors import InputError, TokenizerError
 from npllama.llama import MAX_NEW_TOKENS, SHIPPED
 from npllama.ops import Ops
@@ -105,7 +110,9 @@ def generate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
-    p = argparse.ArgumentParser(prog="python -m npllama.plain", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(
+        prog=started_as("plain", "python -m npllama.plain"), description=__doc__.split("\n")[0]
+    )
     p.add_argument("--prompt", required=True, type=utf8, help="the text to continue")
     p.add_argument("--model", default=SHIPPED, help="(default: the shipped model)")
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)

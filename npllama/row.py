@@ -1,8 +1,10 @@
 """One row of a batch: its prompt, its completion so far, and where that ends."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from npllama.completion import Completion, LikelyToken, Timings
 from npllama.sampling_options import Sampling
 from npllama.tokenizer import StreamDecoder, Tokenizer
 
@@ -53,6 +55,7 @@ class Row:
 
     Attributes:
         seed, sampling: how its tokens are chosen.
+        n_likeliest: how many of the likeliest tokens are told of each step.
         cache_row: the row of the cache that holds it; None while it waits for one.
         launched: its tokens that are computed or queued.
         error: what ended it, where finish_reason is "error".
@@ -67,10 +70,12 @@ class Row:
     fresh_text: bool = False
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    n_likeliest: int = 0
     cache_row: int | None = None
     launched: int = 0
     error: Exception | None = None
@@ -92,10 +97,15 @@ class Row:
         self.text += held
         return held
 
-    def accept(self, id_: int, log_prob: float) -> str:
-        """Take the next token; the text that it makes certain."""
+    def accept(self, id_: int, log_prob: float, likeliest: Sequence[tuple[int, float]] = ()) -> str:
+        """Take the next token; the text that it makes certain.
+
+        Args:
+            likeliest: ids and log-probabilities of the tokens likeliest in its place.
+        """
         self.ids.append(id_)
         self.log_probs.append(log_prob)
+        self.likeliest.append([(i, p) for i, p in likeliest if p != -math.inf])
         is_eos = id_ in self.eos_ids
         text = ""
         if self._decoder is not None and not is_eos:
@@ -112,3 +122,21 @@ class Row:
                 self.finish_reason = "stop"
         self.text += text
         return text
+
+    def completion(self, timings: Timings) -> Completion:
+        """What was said so far, in so much time."""
+        return Completion(
+            text=None if self.tokenizer is None else self.text,
+            ids=self.ids,
+            log_probs=self.log_probs,
+            finish_reason=self.finish_reason or "",
+            timings=timings,
+            seed=self.seed,
+            prompt_tokens=len(self.prompt_ids),
+            top_logprobs=self._named() if self.n_likeliest else None,
+        )
+
+    def _named(self) -> list[list[LikelyToken]]:
+        """The likeliest tokens of each step, with their names."""
+        name = (lambda id_: None) if self.tokenizer is None else self.tokenizer.piece
+        return [[LikelyToken(i, name(i), p) for i, p in likeliest] for likeliest in self.likeliest]

@@ -71,7 +71,7 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name="npllama server", daemon=True)
         self._thread.start()
 
-    def generate(self, prompt: "Prompt" = "", **options: Any) -> Completion:
+    def generate(self, prompt: "Prompt | None" = "", **options: Any) -> Completion:
         """`Llama.generate`, with the same options but for cache and batch_size.
 
         Raises:
@@ -83,7 +83,7 @@ class Server:
         finally:
             request.leave()
 
-    def stream(self, prompt: "Prompt" = "", **options: Any) -> "Stream":
+    def stream(self, prompt: "Prompt | None" = "", **options: Any) -> "Stream":
         """The text in pieces as they become certain, as from `Llama.stream`.
 
         What a caller leaves early, by `close` or by dropping the iterator, makes room for others.
@@ -110,12 +110,15 @@ class Server:
     def __exit__(self, error: object, *_: object) -> None:
         self.close(cancel=error is not None)
 
-    def _submit(self, prompt: "Prompt", options: dict[str, Any], is_streamed: bool) -> "_Request":
+    def _submit(
+        self, prompt: "Prompt | None", options: dict[str, Any], is_streamed: bool
+    ) -> "_Request":
         """Check a request in its caller's thread, and queue it."""
         for name in ("cache", "batch_size"):
             if options.get(name) is not None:
                 raise InputError(f"{name} is the server's own: it cannot be given to a request")
-        generation = self._llama.generation([prompt], **options)  # which is not run
+        prompt = "" if prompt is None else prompt
+        generation = self._llama.new_generation([prompt], **options)  # which is not run
         (row,), room = generation.rows, self._cache.context
         if len(row.prompt_ids) > room:
             raise InputError(f"{len(row.prompt_ids)} tokens do not fit the server's {room}")
@@ -294,11 +297,4 @@ class _Request:
             decode_seconds=self._last - self._first,
             decode_tokens=max(0, len(row.ids) - 1),
         )
-        return Completion(
-            text=None if row.tokenizer is None else row.text,
-            ids=row.ids,
-            log_probs=row.log_probs,
-            finish_reason=row.finish_reason or "",
-            timings=timings,
-            seed=row.seed,
-        )
+        return row.completion(timings)

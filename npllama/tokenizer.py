@@ -104,6 +104,12 @@ class Tokenizer:
         if self.bos_id < 0:
             raise TokenizerError(f"{name} has no BOS token: expected a Llama tokenizer")
 
+    def __repr__(self) -> str:
+        return (
+            f"<Tokenizer of {self.vocab_size} pieces and {len(self.added)} added tokens, "
+            f"BOS {self.bos_id}, EOS {self.eos_id}>"
+        )
+
     def for_model(
         self,
         n_ids: int,

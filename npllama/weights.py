@@ -16,6 +16,7 @@ from npllama.errors import WeightsError
 from npllama.not_a_model import directory_instead, unfinished_download
 from npllama.ops import Ops
 from npllama.parameters import Head, Layer, Matrix, Parameters
+from npllama.progress import advance, work
 from npllama.safetensors_file import SafetensorsFile, TensorInfo
 from npllama.weight_formats import FORMATS, Format, format_of
 from npllama.weight_table import (
@@ -104,6 +105,10 @@ class Checkpoint:
 
     def parameters(self, ops: Ops) -> Parameters:
         """Load: each tensor is converted where asked and handed to `ops.prepare` in turn."""
+        with work("loading the weights", self.nbytes):
+            return self._parameters(ops)
+
+    def _parameters(self, ops: Ops) -> Parameters:
         eps = self.config.norm_eps
         is_small = self.nbytes <= JOINED_NBYTES
         embedding = ops.prepare(self._matrix(EMBEDDING))
@@ -125,9 +130,16 @@ class Checkpoint:
         return format_of(self._info(name).dtype)
 
     def _norm(self, name: str) -> np.ndarray:
-        return self._file_of[name][name].astype(NORM_FORMAT.dtype)
+        norm = self._file_of[name][name].astype(NORM_FORMAT.dtype)
+        advance(norm.nbytes)
+        return norm
 
     def _matrix(self, name: str) -> Matrix:
+        matrix = self._converted(name)
+        advance(matrix.nbytes)
+        return matrix
+
+    def _converted(self, name: str) -> Matrix:
         stored = self._stored_format(name)
         parts = stored.stored(name, self._info(name).shape)
         arrays = [self._file_of[part][part] for part in parts]
@@ -226,7 +238,7 @@ def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> li
     if not (directory / index).exists():
         what = (
             f"has neither {single} nor {index}: expected a Hugging Face model directory; "
-            "tools/convert.py makes one from other formats"
+            "npllama convert makes one from other formats"
         )
         raise WeightsError(f"{directory} {directory_instead(directory) or what}")
     paths = [directory / shard for shard in sorted(set(read_index(directory / index).values()))]

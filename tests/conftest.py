@@ -33,8 +33,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Every way to compute the same mathematics: the reference and each backend's overrides.
 # "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried;
-# "strict-cupy" runs the kernels too, where there is a compiler for them.
-HOST_IMPLEMENTATIONS = ("numpy", "strict", "strict-cupy")
+# "strict-kernels" runs the kernels too. Simulated, they take seconds: a test of the logic around
+# them is marked array_calls where it is slow, and runs "strict-cupy", the calls they fall back to.
+STRICT_CUPY = "strict-kernels" if compiler() else "strict-cupy"
 CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 
 
@@ -49,12 +50,26 @@ def pytest_addoption(parser):
         default="all",
         help="all that are present; numpy: without CuPy; cupy: CuPy alone, and fail without it",
     )
+    parser.addoption(
+        "--array-calls",
+        action="store_true",
+        help="strict-cupy for strict-kernels everywhere: runs no simulated kernels",
+    )
+
+
+def pytest_configure(config):
+    if os.environ.get("NPLLAMA_CI") == "1" and not compiler():
+        raise pytest.UsageError("CI has no g++ 12: it would skip the tests of the kernels")
 
 
 def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         backend = metafunc.config.getoption("backend")
-        names = () if backend == "cupy" else HOST_IMPLEMENTATIONS
+        without_kernels = metafunc.config.getoption("array_calls") or any(
+            metafunc.definition.iter_markers("array_calls")
+        )
+        host = ("numpy", "strict", "strict-cupy" if without_kernels else STRICT_CUPY)
+        names = () if backend == "cupy" else host
         if backend == "cupy" or (backend == "all" and cupy_is_present()):
             names += CUPY_IMPLEMENTATIONS
         metafunc.parametrize("implementation", names)
@@ -82,8 +97,10 @@ def make_ops(implementation) -> Ops:
         return NumpyOps(Backend(threads=Threads(2)))
     if implementation == "strict":
         return Ops(StrictBackend())
+    if implementation == "strict-kernels":
+        return CupyOps(StrictCupyBackend())
     if implementation == "strict-cupy":
-        return CupyOps(StrictCupyBackend()) if compiler() else ArrayCalls(StrictBackend())
+        return ArrayCalls(StrictBackend())
     import cupy
 
     return (CupyOps if implementation == "cupy" else Ops)(CupyBackend(cupy))

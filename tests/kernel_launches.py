@@ -180,6 +180,10 @@ class _NotingOps(CupyOps):
         super().__init__(backend)
         self.kernels = _NotingKernels(backend, noted)
 
+    def rope_table(self, n: int, frequencies: np.ndarray, dtype: str = "float32") -> tuple:
+        shape = (n, len(frequencies))
+        return np.empty(shape, dtype), np.empty(shape, dtype)
+
 
 class _NotingKernels(Kernels):
     def __init__(self, backend: Backend, noted: set[Launch]) -> None:

@@ -119,6 +119,15 @@ class CupyDevice(strict_array.Device):
         return self.stack[-1]
 
     @property
+    def current(self) -> int:
+        """The number of this thread's device, as if there were several."""
+        return getattr(self._local, "device", 0)
+
+    @current.setter
+    def current(self, number: int) -> None:
+        self._local.device = number
+
+    @property
     def _private_pool(self) -> MemoryPool | None:
         return getattr(self._local, "pool", None)
 
@@ -367,6 +376,33 @@ _module = functools.cache(Module)
 # -- the module, and the backend on it
 
 
+class DeviceOfANumber:
+    """cupy.cuda.Device: a number, by default the current one, and what that device has."""
+
+    compute_capability, mem_info, cublas_handle = "80", (64 << 30, 80 << 30), HANDLE
+
+    def __init__(self, device, number=None):
+        self._device = device
+        self.id = device.current if number is None else number
+        self.attributes = {
+            "MultiProcessorCount": device.n_sms,
+            "MaxSharedMemoryPerBlockOptin": device.max_shared,
+        }
+
+    def use(self):
+        self._device.current = self.id
+
+    def __enter__(self):
+        self._before, self._device.current = self._device.current, self.id
+        return self
+
+    def __exit__(self, *_):
+        self._device.current = self._before
+
+    def synchronize(self):
+        self._device.stream.synchronize()
+
+
 class StrictCupy(StrictModule):
     """CuPy's functions, and what the package uses of cupy.cuda."""
 
@@ -387,17 +423,7 @@ class StrictCupy(StrictModule):
             using_allocator=device.using_allocator,
             alloc_pinned_memory=PinnedMemory,
             get_current_stream=lambda device_id=-1: device.stream,
-            Device=lambda device_id=0: types.SimpleNamespace(
-                id=0,
-                compute_capability="80",
-                attributes={
-                    "MultiProcessorCount": device.n_sms,
-                    "MaxSharedMemoryPerBlockOptin": device.max_shared,
-                },
-                mem_info=(64 << 30, 80 << 30),
-                cublas_handle=HANDLE,
-                synchronize=lambda: device.stream.synchronize(),
-            ),
+            Device=functools.partial(DeviceOfANumber, device),
             runtime=runtime,
         )
 

@@ -142,6 +142,8 @@ class PinnedMemory(bytearray):
         self[:] = b"\xff" * len(self)
 
 
-def is_pinned(array: np.ndarray) -> bool:
+def pinned_memory_of(array: np.ndarray) -> PinnedMemory | None:
+    """The pinned memory that an array lies in, if it does."""
     base = owner_of(array).base
-    return isinstance(base.obj if isinstance(base, memoryview) else base, PinnedMemory)
+    memory = base.obj if isinstance(base, memoryview) else base
+    return memory if isinstance(memory, PinnedMemory) else None

@@ -5,11 +5,12 @@ error: memory used on two streams without a synchronization, memory that a graph
 a host copy is made when the host waits for it.
 """
 
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from strict_memory import CUDARuntimeError, Held, is_pinned, poison
+from strict_memory import CUDARuntimeError, Held, pinned_memory_of, poison
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Stream:
         self.ptr = 0 if self.null else id(self)
         self._done = 0  # the host has waited for all work until then
         self._waited = []  # (own clock, other stream, its clock)
-        self._copies = []  # (clock, host array, what it will hold)
+        self._copies = []  # (clock, weak reference to the host memory, what it will hold)
         self._invalid = False
 
     def __repr__(self):
@@ -136,10 +137,15 @@ class Stream:
         for clock, stream, until in self._waited:
             if clock <= time:
                 stream.wait_until(until, what)
-        for clock, host, values in self._copies:
-            if clock <= time:
-                host[...] = values
+        done = [copy for copy in self._copies if copy[0] <= time]
         self._copies = [copy for copy in self._copies if copy[0] > time]
+        for _clock, memory, values in done:
+            if memory() is None:
+                raise CUDARuntimeError(
+                    "pinned memory was freed before a copy to it was done: CuPy hands it out "
+                    "again, and the copy writes over what is there then"
+                )
+            np.frombuffer(memory(), values.dtype, values.size)[:] = values.ravel()
 
     def refuse_while_capturing(self, what):
         if self.capture is not None:
@@ -148,14 +154,14 @@ class Stream:
 
     def copy_to_host(self, array, out):
         """Queue a copy to pinned memory, which holds 0xFF until the host has waited for it."""
-        if not is_pinned(out):
+        if pinned_memory_of(out) is None:
             raise CUDARuntimeError("a copy that does not block needs pinned memory")
         if not out.flags.c_contiguous or (out.shape, out.dtype) != (array.shape, array.dtype):
             raise ValueError(
                 f"out is {out.dtype} {out.shape}: expected contiguous {array.dtype} {array.shape}"
             )
         self.touch([array])
-        self._copies.append((self.clock, out, array.copy()))
+        self._copies.append((self.clock, weakref.ref(pinned_memory_of(out)), array.copy()))
         poison(out)
 
     # -- the current stream

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training.adamw import AdamW, Schedule, clip
+from training.adamw import AdamW, clip
 
 
 def adamw_of_one_number(w, gradients, rates, decay, b1=0.9, b2=0.99, eps=1e-8):
@@ -50,17 +50,3 @@ def test_clip_scales_all_gradients_to_a_joint_norm(ops, to_device, to_host, larg
     assert np.allclose(to_host(gradients["a"]), a * factor, rtol=1e-5)
     assert np.allclose(to_host(gradients["b"]), b * factor, rtol=1e-5)
     assert to_host(gradients["a"]).dtype == np.float32
-
-
-def test_the_rate_rises_then_falls_to_its_last():
-    rates = [Schedule(peak=2.0, warmup=4, steps=14, final=0.1).rate(i) for i in range(14)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert rates[4] == 2.0
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert abs(rates[-1] - 0.2) < 1e-12
-    middle = Schedule(peak=2.0, warmup=0, steps=11, final=0.0).rate(5)
-    assert abs(middle - 1.0) < 1e-12
-
-
-def test_a_schedule_of_one_step_is_its_peak():
-    assert Schedule(peak=2.0, warmup=0, steps=1, final=0.5).rate(0) == 2.0

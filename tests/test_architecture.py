@@ -16,6 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     [
         "errors",
+        "early_interrupt",
         "small_file",
         "rope_scaling",
         "not_a_model",
@@ -25,12 +26,21 @@ FLOORS = [
         "completion",
         "quantization",
         "cuda_device",
+        "progress",
     ],
     ["threads", "weight_formats"],
-    ["backend", "config", "sentencepiece_model", "console"],
+    ["backend", "config", "sentencepiece_model", "console", "progress_line", "escapes"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options"],
     ["tokenizer", "ops.tiles"],
-    ["ops.equations", "dialogue", "tokenizer_files", "safetensors_file", "row", "decode_step"],
+    [
+        "ops.equations",
+        "dialogue",
+        "special_tokens",
+        "tokenizer_files",
+        "safetensors_file",
+        "row",
+        "decode_step",
+    ],
     [
         "ops.sampling",
         "ops.derivatives",
@@ -49,6 +59,7 @@ FLOORS = [
         "ops.cuda.prompt",
         "ops.cuda.embedding",
         "ops.cuda.graph",
+        "ops.cuda.upload",
     ],
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],
@@ -56,9 +67,10 @@ FLOORS = [
     ["memory", "kept_cache"],
     ["model"],
     ["generation", "gradients"],
-    ["serving"],
+    ["serving", "text_stream"],
     ["llama"],
     ["__init__", "generate", "plain"],
+    ["__main__"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 

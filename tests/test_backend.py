@@ -271,7 +271,9 @@ def test_a_device_is_current_in_every_thread_that_moves_arrays(monkeypatch):
     module.current = 0  # as in another thread
     assert chosen.to_device("a") == (2, "a")
     module.current = 0
-    assert get_backend("cupy").to_device("a") == (0, "a")  # whichever is current
+    chosen = get_backend("cupy")  # whichever is current, then and later
+    module.current = 1
+    assert chosen.to_device("a") == (0, "a")
     set_cupy(monkeypatch, FakeCupy())
     assert get_backend("cupy").device_name() == "H0"
 
@@ -358,7 +360,7 @@ def test_devices_are_those_that_the_driver_counts(monkeypatch, library, devices,
 
 
 def test_devices_that_a_variable_hides_are_told(monkeypatch):
-    monkeypatch.setattr(cuda_device, "_library", lambda: fake_library(init=100))
+    monkeypatch.setattr(cuda_device, "driver_library", lambda: fake_library(init=100))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "CUDA_VISIBLE_DEVICES" not in cuda_driver().remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
@@ -379,8 +381,8 @@ def test_without_a_driver_there_are_no_devices(monkeypatch):
 
 def test_free_gpu_memory_is_the_devices_and_what_the_pool_holds_unused():
     pool = SimpleNamespace(free_bytes=lambda: 5, total_bytes=lambda: 50)
-    device = SimpleNamespace(mem_info=(100, 1000))
-    cuda = SimpleNamespace(Device=lambda: device)
+    device = SimpleNamespace(id=0, mem_info=(100, 1000), use=lambda: None)
+    cuda = SimpleNamespace(Device=lambda number=None: device)
     cupy = CupyBackend(SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
     assert cupy.free_bytes() == 105 and cupy.peak_bytes() == 50
     assert cupy.memory_name() == "GPU memory"

@@ -36,12 +36,28 @@ def test_no_batch_size_changes_what_a_prompt_is_answered(llama, sampling, monkey
     want = said(llama.generate_batch(PROMPTS, batch_size=1, **options))
     assert {reason for _ids, _text, reason in want} >= {"stop", "length"}
     for batch_size in (2, 3, 8) if is_slow else (2, 3, 8, 99, None):
-        generation = llama.generation(PROMPTS, batch_size=batch_size, **options)
+        generation = llama.new_generation(PROMPTS, batch_size=batch_size, **options)
         pieces = list(generation)
         got = said(generation.completions())
         assert got == want
         for number, (_ids, text, _reason) in enumerate(got):
             assert "".join(piece for row, piece in pieces if row == number) == text
+
+
+def test_no_batch_size_changes_which_tokens_are_likeliest(llama):
+    options = {"sampling": LIVELY, "seed": 3, "max_new_tokens": 4, "top_logprobs": 2}
+
+    def top(batch_size):
+        completions = llama.generate_batch(PROMPTS, batch_size=batch_size, **options)
+        assert {c.timings.rows for c in completions} == {len(PROMPTS)}
+        assert [c.prompt_tokens for c in completions] == [*map(len, PROMPTS)]
+        assert all(len(c.top_logprobs) == len(c.ids) for c in completions)
+        return [[[token.id for token in at] for at in c.top_logprobs] for c in completions]
+
+    want = [llama.generate(prompt, **options) for prompt in PROMPTS[:1]]
+    got = top(3)
+    assert got == top(None)
+    assert got[0] == [[token.id for token in at] for at in want[0].top_logprobs]
 
 
 def test_alone_the_first_prompt_says_the_same(llama):
@@ -87,7 +103,7 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(monkeypatch):
         llama, "compute", lambda t, *rest: sizes.append(t.shape) or compute(t, *rest)
     )
     limits = {0: 40, 1: 2}
-    generation = llama.generation([[1], [1], [1] * 35], batch_size=2, max_new_tokens=40)
+    generation = llama.new_generation([[1], [1], [1] * 35], batch_size=2, max_new_tokens=40)
     for row in generation.rows:
         row.limit, row.eos_ids = limits.get(row.number, 3), frozenset()
     generation.run()
@@ -98,7 +114,7 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(monkeypatch):
 
 def test_timings_count_all_prompts(llama):
     prompts = [[1, 5, 6], [1, 8], [1], [1, 9]]
-    generation = llama.generation(prompts, batch_size=2, max_new_tokens=5, ignore_eos=True)
+    generation = llama.new_generation(prompts, batch_size=2, max_new_tokens=5, ignore_eos=True)
     generation.run()
     t = generation.timings
     assert (t.prompt_tokens, t.new_tokens, t.decode_tokens) == (8, 20, 16)
@@ -110,18 +126,18 @@ def test_as_many_run_as_fit_the_memory(llama, monkeypatch):
     chunk = llama.ops.prefill_chunk()
     free = 10_000_000 if chunk == 512 else 80_000_000  # of workspace CuPy needs more
     monkeypatch.setattr(llama.backend, "free_bytes", lambda: free)
-    generation = llama.generation([[1, 5]] * 2000, max_new_tokens=60)
+    generation = llama.new_generation([[1, 5]] * 2000, max_new_tokens=60)
     fits = generation._batch_size
     assert 1 < fits < 2000
     llama.check_own_memory(fits, 62)
     with pytest.raises(OutOfMemoryError):
         llama.check_own_memory(fits + 1, 62)
-    assert llama.generation([[1, 5]] * 3, max_new_tokens=60)._batch_size == 3
+    assert llama.new_generation([[1, 5]] * 3, max_new_tokens=60)._batch_size == 3
     with pytest.raises(OutOfMemoryError):
-        llama.generation([[1, 5]] * 2000, max_new_tokens=60, batch_size=fits + 1)
+        llama.new_generation([[1, 5]] * 2000, max_new_tokens=60, batch_size=fits + 1)
     monkeypatch.setattr(llama.backend, "free_bytes", lambda: 1000)
     with pytest.raises(OutOfMemoryError):
-        llama.generation([[1, 5]] * 2000, max_new_tokens=60)
+        llama.new_generation([[1, 5]] * 2000, max_new_tokens=60)
 
 
 def test_a_batch_size_out_of_range_is_refused(llama):
@@ -135,7 +151,7 @@ def test_a_batch_size_out_of_range_is_refused(llama):
 
 
 def test_an_interrupted_generation_knows_which_rows_have_begun(llama):
-    generation = llama.generation(
+    generation = llama.new_generation(
         [[1, 5]] * 4, batch_size=1, max_new_tokens=3, ignore_eos=True, temperature=0
     )
     for number, _text in generation:

@@ -240,7 +240,7 @@ def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
     monkeypatch.setattr(llama.backend, "threads", Threads(2))  # which looks at nobody else
     monkeypatch.setattr(time, "sleep", lambda seconds: order.append(seconds))
     roofline, _ = roofline_of(llama, 1, 64)
-    llama.generation = lambda *args, original=llama.generation, **kwargs: (
+    llama.new_generation = lambda *args, original=llama.new_generation, **kwargs: (
         order.append("npllama") or original(*args, **kwargs)
     )
     rival = SimpleNamespace(run=lambda: order.append("rival") or Sample(None, 1.0, None))

@@ -20,6 +20,8 @@ from npllama.generate import main
 from npllama.ops import CupyOps, NumpyOps, Ops, ops_for
 from npllama.sampling_options import Sampling
 from strict_cupy import DEVICE, StrictCupyBackend
+from strict_memory import MemoryPool
+from strict_streams import Graph
 
 GREEDY = Sampling(0)
 LIVELY = Sampling(1.0, 20, 0.95, 0.01, 1.2)
@@ -78,7 +80,7 @@ def warnings_in(caplog):
 def run(llama, prompts, **options):
     """ids, and how the steps ran."""
     before = DEVICE.n_captures
-    generation = llama.generation(prompts, **OPTIONS | options)
+    generation = llama.new_generation(prompts, **OPTIONS | options)
     generation.run()
     assert DEVICE.stream.null and DEVICE.stream.capture is None
     (steps,) = generation._compiled.values()
@@ -100,6 +102,21 @@ def test_a_replayed_step_says_what_numpy_says(llama, on_numpy, prompts, sampling
     assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 0, 0, 27)
     assert steps.report() == "27 replayed; 0 graphs captured"
     assert DEVICE.n_captures == before + 2
+
+
+def test_the_likeliest_tokens_are_told_by_a_captured_step(llama, on_numpy):
+    def told(completions):
+        return [[[t.id for t in top] for top in c.top_logprobs or ()] for c in completions]
+
+    for n_top in (4, 2, 0, 4):  # each is a step of its own
+        options = OPTIONS | {"top_logprobs": n_top, "max_new_tokens": 14}
+        want = on_numpy.generate_batch(PROMPTS, **options)
+        generation = llama.new_generation(PROMPTS, **options)
+        generation.run()
+        got, (steps,) = generation.completions(), generation._compiled.values()
+        assert (ids_of(got), told(got)) == (ids_of(want), told(want))
+        assert steps.eager_because is None and steps.n_replayed >= 11
+    assert steps.n_captured == 0  # the last had run before
 
 
 def test_without_graphs_each_step_is_launched(on_numpy):
@@ -147,7 +164,7 @@ def test_rows_that_leave_the_batch_leave_the_others_as_they_were(llama, on_numpy
 
 
 def test_a_longer_generation_captures_one_bucket_more(llama, on_numpy):
-    running = iter(llama.generation(PROMPTS[:1], **OPTIONS | {"max_new_tokens": 40}))
+    running = iter(llama.new_generation(PROMPTS[:1], **OPTIONS | {"max_new_tokens": 40}))
     for _ in range(8):
         next(running)
     running.close()
@@ -240,7 +257,7 @@ def test_the_kept_cache_is_emptied(llama, on_numpy):
 def test_an_interrupted_generation_leaves_graphs_that_go_on(llama, on_numpy, n_steps):
     want = ids_of(on_numpy.generate_batch(PROMPTS, **OPTIONS))
     for cache in (None, llama.new_cache(batch=3)):
-        running = iter(llama.generation(PROMPTS, cache=cache, **OPTIONS))
+        running = iter(llama.new_generation(PROMPTS, cache=cache, **OPTIONS))
         for _ in range(3 * n_steps):
             next(running)
         running.close()
@@ -255,7 +272,7 @@ def test_an_interrupted_generation_leaves_graphs_that_go_on(llama, on_numpy, n_s
 def test_two_generations_at_once_have_a_cache_each(llama, on_numpy):
     want = ids_of(on_numpy.generate_batch(PROMPTS[:1], **OPTIONS))
     for _ in range(2):
-        generations = [llama.generation(PROMPTS[:1], **OPTIONS) for _ in range(2)]
+        generations = [llama.new_generation(PROMPTS[:1], **OPTIONS) for _ in range(2)]
         for _ in zip(*generations, strict=True):
             pass
         assert [ids_of(g.completions()) for g in generations] == [want, want]
@@ -264,12 +281,12 @@ def test_two_generations_at_once_have_a_cache_each(llama, on_numpy):
 def test_a_generation_that_lost_its_cache_writes_nothing_to_the_others_state(llama, on_numpy):
     prompts = [[1] * (TINY.context_length - n) for n in (12, 2, 9)]
     cache = llama.new_cache(batch=3)
-    old = iter(llama.generation(prompts, cache=cache, **OPTIONS))
+    old = iter(llama.new_generation(prompts, cache=cache, **OPTIONS))
     for _ in range(3):
         next(old)
     for row in range(3):
         cache.truncate(row, 0)
-    new = llama.generation(prompts, cache=cache, **OPTIONS)
+    new = llama.new_generation(prompts, cache=cache, **OPTIONS)
     pieces = iter(new)
     next(pieces)
     with pytest.raises(InputError, match="another generation uses the cache"):
@@ -325,8 +342,47 @@ def test_a_dropped_model_frees_its_graphs():
     assert (captures(), buffer(), pool.total_bytes()) == (None, None, 0)
 
 
+@pytest.fixture
+def another_device():
+    """Makes another device current, as a caller may who uses several."""
+    yield lambda: setattr(DEVICE, "current", 1)
+    DEVICE.current = 0
+
+
+def test_a_pool_is_freed_on_its_own_device(monkeypatch, another_device):
+    llama, freed = make_llama(SumOps(StrictCupyBackend())), []
+    run(llama, PROMPTS)
+    another_device()
+    monkeypatch.setattr(MemoryPool, "free_all_blocks", lambda _: freed.append(DEVICE.current))
+    del llama
+    gc.collect()
+    assert (freed, DEVICE.current) == ([0], 1)
+
+
+def test_a_replay_is_on_the_models_device_in_every_thread(llama, monkeypatch, another_device):
+    launch, launched = Graph.launch, []
+    run(llama, PROMPTS)
+
+    def noted(graph):
+        launched.append(DEVICE.current)
+        launch(graph)
+
+    monkeypatch.setattr(Graph, "launch", noted)
+    for _ in llama.new_generation(PROMPTS, **OPTIONS):
+        another_device()  # the caller's own
+    assert len(launched) > 3 and set(launched) == {0}
+
+
+def test_a_cache_is_truncated_and_emptied_on_its_device(llama, another_device):
+    for act in (lambda cache: cache.truncate(0, 0), lambda cache: cache.clear()):
+        cache = llama.new_cache()
+        another_device()
+        act(cache)
+        assert DEVICE.current == 0
+
+
 def test_the_generation_itself_holds_no_array_of_its_cache(llama):
-    generation = llama.generation(PROMPTS, **OPTIONS)
+    generation = llama.new_generation(PROMPTS, **OPTIONS)
     generation.run()
     buffer = weakref.ref(llama._kept_cache._kept[0].layers[0].k.array.base)
     assert llama._kept_cache.give_up()
@@ -583,7 +639,7 @@ def test_a_second_generation_replays_wherever_there_are_kernels(ops, on_numpy):
         options = OPTIONS | {"sampling": sampling, "max_new_tokens": 24}
         want = ids_of(on_numpy.generate_batch(PROMPTS, **options))
         for n_eager in (2, 0):  # in two buckets
-            generation = llama.generation(PROMPTS, **options)
+            generation = llama.new_generation(PROMPTS, **options)
             generation.run()
             assert ids_of(generation.completions()) == want
             if type(ops) is CupyOps:

@@ -18,7 +18,7 @@ from checking_gpu.decoding import Decoding, decode
 from checking_gpu.results import BELOW, FAILED, OK, Results, markdown, why_it_ended
 from checking_gpu.stage import Stage
 from checking_gpu.unit_tests import FILES
-from conftest import FAKE_CUPY, ROOT, TINY, make_llama, make_ops
+from conftest import FAKE_CUPY, ROOT, STRICT_CUPY, TINY, make_llama, make_ops
 from cuda_simulator import compiler
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
@@ -309,7 +309,7 @@ def test_the_large_shapes_are_those_of_the_papers():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
-@pytest.mark.parametrize("which", ["strict", "strict-cupy"])
+@pytest.mark.parametrize("which", ["strict", STRICT_CUPY])
 def test_weights_made_on_the_device_are_as_large_as_those_of_the_host(which, dtype):
     ops = make_ops(which)
     ours, theirs = device_parameters(TINY, ops, dtype), random_parameters(TINY, ops, 0, dtype)
@@ -340,7 +340,7 @@ def test_matrices_made_in_parts_are_those_made_at_once(monkeypatch):
 
 @needs_compiler
 def test_a_model_of_such_weights_generates():
-    ops = make_ops("strict-cupy")
+    ops = make_ops("strict-kernels")
     llama = Llama(TINY, device_parameters(TINY, ops, "float16"), ops)
     ids = llama.generate([1, 2], max_new_tokens=3, temperature=0, ignore_eos=True).ids
     assert len(ids) == 3

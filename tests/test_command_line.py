@@ -19,6 +19,7 @@ from model_directory import write_model
 from npllama import load, operating_system
 from npllama.completion import Completion, Timings
 from npllama.config import LlamaConfig
+from npllama.dialogue import encode_chat
 from npllama.errors import OutOfMemoryError
 from npllama.generate import (
     BATCH_SIZE,
@@ -391,6 +392,8 @@ def test_json_is_one_object_a_prompt(model, tmp_path, capsys):
         assert (result["prompt"], result["text"], result["ids"]) == (prompt, want.text, want.ids)
         assert result["finish_reason"] == "length"
         assert "log_probs" not in result
+        assert (result["prompt_tokens"], result["new_tokens"]) == (want.prompt_tokens, 12)
+        assert (result["timings"]["rows"], result["timings"]["new_tokens"]) == (2, 24)
     _, out, _ = call(capsys, *args, "--logprobs")
     assert json.loads(out.splitlines()[0])["log_probs"] == pytest.approx(
         completion(model, "Once").log_probs, abs=1e-4
@@ -501,6 +504,34 @@ def test_logprobs_are_shown_on_stderr(model, capsys):
     assert [p for _, p in shown] == pytest.approx(want.log_probs, abs=1e-3)
 
 
+def test_logprobs_tell_rows_apart_and_show_the_likeliest(model, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\nTwice\n")
+    args = ("--model", model, "--prompt-file", str(file), "--logprobs")
+    _, _, err = call(capsys, *args, *GREEDY)
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("prompt")] == [
+        "prompt 1 of 2: 'Once'",
+        "prompt 2 of 2: 'Twice'",
+    ]
+    assert len(lines) == 2 * (1 + 1 + 12) and lines[1].endswith("piece")
+    _, _, err = call(capsys, *args, "2", *GREEDY)
+    rows = [line.split() for line in err.splitlines() if line[:6].strip().isdigit()]
+    assert len(rows) == 24
+    for _id, log_prob, piece, first, highest, _second, second in rows:  # greedy takes the first
+        assert (first, highest) == (piece, log_prob) and float(second) <= float(highest)
+    _, out, _ = call(capsys, *args, "2", "--json", *GREEDY)
+    result = json.loads(out.splitlines()[1])
+    assert [[*token] for top in result["top_logprobs"] for token in top] == (
+        24 * [["id", "text", "log_prob"]]
+    )
+    assert [top[0]["id"] for top in result["top_logprobs"]] == result["ids"]
+    _, out, _ = call(capsys, *args, "--json", *GREEDY)
+    assert "top_logprobs" not in json.loads(out.splitlines()[0])
+    line = error_line(capsys, "--model", model, "--prompt", "a", "--logprobs", "21")
+    assert "top_logprobs is 21: expected a whole number from 0 to 20" in line
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_dtype_is_what_computes(model, capsys, dtype):
     _, _, err = call(
@@ -510,18 +541,129 @@ def test_dtype_is_what_computes(model, capsys, dtype):
 
 
 def test_chat_wraps_the_prompt_as_ids(model, capsys):
-    from npllama.dialogue import encode_chat
-
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     llama = load(model, backend="numpy")
     ids = encode_chat(llama.tokenizer, messages)
-    generation = llama.generation(
+    generation = llama.new_generation(
         [ids], max_new_tokens=12, ignore_eos=True, seed=1, fresh_text=True
     )
     text = "".join(piece for _, piece in generation)
     args = ("--model", model, "--chat", "--prompt", "Hi", "--system", "Be brief.")
     _, out, _ = call(capsys, *args, "--max-new-tokens", "12", "--ignore-eos", "--seed", "1")
     assert out == "Hi\n" + text + "\n"
+
+
+def test_chat_without_a_template_says_so_and_on_the_shipped_model_is_refused(model, capsys):
+    args = ("--chat", "--prompt", "Hi", *GREEDY)
+    code, out, err = call(capsys, "--model", model, *args)
+    assert code == 0 and out.startswith("Hi\n")
+    assert err == (
+        f"npllama: {model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
+        "the prompt is put into Llama-2-chat's format; unless the model is Llama-2-chat, leave out "
+        "--chat\n"
+    )
+    line = error_line(capsys, *args)
+    assert "--chat needs a chat model, and the one that ships with npllama tells stories" in line
+
+
+def test_chat_with_llama_2s_template_says_nothing(tmp_path, capsys):
+    directory = write_model(tmp_path / "m", CONFIG)
+    template = "[INST] <<SYS>> <</SYS>> [/INST]"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    code, _, err = call(capsys, "--model", str(directory), "--chat", "--prompt", "Hi", *GREEDY)
+    assert (code, err) == (0, "")
+
+
+def test_escapes_count_with_e_alone(model, capsys):
+    written, meant = r"a\tb\nc \\ \u00fc \ud83e\udd99", "a\tb\nc \\ ü 🦙"
+    args = ("--model", model, "--prompt", written, *GREEDY)
+    assert call(capsys, *args)[1] == written + completion(model, written).text + "\n"
+    assert call(capsys, *args, "-e")[1] == meant + completion(model, meant).text + "\n"
+
+
+def test_escapes_count_in_stop_and_system_too(model, capsys, monkeypatch):
+    asked = []
+
+    def generation(self, prompts, **options):
+        asked.append((prompts, options["stop"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("npllama.llama.Llama.new_generation", generation)
+    args = ("--model", model, "--chat", "--prompt", "Hi", "--system", r"A\nB", "--stop", r"\t")
+    assert main([*args, "-e"]) == main(args) == 130
+    messages = [{"role": "system", "content": "A\nB"}, {"role": "user", "content": "Hi"}]
+    ids = encode_chat(load(model, "numpy").tokenizer, messages)
+    assert asked[0] == ([ids], ["\t"])
+    assert asked[1][0] != [ids] and asked[1][1] == [r"\t"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (r"ab\q", r"holds \q at character 3: expected \n, \t, \\ or \uXXXX"),
+        ("ab\\", r"holds \ at character 3: expected \n"),
+        (r"\u12g4", r"holds \u12g4 at character 1: expected"),
+        (r"\u12", r"holds \u12 at character 1: expected"),
+        (r"\ud83e", r"holds one \uXXXX from D800 to DFFF: expected two"),
+    ],
+)
+def test_a_wrong_escape_is_one_line(model, capsys, text, said):
+    for name, *rest in (("--prompt",), ("--stop", "--prompt", "a")):
+        line = error_line(capsys, "--model", model, "-e", name, text, *rest)
+        assert f"{name} {said}" in line
+
+
+def test_special_tokens_count_with_special_alone(tmp_path, capsys):
+    directory = write_model(tmp_path / "m", replace(CONFIG, vocab_size=262))
+    (directory / "added_tokens.json").write_text('{"<step>": 260, "<step>>": 261}')
+    llama = load(directory, "numpy")
+    text = "a</s>b<step>><step>c"
+    args = ("--model", str(directory), "--prompt", text, *GREEDY)
+    plain = llama.encode(text)
+    assert not {2, 260, 261} & {*plain}
+    assert call(capsys, *args)[1] == text + completion(directory, plain).text + "\n"
+    a, b, c = (llama.tokenizer.encode(letter, bos=False) for letter in "abc")
+    special = [1, *a, 2, *b, 261, 260, *c]
+    assert call(capsys, *args, "--special")[1] == text + completion(directory, special).text + "\n"
+    assert "--special is for a text" in error_line(capsys, *args, "--special", "--chat")
+
+
+def test_a_prompt_file_may_be_standard_input(model, monkeypatch, capsys):
+    def stdin(content):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    args = ("--model", model, "--prompt-file", "-", *GREEDY)
+    stdin(b"Once\r\n\nTwice\n")
+    code, out, err = call(capsys, *args)
+    assert (code, err) == (0, "")
+    assert out == "".join(p + completion(model, p).text + "\n" for p in ("Once", "", "Twice"))
+    stdin(b"")
+    assert "standard input is empty: expected one prompt a line" in error_line(capsys, *args)
+    stdin(b"\xff")
+    assert "standard input is not UTF-8 (byte 0)" in error_line(capsys, *args)
+    stdin(b"a\n" + b"long" * 250)
+    assert "standard input, line 2: 1002 tokens do not fit" in error_line(capsys, *args)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in error_line(capsys, *args)
+
+
+def test_a_prompt_that_fills_the_context_says_so(model, tmp_path, capsys):
+    args = ("--model", model, "--context", "6", "--ignore-eos")  # BOS, the space and 4 bytes
+    code, out, err = call(capsys, *args, "--prompt", "abcd")
+    assert (code, out) == (0, "abcd\n")
+    assert err == (
+        "npllama: the prompt fills the context of 6 tokens, so there was room for no new token: "
+        "shorten it or give a larger --context\n"
+    )
+    assert call(capsys, *args, "--prompt", "abc")[2] == ""
+    assert call(capsys, *args, "--prompt", "abcd", "--max-new-tokens", "0")[2] == ""
+    code, _, err = call(capsys, "--model", model, "--prompt", "a" * 510)
+    assert code == 0 and err.endswith("room for no new token: shorten it\n")
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nabcd\nefgh\n")
+    code, _, err = call(capsys, *args, "--prompt-file", str(file))
+    assert code == 0 and err.count("\n") == 1
+    assert "2 of 3 prompts fill (the first is number 2) the context of 6 tokens" in err
 
 
 def test_without_a_model_the_one_that_ships_is_used(capsys):

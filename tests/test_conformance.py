@@ -56,7 +56,7 @@ def test_every_layers_hidden_state_equals_that_of_transformers(case, ops):
 def test_the_greedy_continuation_equals_that_of_transformers(case, ops):
     llama, expected, tolerance = hf_case(case, ops)
     ids = expected["ids"].tolist()
-    completion = llama.generation(
+    completion = llama.new_generation(
         [ids], max_new_tokens=len(expected["greedy"]), sampling=Sampling(0), ignore_eos=True
     )
     for _ in completion:

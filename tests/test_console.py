@@ -4,6 +4,7 @@ import ast
 import errno
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -194,6 +195,15 @@ def test_what_is_not_foreseen_is_not_hidden():
 
     with pytest.raises(RuntimeError):
         console.exit_code("name", fail)
+
+
+def test_what_the_package_logs_is_a_line_of_the_program_that_runs(capsys):
+    def work():
+        logging.getLogger("npllama.ops").info("compiling %s", "kernels")
+
+    for program in ("train", "benchmark"):
+        assert console.exit_code(program, work) == 0
+        assert capsys.readouterr().err == f"{program}: compiling kernels\n"
 
 
 def test_a_program_says_what_a_signal_and_a_lack_of_memory_mean_for_it(capsys):

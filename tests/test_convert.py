@@ -144,6 +144,7 @@ def test_stories260k_tells_its_published_story_to_the_letter(tmp_path):
     assert told == STORY + "\n"
 
 
+@pytest.mark.array_calls
 def test_stories260k_tells_its_story_on_every_backend(tmp_path, ops):
     source = data_file("stories260K/stories260K.bin")
     convert(source, tmp_path / "s", "--tokenizer", DATA / "stories260K" / "tok512.bin")

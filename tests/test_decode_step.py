@@ -41,21 +41,23 @@ class CapturingOps(ArrayCalls):
                 self.replays += 1
                 place = replace(place, rows=Frozen(), starts=Frozen())
             held = state.tokens.array
-            ids, log_probs = step(state, cache, place)
-            assert state.tokens.array is held and ids.array is not held
+            results = step(state, cache, place)
+            assert state.tokens.array is held and results[0].array is not held
             for old in self.results:  # this call's take their place
                 old.array[...] = -1
-            self.results = ids, log_probs
-            return ids, log_probs
+            self.results = results
+            return results
 
         return compiled
 
 
+@pytest.mark.parametrize("n_top", [0, 3])
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0, 20, 0.95, 0.01, 1.2)])
-def test_a_captured_step_reads_the_device_alone(sampling, monkeypatch):
+def test_a_captured_step_reads_the_device_alone(sampling, n_top, monkeypatch):
     monkeypatch.setattr("npllama.kv_cache.BUCKET", 16)
     prompts = [[1, 5, 6, 7], [1, 8], list(range(3, 20))]
     options = {"max_new_tokens": 20, "sampling": sampling, "seed": 7, "ignore_eos": True}
+    options["top_logprobs"] = n_top
     captured, eager = CapturingOps(StrictBackend()), ArrayCalls(StrictBackend())
     got, want = (make_llama(ops).generate_batch(prompts, **options) for ops in (captured, eager))
     assert [c.ids for c in got] == [c.ids for c in want]

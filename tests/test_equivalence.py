@@ -57,15 +57,6 @@ def test_every_operation_is_within_its_tolerance(ops, config, dtype):
         assert truth.gaps[found.equal_ids] <= 2 * whole * largest
 
 
-def test_the_tolerances_are_those_of_the_overrides():
-    from test_overrides import TOLERANCE
-
-    for (backend, case), number in TOLERANCE.items():
-        dtype, is_many = case.removesuffix(", many rows"), case.endswith("many rows")
-        phase = "prompt" if is_many else "decode"
-        assert tolerance(backend, dtype, "q-k-v", phase) == number
-
-
 def test_a_kernel_is_measured_where_there_is_one():
     """What a step of kernels computes at once equals the single operations, where there is none."""
     truth, _make = truth_of(TINY, "float32")

@@ -1,17 +1,24 @@
 """The loop: what it says, when it stops, and that batches and queues change nothing."""
 
+import copy
 import inspect
+import pickle
+import re
+import shutil
+import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import TINY, make_llama
-from model_directory import BYTE_PIECES
+from conftest import TINY, make_llama, make_ops
+from model_directory import BYTE_PIECES, write_model
 from npllama.config import LlamaConfig
 from npllama.errors import InputError, NumericalError, OutOfMemoryError, TokenizerError
 from npllama.initialization import random_parameters
-from npllama.llama import Llama
+from npllama.llama import Llama, load
 from npllama.sampling_options import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -20,7 +27,7 @@ PROMPTS = [[1, 100, 7], [1], [1, 9, 9, 9, 30, 31, 8], [1, 42]]
 
 
 def run(llama, prompts, **options):
-    generation = llama.generation(prompts, **options)
+    generation = llama.new_generation(prompts, **options)
     pieces = list(generation)
     completions = generation.completions()
     for row, completion in enumerate(completions):
@@ -38,6 +45,7 @@ def test_no_random_numbers_are_made_where_nothing_is_drawn(llama, monkeypatch):
         llama.generate([1, 5], max_new_tokens=3, temperature=1)
 
 
+@pytest.mark.array_calls
 def test_options_are_given_in_one_way(llama):
     """As keywords, as a Sampling, or as a Sampling of which keywords change some fields."""
     keywords = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3}
@@ -59,6 +67,7 @@ def test_signatures_show_every_option_and_its_default():
         "fresh_text": False,
         "cache": None,
         "batch_size": None,
+        "top_logprobs": 0,
         "sampling": Sampling(),
         **vars(Sampling()),
     }
@@ -66,7 +75,7 @@ def test_signatures_show_every_option_and_its_default():
         ("generate", "prompt"),
         ("stream", "prompt"),
         ("generate_batch", "prompts"),
-        ("generation", "prompts"),
+        ("new_generation", "prompts"),
     ):
         itself, prompt, *options = inspect.signature(getattr(Llama, name)).parameters.values()
         assert (itself.name, prompt.name) == ("self", first)
@@ -74,7 +83,7 @@ def test_signatures_show_every_option_and_its_default():
         assert {p.kind for p in options} == {inspect.Parameter.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("method", ["generate", "stream", "generate_batch", "generation"])
+@pytest.mark.parametrize("method", ["generate", "stream", "generate_batch", "new_generation"])
 def test_a_misspelled_keyword_is_named_with_those_there_are(llama, method):
     expected = r"^no keyword is named temprature: expected one of max_new_tokens, .*temperature, "
     with pytest.raises(TypeError, match=expected):
@@ -102,11 +111,52 @@ def test_log_probs_are_of_the_unmodified_logits(llama):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, LIVELY], ids=["greedy", "lively"])
+def test_the_likeliest_of_each_step_are_those_of_the_unmodified_logits(llama, sampling):
+    options = {"sampling": sampling, "seed": 1, "max_new_tokens": 5, "ignore_eos": True}
+    plain = llama.generate_batch(PROMPTS, **options)
+    completions = llama.generate_batch(PROMPTS, top_logprobs=4, **options)
+    assert [c.ids for c in completions] == [c.ids for c in plain]  # nothing else changes
+    assert {c.top_logprobs for c in plain} == {None}
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        logits = llama.logits(prompt + completion.ids)[len(prompt) - 1 : -1].astype("float64")
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert len(completion.top_logprobs) == len(completion.ids)
+        for row, top in zip(log_p, completion.top_logprobs, strict=True):
+            assert [token.log_prob for token in top] == pytest.approx(-np.sort(-row)[:4], abs=1e-4)
+            assert [row[token.id] for token in top] == pytest.approx(-np.sort(-row)[:4], abs=1e-4)
+            assert [token.text for token in top] == [llama.tokenizer.piece(t.id) for t in top]
+    stream = llama.stream(PROMPTS[0], top_logprobs=4, **options)
+    assert "".join(stream) == completions[0].text
+    got = [[t.id for t in top] for top in stream.completion.top_logprobs]
+    assert got == [[t.id for t in top] for top in completions[0].top_logprobs]
+
+
+def test_fewer_tokens_than_asked_for_are_likeliest_in_a_small_vocabulary(ops):
+    config = LlamaConfig(**{**vars(TINY), "vocab_size": 9})
+    llama = Llama(config, random_parameters(config, ops), ops)
+    completion = llama.generate([1, 5], max_new_tokens=2, ignore_eos=True, top_logprobs=20)
+    for top in completion.top_logprobs:
+        assert sorted(token.id for token in top) == [*range(9)]
+        assert {token.text for token in top} == {None}
+    head = llama.ops.head
+    possible = np.arange(9) < 3
+
+    def head_of_three(x, p):
+        out = ops.backend.to_host(head(x, p)).copy()
+        out[..., ~possible] = -np.inf
+        return ops.backend.to_device(out)
+
+    llama.ops.head = head_of_three
+    completion = llama.generate([1, 5], max_new_tokens=2, ignore_eos=True, top_logprobs=4)
+    assert [sorted(t.id for t in top) for top in completion.top_logprobs] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, LIVELY], ids=["greedy", "lively"])
 def test_a_batch_says_what_each_row_says_alone(llama, sampling):
     together = run(llama, PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
     for row, prompt in enumerate(PROMPTS):
         # alone at the same place in the batch: the others are cut short at once
-        generation = llama.generation(PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
+        generation = llama.new_generation(PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
         for other in generation.rows:
             if other.number != row:
                 other.finish_reason = "length"
@@ -139,6 +189,7 @@ def test_rows_leave_the_batch_when_they_end(llama, monkeypatch):
     assert [shape[0] for shape in sizes] == [1, 1, 1, 3, 2, 1]
 
 
+@pytest.mark.array_calls
 def test_the_seed_reproduces_the_text_and_another_does_not(llama):
     def say(seed):
         return llama.generate([1, 5], max_new_tokens=20, temperature=1.0, top_p=1, seed=seed)
@@ -178,6 +229,7 @@ def test_eos_ends_a_row_and_is_its_last_id(ops):
     assert (len(on.ids), on.finish_reason) == (9, "length")
 
 
+@pytest.mark.array_calls
 def test_a_stop_text_ends_the_completion_and_is_not_part_of_it(llama):
     options = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
     text = llama.generate([1, 5], **options).text
@@ -190,6 +242,7 @@ def test_a_stop_text_ends_the_completion_and_is_not_part_of_it(llama):
         assert "".join(llama.stream([1, 5], stop=stops, **options)) == stopped.text
 
 
+@pytest.mark.array_calls
 def test_the_text_is_what_the_tokenizer_makes_of_prompt_and_completion(llama):
     prompts = [[1], [1, 100, 101], [1, 259, 100]] * 5
     sampling = Sampling(temperature=1.0, top_p=1)
@@ -211,6 +264,7 @@ def test_a_text_prompt_is_its_ids(llama):
     assert llama.generate("ab", **options).ids == llama.generate([1, 259, 100, 101], **options).ids
 
 
+@pytest.mark.array_calls
 def test_ids_beyond_the_tokenizer_are_never_chosen(ops):
     config = LlamaConfig(**{**vars(TINY), "vocab_size": 300})
     llama = make_llama(ops, config)
@@ -252,6 +306,41 @@ def test_stream_raises_before_it_is_iterated(llama):
         llama.stream([1], temperature=-1)
 
 
+def test_a_stream_tells_its_completion_when_it_has_ended(llama):
+    options = OPTIONS | {"max_new_tokens": 20}
+    want = llama.generate(PROMPT, **options)
+    stop = want.text[3:6]
+    for more in ({}, {"stop": stop}, {"max_new_tokens": 0}):
+        want = llama.generate(PROMPT, **options | more)
+        stream = llama.stream(PROMPT, **options | more)
+        assert stream.completion is None
+        assert "".join(piece for piece in stream) == want.text
+        got = stream.completion
+        assert (got.ids, got.text, got.finish_reason) == (want.ids, want.text, want.finish_reason)
+        assert got.log_probs == pytest.approx(want.log_probs, abs=1e-4)
+        assert (got.seed, got.prompt_tokens) == (options["seed"], len(PROMPT))
+        assert list(stream) == [] and stream.completion is got
+    assert repr(stream).startswith("<TextStream ended: <Completion '")
+
+
+def test_a_stream_that_is_left_tells_what_it_has_said(llama):
+    whole = llama.generate(PROMPT, **OPTIONS)
+    cache = llama.new_cache(context=30)
+    stream = llama.stream(PROMPT, cache=cache, stop=whole.text[:4] + "?", **OPTIONS)
+    assert repr(stream) == "<TextStream runs>"
+    for _piece in stream:
+        break
+    stream.close()
+    got = stream.completion
+    assert got.finish_reason == "interrupted" and 0 < len(got.ids) < len(whole.ids)
+    assert got.ids == whole.ids[: len(got.ids)] and whole.text.startswith(got.text)
+    assert cache.ids[0] == (PROMPT + got.ids)[: cache.lengths[0]]  # left to the next prompt
+    assert list(stream) == [] and stream.completion is got
+    unbegun = llama.stream(PROMPT, **OPTIONS)
+    unbegun.close()
+    assert (unbegun.completion.ids, unbegun.completion.finish_reason) == ([], "interrupted")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -259,12 +348,15 @@ def test_stream_raises_before_it_is_iterated(llama):
         ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5: expected a whole number"),
         ({"stop": ""}, "a stop text is empty"),
         ({"stop": ["a", ""]}, "a stop text is empty"),
-        ({"stop": None}, "a stop text is None"),
+        ({"stop": [None]}, "a stop text is None"),
         ({"stop": [5]}, "a stop text is 5"),
         ({"seed": -1}, "seed is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_logprobs": -1}, "top_logprobs is -1: expected a whole number from 0 to 20"),
+        ({"top_logprobs": 21}, "top_logprobs is 21: expected a whole number from 0 to 20"),
+        ({"top_logprobs": True}, "top_logprobs is True"),
     ],
 )
 def test_arguments_out_of_range_are_refused(llama, options, message):
@@ -276,13 +368,58 @@ def test_prompts_of_another_kind_are_refused(llama):
     for prompts in ([], "abc", b"abc"):
         with pytest.raises(InputError, match="not a list of at least one prompt"):
             llama.generate_batch(prompts)
-    for prompt in (None, 5, b"abc"):
+    for prompt in (5, b"abc", np.array(5)):
         with pytest.raises(InputError, match="expected a text or token ids"):
             llama.generate(prompt)
     with pytest.raises(InputError, match=r"llama\.encode\(text\) makes them"):
         llama.logits("abc")
-    with pytest.raises(InputError, match="sampling is None"):
-        llama.generate_batch(["abc"], sampling=None)
+    with pytest.raises(InputError, match=r"sampling is 0\.7"):
+        llama.generate_batch(["abc"], sampling=0.7)
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize(
+    "prompts", [["a", "b"], ("a",), [[1, 5], [1]], [(1,)], np.ones((2, 3), dtype="int64")]
+)
+def test_several_prompts_are_pointed_to_the_method_that_takes_them(llama, method, prompts):
+    with pytest.raises(InputError, match=r"^several prompts .* generate_batch\(prompts\) contin"):
+        getattr(llama, method)(prompts)
+
+
+def test_none_is_the_default_of_every_optional_argument(llama):
+    names = [*inspect.signature(Llama.generate).parameters][2:]
+    nothing = dict.fromkeys(names)
+    calls = {
+        "generate": lambda options: llama.generate(None, **options).ids,
+        "stream": lambda options: list(llama.stream(None, **options)),
+        "generate_batch": lambda options: llama.generate_batch([""], **options)[0].ids,
+        "new_generation": lambda options: list(llama.new_generation([""], **options)),
+    }
+    for name, call in calls.items():
+        assert call(nothing | {"seed": 3}) == call({"seed": 3}), name
+    lively = {"sampling": LIVELY, "seed": 3, "max_new_tokens": 12}  # None changes no field of it
+    assert calls["generate"](nothing | lively) == calls["generate"](lively)
+    assert calls["generate"](lively) != calls["generate"](lively | {"sampling": None})
+
+
+def test_decode_is_the_way_back_from_encode(ops, llama):
+    text = "a b\nü"
+    ids = llama.encode(text)
+    assert llama.decode(ids) == llama.decode(np.array(ids)) == llama.decode(iter(ids)) == text
+    assert llama.decode([]) == llama.decode([1]) == ""
+    completion = llama.generate([1, 5], **OPTIONS)
+    assert llama.decode(completion.ids) == llama.tokenizer.decode(completion.ids)
+    for ids, message in (
+        ("abc", "the ids are 'abc': expected token ids"),
+        (5, "the ids are 5: expected token ids"),
+        ([1, "a"], "token id 'a' at position 1 is not an integer"),
+        ([[1, 5]], r"token id \[1, 5\] at position 0 is not an integer"),
+        ([1, 260], "token id 260 is not in the tokenizer's vocabulary of 260"),
+    ):
+        with pytest.raises(InputError, match=message):
+            llama.decode(ids)
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.model"):
+        Llama(TINY, llama.parameters, ops).decode([1])
 
 
 def test_the_prompt_of_a_batch_that_cannot_be_served_is_named(llama):
@@ -346,8 +483,47 @@ def test_timings_count_what_was_done(llama):
     assert t.decode_tokens_per_second == pytest.approx(4 / t.decode_seconds)
 
 
+def test_a_completion_of_a_batch_has_its_own_token_counts(llama):
+    cache = llama.new_cache(batch=3)
+    llama.prefill([1, 5, 6], cache, row=1)
+    stop = llama.generate([1, 5, 6, 7], max_new_tokens=9, temperature=0, ignore_eos=True).text[:3]
+    options = {"max_new_tokens": 9, "temperature": 0, "ignore_eos": True, "stop": stop}
+    completions = llama.generate_batch([[1], [1, 5, 6, 7], [1, 8]], cache=cache, **options)
+    assert [c.prompt_tokens for c in completions] == [1, 4, 2]
+    assert [c.new_tokens for c in completions] == [len(c.ids) for c in completions]
+    assert completions[1].new_tokens < completions[0].new_tokens == 9
+    t = completions[1].timings
+    assert (t.rows, t.prompt_tokens, t.new_tokens) == (3, 4, sum(c.new_tokens for c in completions))
+    assert llama.generate([1, 5], max_new_tokens=2).timings.rows == 1
+
+
+def test_what_is_printed_is_one_line_with_the_numbers_that_matter(llama):
+    generation = llama.new_generation([[1], [1, 5, 6]], max_new_tokens=5, seed=7, ignore_eos=True)
+    assert repr(generation) == "<Generation: 0 of 2 ended, 0 of at most 10 new tokens, seed 7>"
+    generation.run()
+    assert "2 of 2 ended, 10 of at most 10 new tokens" in repr(generation)
+    completion = generation.completions()[1]
+    completion.text = "a\n" * 50
+    shown = "a\\n" * 28 + "a..."
+    assert repr(completion) == f"<Completion '{shown}': 5 new tokens after 3, length, seed 7>"
+    completion.text = None
+    assert repr(completion) == "<Completion: 5 new tokens after 3, length, seed 7>"
+    cache = llama.new_cache(batch=2, context=10)
+    n_bytes = 2 * 2 * 2 * 3 * 10 * 8 * llama.cache_dtype.itemsize  # k and v, L, B, K, context, C
+    size = f"{llama.cache_dtype.name}, {n_bytes / 1e6:.1f} MB>"
+    assert repr(cache) == f"<KVCache of 2 x 10 positions, 0 filled in each row, {size}"
+    llama.prefill([1, 5, 6], cache, row=1)
+    assert "positions, 0 to 3 filled in each row" in repr(cache)
+    assert repr(llama.tokenizer) == "<Tokenizer of 260 pieces and 0 added tokens, BOS 1, EOS 2>"
+    n_bytes = llama.parameters.nbytes
+    assert repr(llama) == (
+        f"<Llama of 2 layers, D 48, V 260, {n_bytes / 1e6:.1f} MB in float32, context 64, "
+        f"{llama.backend.name}>"
+    )
+
+
 def test_a_generation_runs_once(llama):
-    generation = llama.generation([[1, 5]], max_new_tokens=5, ignore_eos=True)
+    generation = llama.new_generation([[1, 5]], max_new_tokens=5, ignore_eos=True)
     next(iter(generation))
     with pytest.raises(InputError, match="has run"):
         iter(generation)
@@ -357,7 +533,7 @@ def test_a_generation_runs_once(llama):
 def test_what_was_held_back_is_said_when_a_row_is_interrupted(llama):
     options = {"max_new_tokens": 9, "sampling": GREEDY, "ignore_eos": True}
     whole = run(llama, [[1, 5]], **options)[0].text
-    generation = llama.generation([[1, 5]], stop=whole[:6] + "?", **options)
+    generation = llama.new_generation([[1, 5]], stop=whole[:6] + "?", **options)
     pieces = iter(generation)
     while len(generation.rows[0].ids) < 5:
         next(pieces)
@@ -376,6 +552,34 @@ def test_the_compiled_step_is_what_runs(llama, monkeypatch):
     monkeypatch.setattr(llama.ops, "compile", compile_step)
     llama.generate([1, 5], max_new_tokens=5, ignore_eos=True)
     assert len(calls) == 4
+
+
+def test_a_model_is_pickled_by_its_path(tmp_path, monkeypatch):
+    write_model(tmp_path / "m", TINY)
+    monkeypatch.chdir(tmp_path)
+    one = load("m", "numpy", dtype="bfloat16", context=40, threads=1)
+    want = one.generate("ab", **OPTIONS).ids
+    pickled = pickle.dumps(one)
+    assert len(pickled) < 1000
+    monkeypatch.chdir("/")  # as another process may be
+    again = pickle.loads(pickled)
+    assert (again.dtype, again.context, again.backend.name) == ("bfloat16", 40, "numpy")
+    assert again.generate("ab", **OPTIONS).ids == want
+    assert pickle.dumps(again) == pickled
+    shutil.rmtree(tmp_path / "m")
+    with pytest.raises(InputError, match=r"/m does not exist: expected a model directory"):
+        pickle.loads(pickled)
+    assert copy.copy(one).parameters is one.parameters  # which reads no file
+    assert load(backend="numpy").__reduce__()[1][0] is None  # the one that ships, wherever it lies
+
+
+def test_a_model_that_cannot_be_pickled_says_why(ops, llama):
+    with pytest.raises(InputError, match="by its path, and this one was not loaded from a dir"):
+        pickle.dumps(llama)
+    changed = load(backend="numpy")
+    changed.parameters = replace(changed.parameters)
+    with pytest.raises(InputError, match="by its path, and this one has other weights"):
+        pickle.dumps(changed)
 
 
 # -- a cache of the caller's
@@ -423,7 +627,7 @@ def test_a_row_that_ended_or_was_left_holds_what_is_known(llama):
     stop = next(iter(llama.stream(PROMPT, **OPTIONS)))
     said = llama.generate(PROMPT, cache=ended, stop=stop, **OPTIONS).ids
     assert ended.ids[0] == (PROMPT + said)[:-1]  # also where a step was launched ahead
-    pieces = llama.generation([PROMPT], cache=other, **OPTIONS)
+    pieces = llama.new_generation([PROMPT], cache=other, **OPTIONS)
     running = iter(pieces)
     next(running), next(running)
     running.close()
@@ -450,6 +654,96 @@ def test_ctrl_c_in_a_forward_leaves_a_cache_that_can_go_on(llama, monkeypatch):
         llama.generate(PROMPT, cache=cache, **OPTIONS)
     cache.truncate(0, min(cache.lengths[0], len(PROMPT) - 1))
     assert llama.generate(PROMPT, cache=cache, **OPTIONS).ids == want
+
+
+def interrupting(call, at):
+    """`call`, but that its at-th time begins with Ctrl-C."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return call(*args)
+
+    return interrupted
+
+
+def test_after_ctrl_c_a_stream_and_a_generation_keep_what_was_said(llama, monkeypatch):
+    whole = llama.generate(PROMPT, **OPTIONS)
+    head = llama.ops.head
+
+    def left(run):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(llama.ops, "head", interrupting(head, 5))
+            run()
+
+    left(lambda: llama.generate(PROMPT, **OPTIONS))  # which can only raise it
+    stream, generation = llama.stream(PROMPT, **OPTIONS), llama.new_generation([PROMPT], **OPTIONS)
+    left(lambda: list(stream))
+    left(generation.run)
+    for completion in (stream.completion, *generation.completions()):
+        assert completion.finish_reason == "interrupted"
+        assert 2 <= len(completion.ids) <= 4  # of four, those in flight are lost
+        assert completion.ids == whole.ids[: len(completion.ids)]
+        assert completion.text and whole.text.startswith(completion.text)
+        assert len(completion.log_probs) == len(completion.ids)
+
+
+@pytest.mark.parametrize(("on", "stride"), [("numpy", 7), ("strict", 97)])
+def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride):
+    """At one line in `stride`. In the last lines, which write down what it holds, it may not know
+    all of that, and the error says what to keep."""
+    llama = make_llama(make_ops(on))
+    prompts = [PROMPT, [1, 8, 9]]
+    options = OPTIONS | {"max_new_tokens": 4}
+    want = [c.ids for c in llama.generate_batch(prompts, **options)]
+    at, was_interrupted = 1, True
+    while was_interrupted:
+        cache = llama.new_cache(batch=2, context=30)
+        generation = llama.new_generation(prompts, cache=cache, **options)
+        was_interrupted = interrupted_at_line(at, generation.run)
+        for row, prompt in enumerate(prompts):
+            assert cache.ids[row] == (prompt + want[row])[: len(cache.ids[row])]
+        for _ in range(4):
+            try:
+                got = llama.generate_batch(prompts, cache=cache, **options)
+                break
+            except InputError as error:
+                found = re.search(r"cache\.truncate\((\d), (\d+)\)", str(error))
+                cache.truncate(int(found[1]), int(found[2]))
+        assert [c.ids for c in got] == want, f"after Ctrl-C at line {at}"
+        at += stride
+    assert at > 600
+
+
+def interrupted_at_line(at, run):
+    """Run, with a KeyboardInterrupt at the at-th line of the modules that write to a cache;
+    whether there are so many."""
+    modules = ("generation.py", "model.py", "kv_cache.py", "decode_step.py", "row.py")
+    n_lines = 0
+
+    def trace_lines(frame, event, arg):
+        nonlocal n_lines
+        n_lines += event == "line"
+        if event == "line" and n_lines == at:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace_lines
+
+    def trace_calls(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        return trace_lines if path.parent.name == "npllama" and path.name in modules else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_calls)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
 
 
 @pytest.mark.parametrize(
@@ -490,7 +784,7 @@ def test_wherever_a_generation_is_left_the_cache_knows_what_it_holds(llama):
     want = [c.ids for c in llama.generate_batch(prompts, **OPTIONS)]
     for n_steps in range(9):
         cache = llama.new_cache(batch=2, context=30)
-        running = iter(llama.generation(prompts, cache=cache, **OPTIONS))
+        running = iter(llama.new_generation(prompts, cache=cache, **OPTIONS))
         for _ in range(n_steps):
             next(running)
         running.close()
@@ -503,7 +797,7 @@ def test_wherever_a_generation_is_left_the_cache_knows_what_it_holds(llama):
 
 def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
     cache = llama.new_cache(context=30)
-    first, second = (llama.generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
+    first, second = (llama.new_generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
     list(first)
     held = list(cache.ids[0])
     with pytest.raises(InputError, match=r"begins with 7 of them .* cache.truncate\(0, 7\)"):
@@ -513,7 +807,7 @@ def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
 
 def test_an_old_iterator_neither_goes_on_nor_writes_over_a_newer_ones_record(llama):
     cache = llama.new_cache(context=40)
-    old = iter(llama.generation([[3, 4, 5]], cache=cache, **OPTIONS))
+    old = iter(llama.new_generation([[3, 4, 5]], cache=cache, **OPTIONS))
     next(old)
     cache.truncate(0, 0)
     newer = llama.generate(PROMPT, cache=cache, **OPTIONS)

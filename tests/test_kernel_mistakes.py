@@ -44,9 +44,7 @@ class Launcher(Kernels):
     """The kernels with one text changed."""
 
     def __init__(self, module, before="", after=""):
-        self.backend = StrictCupyBackend()
-        super().__init__(self.backend)
-        self.xp = self.backend.xp
+        super().__init__(StrictCupyBackend())
         self.to_device, self.to_host = self.backend.to_device, self.backend.to_host
         self._own, self._before, self._after = getattr(module, "SOURCE", ""), before, after
 

@@ -204,7 +204,7 @@ MODELS = {  # D, F, and the rows of q-k-v
 }
 
 
-@pytest.mark.parametrize("kilobytes", [227, 163, 99])
+@pytest.mark.parametrize("kilobytes", [227, 163, 99, 64, 48])
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_plan_fits_the_device(model, itemsize, kilobytes):
@@ -226,7 +226,20 @@ def test_a_plan_fits_the_device(model, itemsize, kilobytes):
         n_chunks = width * itemsize // 16
         assert tile * -(-n_chunks // tile) < 1.5 * n_chunks + 32  # what is copied in vain
         queue = cut.stages * cut.rows * tile * 16
-        assert queue >= (24 if width < 2048 else 48) * 1024 or cut.stages == 8
+        most = min(48, kilobytes // 2)
+        assert queue >= min(24 if width < 2048 else 48, most) * 1024 or cut.stages == 8
+
+
+def test_every_plan_has_room_on_every_device():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        itemsize, kilobytes = rng.choice([1, 2, 4]), rng.choice([227, 163, 99, 64, 48])
+        width = int(rng.integers(1, 4000)) * 16 // itemsize
+        n_out, n_rows = 2 * int(rng.integers(1, 400_000)), int(rng.integers(1, 9))
+        norm, swiglu, n_sms = rng.random() < 0.5, rng.random() < 0.5, int(rng.integers(1, 150))
+        cut = plan(int(itemsize), n_out, width, n_rows, norm, swiglu, n_sms, 1024 * int(kilobytes))
+        assert cut.shared <= 1024 * kilobytes and cut.rows * cut.m <= 32
+        assert 32 <= cut.threads <= 1024 and cut.threads % 32 == 0
 
 
 # -- CupyOps

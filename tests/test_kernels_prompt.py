@@ -12,7 +12,7 @@ import pytest
 
 from cuda_simulator import ORDERS, compiler
 from npllama.backend import Backend
-from npllama.kv_cache import KVCache
+from npllama.kv_cache import KVCache, LayerCache
 from npllama.ops import CupyOps, Ops
 from npllama.ops.cuda import decode_attention, prompt
 from npllama.parameters import Head, Matrix
@@ -252,6 +252,28 @@ def test_other_shapes_and_dtypes_are_array_calls(cuda, why, dtype, more):
         assert_close(a, b, bound)
 
 
+def test_rows_that_a_small_gpu_has_no_room_for_are_array_calls(cuda):
+    case = (9, 5, 1, 2, None)  # 14 keys
+    cuda.kernels.max_shared = 4 * (DIM + 8)  # a row, and a number for each warp
+    with DEVICE.recording() as launches:
+        attention_block(cuda, "float16", case)
+    assert set(names(launches)) == set(ATTENTION)
+    cuda.kernels.max_shared -= 1
+    with DEVICE.recording() as launches:
+        got = attention_block(cuda, "float16", case)
+    assert launches == []
+    for a, b in zip(got, attention_block(REFERENCE, "float16", case), strict=True):
+        assert_close(a, b, tolerance("float16"))
+
+
+def test_a_context_that_a_small_gpu_has_no_room_for_is_array_calls(cuda):
+    w = Matrix(cuda.xp.zeros((48, 64), dtype="float16"))
+    cuda.kernels.max_shared = 4 * (64 + 8)
+    for context, fits in ((64, True), (65, False)):
+        cache = LayerCache(*(cuda.xp.zeros((1, 2, context, 16), dtype="float16") for _ in "kv"))
+        assert prompt.fits_attention(cuda.kernels, cache, w) == fits
+
+
 def test_matrices_that_are_not_joined_are_array_calls(cuda):
     layer = layer_on(cuda, "float16", (4, 2), head_dim=HEAD_DIM, ffn_dim=FFN_DIM, dim=DIM)
     x = cuda.backend.to_device(np.ones((1, 5, DIM), "float32"))
@@ -302,6 +324,17 @@ def test_scores_of_7b_are_never_all_there():
     assert prompt._room(32, 32, prompt.queries_at_once(1, 4096), 4096) <= prompt.SCORES
     at_once = prompt.queries_at_once(8, 50_000)  # a long context and eight queries a key
     assert at_once >= 64 and prompt._room(64, 8, at_once, 50_000) <= prompt.SCORES
+
+
+def test_the_room_is_enough_for_the_heads_that_take_it():
+    sizes = [(32, 32, 128), (8, 64, 2560), (8, 64, 3500), (3, 6, 7), (1, 8, 50_000)]
+    for (n_kv_heads, n_heads, n_keys), context in itertools.product(sizes, (7, 300, 3528, 50_000)):
+        n_keys = min(n_keys, context)
+        tile = prompt.queries_at_once(n_heads // n_kv_heads, context)
+        room = prompt._room(n_heads, n_kv_heads, tile, context)
+        of_key_head = n_heads // n_kv_heads * tile * prompt._stride(n_keys)
+        at_once = prompt._heads_at_once(n_kv_heads, of_key_head, room)
+        assert 1 <= at_once <= n_kv_heads and at_once * of_key_head <= room
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

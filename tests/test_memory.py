@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from conftest import make_ops
+from conftest import STRICT_CUPY, make_ops
 from model_directory import write_model
 from npllama import load
 from npllama.backend import Backend
@@ -47,7 +47,7 @@ def test_a_generation_takes_no_more_than_foretold_and_not_far_less(case, where, 
     config, n_prompt, batch = CASES[case]
     ops = make_ops(where)
     llama = Llama(config, random_parameters(config, ops), ops, cache_dtype=cache_dtype)
-    generation = llama.generation([[5] * n_prompt] * batch, max_new_tokens=3, sampling=LIVELY)
+    generation = llama.new_generation([[5] * n_prompt] * batch, max_new_tokens=3, sampling=LIVELY)
     tracemalloc.start()
     for _ in generation:
         pass
@@ -110,7 +110,7 @@ def test_a_narrow_cache_is_foretold_with_what_is_widened_of_it():
         assert narrow - wide >= 2 * 4 * 4096 * 4096 and wide < 2 * 4 * 4096 * 4096
 
 
-@pytest.mark.parametrize("where", ["numpy", "strict", "strict-cupy"])
+@pytest.mark.parametrize("where", ["numpy", "strict", STRICT_CUPY])
 def test_loading_takes_no_more_than_the_weights_and_the_largest_tensor(tmp_path, where):
     config = LlamaConfig(256, 3, 4, 4, 2000, 260, 64)
     checkpoint = Checkpoint(write_model(tmp_path, config), config)

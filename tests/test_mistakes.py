@@ -387,6 +387,7 @@ def arguments_for(file):
 
 OPTIONS = ["-x", "-q", "--backend", "numpy", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
 OPTIONS += ["-c", str(ROOT / "setup.cfg"), "--tb", "native", "-s", "-p", "no:logging"]
+OPTIONS += ["--array-calls"]  # kernels have mistakes of their own, in test_kernel_mistakes.py
 
 
 class Program:

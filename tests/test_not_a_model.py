@@ -196,10 +196,10 @@ def test_a_file_of_llama2cs_is_named(tmp_path, lines, name):
     (tmp_path / name).write_bytes(LLAMA2C)
     (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<ifi", 5, -1e30, 3) + b"<s>" + bytes(30))
     loading, converting = lines(tmp_path)
-    assert f"holds {name}" in loading and f"convert.py {tmp_path / name} DEST" in loading
+    assert f"holds {name}" in loading and f"npllama convert {tmp_path / name} DEST" in loading
     assert converting.endswith(f"give that file, {tmp_path / name}")
     loading, _ = lines(tmp_path / name)  # truncated, says the converter
-    assert f"python tools/convert.py {tmp_path / name} DEST" in loading
+    assert f"npllama convert {tmp_path / name} DEST" in loading
 
 
 @pytest.mark.parametrize("case", ["bin", "bin-sharded", "meta-mp1", "meta-mp2"])
@@ -207,7 +207,7 @@ def test_another_format_is_named_with_the_command_that_converts_it(tmp_path, cas
     source = FIXTURES / "torch" / case
     weights = next(path for path in source.iterdir() if path.suffix in (".bin", ".pth"))
     for path in (source, weights):
-        with pytest.raises(NpllamaError, match=rf"tools/convert.py {source} DEST makes a model"):
+        with pytest.raises(NpllamaError, match=rf"npllama convert {source} DEST makes a model"):
             load(path, backend="numpy")
 
 
@@ -289,7 +289,7 @@ def test_what_is_nothing_known_keeps_its_message(tmp_path, lines):
     (tmp_path / "notes.txt").touch()
     loading, converting = lines(tmp_path)
     assert loading.startswith(f"{tmp_path} has no config.json: expected a model directory; hf ")
-    assert "tools/convert.py makes one" in loading
+    assert "npllama convert makes one" in loading
     assert converting.startswith(f"{tmp_path} holds no checkpoint")
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     loading, converting = lines(tmp_path)

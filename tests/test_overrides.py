@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
+from comparing.tolerance import tolerance
 from conftest import rope_table
 from npllama.backend import Backend
 from npllama.kv_cache import KVCache
@@ -31,21 +32,13 @@ from strict_array import StrictBackend
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# Largest difference as a fraction of the largest value. NumPy computes in float32 whatever the
-# storage. CuPy rounds activations and results of a 16-bit product to that type.
+FORMATS = ("float32", "float16", "bfloat16", "int8")
+# Largest difference as a fraction of the largest value, the table that tools/equivalence.py has.
 TOLERANCE = {
-    ("numpy", "float32"): 2e-6,
-    ("numpy", "float16"): 2e-6,
-    ("numpy", "bfloat16"): 2e-6,
-    ("numpy", "int8"): 2e-6,
-    ("cupy", "float32"): 2e-6,
-    ("cupy", "float16"): 2e-3,
-    ("cupy", "bfloat16"): 1.6e-2,
-    ("cupy", "int8"): 2e-6,
-    # Of many rows CuPy multiplies int8 on tensor cores as float16, which holds it exactly;
-    # activations are rounded as beside float16 weights.
-    ("numpy", "int8, many rows"): 2e-6,
-    ("cupy", "int8, many rows"): 2e-3,
+    (backend, dtype + rows): tolerance(backend, dtype, "q-k-v", phase)
+    for backend in ("numpy", "cupy")
+    for dtype in FORMATS
+    for rows, phase in (("", "decode"), (", many rows", "prompt"))
 }
 WIDE = 70_000
 """A width beyond any model's: cuBLAS adds so many products with more rounding in float32."""
@@ -53,7 +46,6 @@ T = (1, 2, 8, 9, 33)
 S = (0, 1, 600)
 B = (1, 3)
 G = (1, 2, 8)
-FORMATS = ("float32", "float16", "bfloat16", "int8")
 KERNEL_B = (1, 3, 8, 9)
 """Rows of one token each: the kernels take up to 8."""
 

@@ -222,6 +222,7 @@ def test_the_penalty_sees_the_signs_of_the_logits_as_they_came(ops):
     assert np.abs(sampled - truth).max() < 1e-3
 
 
+@pytest.mark.array_calls
 @pytest.mark.parametrize(
     "changes",
     [
@@ -248,6 +249,22 @@ def test_tokens_are_sampled_as_often_as_they_are_probable(ops, rng, changes):
     sampled = frequencies(ops, x, parameters, seen, n=4000)
     # of evenly spread uniforms, an interval holds its length's share but for one at either end
     assert np.abs(sampled - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_the_likeliest_are_in_falling_order_and_equals_in_that_of_their_ids(
+    ops, to_device, to_host, rng, n
+):
+    logits = rng.standard_normal((3, 9)).round(1).astype("float32")
+    logits[0, [2, 7]] = 4
+    logits[1, 1:8] = -np.inf
+    ids, log_probs = map(to_host, ops.likeliest(to_device(logits), n))
+    want = np.argsort(-logits, axis=-1, kind="stable")[:, :n]
+    log_p = logits - np.log(np.exp(logits.astype("float64")).sum(-1, keepdims=True))
+    possible = np.take_along_axis(logits, want, axis=-1) > -np.inf  # of others any will do
+    assert np.array_equal(ids[possible], want[possible])
+    assert np.allclose(log_probs, np.take_along_axis(log_p, want, axis=-1), atol=1e-5)
+    assert (ids.dtype, log_probs.dtype) == ("int64", "float32")
 
 
 def test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform(

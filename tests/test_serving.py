@@ -22,14 +22,20 @@ def llama(request) -> Llama:
 
 REQUESTS = [
     ([1, 100, 7], {"temperature": 0, "seed": 0, "max_new_tokens": 12}),
-    ([1, *range(5, 35)], {"seed": 1, "max_new_tokens": 20, "temperature": 1.5}),
+    ([1, *range(5, 35)], {"seed": 1, "max_new_tokens": 20, "temperature": 1.5, "top_logprobs": 3}),
     ("ab", {"seed": 2, "max_new_tokens": 9, "temperature": 1.5, "repetition_penalty": 1.3}),
     ([1], {"temperature": 0, "seed": 3, "max_new_tokens": 30, "ignore_eos": True}),
     ([1] * 64, {"seed": 4}),
     ([1, 42], {"seed": 5, "max_new_tokens": 0}),
-    ([1, 8], {"seed": 6, "max_new_tokens": 7, "temperature": 1.5}),
+    ([1, 8], {"seed": 6, "max_new_tokens": 7, "temperature": 1.5, "top_logprobs": 1}),
     ([1, 9, 9], {"seed": 7, "max_new_tokens": 16, "top_k": 20, "temperature": 2.0}),
 ]
+
+
+def likeliest(completion):
+    """Ids, texts and rounded log-probabilities; None where they were not asked for."""
+    top = completion.top_logprobs
+    return top and [[(t.id, t.text, pytest.approx(t.log_prob, abs=1e-4)) for t in at] for at in top]
 
 
 def test_eight_threads_are_answered_as_if_each_were_alone(llama):
@@ -51,6 +57,8 @@ def test_eight_threads_are_answered_as_if_each_were_alone(llama):
             assert got.finish_reason == alone.finish_reason
             assert got.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
             assert "".join(pieces) == alone.text
+            assert likeliest(got) == likeliest(alone)
+            assert got.prompt_tokens == alone.prompt_tokens
             assert got.timings.new_tokens == len(got.ids)
 
 

@@ -1,6 +1,7 @@
 """The model inside the package: what its card says of it is so, and every package contains it."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 
 import npllama
 import perplexity
-from conftest import ROOT, data_file
+from conftest import ROOT, TINY, data_file
+from model_directory import write_model
 from npllama.llama import SHIPPED
 from npllama.sampling_options import Sampling
 from training.stories import read_stories
@@ -114,16 +116,37 @@ def test_wheel_and_sdist_contain_the_model_and_the_kernels(packages):
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     kernels = list((ROOT / "npllama").rglob("*.cu"))
     assert kernels
-    for path in (*SHIPPED.iterdir(), *kernels):
+    for path in (*SHIPPED.iterdir(), *kernels, *(ROOT / "npllama").rglob("*.py")):
         assert path.relative_to(ROOT).as_posix() in in_sdist
         assert path.relative_to(ROOT).as_posix() in in_wheel
 
 
-def test_an_installed_wheel_tells_a_story(packages, tmp_path):
-    """Installed elsewhere, and run from there: not this tree's files."""
+def test_wheel_contains_the_programs_inside_the_package(packages):
+    """What is started by hand in the repository, npllama/__main__.py starts there."""
+    sdist, wheel = packages
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {"npllama"}
+    folders = ("benchmarking", "comparing", "converting", "training")
+    tools = [*(ROOT / "tools").glob("*.py")]
+    tools += [path for folder in folders for path in (ROOT / "tools" / folder).glob("*.py")]
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+    for path in tools:
+        assert f"npllama/{path.relative_to(ROOT).as_posix()}" in names
+        assert path.relative_to(ROOT).as_posix() in in_sdist
+
+
+@pytest.fixture(scope="module")
+def installed(packages, tmp_path_factory):
+    """A folder in which the wheel is installed: not this tree's files."""
+    folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*command, "--target", str(tmp_path), str(packages[1])], check=True)
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([*command, "--target", str(folder), str(packages[1])], check=True)
+    return folder
+
+
+def test_an_installed_wheel_tells_a_story(installed, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(installed)}
     code = (  # as `python -m npllama.generate` does, but for where it was found
         "import runpy, sys, npllama; print(npllama.__file__, file=sys.stderr)\n"
         "runpy.run_module('npllama.generate', run_name='__main__', alter_sys=True)"
@@ -131,9 +154,30 @@ def test_an_installed_wheel_tells_a_story(packages, tmp_path):
     command = [sys.executable, "-c", code, "--prompt", "Once upon a time"]
     command += ["--seed", "0", "--temperature", "0.6"]
     told = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert (told.returncode, told.stderr) == (0, f"{tmp_path / 'npllama' / '__init__.py'}\n")
+    assert (told.returncode, told.stderr) == (0, f"{installed / 'npllama' / '__init__.py'}\n")
     assert told.stdout.startswith("Once upon a time")
     assert len(told.stdout.split()) > 50
+
+
+def test_an_installed_wheel_converts_and_measures(installed, tmp_path):
+    """By the words that its own messages name, through the script that pip has made."""
+    write_model(tmp_path / "small", TINY)
+    (tmp_path / "text.txt").write_text("Once upon a time")
+
+    def npllama_(*words):
+        command = [sys.executable, str(installed / "bin" / "npllama"), *words]
+        env = os.environ | {"PYTHONPATH": str(installed)}
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    converted = npllama_("convert", "small", "converted", "--dtype", "bfloat16")
+    assert (converted.returncode, converted.stdout) == (0, ""), converted.stderr
+    scored = npllama_("perplexity", "--model", "converted", "--text", "text.txt", "--json")
+    assert scored.returncode == 0, scored.stderr
+    score = perplexity.score(npllama.load(tmp_path / "converted", "numpy"), "Once upon a time")
+    assert json.loads(scored.stdout)["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
+    nothing = npllama_("convert", "text.txt", "nothing")
+    assert (nothing.returncode, nothing.stdout) == (2, "")
+    assert nothing.stderr.startswith("convert: error: text.txt ")
 
 
 @pytest.mark.slow

@@ -398,8 +398,7 @@ def test_where_a_copy_does_not_go(backend, x, out, error, message):
 # -- where it stands in
 
 
-def test_without_a_compiler_array_calls_are_made(monkeypatch):
-    monkeypatch.setattr("conftest.compiler", lambda: None)
+def test_without_a_compiler_array_calls_are_made():
     ops = make_ops("strict-cupy")
     assert ops.backend.name == "strict" and not hasattr(ops.xp, "RawModule")
     completion = make_llama(ops).generate([1, 5], max_new_tokens=6, ignore_eos=True)

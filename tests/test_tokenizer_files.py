@@ -134,6 +134,7 @@ def llama_with(ops, config, added=None):
     return make_llama(ops, config, tokenizer=tokenizer)
 
 
+@pytest.mark.array_calls
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_padding_rows_and_holes_are_never_chosen(ops, penalty):
     config = replace(TINY, vocab_size=300, eos_ids=(2, 271, 5000))

@@ -5,9 +5,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,15 +19,19 @@ import pytest
 import npllama
 import train
 import training.progress
-from conftest import ROOT, TINY, data_file, make_ops
+from conftest import ROOT, STRICT_CUPY, TINY, data_file, make_ops
+from model_directory import random_tensors, write_model
+from npllama.config import _HF_NAMES
 from npllama.initialization import random_parameters
 from npllama.llama import SHIPPED, Llama
+from npllama.weight_formats import FORMATS
+from npllama.weights import named_arrays
 from test_atomic import refuse_locks
 from test_console import Broken
-from training.adamw import Schedule
 from training.batches import Batches
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.run import Run, WorkerThreads
+from training.schedules import constant, cosine, wsd
 from training.tokenizer import train_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on."
@@ -220,11 +227,11 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
     sequences = [rng.integers(3, TINY.vocab_size, n).astype("int32") for n in (9, 5, 12, 7)]
     batches = Batches(sequences, context=64, batch=4, micro_batch=2, packed=False, seed=0)
     weights = []
-    for implementation in ("numpy", "strict", "strict-cupy"):
+    for implementation in ("numpy", "strict", STRICT_CUPY):
         ops = make_ops(implementation)
         llama = Llama(TINY, random_parameters(TINY, ops), ops)
         workers = WorkerThreads(1)
-        schedule = Schedule(1e-2, 1, 3, 0.0)
+        schedule = partial(constant, peak=1e-2, warmup=1)
         run = Run(llama, batches, schedule, decay=0.1, max_grad_norm=1.0, workers=workers)
         with workers:
             losses = [run.step().loss for _ in range(3)]
@@ -591,3 +598,282 @@ def test_an_out_that_cannot_be_made_is_one_line(place, capsys):
 def test_a_terminal_that_is_gone_does_not_end_a_run(place, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Broken(errno.EIO))
     assert train.main(arguments(place, "--report-every", "3", "--sample", "The")) == 0
+
+
+# -- schedules, and the length of a run
+
+
+SCHEDULES = {
+    "cosine": ["--final-lr", "0.1"],
+    "wsd": ["--schedule", "wsd", "--decay", "4", "--final-lr", "0.1"],
+    "constant": ["--schedule", "constant"],
+}
+
+
+def run_rates(place):
+    return [float(row["learning_rate"]) for row in curve_of(place)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_has_the_rates_of_its_schedule_and_resumes_to_the_bit(place, monkeypatch, name):
+    often = (*SCHEDULES[name], "--lr", "0.01", "--report-every", "1")
+    assert train.main(arguments(place, *often)) == 0
+    truth = {
+        "cosine": lambda step: cosine(step, peak=0.01, warmup=2, steps=12, final=0.1),
+        "wsd": lambda step: wsd(step, peak=0.01, warmup=2, steps=12, decay=4, final=0.1),
+        "constant": lambda step: constant(step, peak=0.01, warmup=2),
+    }[name]
+    assert run_rates(place) == pytest.approx([truth(step) for step in range(12)], rel=1e-5)
+    whole = weights_of(place)
+    (place / "run").rename(place / "never-stopped")
+    interrupt_at(monkeypatch, 10, signal.SIGINT)  # within wsd's decay
+    assert train.main(arguments(place, *often)) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr("training.progress.sgemm_rate", lambda run: 1e9)
+    assert train.main(arguments(place, *often)) == 0
+    assert weights_of(place) == whole
+    assert run_rates(place) == pytest.approx([truth(step) for step in range(12)], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([12, "--schedule", "constant"], [20, "--schedule", "constant"]),
+        ([12, "--schedule", "wsd", "--decay", 0], [20, "--schedule", "wsd", "--decay", 5]),
+        ([12, "--schedule", "wsd", "--decay", 0], [12, "--schedule", "wsd", "--decay", 0]),
+    ],
+)
+def test_a_lengthened_run_equals_one_of_that_length(place, capsys, before, after):
+    often = ("--report-every", "4")
+    assert train.main(arguments(place, *after[1:], *often, steps=after[0])) == 0
+    whole, state = weights_of(place), load_checkpoint(place / "run" / "checkpoint.npz")[0]
+    curve = without_seconds(curve_of(place))
+    (place / "run").rename(place / "at-once")
+    assert train.main(arguments(place, *before[1:], *often, steps=before[0])) == 0
+    assert after[0] == before[0] or weights_of(place) != whole
+    capsys.readouterr()
+    assert train.main(arguments(place, *after[1:], *often, steps=after[0])) == 0
+    assert "train: goes on after step 12\n" in capsys.readouterr().err
+    assert weights_of(place) == whole
+    lengthened = load_checkpoint(place / "run" / "checkpoint.npz")[0]
+    assert all(np.array_equal(lengthened[name], state[name]) for name in state)
+    assert without_seconds(curve_of(place)) == curve
+
+
+def test_the_warmup_of_a_lengthened_run_is_its_own(place):
+    args = arguments(place, "--schedule", "constant", steps=30)
+    at = args.index("--warmup")
+    args = args[:at] + args[at + 2 :]
+    assert train.main(args) == 0
+    args[args.index("30")] = "60"  # for which it would be 6
+    assert train.main(args) == 0
+    facts = load_checkpoint(place / "run" / "checkpoint.npz", with_arrays=False)[1]
+    assert (facts["identity"]["warmup"], facts["steps_done"]) == (3, 60)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            [12],
+            [20],
+            "was begun with --steps 12, and with 20 the steps that are done would have had other "
+            "learning rates, since a cosine falls from its warm-up to the last step: give what",
+        ),
+        (
+            [12, "--schedule", "wsd", "--decay", 4],
+            [20, "--schedule", "wsd", "--decay", 4],
+            "since its decay has begun, or would have: give what",
+        ),
+        (
+            [12, "--schedule", "wsd", "--decay", 0],
+            [14, "--schedule", "wsd", "--decay", 3],
+            "was begun with --steps 12, and with 14 the steps",
+        ),
+        (
+            [12, "--schedule", "wsd", "--decay", 0],
+            [12, "--schedule", "wsd", "--decay", 3],
+            "was begun with --decay 0, and with 3 the steps",
+        ),
+        (
+            [12, "--schedule", "constant"],
+            [11, "--schedule", "constant"],
+            "has 12 steps done and --steps is 11: give at least as many",
+        ),
+        ([12], [12, "--schedule", "constant"], "another schedule (cosine, now constant): give"),
+    ],
+)
+def test_a_length_that_its_schedule_does_not_allow_is_refused(
+    place, capsys, before, after, message
+):
+    assert train.main(arguments(place, *before[1:], steps=before[0])) == 0
+    kept = (place / "run" / "checkpoint.npz").read_bytes()
+    capsys.readouterr()
+    assert train.main(arguments(place, *after[1:], steps=after[0])) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert (place / "run" / "checkpoint.npz").read_bytes() == kept
+
+
+def test_a_checkpoint_from_before_schedules_is_one_of_a_cosine(place, capsys):
+    assert train.main(arguments(place)) == 0
+    checkpoint = place / "run" / "checkpoint.npz"
+    state, facts = load_checkpoint(checkpoint)
+    for name in ("schedule", "decay", "start"):
+        del facts["identity"][name]
+    save_checkpoint(checkpoint, state, facts)
+    assert train.main(arguments(place)) == 0
+    assert train.main(arguments(place, "--schedule", "constant")) == 2
+    assert "another schedule (cosine, now constant)" in capsys.readouterr().err
+
+
+# -- from a checkpoint
+
+
+def from_arguments(place, directory, *more, **options):
+    args = arguments(place, *more, **options)
+    at = args.index("--config")
+    return [*args[:at], "--from", str(directory), *args[at + 2 :]]
+
+
+def first_state(monkeypatch):
+    """The state of the next run as its first step begins."""
+    states = []
+    step_of_run = Run.step
+
+    def step(self):
+        if not states:
+            states.append({name: array.copy() for name, array in self.state().items()})
+        return step_of_run(self)
+
+    monkeypatch.setattr(Run, "step", step)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tied", "shards"),
+    [("float32", False, 1), ("bfloat16", True, 1), ("float16", False, 3)],
+)
+def test_training_starts_from_a_checkpoints_weights(place, monkeypatch, dtype, tied, shards):
+    """Apart in the file, as another program wrote it, and in place of the random ones."""
+    config = replace(TINY, tie_embeddings=tied)
+    directory = write_model(place / "model", config, dtype=dtype, shards=shards)
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    states = first_state(monkeypatch)
+    assert train.main(from_arguments(place, directory, "--seed", "5")) == 0
+    loaded = named_arrays(npllama.load(directory, "numpy", dtype="float32").parameters, config)
+    assert {f"w/{name}" for name in loaded} <= states[0].keys()
+    for name, array in loaded.items():
+        assert states[0][f"w/{name}"].dtype == np.float32
+        assert np.array_equal(states[0][f"w/{name}"], array), name
+        assert not states[0][f"m/{name}"].any()
+    trained = npllama.load(place / "run" / "model", "numpy")
+    assert (trained.config, trained.dtype) == (config, "float32")
+    for name, array in named_arrays(trained.parameters, config).items():
+        assert not np.array_equal(array, loaded[name]), name
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_a_run_from_a_checkpoint_goes_on_learning_and_resumes_to_the_bit(place, monkeypatch):
+    assert train.main(arguments(place, "--lr", "0.02", "--report-every", "1", steps=40)) == 0
+    first = curve_of(place)
+    (place / "run").rename(place / "first")
+    model = place / "first" / "model"
+    again = ("--lr", "0.01", "--report-every", "1")
+    assert train.main(from_arguments(place, model, *again)) == 0
+    losses = [float(row["train_loss"]) for row in curve_of(place)]
+    assert losses[0] < 1.2 * float(first[-1]["train_loss"]) < 0.5 * float(first[0]["train_loss"])
+    assert losses[-1] < losses[0]
+    whole = weights_of(place)
+    names = {path.name for path in (place / "run" / "model").iterdir()}
+    assert names == {path.name for path in model.iterdir()}
+    (place / "run").rename(place / "never-stopped")
+    interrupt_at(monkeypatch, 6, signal.SIGINT)
+    assert train.main(from_arguments(place, model, *again)) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr("training.progress.sgemm_rate", lambda run: 1e9)
+    assert train.main(from_arguments(place, model, *again)) == 0
+    assert weights_of(place) == whole
+
+
+def test_the_trained_model_has_the_tokenizer_files_of_its_checkpoint(place):
+    directory = write_model(place / "model", TINY)
+    files = {
+        "tokenizer_config.json": b'{"add_bos_token": true, "chat_template": "x"}',
+        "special_tokens_map.json": b"{}",
+        "generation_config.json": b'{"eos_token_id": [2, 7]}',
+    }
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    assert train.main(from_arguments(place, directory)) == 0
+    trained = place / "run" / "model"
+    assert {name: (trained / name).read_bytes() for name in files} == files
+    name = "tokenizer.model"
+    assert (trained / name).read_bytes() == (directory / name).read_bytes()
+    assert npllama.load(trained, "numpy").config.eos_ids == (2, 7)
+
+
+def test_other_weights_are_another_run(place, capsys):
+    directory = write_model(place / "model", TINY, seed=1)
+    assert train.main(from_arguments(place, directory)) == 0
+    write_model(directory, TINY, seed=2)
+    capsys.readouterr()
+    assert train.main(from_arguments(place, directory)) == 2
+    err = capsys.readouterr().err
+    assert "is of a run with another start: give what it was begun with" in err
+    assert err.count("\n") == 1
+
+
+def int8_tensors():
+    tensors = {}
+    for name, array in random_tensors(TINY).items():
+        int8 = FORMATS["int8"]
+        parts = int8.stored(name, array.shape) if array.ndim == 2 else [name]
+        arrays = int8.from_float(array) if array.ndim == 2 else [array]
+        tensors |= dict(zip(parts, arrays, strict=True))
+    return tensors
+
+
+@pytest.mark.parametrize("what", ["int8", "no tokenizer", "no model", "tokenizer", "config"])
+def test_a_checkpoint_that_cannot_be_trained_is_one_line(place, capsys, what):
+    tensors = int8_tensors() if what == "int8" else None
+    directory = place / "model"
+    if what != "no model":
+        write_model(directory, TINY, tensors=tensors, tokenizer=what != "no tokenizer")
+    more = ["--tokenizer", directory / "tokenizer.model"] if what == "tokenizer" else []
+    more += ["--config", place / "config.json"] if what == "config" else []
+    message = {
+        "int8": f"--from {directory} holds int8 weights, which have lost what training needs",
+        "no tokenizer": f"--from {directory} has no tokenizer.model or tokenizer.json",
+        "no model": f"{directory} does not exist: expected a model directory",
+        "tokenizer": "--tokenizer is given with --from, which has its own",
+        "config": "argument --config: not allowed with argument --from",
+    }[what]
+    try:
+        code = train.main(from_arguments(place, directory, *more))
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"train: error: {message}") and err.count("\n") == 1
+    assert not (place / "run").exists()
+
+
+# -- the help
+
+
+def test_the_help_names_the_fields_of_a_config(place, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    for name in _HF_NAMES.values():
+        assert name in text
+    needed = re.search("A config needs (.*?)\\. It may have", " ".join(text.split())).group(1)
+    needed = re.split(", | and ", needed)
+    for name in CONFIG:
+        fields = {field: value for field, value in CONFIG.items() if field != name}
+        (place / "config.json").write_text(json.dumps(fields))
+        assert train.main(arguments(place, steps=3)) == (2 if name in needed else 0)
+        if name in needed:
+            assert f"{name} is missing" in capsys.readouterr().err
+        shutil.rmtree(place / "run", ignore_errors=True)

@@ -7,6 +7,11 @@ Decode steps are those of the library's own generation loop. Beside them, in the
 roofline is timed: one pass of plain float32 BLAS over all matrices of the model.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import sys

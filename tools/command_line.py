@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from npllama.console import WRONG_INPUT, write
+from npllama.console import WRONG_INPUT, started_as, write
 from npllama.console import exit_code as exit_code  # for the tools
 
 
@@ -12,7 +12,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line that begin with the tool's name."""
 
     def __init__(self, tool: str, description: str, **settings: object) -> None:
-        super().__init__(prog=f"python tools/{tool}.py", description=description, **settings)
+        super().__init__(
+            prog=started_as(tool, f"python tools/{tool}.py"), description=description, **settings
+        )
         self.tool = tool
 
     def error(self, message: str) -> NoReturn:

@@ -10,6 +10,11 @@ transformers open: config.json, generation_config.json, safetensors and, where t
 tokenizer, tokenizer.model and tokenizer_config.json.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import contextlib
 import os

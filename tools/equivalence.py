@@ -9,6 +9,11 @@ npllama.ops.Ops, "numpy" and "cupy" are the overrides that the library computes 
 is the largest one as a fraction of the largest value; the layer in which it stands is in brackets.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import sys

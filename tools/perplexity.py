@@ -7,16 +7,20 @@ as BOS and its ids, and scored on every id after BOS; all its bytes count. Bits 
 the other two, can be compared between tokenizers.
 """
 
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
+
 import argparse
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 import npllama
 from command_line import Parser, exit_code, named_path, say
@@ -25,10 +29,11 @@ from npllama.console import check_output, open_streams, tell
 from npllama.errors import InputError
 from npllama.llama import Llama
 from npllama.ops import Ops
+from npllama.progress_line import progress_shown
 from npllama.weight_formats import FORMATS
 from training.stories import read_stories
 
-Map = Callable[[Callable[[str], "Score"], Sequence[str]], Iterable["Score"]]
+Map = Callable[[Callable[[list[int]], np.ndarray], Sequence[list[int]]], Iterable[np.ndarray]]
 _OPS = Ops(Backend())
 
 
@@ -69,32 +74,50 @@ def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
     half a context of ids before it, and none twice.
     """
     ids = list(ids)
-    parts, begin, scored = [], 0, 1
-    while scored < len(ids):
-        window = ids[begin : begin + llama.context + 1]
-        with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
-            logits = llama.logits(window[:-1])  # (T, V); row t predicts window[t + 1]
-            surprise = _OPS.cross_entropy(logits, np.array(window[1:]))  # (T,)
-        parts.append(surprise[scored - begin - 1 :])
-        scored = begin + len(window)
-        begin += (llama.context + 1) // 2
+    parts, scored = [], 1
+    with llama.reading(_n_read(llama, ids), "scoring the text"):
+        for begin, end in _windows(llama, ids):
+            window = ids[begin:end]
+            with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
+                logits = llama.logits(window[:-1])  # (T, V); row t predicts window[t + 1]
+                surprise = _OPS.cross_entropy(logits, np.array(window[1:]))  # (T,)
+            parts.append(surprise[scored - begin - 1 :])
+            scored = end
     return np.concatenate(parts) if parts else np.empty(0, dtype="float32")
+
+
+def _windows(llama: Llama, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where each window of `nats` begins and ends, its last id being a target alone."""
+    begin, end = 0, 1
+    while end < len(ids):
+        end = min(begin + llama.context + 1, len(ids))
+        yield begin, end
+        begin += (llama.context + 1) // 2
+
+
+def _n_read(llama: Llama, ids: Sequence[int]) -> int:
+    """Tokens that the model reads to score `ids`."""
+    return sum(end - begin - 1 for begin, end in _windows(llama, ids))
 
 
 def score(llama: Llama, text: str) -> Score:
     """The score of one text after BOS, whatever tokenizer_config.json adds to a prompt."""
-    llama.encode("")  # says what is missing where there is no tokenizer
-    ids = llama.tokenizer.encode(text)
-    return Score(float(nats(llama, ids).sum(dtype="float64")), len(ids) - 1, len(text.encode()))
+    return score_texts(llama, [text])
 
 
 def score_texts(llama: Llama, texts: Sequence[str], each: Map = map) -> Score:
     """The score of several texts together, each from its own BOS; `each` may be a pool's map."""
-    total = Score(0.0, 0, 0)
-    with tqdm(total=len(texts), unit="text", disable=None, leave=False) as bar:
-        for one in each(lambda text: score(llama, text), texts):
-            total += one
-            bar.update()
+    llama.encode("")  # says what is missing where there is no tokenizer
+    encoded = [llama.tokenizer.encode(text) for text in texts]
+    n_read = [_n_read(llama, ids) for ids in encoded]
+    total, read = Score(0.0, 0, 0), 0
+    with llama.reading(sum(n_read), "scoring the text") as work:
+        scored = each(lambda ids: nats(llama, ids), encoded)
+        for text, ids, n, surprise in zip(texts, encoded, n_read, scored, strict=True):
+            one = float(surprise.sum(dtype="float64"))
+            total += Score(one, len(ids) - 1, len(text.encode()))
+            read += n
+            work.reach(read * llama.config.n_layers)  # a pool's threads advance nothing
     return total
 
 
@@ -104,9 +127,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     return exit_code(
         "perplexity",
-        lambda: _print_score(options),
+        lambda: _shown_score(options),
         out_of_memory="use a narrower --dtype or a smaller model",
     )
+
+
+def _shown_score(options: argparse.Namespace) -> None:
+    with progress_shown("perplexity"):
+        _print_score(options)
 
 
 def _print_score(options: argparse.Namespace) -> None:

@@ -1,10 +1,16 @@
-"""Train a LLaMA-2 from random weights on a text file, by npllama's own array math.
+"""Train a LLaMA-2 on a text file, from random weights or a checkpoint's, by npllama's own math.
 
     python tools/train.py --text train.txt --valid valid.txt --out RUN --config config.json
+    python tools/train.py --text train.txt --valid valid.txt --out RUN --from DIR
 
 RUN holds the tokenizer, the checkpoint from which the same command resumes, the loss curve, and,
 at the end, RUN/model: a model directory in float32, for tools/convert.py to make narrower.
 """
+
+if __name__ == "__main__":  # first of all, since the imports take a while
+    from npllama.early_interrupt import end_at_once
+
+    end_at_once()
 
 import argparse
 import hashlib
@@ -24,17 +30,20 @@ from npllama.errors import ConfigError, InputError
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.ops import ops_for
+from npllama.progress_line import progress_shown
 from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
 from perplexity import score_texts
-from training.adamw import Schedule
 from training.batches import Batches
 from training.checkpoint import load_checkpoint, load_facts, save_checkpoint
+from training.identity import check_identity, schedule_of
 from training.loss_curve import check_matplotlib, draw_curve
 from training.model_writer import check_model_place, write_model
 from training.progress import Progress
 from training.run import Run, WorkerThreads, check_training_memory
 from training.run_directory import CHECKPOINT, LOCK, check_out, mark_as_run
+from training.schedules import SCHEDULES
+from training.start import Start, read_start
 from training.stories import encode_stories, read_stories
 from training.tokenizer import train_tokenizer
 
@@ -53,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         return "interrupted before the first checkpoint; the same command begins anew"
 
     def work() -> None:
-        with interruptible():
+        with interruptible(), progress_shown("train"):
             train(options)
 
     return exit_code("train", work, interrupted, "use a smaller --micro-batch or model")
@@ -86,21 +95,26 @@ def train(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     out: Path = options.out
-    config = _config(options.config)
+    checkpoint = out / CHECKPOINT
+    begun = load_facts(checkpoint) if checkpoint.exists() else None
+    _complete(options, {} if begun is None else begun["identity"])
+    start = None if options.start is None else read_start(options.start)
+    config = _config(options.config) if start is None else start.config
     stories = read_stories(options.text)
     valid = read_stories(options.valid)[: options.valid_stories] if options.valid else []
-    tokenizer = _tokenizer_model(options, config, stories)
-    identity = _identity(options, config, tokenizer)
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists():
-        _check_identity(identity, load_facts(checkpoint)["identity"], checkpoint)
-    run = _run(options, config, stories, tokenizer)
+    tokenizer = _tokenizer_model(options, config, stories) if start is None else start.tokenizer
+    identity = _identity(options, config, tokenizer, start)
+    if begun is not None:
+        check_identity(identity, begun["identity"], begun["steps_done"], checkpoint)
+    run = _run(options, identity, config, stories, tokenizer)
+    if start is not None and begun is None:
+        start.copy_weights(run.model)
     check_model_place(config, out / "model")
     # all that is given has been looked at: now files are written
     _write_tokenizer(tokenizer, out)
     with run.workers:
         progress = Progress(run, out / "loss.csv", options.steps)
-        if checkpoint.exists():
+        if begun is not None:
             _restore(run, progress, checkpoint)
             tell(f"train: goes on after step {run.steps_done:,}")
         tell(
@@ -110,14 +124,18 @@ def _train(options: argparse.Namespace) -> None:
         )
         with progress:
             _steps(run, progress, options, identity, valid)
-    write_model(run.model, tokenizer, out / "model")
+    write_model(run.model, tokenizer, out / "model", {} if start is None else start.files)
     if options.plot:
         draw_curve(out / "loss.csv", out / "loss.png")
     tell(f"train: wrote {out / 'model'}")
 
 
 def _run(
-    options: argparse.Namespace, config: LlamaConfig, stories: list[str], tokenizer_model: bytes
+    options: argparse.Namespace,
+    identity: dict,
+    config: LlamaConfig,
+    stories: list[str],
+    tokenizer_model: bytes,
 ) -> Run:
     tokenizer = Tokenizer.from_bytes(tokenizer_model)
     batches = Batches(
@@ -139,7 +157,7 @@ def _run(
     return Run(
         Llama(config, parameters, ops, tokenizer=tokenizer),
         batches,
-        Schedule(options.lr, options.warmup, options.steps, options.final_lr),
+        schedule_of(identity),
         decay=options.weight_decay,
         max_grad_norm=options.clip,
         workers=WorkerThreads(n_workers),
@@ -203,14 +221,31 @@ def _check(options: argparse.Namespace) -> None:
         if not 0 <= getattr(options, name) <= 1:
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is {getattr(options, name)}: expected 0 to 1")
-    if options.warmup is None:
-        options.warmup = min(100, options.steps // 10)
-    if not 0 <= options.warmup < options.steps:
-        raise InputError(f"--warmup is {options.warmup}: expected 0 to --steps - 1")
     if options.seed < 0:
         raise InputError(f"--seed is {options.seed}: expected at least 0")
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads is {options.threads}: expected at least 1")
+    if options.start is not None and options.tokenizer is not None:
+        raise InputError("--tokenizer is given with --from, which has its own: leave it out")
+    if options.schedule != "wsd" and options.decay is not None:
+        raise InputError(f"--decay is for --schedule wsd: {options.schedule} has none")
+    if options.schedule == "constant" and options.final_lr:
+        raise InputError("--final-lr is given with --schedule constant: its last rate is --lr")
+
+
+def _complete(options: argparse.Namespace, begun: dict) -> None:
+    """Give --warmup and --decay the values that follow from the run that goes on, if one does,
+    and from --steps."""
+    if options.warmup is None:
+        options.warmup = begun.get("warmup", min(100, options.steps // 10))
+    if not 0 <= options.warmup < options.steps:
+        raise InputError(f"--warmup is {options.warmup}: expected 0 to --steps - 1")
+    if options.schedule == "wsd":
+        most = options.steps - options.warmup
+        if options.decay is None:
+            options.decay = min(options.steps // 5, most)
+        if not 0 <= options.decay <= most:
+            raise InputError(f"--decay is {options.decay}: expected 0 to --steps - --warmup")
 
 
 def _config(file: Path) -> LlamaConfig:
@@ -234,26 +269,19 @@ def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: 
     return train_tokenizer(stories, config.vocab_size)
 
 
-def _identity(options: argparse.Namespace, config: LlamaConfig, tokenizer: bytes) -> dict:
-    """What a run's numbers follow from; a checkpoint goes on only where all of it is the same."""
-    names = ("steps", "batch", "micro_batch", "packed", "lr", "warmup", "final_lr")
-    names += ("weight_decay", "clip", "seed")
+def _identity(
+    options: argparse.Namespace, config: LlamaConfig, tokenizer: bytes, start: Start | None
+) -> dict:
+    """What a run's numbers follow from; see training/identity.py."""
+    names = ("steps", "batch", "micro_batch", "packed", "schedule", "lr", "warmup", "decay")
+    names += ("final_lr", "weight_decay", "clip", "seed")
     return {
         "config": config.to_hf(),
         "text": hashlib.sha256(options.text.read_bytes()).hexdigest(),
         "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "start": None if start is None else start.digest(),
         **{name: getattr(options, name) for name in names},
     }
-
-
-def _check_identity(ours: dict, theirs: dict, checkpoint: Path) -> None:
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            what = "" if isinstance(value, dict | str) else f" ({theirs.get(name)}, now {value})"
-            raise InputError(
-                f"{checkpoint} is of a run with another {name}{what}: "
-                "give what it was begun with, or choose another --out"
-            )
 
 
 def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
@@ -273,11 +301,23 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if says_nothing else super()._get_help_string(action)
 
 
+_EPILOG = """
+A config needs hidden_size, num_hidden_layers, num_attention_heads, intermediate_size and
+vocab_size. It may have num_key_value_heads (else num_attention_heads), head_dim (hidden_size /
+num_attention_heads), max_position_embeddings (2048; the length of a row), rms_norm_eps (1e-6),
+rope_theta (10000), tie_word_embeddings (false), bos_token_id (1) and eos_token_id (2).
+A run that is done with its --steps gets more by the same command with more, where the steps done
+had the same learning rate: with constant, and with wsd before its decay (--decay 0 has none; a
+later --decay adds it), not with cosine.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     p = Parser(
         "train",
-        "Train a LLaMA-2 from random weights on a text file.",
+        "Train a LLaMA-2 on a text file, from random weights or from a checkpoint's.",
         formatter_class=_Help,
+        epilog=_EPILOG,
     )
     files = p.add_argument_group("files")
     files.add_argument(
@@ -285,9 +325,14 @@ def _parser() -> argparse.ArgumentParser:
         help="UTF-8; stories separated by lines of <|endoftext|>",
     )  # fmt: skip
     files.add_argument("--valid", type=named_path, metavar="FILE", help="stories to validate on")
-    files.add_argument(
-        "--config", type=named_path, required=True, metavar="FILE",
-        help="the model's shape, as a Hugging Face config.json",
+    begin = files.add_mutually_exclusive_group(required=True)
+    begin.add_argument(
+        "--config", type=named_path, metavar="FILE",
+        help="random weights of this shape, a Hugging Face config.json (its fields: below)",
+    )  # fmt: skip
+    begin.add_argument(
+        "--from", dest="start", type=named_path, metavar="DIR",
+        help="weights, config and tokenizer of this model directory (float; computed in float32)",
     )  # fmt: skip
     files.add_argument(
         "--out", type=named_path, required=True, metavar="RUN",
@@ -307,6 +352,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--packed", action="store_true", help="rows that fill the context, not a story each")
     add("--lr", type=float, default=3e-3, metavar="X", help="highest learning rate")
     add("--warmup", type=int, metavar="N", help="steps to reach it (default: 100, or a tenth)")
+    add(
+        "--schedule", choices=SCHEDULES, default="cosine",
+        help="the rate after the warm-up: half a cosine; wsd: --lr, then a decay; constant: --lr",
+    )  # fmt: skip
+    add(
+        "--decay", type=int, metavar="N",
+        help="wsd's last steps, in which the rate falls (default: a fifth of --steps)",
+    )  # fmt: skip
     add("--final-lr", type=float, default=0.0, metavar="X", help="last rate as a part of --lr")
     add("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices, not of norms")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient")

@@ -248,7 +248,8 @@ class Ops(SamplingEquations, Derivatives):
         """A decode step, made fast to repeat; here the step itself.
 
         Args:
-            step: (state, cache, place) -> (ids, log_probs).
+            step: (state, cache, place) -> (ids, log_probs), and further arrays if it is asked
+                for them.
             frozen: the Python values that the step depends on, and what else tells it from another
                 step.
             constants: what it reads besides the state and the cache: arrays, and objects that hold

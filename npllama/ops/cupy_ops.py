@@ -1,10 +1,8 @@
 """What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +13,10 @@ from npllama.ops.cuda import decode_attention, embedding, gemv, prompt
 from npllama.ops.cuda import sampling as sampling_kernel
 from npllama.ops.cuda.graph import DecodeSteps
 from npllama.ops.cuda.kernels import Kernels
+from npllama.ops.cuda.upload import upload
 from npllama.parameters import Head, Layer, Matrix
 from npllama.sampling_options import Sampling
-from npllama.shared_arrays import neighbours
 from npllama.weight_formats import format_of
-from npllama.weight_table import PRODUCTS
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
@@ -55,25 +52,25 @@ class CupyOps(Ops):
     ) -> Array:
         """One new token in each row: three kernels. More, or many rows: two products of cuBLAS
         and what stands between them; the result may lie in x's memory."""
-        n_rows = x.shape[0]
-        if (
-            x.shape[1] == 1
-            and gemv.fits(layer.qkv, n_rows)
-            and gemv.fits(layer.wo, n_rows)
-            and decode_attention.fits(cache)
-        ):
+        if self._fits_step(x, layer.qkv, layer.wo) and decode_attention.fits(cache):
             norm, eps = layer.attention_norm, layer.norm_eps
             qkv = gemv.gemv(self.kernels, layer.qkv, x, norm=norm, eps=eps)  # (B, 1, (H + 2K) C)
             o = decode_attention.attend(self.kernels, qkv, cache, positions)  # (B, 1, H*C)
             return gemv.gemv(self.kernels, layer.wo, o, residual=x)
-        is_step = x.shape[1] == 1
-        fits = decode_attention.fits(cache) if is_step else prompt.fits_attention(cache, layer.wo)
+        if x.shape[1] == 1:
+            fits = decode_attention.fits(cache)
+        else:
+            fits = prompt.fits_attention(self.kernels, cache, layer.wo)
         if fits and self._fits_prompt(x, layer.qkv, layer.wo):
             return self._attention_of_many(x, layer, cache, positions, n_last)
         return super().attention_block(x, layer, cache, positions, n_last)
 
+    def _fits_step(self, x: Array, *weights: Matrix | None) -> bool:
+        is_step = x.dtype == np.float32 and x.shape[1] == 1
+        return is_step and all(gemv.fits(w, len(x)) for w in weights)
+
     def _fits_prompt(self, x: Array, *weights: Matrix | None) -> bool:
-        return x.dtype == np.float32 and prompt.fits(*weights)
+        return prompt.fits(self.kernels, x, *weights)
 
     def _attention_of_many(
         self,
@@ -108,8 +105,7 @@ class CupyOps(Ops):
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """One new token in each row: two kernels. More, or many rows: two products of cuBLAS and
         two kernels; the result may lie in x's memory."""
-        n_rows = x.shape[0]
-        if x.shape[1] == 1 and gemv.fits(layer.gate_up, n_rows) and gemv.fits(layer.w_down, n_rows):
+        if self._fits_step(x, layer.gate_up, layer.w_down):
             norm, eps = layer.ffn_norm, layer.norm_eps
             y = gemv.gemv(self.kernels, layer.gate_up, x, norm=norm, eps=eps, swiglu=True)
             return gemv.gemv(self.kernels, layer.w_down, y, residual=x)  # (B, 1, F) -> (B, 1, D)
@@ -125,7 +121,7 @@ class CupyOps(Ops):
     def head(self, x: Array, head: Head) -> Array:
         """One token in each row: one kernel. More, or many rows: a product of cuBLAS."""
         w = head.lm_head
-        if x.shape[1] == 1 and gemv.fits(w, x.shape[0]):
+        if self._fits_step(x, w):
             return gemv.gemv(self.kernels, w, x, norm=head.norm, eps=head.norm_eps)
         if self._fits_prompt(x, w):
             x = self.xp.ascontiguousarray(x)
@@ -228,44 +224,10 @@ class CupyOps(Ops):
         return nbytes + 2 * prompt.WIDENED
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """On the device q, k and v are one matrix, and gate and up: one kernel multiplies them.
-
-        Each tensor is uploaded in turn, to its rows of the whole, so that the device never holds
-        more of the weights twice than one tensor.
-        """
-        if not isinstance(part, Layer):
-            return super().prepare(part, may_copy)
-        changed: dict[str, Matrix] = {}
-        joined: dict[str, Matrix] = {}
-        for name, weights in PRODUCTS.items():
-            group = [getattr(part, weight.field) for weight in weights]
-            if len({(w.format, w.shape[1], w.scale is None) for w in group}) > 1 or len(group) == 1:
-                continue  # one matrix, or several that are stored differently
-            whole = joined[name] = self._uploaded_as_one(group)
-            ends = [0, *accumulate(w.shape[0] for w in group)]
-            rows = [whole.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
-            changed |= {weight.field: w for weight, w in zip(weights, rows, strict=True)}
-        part = replace(part, **changed).map(self.backend.to_device)
-        return part.with_derived(**joined)
-
-    def _uploaded_as_one(self, group: Sequence[Matrix]) -> Matrix:
-        """Matrices (O_i, D) -> one on the device, (sum O_i, D)."""
-        values = self._joined([w.values for w in group])
-        scale = None if group[0].scale is None else self._joined([w.scale for w in group])
-        return Matrix(values, scale)
-
-    def _joined(self, arrays: Sequence[Array]) -> Array:
-        if all(isinstance(array, np.ndarray) for array in arrays):
-            whole = neighbours(arrays)
-            if whole is not None:
-                return self.backend.to_device(whole)
-        n_rows = sum(len(array) for array in arrays)
-        whole = self.xp.empty((n_rows, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-        begin = 0
-        for array in arrays:
-            whole[begin : begin + len(array)] = self.backend.to_device(array)
-            begin += len(array)
-        return whole
+        """On the device q, k and v are one matrix, and gate and up: one kernel multiplies them."""
+        if isinstance(part, Layer):
+            return upload(self.backend, part)
+        return super().prepare(part, may_copy)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
         """The forward is queued on the backend's device, whatever thread runs it."""

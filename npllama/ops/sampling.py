@@ -94,6 +94,27 @@ class SamplingEquations(Equations):
         exceeds = (cumulative > uniform[:, None] * total) & has_any
         return exceeds.argmax(axis=-1)  # (B, V) -> (B,)
 
+    def likeliest(self, logits: Array, n: int) -> tuple[Array, Array]:
+        """The n likeliest tokens, the likeliest first; of equals the one with the lower id.
+
+        n passes over the logits, since a captured step on CuPy can hold reductions and no sort.
+
+        Args:
+            n: at most V.
+
+        Returns:
+            ids (B, n) int64, and (B, n) float32 log-probabilities of those ids under `logits`.
+        """
+        xp = self.xp
+        x, all_ids = self.log_softmax(logits), xp.arange(logits.shape[-1])
+        ids = xp.empty((len(logits), n), dtype="int64")
+        log_probs = xp.empty((len(logits), n), dtype=x.dtype)
+        for i in range(n):
+            ids[:, i] = x.argmax(axis=-1)  # (B, V) -> (B,)
+            log_probs[:, i] = x.max(axis=-1)
+            x = xp.where(all_ids == ids[:, i, None], -math.inf, x)
+        return ids, log_probs
+
     def next_token(
         self,
         logits: Array,

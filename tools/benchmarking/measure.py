@@ -109,7 +109,7 @@ def open_model(llama: Llama, task: Task) -> Opening:
 
 def generate(llama: Llama, task: Task) -> Sample:
     """One run of the library's own loop: greedy, going on after an end-of-sequence id."""
-    generation = llama.generation(
+    generation = llama.new_generation(
         task.prompts, max_new_tokens=task.new_tokens, sampling=GREEDY, seed=0, ignore_eos=True
     )
     generation.run()

@@ -88,7 +88,7 @@ def profile(llama: Llama, task: Task) -> list[OpTime]:
     it; on a device, which is waited for after each op, steps are not ahead of one another.
     """
     backend = llama.backend
-    generation = llama.generation(
+    generation = llama.new_generation(
         task.prompts, max_new_tokens=task.new_tokens, sampling=GREEDY, seed=0, ignore_eos=True
     )
     marker = backend.xp.zeros(1)

@@ -1,6 +1,5 @@
 """Decoding: the shipped model, 1.1b and 7b, each as a part of the card's read bandwidth."""
 
-import inspect
 import sys
 from dataclasses import dataclass
 
@@ -75,18 +74,14 @@ def _model(stage: Stage, shape: str, dtype: str, cases: tuple[Case, ...]) -> Non
         stage.attempt(_name(what, case), _case, stage, llama, what, case, needs=4)
 
 
-def eager(llama: Llama) -> Llama | None:
-    """The same model whose decode steps are not captured; None where none are."""
-    if "graph" not in inspect.signature(type(llama.ops)).parameters:
-        return None
-    ops = type(llama.ops)(llama.backend, graph=False)
+def eager(llama: Llama) -> Llama:
+    """The same model whose decode steps are not captured."""
+    ops = ops_for(llama.backend, graph=False)
     return Llama(llama.config, llama.parameters, ops, llama.context, llama.tokenizer)
 
 
 def _case(stage: Stage, llama: Llama, what: str, case: Case) -> None:
     used = llama if case.graph else eager(llama)
-    if used is None:
-        return  # nothing is captured: the row before is this one
     if stage.tiny:
         found = decode(used, context=8, batch=1, new_tokens=3, runs=1)
     else:
@@ -111,9 +106,7 @@ def _beside_float16(stage: Stage, found: Decoding) -> None:
 
 
 def _shipped(stage: Stage, graph: bool) -> None:
-    llama = shipped_llama(ops_for(stage.backend()))
-    if not graph and (llama := eager(llama)) is None:
-        return
+    llama = shipped_llama(ops_for(stage.backend(), graph))
     if stage.tiny:
         found = decode(llama, context=8, new_tokens=3, runs=1)
     else:

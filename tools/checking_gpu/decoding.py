@@ -51,7 +51,7 @@ def decode(
     found: list[float] = []
     until = math.inf
     while len(found) < 1 + runs and (len(found) < 2 or time.monotonic() < until):
-        generation = llama.generation(
+        generation = llama.new_generation(
             task.prompts,
             max_new_tokens=new_tokens,
             sampling=GREEDY,
@@ -74,5 +74,5 @@ def decode(
 
 def _eager_because(generation: Generation) -> str:
     """The generation's own words on steps that no graph replayed."""
-    report = getattr(generation, "steps_report", lambda: None)()
+    report = generation.steps_report()
     return report if report is not None and "eager" in report else ""

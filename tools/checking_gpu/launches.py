@@ -17,7 +17,7 @@ def main(dtypes: Sequence[str]) -> None:
     """Run them for each dtype."""
     for dtype in dtypes:
         captured = random_llama(TINY, get_backend("cupy"), dtype, 64)
-        for llama in filter(None, (eager(captured), captured)):
+        for llama in (eager(captured), captured):
             llama.generate_batch(PROMPTS, max_new_tokens=4, temperature=0, ignore_eos=True)
             llama.generate_batch(PROMPTS, max_new_tokens=4, seed=1, top_k=9, ignore_eos=True)
     print("launched")

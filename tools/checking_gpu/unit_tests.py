@@ -1,6 +1,7 @@
 """The project's tests on the GPU, those that matter most first."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def run(stage: Stage) -> None:
     command = [sys.executable, "-m", "pytest", "--backend", "cupy", "-q", "-rfE", "--tb=line"]
     command += ["-p", "no:cacheprovider", "-o", "filterwarnings=default", "--color=no"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "4"]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     command += [str(f.relative_to(ROOT)) for f in files]
     said, ended = _output(command, stage.seconds_left() - 4)
     print(said, file=sys.stderr)

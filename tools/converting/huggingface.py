@@ -18,7 +18,7 @@ from npllama.weights import INDEX, SINGLE, check_index, is_rotary_table, shard_f
 
 _DTYPES = DTYPES | {"F64": np.dtype("float64")}  # which npllama.load does not read
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_COPIED = (*TOKENIZER_FILES, "chat_template.jinja")
+COPIED = (*TOKENIZER_FILES, "chat_template.jinja")
 
 
 def is_hugging_face(directory: Path) -> bool:
@@ -76,7 +76,7 @@ def read_hugging_face(directory: Path) -> Source:
         no_tokenizer=no_tokenizer,
         hf_config=read_json(directory / "config.json"),
         generation_config=read_json(generation) if generation.exists() else {},
-        copied=tuple(directory / name for name in _COPIED if (directory / name).exists()),
+        copied=tuple(directory / name for name in COPIED if (directory / name).exists()),
         notes=notes,
         stored_tie=stored_tie,
     )

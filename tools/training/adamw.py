@@ -1,35 +1,13 @@
-"""AdamW in place on named arrays, its learning rate, and the clipping of gradients."""
+"""AdamW in place on named arrays, and the clipping of gradients."""
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from npllama.backend import Array
 
 Arrays = dict[str, Array]
 Map = Callable[[Callable[[str], Any], Iterable[str]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate: it rises in a line over `warmup` steps to `peak`, then falls as half a
-    cosine to `final` * peak at the last of `steps`.
-
-    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, without restarts.
-    """
-
-    peak: float
-    warmup: int
-    steps: int
-    final: float
-
-    def rate(self, step: int) -> float:
-        """The rate of step 0, 1, ..., steps - 1."""
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
-        return self.peak * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
 
 
 class AdamW:

@@ -1,5 +1,6 @@
 """A trained model as a Hugging Face directory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,14 @@ def check_model_place(config: LlamaConfig, dest: Path) -> None:
     check_place(resolved(dest), 4 * config.n_parameters, overwrite=True)
 
 
-def write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
+def write_model(
+    llama: Llama, tokenizer: bytes, dest: Path, files: Mapping[str, bytes] | None = None
+) -> None:
     """Write weights in float32, config and tokenizer to `dest`, whole or not at all; an older
     `dest` is replaced.
+
+    Args:
+        files: more of them by name, such as a tokenizer_config.json in place of the usual one.
 
     Raises:
         InputError: `dest` cannot be written, or too little disk space.
@@ -33,11 +39,9 @@ def write_model(llama: Llama, tokenizer: bytes, dest: Path) -> None:
     arrays = named_arrays(llama.parameters, llama.config)
     entries = [Entry(name, np.dtype("float32"), array.shape) for name, array in arrays.items()]
     shards = plan(entries, _MAX_SHARD_SIZE)
-    others = index_files(shards) | {
-        "tokenizer.model": tokenizer,
-        "tokenizer_config.json": to_json(TOKENIZER_CONFIG),
-        "config.json": to_json(llama.config.to_hf()),  # last: now it can load
-    }
+    others = index_files(shards) | {"tokenizer_config.json": to_json(TOKENIZER_CONFIG)}
+    others |= {**(files or {}), "tokenizer.model": tokenizer}
+    others["config.json"] = to_json(llama.config.to_hf())  # last: now it can load
     n_bytes = sum(shard.nbytes for shard in shards) + sum(map(len, others.values()))
     to_host = llama.backend.to_host
     with atomic_directory(resolved(dest), n_bytes, overwrite=True) as partial:

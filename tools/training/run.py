@@ -16,8 +16,9 @@ from npllama.gradients import loss_and_gradients
 from npllama.model import Transformer
 from npllama.ops import Ops
 from npllama.weights import named_arrays
-from training.adamw import AdamW, Schedule, clip
+from training.adamw import AdamW, clip
 from training.batches import Batches, MicroBatch
+from training.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Run:
                 f"the loss became {loss} and its gradient's norm {norm} at step "
                 f"{self.steps_done + 1}: use a smaller --lr; checkpoints so far are kept"
             )
-        rate = self.schedule.rate(self.steps_done)
+        rate = self.schedule(self.steps_done)
         self.steps_done += 1
         self.optimizer.update(gradients, rate, self.steps_done, self.workers.map)
         n_targets = sum(int(np.count_nonzero(part.weights)) for part in micro_batches)

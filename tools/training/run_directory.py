@@ -31,4 +31,4 @@ def check_out(out: Path) -> None:
 def mark_as_run(out: Path) -> None:
     """Make `out` a run that the next call recognizes, with or without a checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / _MARK).write_text("A run of npllama's tools/train.py; the same command goes on.\n")
+    (out / _MARK).write_text("A run of npllama train; the same command goes on.\n")

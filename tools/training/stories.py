@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from npllama.errors import InputError
+from npllama.progress import work
 from npllama.tokenizer import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
@@ -52,9 +53,11 @@ def encode_stories(stories: list[str], tokenizer: Tokenizer) -> list[np.ndarray]
     if tokenizer.eos_id < 0:
         raise InputError("the tokenizer has no EOS id: expected one of Llama's kind")
     sequences = []
-    for story in stories:
-        ids = tokenizer.encode(story)
-        if is_complete(story):
-            ids.append(tokenizer.eos_id)
-        sequences.append(np.array(ids, dtype="int32"))
+    with work("encoding the text", len(stories)) as encoding:
+        for story in stories:
+            ids = tokenizer.encode(story)
+            if is_complete(story):
+                ids.append(tokenizer.eos_id)
+            sequences.append(np.array(ids, dtype="int32"))
+            encoding.advance(1)
     return sequences

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from npllama.backend import Array
-from npllama.ops.cuda.kernels import C_TYPES, Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 
 if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
@@ -104,12 +104,11 @@ def attend(
     xp = kernels.xp
     n_blocks = n_heads // d.heads  # of a row and a split
     threads = d.groups * lanes(head_dim)
-    type_ = C_TYPES[cache.k.dtype.name]
     o = xp.empty((n_rows, 1, n_heads * head_dim), dtype="float32")
     partials = xp.empty((n_rows, n_heads, d.splits, head_dim + 2), dtype="float32")
     kernels.launch(
         "decode_attention",
-        f"attend<{type_}, {head_dim}, {d.heads}, {d.keys}, {threads}>",
+        instance("attend", cache.k.dtype, head_dim, d.heads, d.keys, threads),
         (d.splits, n_blocks, n_rows),
         (threads,),
         (

@@ -1,11 +1,10 @@
 """The derivative of the embedding: rows added up by token, in a fixed order."""
 
 from npllama.backend import Array
-from npllama.ops.cuda.kernels import Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 
 THREADS = 256
 """Of a block, as in embedding.cu."""
-_C_TYPES = {"float32": "float", "float64": "double"}
 
 
 def embedding_backward(kernels: Kernels, dx: Array, tokens: Array, n_vocab: int) -> Array:
@@ -23,7 +22,7 @@ def embedding_backward(kernels: Kernels, dx: Array, tokens: Array, n_vocab: int)
     order = xp.argsort(tokens, kind="stable")  # (M,) int64: the places of token 0, of 1, ...
     begins = xp.searchsorted(tokens[order], xp.arange(n_vocab + 1))  # (V + 1,) int64
     dw = xp.empty((n_vocab, width), dtype=dx.dtype)
-    name = f"embedding_backward<{_C_TYPES[dx.dtype.name]}>"
+    name = instance("embedding_backward", dx.dtype)
     arguments = (xp.ascontiguousarray(dx), order, begins, dw, width)
     kernels.launch("embedding", name, (n_vocab, -(-width // THREADS)), (THREADS,), arguments)
     return dw

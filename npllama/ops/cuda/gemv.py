@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from npllama.backend import Array
-from npllama.ops.cuda.kernels import C_TYPES, Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 from npllama.parameters import Matrix
 
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "int8")
 MAX_ROWS = 8
 """Tokens that one launch computes; more are computed as matrix products."""
 _CHUNK = 16  # bytes of a row that a thread copies at once
@@ -60,12 +61,13 @@ def plan(
     """
     m = next(m for m in (1, 2, 4, 8) if m >= n_rows)
     limit = min(_SHARED, max_shared)
-    threads, chunks = _tile(itemsize, width, m, norm)
-    row_bytes = threads * chunks * _CHUNK
-    least = 2 if swiglu else 1  # a row of gate and one of up
-    most = max(least, min(32 // m, _BATCH // row_bytes))
-    rows = max(r for r in (1, 2, 4) if r <= most)
     queue = min(_QUEUE if m <= 2 else _QUEUE * 2 // 3, limit * 8 // 9)
+    batch = min(_BATCH, queue // 2)
+    least = 2 if swiglu else 1  # a row of gate and one of up
+    threads, chunks = _tile(itemsize, width, m, norm, queue // 2 // least)
+    row_bytes = threads * chunks * _CHUNK
+    most = max(least, min(32 // m, batch // row_bytes))
+    rows = max(r for r in (1, 2, 4) if r <= most)
     stages = max(2, min(8, queue // (rows * row_bytes)))
     grid, shared = blocks(
         m, threads, chunks, rows, stages, n_out, swiglu=swiglu, n_sms=n_sms, limit=limit
@@ -73,9 +75,9 @@ def plan(
     return Plan(m, threads, chunks, rows, stages, grid, shared)
 
 
-def _tile(itemsize: int, width: int, m: int, norm: bool) -> tuple[int, int]:
-    """Threads, and chunks of each: one tile where the registers hold so much of m rows of x, else
-    tiles of about equal size."""
+def _tile(itemsize: int, width: int, m: int, norm: bool, most_bytes: int) -> tuple[int, int]:
+    """Threads, and chunks of each: one tile where the registers hold so much of m rows of x and a
+    row of it has `most_bytes`, else tiles of about equal size."""
     numbers = _CHUNK // itemsize  # of a chunk
     if m == 1:  # the elements of norm are in registers beside those of x
         most_threads, most_numbers = _MOST_THREADS[itemsize], 16 if norm else 24
@@ -83,7 +85,8 @@ def _tile(itemsize: int, width: int, m: int, norm: bool) -> tuple[int, int]:
         most_threads, most_numbers = 256 if m * numbers <= 64 else 128, 32
     most_chunks = max(1, min(3, most_numbers // (m * numbers)))
     n_chunks = width // numbers
-    n_tiles = -(-n_chunks // (most_threads * most_chunks))
+    most = min(most_threads * most_chunks, most_bytes // _CHUNK // 96 * 96)  # of whole warps
+    n_tiles = -(-n_chunks // most)
     tile = -(-n_chunks // n_tiles)
     chunks = -(-tile // most_threads)
     return -(-tile // (32 * chunks)) * 32, chunks
@@ -119,7 +122,7 @@ def fits(w: Matrix | None, n_rows: int) -> bool:
     return (
         w is not None
         and n_rows <= MAX_ROWS
-        and w.format.name in C_TYPES
+        and w.format.name in WEIGHT_DTYPES
         and w.shape[1] * w.values.itemsize % _CHUNK == 0
     )
 
@@ -149,10 +152,8 @@ def gemv(
     n_rows, (n_out, width) = x.shape[0], w.shape
     device, has_norm = (kernels.n_sms, kernels.max_shared), norm is not None
     cut = plan(w.values.itemsize, n_out, width, n_rows, has_norm, swiglu, *device)
-    name = (
-        f"gemv<{C_TYPES[w.format.name]}, {cut.m}, {cut.threads}, {cut.chunks}, {cut.rows}, "
-        f"{cut.stages}, {_cpp(has_norm)}, {_cpp(swiglu)}>"
-    )
+    sizes = (cut.m, cut.threads, cut.chunks, cut.rows, cut.stages)
+    name = instance("gemv", w.format.name, *sizes, has_norm, swiglu)
     y = xp.empty((n_rows, 1, n_out // 2 if swiglu else n_out), dtype="float32")
     x = xp.ascontiguousarray(x)
     if residual is not None:
@@ -160,7 +161,3 @@ def gemv(
     args = (w.values, w.scale, x, norm, residual, y, n_out, width, n_rows, eps)
     kernels.launch("gemv", name, (cut.grid,), (cut.threads,), args, cut.shared)
     return y
-
-
-def _cpp(value: bool) -> str:
-    return "true" if value else "false"

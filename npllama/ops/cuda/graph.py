@@ -25,7 +25,7 @@ MOST_GRAPHS = 64
 """Of one cache. There is one for each number of rows, bucket and sampling: the oldest goes."""
 LOG = logging.getLogger(__name__)
 
-Results = tuple[Array, Array]
+Results = tuple[Array, ...]
 Step = Callable[[StepState, "KVCache", "Place"], Results]
 
 
@@ -73,8 +73,10 @@ class Captures:
         inside the step would be given to others, while the graph still writes it.
         """
         if self._pool is None:
-            self._pool = self._cupy.cuda.MemoryPool()
-            weakref.finalize(self, _free, self._captures, self._pool).atexit = False
+            cuda = self._cupy.cuda
+            self._pool = cuda.MemoryPool()
+            free = weakref.finalize(self, _free, self._captures, self._pool, cuda.Device())
+            free.atexit = False
         if self._stream is None:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
         stream = self._stream
@@ -90,10 +92,14 @@ class Captures:
                 raise
 
 
-def _free(captures: dict[Hashable, Capture], pool: object) -> None:
-    """Give a pool's memory back: one that CuPy drops with blocks in it may leak them."""
+def _free(captures: dict[Hashable, Capture], pool: object, device: object) -> None:
+    """Give a pool's memory back: one that CuPy drops with blocks in it may leak them.
+
+    The pool frees what it has on the current device, which may be another by then.
+    """
     captures.clear()
-    pool.free_all_blocks()
+    with device:
+        pool.free_all_blocks()
 
 
 class DecodeSteps:
@@ -130,6 +136,7 @@ class DecodeSteps:
         self.eager_because = None if is_on else "graphs are off"
 
     def __call__(self, state: StepState, cache: "KVCache", place: "Place") -> Results:
+        self._kernels.backend.use()  # a replay runs nothing else that does
         if not self._is_on:
             return self._run(state, cache, place)
         captures = self._captures

@@ -8,25 +8,43 @@ import threading
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from npllama.backend import Array, Backend
+from npllama.cuda_device import driver_library
 
 SOURCES = Path(__file__).parent.parent / "kernels"
 C_TYPES = {
+    "float64": "double",
     "float32": "float",
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
     "int8": "signed char",
 }
-"""What a dtype is called in a template's argument."""
+"""What a dtype is called in C++."""
 STATIC_LIMIT = 48 * 1024  # bytes of shared memory that a kernel has without asking
 
 OPTIONS = ("--std=c++17",)
 LOG = logging.getLogger(__name__)
 
 Argument = Array | np.generic | int | float | None
+
+
+def instance(template: str, *arguments: np.dtype | str | int) -> str:
+    """The name of a template's kernel, as C++ writes it: dtypes, or their names, and numbers.
+
+    >>> instance("gemv", "float16", 1, True)
+    'gemv<__half, 1, true>'
+    """
+    return f"{template}<{', '.join(map(_in_cpp, arguments))}>"
+
+
+def _in_cpp(argument: np.dtype | str | int) -> str:
+    if isinstance(argument, int):  # a bool too
+        return str(argument).lower()
+    return C_TYPES[str(argument)]
 
 
 class CublasCalls(threading.local):
@@ -38,29 +56,30 @@ class CublasCalls(threading.local):
 class Kernels:
     """The kernels of npllama/ops/kernels, each compiled at its first launch.
 
-    CuPy keeps compiled kernels on disk, by source, options and device.
+    CuPy keeps compiled kernels on disk, by source, options and device. Several threads may launch
+    on one stream, CuPy's default; on streams of their own they would share the counters.
 
     Attributes:
         cublas: whoever calls cuBLAS counts it here.
     """
 
     def __init__(self, backend: Backend) -> None:
-        self.xp = self._cupy = backend.xp
+        self.backend = backend
+        self.xp = backend.xp
         self._kernels: dict[tuple[str, str], object] = {}
         self._counters: dict[int, Array] = {}
         self.cublas = CublasCalls()
-        self._compiles = False  # whether one was compiled, and that was said
+        self._has_told = False  # that kernels are being compiled
 
     @cached_property
     def n_sms(self) -> int:
         """Streaming multiprocessors of the device."""
-        return self._cupy.cuda.Device().attributes["MultiProcessorCount"]
+        return self.xp.cuda.Device().attributes["MultiProcessorCount"]
 
     @cached_property
     def max_shared(self) -> int:
         """Bytes of shared memory that a block may ask for."""
-        attributes = self._cupy.cuda.Device().attributes
-        return attributes["MaxSharedMemoryPerBlockOptin"]
+        return self.xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
     def counters(self, n: int) -> Array:
         """(n,) uint32, zeros, which a kernel that counts in them leaves as zeros.
@@ -84,7 +103,7 @@ class Kernels:
 
         Args:
             file: of npllama/ops/kernels, without .cu.
-            name: a template's with its arguments, as "gemv<__half, 1>".
+            name: a template's as `instance` writes it.
             args: contiguous arrays, None for a null pointer; an int is passed as int32, a float
                 as float32. Other numbers are given as NumPy's.
             shared: bytes of dynamic shared memory.
@@ -109,10 +128,10 @@ class Kernels:
         if (file, name) not in self._kernels:
             code = self.source(file)
             marker = self._marker(code, name)
-            if not self._compiles and not marker.exists():
-                self._compiles = True
+            if not self._has_told and not marker.exists():
+                self._has_told = True
                 LOG.info("compiling kernels for this GPU: some seconds, at the first start alone")
-            module = self._cupy.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
+            module = self.xp.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
             kernel = module.get_function(name)
             with suppress(OSError):  # CuPy could not write there either, and compiles again
                 marker.touch()
@@ -124,24 +143,22 @@ class Kernels:
     def _marker(self, code: str, name: str) -> Path:
         """A file beside CuPy's compiled kernels that is there once CuPy has compiled this one: CuPy
         does not tell whether it will find it."""
-        what = repr((code, name, OPTIONS, self._cupy.__version__, self._compute_capability))
+        what = repr((code, name, OPTIONS, self.xp.__version__, self._compute_capability))
         folder = os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
         digest = hashlib.sha256(what.encode()).hexdigest()[:32]
         return Path(folder).expanduser() / f"npllama-{digest}"
 
     @cached_property
     def _compute_capability(self) -> str:
-        return self._cupy.cuda.Device().compute_capability
+        return self.xp.cuda.Device().compute_capability
 
     @cached_property
     def _overlap(self) -> "_Overlap | None":
         """How kernels are launched that may start early; None where the device cannot."""
-        if int(self._compute_capability) < 90:
+        library = driver_library()  # CuPy found it already
+        if library is None or int(self._compute_capability) < 90:
             return None
-        try:
-            return _Overlap(self._cupy)
-        except OSError:
-            return None
+        return _Overlap(self.xp, library)
 
 
 def _as_c(value: Argument) -> Argument:
@@ -184,9 +201,9 @@ class _Overlap:
 
     _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
-    def __init__(self, cupy: object) -> None:
+    def __init__(self, cupy: ModuleType, driver: ctypes.CDLL) -> None:
         self._cupy = cupy
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver = driver
         self._attribute = _Attribute(id=self._PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
 
     def launch(
@@ -211,7 +228,9 @@ class _Overlap:
             ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None
         )
         if error:
-            raise RuntimeError(f"cuLaunchKernelEx failed with CUDA error {error}")
+            name = ctypes.c_char_p(b"an unknown error")
+            self._driver.cuGetErrorName(error, ctypes.byref(name))
+            raise RuntimeError(f"cuLaunchKernelEx: {(name.value or b'').decode()} ({error})")
 
 
 def _bytes(value: Argument) -> ctypes.Array:

@@ -12,7 +12,7 @@ import numpy as np
 
 from npllama.backend import Array
 from npllama.ops.cuda.cublas import product as cublas_product
-from npllama.ops.cuda.kernels import C_TYPES, Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 from npllama.parameters import Matrix
 
 if TYPE_CHECKING:
@@ -26,12 +26,16 @@ SCORES = 2**25
 """Scores that are held at a time; more heads take turns. Each takes 6 bytes."""
 WIDENED = 2**25
 """Numbers of an int8 matrix that are widened at a time."""
-WIDEST = 50_000
-"""Numbers of a row that a block holds in shared memory: the width, and the context."""
 
 
-def fits(*weights: Matrix | None) -> bool:
-    """Whether `product` takes these matrices, and the kernels the rows before and after it."""
+def fits(kernels: Kernels, x: Array, *weights: Matrix | None) -> bool:
+    """Whether `product` takes these matrices, and the kernels the rows before and after it.
+
+    Args:
+        x: (B, T, D), the residual stream.
+    """
+    if x.dtype != np.float32 or not _has_room(kernels, x.shape[-1]):
+        return False
     if not all(w is not None and _fits(w) for w in weights):
         return False
     return len({w.format.operand_dtype for w in weights}) == 1
@@ -40,14 +44,19 @@ def fits(*weights: Matrix | None) -> bool:
 def _fits(w: Matrix) -> bool:
     n_out, width = w.shape
     is_whole = width % 16 == 0 and n_out % 8 == 0  # in vectors of 16 bytes, of int8 too
-    return w.format.operand_dtype is not None and is_whole and width <= WIDEST
+    return w.format.operand_dtype is not None and is_whole
 
 
-def fits_attention(cache: "LayerCache", w: Matrix) -> bool:
+def fits_attention(kernels: Kernels, cache: "LayerCache", w: Matrix) -> bool:
     """Whether `attend` takes a cache of this head width, dtype and context, beside W."""
     *_, context, head_dim = cache.k.shape
     is_same = cache.k.dtype == w.format.operand_dtype
-    return is_same and head_dim % 8 == 0 and context <= WIDEST
+    return is_same and head_dim % 8 == 0 and _has_room(kernels, _stride(context))
+
+
+def _has_room(kernels: Kernels, n: int) -> bool:
+    """Whether a block can keep a row of n numbers: of the width, and of scores."""
+    return _of_row(n) <= kernels.max_shared
 
 
 def queries_at_once(groups: int, context: int) -> int:
@@ -172,6 +181,12 @@ def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
     return of_key_head * min(n_kv_heads, max(1, SCORES // of_key_head))
 
 
+def _heads_at_once(n_kv_heads: int, of_key_head: int, room: int) -> int:
+    """Key heads, of so many scores each, that the room is enough for, in turns of one size."""
+    turns = -(-n_kv_heads // (room // of_key_head))
+    return -(-n_kv_heads // turns)
+
+
 def _stride(n_keys: int) -> int:
     """Keys rounded up: rows of scores then begin at 16 bytes, of 16 bits too."""
     return -(-n_keys // 8) * 8
@@ -197,9 +212,7 @@ def _attend_tile(
     o = o.reshape(len(o), n_kv_heads, -1, head_dim)  # (t, H*C) -> (t, K, G, C)
     t, _, groups, _ = o.shape
     stride = _stride(n_keys)
-    of_key_head = groups * t * stride
-    turns = -(-n_kv_heads * of_key_head // room[0].size)
-    at_once = -(-n_kv_heads // turns)
+    at_once = _heads_at_once(n_kv_heads, groups * t * stride, room[0].size)
     for first in range(0, n_kv_heads, at_once):
         some = slice(first, min(first + at_once, n_kv_heads))
         shape = (some.stop - first, groups * t, stride)
@@ -231,5 +244,4 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
 def _launch(
     kernels: Kernels, name: str, dtype: np.dtype, grid: tuple, arguments: tuple, shared: int = 0
 ) -> None:
-    name = f"{name}<{C_TYPES[np.dtype(dtype).name]}>"
-    kernels.launch("prompt", name, grid, (THREADS,), arguments, shared)
+    kernels.launch("prompt", instance(name, dtype), grid, (THREADS,), arguments, shared)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from npllama.backend import Array
-from npllama.ops.cuda.kernels import Kernels
+from npllama.ops.cuda.kernels import Kernels, instance
 from npllama.sampling_options import Sampling
 
 FILTERS = ("keep_top_k", "keep_top_p", "keep_min_p")
@@ -46,7 +46,7 @@ def next_token(
     is_kept = is_sampled and 4 * n_tokens <= kernels.max_shared - OWN_SHARED
     kernels.launch(
         "sampling",
-        f"next_token<{_c(is_sampled)}, {_c(is_kept)}>",
+        instance("next_token", is_sampled, is_kept),
         (n_rows,),
         (min(-(-n_vocab // 32) * 32, MOST_THREADS),),
         (
@@ -67,7 +67,3 @@ def next_token(
         shared=4 * n_tokens if is_kept else 0,
     )
     return ids, log_probs
-
-
-def _c(value: bool) -> str:
-    return "true" if value else "false"

@@ -310,8 +310,8 @@ __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* su
 
 // W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), y, residual
 // (n_tokens, n_weight_rows, or half as many with SWIGLU). n_tokens <= M; width * sizeof(W) is a
-// multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below. Two blocks
-// fit on an SM (the 2 in the bounds): one of this kernel and one of the next.
+// multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below. Two
+// blocks fit on an SM (the 2 in the bounds): one of this kernel and one of the next.
 // registers: at most 224
 template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU>
 __global__ void __launch_bounds__(THREADS, 2) gemv(

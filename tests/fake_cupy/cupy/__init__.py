@@ -36,22 +36,6 @@ def asnumpy(array: StrictArray) -> np.ndarray:
     return DEVICE.download(array.array)
 
 
-class _Device(SimpleNamespace):
-    """The only device, which is the current one."""
-
-    def __init__(self, number: int | None = None) -> None:
-        super().__init__(**vars(_MODULE.cuda.Device()))
-
-    def __enter__(self) -> "_Device":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def use(self) -> None:
-        pass
-
-
 _OF_THE_MACHINE = {
     "getDeviceProperties": lambda number: {"name": b"CuPy for tests"},
     "getDeviceCount": lambda: 1,
@@ -63,5 +47,4 @@ _LIBRARIES = {
     "cublas": SimpleNamespace(),
 }
 cuda = SimpleNamespace(**(_LIBRARIES | vars(_MODULE.cuda)))
-cuda.Device = _Device
 cuda.runtime = SimpleNamespace(**(vars(_MODULE.cuda.runtime) | _OF_THE_MACHINE))

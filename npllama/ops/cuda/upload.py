@@ -1,0 +1,54 @@
+"""A layer's weights moved to the device, where matrices of one input become one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from npllama.backend import Array, Backend
+from npllama.parameters import Layer, Matrix
+from npllama.shared_arrays import neighbours
+from npllama.weight_table import PRODUCTS
+
+
+def upload(backend: Backend, layer: Layer) -> Layer:
+    """The layer on the device, with q, k and v as views of `qkv`, and gate and up of `gate_up`.
+
+    Each tensor is uploaded in turn, to its rows of the whole, so that the device never holds more
+    of the weights twice than one tensor. Matrices that are stored differently stay apart.
+    """
+    wholes: dict[str, Matrix] = {}
+    parts: dict[str, Matrix] = {}
+    for name, weights in PRODUCTS.items():
+        group = [getattr(layer, weight.field) for weight in weights]
+        if len(group) == 1 or len({(w.format, w.shape[1], w.scale is None) for w in group}) > 1:
+            continue
+        whole = wholes[name] = _joined(backend, group)
+        ends = [0, *accumulate(w.shape[0] for w in group)]
+        rows = [whole.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
+        parts |= {weight.field: w for weight, w in zip(weights, rows, strict=True)}
+    return replace(layer, **parts).map(backend.to_device).with_derived(**wholes)
+
+
+def _joined(backend: Backend, group: Sequence[Matrix]) -> Matrix:
+    """Matrices (O_i, D) -> one on the device, (sum O_i, D)."""
+    values = _joined_arrays(backend, [w.values for w in group])
+    scale = group[0].scale
+    return Matrix(
+        values, None if scale is None else _joined_arrays(backend, [w.scale for w in group])
+    )
+
+
+def _joined_arrays(backend: Backend, arrays: Sequence[Array]) -> Array:
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        whole = neighbours(arrays)
+        if whole is not None:
+            return backend.to_device(whole)
+    n_rows = sum(len(array) for array in arrays)
+    whole = backend.xp.empty((n_rows, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    begin = 0
+    for array in arrays:
+        whole[begin : begin + len(array)] = backend.to_device(array)
+        begin += len(array)
+    return whole
