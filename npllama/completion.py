@@ -8,7 +8,7 @@ class Timings:
     """Where the time of one generation went; shared by all rows of a batch.
 
     Attributes:
-        rows: prompts that were continued together, whose timings these are.
+        rows: prompts of the generation, whose timings these are, however many at once.
         prompt_tokens, new_tokens: over all rows; of prompts those that were read, not those that a
             cache held.
         first_token_seconds: from the start to the first row's first token.

@@ -15,36 +15,37 @@ class StepState:
     Attributes:
         rows: (B,) int32, the rows of the cache.
         tokens: (B,) int64, each row's last token: what the next step feeds, and then replaces.
-        uniforms: (n_steps, B) float64, the random numbers of all steps; None where the likeliest
-            token is taken.
-        step: (1,) int64, which of the uniforms are next.
+        uniforms: (rows of the cache, n_steps) float64, the random numbers of all steps; None where
+            the likeliest token is taken.
+        at: (B,) int64, where each row's next number is in the flattened `uniforms`: rows that
+            began at different times are at different steps.
         seen: (B, V) bool, the tokens of each row so far; None where no penalty needs them.
     """
 
     rows: Array
     tokens: Array
     uniforms: Array | None
-    step: Array
+    at: Array
     seen: Array | None
 
     def next_uniform(self) -> Array | None:
         """(B,) numbers for the tokens that are chosen now."""
         if self.uniforms is None:
             return None
-        step = self.step
-        uniform = self.uniforms[step][0]  # (n_steps, B), (1,) -> (1, B) -> (B,)
-        step += 1  # in place
+        at = self.at
+        uniform = self.uniforms.reshape(-1)[at]  # (rows, n_steps) -> (rows * n_steps,) -> (B,)
+        at += 1  # in place
         return uniform
 
 
 class StepBuffers:
     """The memory of a cache's states. A captured step holds its addresses.
 
-    States of different numbers of rows lie in the same memory, one at a time: that of fewer rows
-    takes the place of the one whose rows have ended.
+    States of different numbers of rows lie in the same memory, one at a time: the next one takes
+    the place of the one before.
 
     Args:
-        batch: rows of the largest state.
+        batch: rows of the cache, and of the largest state.
         n_steps: tokens that a row may be given at most.
     """
 
@@ -52,61 +53,73 @@ class StepBuffers:
         self._backend = backend
         self._batch = batch
         self._n_steps = n_steps
-        self._n_drawn = 0  # steps that there are random numbers for
         self._memory: dict[str, Array] = {}
         self._states: dict[tuple[int, bool, int | None], StepState] = {}
 
     def begin(
         self, rows: Sequence[int], uniforms: np.ndarray | None, seen: np.ndarray | None
     ) -> StepState:
-        """The state of B rows before their first step.
+        """The state of B rows before their first step, in memory of its own but for `uniforms`;
+        `joined` puts it where decode steps read it.
 
         Args:
-            rows: of the cache.
-            uniforms: (n, B) float64 on the host, the random numbers of the first n steps.
+            rows: of the cache; none of a state whose steps go on.
+            uniforms: (B, n) float64 on the host, the random numbers of the first n steps.
             seen: (B, V) bool on the host.
         """
-        n_vocab = None if seen is None else seen.shape[1]
-        state = self._state(len(rows), uniforms is not None, n_vocab)
         move = self._backend.to_device
-        state.rows[...] = move(np.asarray(rows, dtype="int32"))
-        state.step[...] = 0
+        on_device = move(np.asarray(rows, dtype="int32"))
+        all_uniforms = None
         if uniforms is not None:
-            self._n_drawn = len(uniforms)
-            state.uniforms[: self._n_drawn] = move(uniforms)
-        if seen is not None:
-            state.seen[...] = move(seen)
-        return state
+            all_uniforms = self._uniforms()
+            all_uniforms[on_device, : uniforms.shape[1]] = move(uniforms)
+        return StepState(
+            rows=on_device,
+            tokens=self._backend.xp.zeros(len(rows), dtype="int64"),
+            uniforms=all_uniforms,
+            at=on_device.astype("int64") * self._n_steps,  # each row's step 0
+            seen=None if seen is None else move(seen),
+        )
 
-    def some_rows(self, state: StepState, index: Array) -> StepState:
-        """The state of some of a state's rows, `index` (B',) on the device; it takes the place of
-        the other one."""
-        n_vocab = None if state.seen is None else state.seen.shape[1]
-        some = self._state(len(index), state.uniforms is not None, n_vocab)
-        some.rows[...] = state.rows[index]  # gathered, then copied: the memory is the same
-        some.tokens[...] = state.tokens[index]
-        if state.uniforms is not None:
-            n = self._n_drawn
-            some.uniforms[:n] = state.uniforms[:n, index]  # (n, B) -> (n, B')
-        if state.seen is not None:
-            some.seen[...] = state.seen[index]  # (B, V) -> (B', V)
-        return some
+    def joined(self, states: Sequence[StepState], index: Array) -> StepState:
+        """One state of some rows of several, `index` (B,) on the device in the order in which
+        `states` have them; it takes the place of the others."""
+        xp = self._backend.xp
+
+        def gathered(parts: Sequence[Array]) -> Array:
+            return (parts[0] if len(parts) == 1 else xp.concatenate(parts))[index]  # a copy
+
+        draws = any(state.uniforms is not None for state in states)
+        n_vocab = next((s.seen.shape[1] for s in states if s.seen is not None), None)
+        joined = self._state(len(index), draws, n_vocab)
+        joined.rows[...] = gathered([state.rows for state in states])
+        joined.tokens[...] = gathered([state.tokens for state in states])
+        joined.at[...] = gathered([state.at for state in states])
+        if n_vocab is not None:
+            joined.seen[...] = gathered(
+                [
+                    xp.zeros((len(s.rows), n_vocab), dtype="bool") if s.seen is None else s.seen
+                    for s in states
+                ]
+            )
+        return joined
 
     def _state(self, n_rows: int, draws: bool, n_vocab: int | None) -> StepState:
         key = n_rows, draws, n_vocab
         if key not in self._states:
-            b, n = self._batch, self._n_steps
+            b = self._batch
             self._states[key] = StepState(
                 rows=self._part("rows", "int32", b)[:n_rows],
                 tokens=self._part("tokens", "int64", b)[:n_rows],
-                uniforms=None
-                if not draws
-                # (n*B,) -> (n, B'), without gaps between the rows
-                else self._part("uniforms", "float64", n * b)[: n * n_rows].reshape(n, n_rows),
-                step=self._part("step", "int64", 1),
+                uniforms=self._uniforms() if draws else None,
+                at=self._part("at", "int64", b)[:n_rows],
                 seen=None if n_vocab is None else self._part("seen", "bool", b, n_vocab)[:n_rows],
             )
         return self._states[key]
+
+    def _uniforms(self) -> Array:
+        """(batch, n_steps): a row of the cache keeps its place, whoever joins and leaves."""
+        return self._part("uniforms", "float64", self._batch, self._n_steps)
 
     def _part(self, name: str, dtype: str, *shape: int) -> Array:
         if name not in self._memory:

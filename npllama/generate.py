@@ -13,8 +13,9 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -47,6 +48,8 @@ from npllama.special_tokens import encode_special
 from npllama.weight_formats import FORMATS
 
 STANDARD_INPUT = "standard input"
+BATCH_SIZE = 32
+"""Prompts that are decoded together by default. More gain little: see tools/README.md."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,6 +150,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="control tokens written in the prompt count: </s>, say, and the added tokens of "
         "tokenizer.json; without it they are text like any other",
+    )
+
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="prompts of --prompt-file that are decoded together; the next one begins where one "
+        f"has ended (default: {BATCH_SIZE}, or as many as fit the memory)",
     )
 
     length = p.add_argument_group("how long")
@@ -340,8 +351,12 @@ def run(args: argparse.Namespace) -> int:
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
+    ids = encode_prompts(llama, prompts, args, chat_format)
     generation = llama.new_generation(
-        encode_prompts(llama, prompts, args, chat_format),
+        ids,
+        batch_size=default_batch_size(llama, ids, args.max_new_tokens)
+        if args.batch_size is None
+        else args.batch_size,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=args.seed,
@@ -355,7 +370,7 @@ def run(args: argparse.Namespace) -> int:
     interrupted = False
     try:
         if args.json:
-            generation.run()
+            print_json(generation, prompts, llama, args.logprobs is not None)
         else:
             heads = [""] * len(prompts)
             if not args.no_echo:
@@ -364,15 +379,14 @@ def run(args: argparse.Namespace) -> int:
             print_text(generation, heads)
     except KeyboardInterrupt:
         interrupted = True
-    completions = generation.completions()
-    if args.json:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            write(as_json(prompt, completion, llama, args.logprobs is not None) + "\n")
-    elif args.logprobs is not None:
-        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    if args.logprobs is not None and not args.json:
+        # first those that were begun, since `completion` ends a row
+        begun = [row for row in generation.rows if generation.has_begun(row)]
+        for row in begun:
             if len(prompts) > 1:
-                tell(f"prompt {number + 1} of {len(prompts)}: {prompt[:60]!r}")
-            print_log_probs(llama, completion)
+                tell(f"prompt {row.number + 1} of {len(prompts)}: {prompts[row.number][:60]!r}")
+            print_log_probs(llama, generation.completion(row))
+    completions = generation.completions()
     if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
         tell(f"npllama: {note}")
     if args.stats:
@@ -486,6 +500,70 @@ def encode_prompt(
     return encode_chat(llama.tokenizer, messages, chat_format, args.answer or "")
 
 
+def default_batch_size(llama: Llama, prompts: Sequence[Sequence[int]], n_new: int) -> int:
+    """BATCH_SIZE, or as many of the prompts as fit the memory."""
+    longest = max(min(len(ids) + max(n_new, 0), llama.context) for ids in prompts)
+    return llama.rows_that_fit(min(BATCH_SIZE, len(prompts)), longest)
+
+
+class Progress:
+    """A line on a terminal that does not show the text itself: prompts done, tokens a second."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._is_shown = is_terminal and not sys.stdout.isatty() and len(generation.rows) > 1
+        self._bar = None
+        self._began = time.monotonic()
+        self._next = 0.0
+
+    def update(self) -> None:
+        """Show how far it is, some times a second."""
+        now = time.monotonic()
+        if not self._is_shown or now < self._next:
+            return
+        self._next = now + 0.25
+        if self._bar is None:  # not before: until then the line is that of the prompts' reading
+            from tqdm import tqdm  # not for --help
+
+            self._bar = tqdm(total=len(self._generation.rows), unit="prompt", leave=False)
+        self._bar.n = sum(row.finish_reason is not None for row in self._generation.rows)
+        rate = self._generation.timings.new_tokens / max(now - self._began, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def print_json(
+    generation: Generation, prompts: Sequence[str], llama: Llama, log_probs: bool
+) -> None:
+    """A line a row, in order, each as soon as it and all before it have ended; after Ctrl-C those
+    of all rows that have begun."""
+    rows = deque(generation.rows)
+
+    def write_next() -> None:
+        row = rows.popleft()
+        completion = generation.completion(row)
+        write(as_json(prompts[row.number], completion, llama, log_probs) + "\n")
+
+    progress = Progress(generation)
+    try:
+        for _ in generation.turns():
+            while rows and rows[0].finish_reason is not None:
+                write_next()
+            progress.update()
+    except KeyboardInterrupt:
+        while rows and generation.has_begun(rows[0]):
+            write_next()
+        raise
+    finally:
+        progress.close()
+
+
 def print_text(generation: Generation, heads: Sequence[str]) -> None:
     """Each row's head and completion in order: the first unfinished row as its text is made,
     the others when their turn comes."""
@@ -493,8 +571,10 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     turn = 0
     # with the first piece: until then a terminal's line belongs to the progress
     head, waiting[0] = waiting[0], ""
+    progress = Progress(generation)
     try:
         for row, text in generation:
+            progress.update()
             _write(head)
             head = ""
             if row == turn:
@@ -505,8 +585,9 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
                 turn += 1
                 _write("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
+        progress.close()
         _write(head + generation.rows[turn].interrupt())
-        for row in generation.rows[turn + 1 :]:
+        for row in filter(generation.has_begun, generation.rows[turn + 1 :]):
             _write("\n" + waiting[row.number] + row.interrupt())
         _write("\n")
 

@@ -204,6 +204,12 @@ class KVCache:
         self.device_lengths[row] = length
         del self.ids[row][length:]
 
+    def clear_row(self, row: int) -> None:
+        """Empty one row, as `clear` does all."""
+        for buffer in self._all:  # (L, B, K, context, C)
+            buffer[:, row] = 0
+        self.truncate(row, 0)
+
     def clear(self) -> None:
         """Empty it, as it was when it was made: what is hidden is multiplied by 0, and a number
         that is not finite would show."""

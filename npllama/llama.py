@@ -29,6 +29,7 @@ from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
 from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
+from npllama.serving import Server
 from npllama.text_stream import TextStream
 from npllama.tokenizer import Tokenizer
 from npllama.tokenizer_files import check_size, mismatch, read_tokenizer, tokenizer_file
@@ -149,6 +150,7 @@ class Llama(Transformer):
         ignore_eos: bool | None = False,
         fresh_text: bool | None = False,
         cache: KVCache | None = None,
+        batch_size: int | None = None,
         top_logprobs: int | None = 0,
         sampling: Sampling | None = DEFAULT_SAMPLING,
         **changes: float | None,
@@ -171,6 +173,8 @@ class Llama(Transformer):
                 without its last id (a prompt that is to get no new token is not read; after Ctrl-C
                 as much of them as was read).
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
+            batch_size: prompts that are decoded together at most; the next one begins where one
+                has ended. None is all of them, or as many as fit the memory.
             top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` tells of
                 each step, up to 20, with their log-probabilities under the logits as they came.
             sampling: how tokens are chosen.
@@ -224,18 +228,39 @@ class Llama(Transformer):
                     fresh_text=bool(fresh_text),
                 )
             )
-        if cache is None:
-            self.check_own_memory(len(rows), max(len(row.prompt_ids) + row.limit for row in rows))
+        seed = checked_seed(seed)
+        batch_size = self._checked_batch_size(batch_size, rows, cache)
         return Generation(
             self,
             rows,
             sampling,
-            checked_seed(seed),
+            seed,
             self._n_tokens,
             self._allowed,
             cache,
-            int(top_logprobs),
+            batch_size,
+            n_likeliest=int(top_logprobs),
         )
+
+    def _checked_batch_size(
+        self, batch_size: int | None, rows: Sequence[Row], cache: KVCache | None
+    ) -> int:
+        """The rows of a cache to be decoded together."""
+        if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
+            raise InputError(f"batch_size is {batch_size!r}: expected a whole number from 1")
+        most = len(rows) if batch_size is None else min(int(batch_size), len(rows))
+        if cache is not None:
+            if most < len(rows):
+                raise InputError(
+                    f"batch_size is {batch_size} and the cache has a row for each of {len(rows)} "
+                    "prompts: give one of the two"
+                )
+            return most
+        longest = max(len(row.prompt_ids) + row.limit for row in rows)
+        if batch_size is None:
+            return self.rows_that_fit(most, longest)
+        self.check_own_memory(most, longest)
+        return most
 
     def _check_cache(self, cache: KVCache, n_prompts: int) -> None:
         if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
@@ -299,6 +324,8 @@ class Llama(Transformer):
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; keywords are `generate`'s.
 
+        Of thousands, `batch_size` are decoded together: the next one begins where one has ended.
+
         >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, temperature=0)
         >>> [len(completion.ids) for completion in both]
         [4, 4]
@@ -306,6 +333,22 @@ class Llama(Transformer):
         generation = self.new_generation(prompts, **options)
         generation.run()
         return generation.completions()
+
+    def server(self, batch_size: int = 8, context: int | None = None) -> Server:
+        """An object that decodes the requests of many threads together; see Server.
+
+        Args:
+            batch_size: requests that are decoded together at most.
+            context: positions of each, prompt and completion together; None is the model's.
+
+        Raises:
+            OutOfMemoryError: so many positions do not fit.
+
+        >>> with load().server(batch_size=2, context=64) as server:
+        ...     len(server.generate("Once", max_new_tokens=5, ignore_eos=True).ids)
+        5
+        """
+        return Server(self, self._n_tokens, self._allowed, batch_size, context)
 
     def _choosable(self) -> tuple[int, Array | None]:
         """One more than the last id that may be chosen, and a mask (n_tokens,) on the device

@@ -128,6 +128,25 @@ class Transformer:
         context = self._own_context(n_positions)
         self._check_memory(batch, context, has_cache=self._kept_cache.serves(batch, context))
 
+    def rows_that_fit(self, most: int, n_positions: int) -> int:
+        """Rows of n_positions for `take_cache`, at most `most`, that fit the memory that is free.
+
+        Raises:
+            OutOfMemoryError: not one does.
+        """
+        fits, too_many = 0, most + 1
+        rows = most  # all of them are tried first, then the middle of what is left
+        while too_many - fits > 1:
+            try:
+                self.check_own_memory(rows, n_positions)
+                fits = rows
+            except OutOfMemoryError:
+                if rows == 1:
+                    raise
+                too_many = rows
+            rows = (fits + too_many) // 2
+        return fits
+
     def _check_memory(
         self, batch: int, context: int, more: int = 0, has_cache: bool = False
     ) -> None:

@@ -51,8 +51,8 @@ _work: ContextVar[Work | None] = ContextVar("work", default=None)
 
 
 @contextmanager
-def on_progress(listener: Listener) -> Iterator[None]:
-    """Call `listener(work)` when work begins, as it goes on, and when it is over."""
+def on_progress(listener: Listener | None) -> Iterator[None]:
+    """Call `listener(work)` when work begins, as it goes on, and when it is over; None: nobody."""
     token = _listener.set(listener)
     try:
         yield

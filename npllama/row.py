@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from npllama.completion import Completion, LikelyToken, Timings
+from npllama.sampling_options import Sampling
 from npllama.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -48,8 +50,15 @@ class Row:
     """One prompt and what has been said after it.
 
     Args:
-        number: its place in the batch; with the seed, all that its random numbers depend on.
+        number: which of the prompts it is; with the seed, all that its random numbers depend on.
         limit: new tokens at most: max_new_tokens, or what the context leaves.
+
+    Attributes:
+        seed, sampling: how its tokens are chosen.
+        n_likeliest: how many of the likeliest tokens are told of each step.
+        cache_row: the row of the cache that holds it; None while it waits for one.
+        launched: its tokens that are computed or queued.
+        error: what ended it, where finish_reason is "error".
     """
 
     number: int
@@ -64,6 +73,12 @@ class Row:
     likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    n_likeliest: int = 0
+    cache_row: int | None = None
+    launched: int = 0
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)
@@ -107,3 +122,21 @@ class Row:
                 self.finish_reason = "stop"
         self.text += text
         return text
+
+    def completion(self, timings: Timings) -> Completion:
+        """What was said so far, in so much time."""
+        return Completion(
+            text=None if self.tokenizer is None else self.text,
+            ids=self.ids,
+            log_probs=self.log_probs,
+            finish_reason=self.finish_reason or "",
+            timings=timings,
+            seed=self.seed,
+            prompt_tokens=len(self.prompt_ids),
+            top_logprobs=self._named() if self.n_likeliest else None,
+        )
+
+    def _named(self) -> list[list[LikelyToken]]:
+        """The likeliest tokens of each step, with their names."""
+        name = (lambda id_: None) if self.tokenizer is None else self.tokenizer.piece
+        return [[LikelyToken(i, name(i), p) for i, p in likeliest] for likeliest in self.likeliest]

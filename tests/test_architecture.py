@@ -62,7 +62,7 @@ FLOORS = [
     ["memory", "kept_cache"],
     ["model"],
     ["generation", "gradients"],
-    ["text_stream"],
+    ["serving", "text_stream"],
     ["llama"],
     ["__init__", "generate", "plain"],
     ["__main__"],

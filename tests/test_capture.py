@@ -83,7 +83,7 @@ def run(llama, prompts, **options):
     generation = llama.new_generation(prompts, **OPTIONS | options)
     generation.run()
     assert DEVICE.stream.null and DEVICE.stream.capture is None
-    steps = generation._compiled
+    (steps,) = generation._compiled.values()
     assert steps.n_eager + steps.n_replayed == generation.timings.decode_steps
     assert steps.n_captured <= DEVICE.n_captures - before  # some may have failed
     return ids_of(generation.completions()), steps
@@ -113,7 +113,7 @@ def test_the_likeliest_tokens_are_told_by_a_captured_step(llama, on_numpy):
         want = on_numpy.generate_batch(PROMPTS, **options)
         generation = llama.new_generation(PROMPTS, **options)
         generation.run()
-        got, steps = generation.completions(), generation._compiled
+        got, (steps,) = generation.completions(), generation._compiled.values()
         assert (ids_of(got), told(got)) == (ids_of(want), told(want))
         assert steps.eager_because is None and steps.n_replayed >= 11
     assert steps.n_captured == 0  # the last had run before
@@ -530,23 +530,36 @@ def test_what_numpy_and_the_reference_do_with_graph():
 def test_states_of_fewer_rows_lie_in_the_same_memory(llama):
     buffers = llama.new_cache(batch=3).step_buffers
     to_host, move = llama.backend.to_host, llama.backend.to_device
-    uniforms, seen = np.arange(12.0).reshape(4, 3), np.eye(3, 7, dtype=bool)
-    state = buffers.begin([0, 1, 2], uniforms, seen)
+    uniforms, seen = np.arange(12.0).reshape(3, 4), np.eye(3, 7, dtype=bool)
+
+    def joined(states, index):
+        return buffers.joined(states, move(np.array(index)))
+
+    state = joined([buffers.begin([0, 1, 2], uniforms, seen)], [0, 1, 2])
     state.tokens[...] = move(np.array([10, 11, 12]))
-    state.step[...] = 2
-    some = buffers.some_rows(state, move(np.array([0, 2])))
-    assert some is buffers.begin([0, 2], uniforms[:, :2], seen[:2])  # the state of two rows
-    state = buffers.begin([0, 1, 2], uniforms, seen)
-    state.tokens[...] = move(np.array([10, 11, 12]))
-    state.step[...] = 2
-    some = buffers.some_rows(state, move(np.array([0, 2])))
+    assert to_host(state.next_uniform()).tolist() == [0, 4, 8]
+    some = joined([state], [0, 2])
+    assert some is joined([buffers.begin([0, 2], None, None), some], [2, 3])  # that of two rows
     assert to_host(some.rows).tolist() == [0, 2] and to_host(some.tokens).tolist() == [10, 12]
-    assert to_host(some.uniforms[:4]).tolist() == uniforms[:, [0, 2]].tolist()
-    assert to_host(some.next_uniform()).tolist() == [6, 8]
+    assert to_host(some.next_uniform()).tolist() == [1, 9]
     assert to_host(some.seen).tolist() == seen[[0, 2]].tolist()
-    for name in ("rows", "tokens", "uniforms", "step", "seen"):
+    for name in ("rows", "tokens", "uniforms", "at", "seen"):
         one, other = getattr(some, name).array, getattr(state, name).array
         assert np.shares_memory(one, other) and one.flags.c_contiguous
+
+
+def test_a_row_that_joins_begins_with_its_first_random_number(llama):
+    """Beside one that is at its third, whatever row of the cache it has."""
+    buffers = llama.new_cache(batch=2).step_buffers
+    to_host, move = llama.backend.to_host, llama.backend.to_device
+    old = buffers.begin([1], np.array([[0.1, 0.2, 0.3, 0.4]]), None)
+    old.next_uniform(), old.next_uniform()
+    new = buffers.begin([0], np.array([[0.5, 0.6]]), np.ones((1, 3), dtype=bool))
+    state = buffers.joined([old, new], move(np.array([1, 0])))
+    assert to_host(state.rows).tolist() == [0, 1]
+    assert to_host(state.next_uniform()).tolist() == [0.5, 0.3]
+    assert to_host(state.next_uniform()).tolist() == [0.6, 0.4]
+    assert to_host(state.seen).tolist() == [[True] * 3, [False] * 3]  # which nothing reads
 
 
 def test_a_sampling_of_no_penalty_needs_no_seen_tokens(llama):
@@ -630,5 +643,5 @@ def test_a_second_generation_replays_wherever_there_are_kernels(ops, on_numpy):
             generation.run()
             assert ids_of(generation.completions()) == want
             if type(ops) is CupyOps:
-                steps = generation._compiled
+                (steps,) = generation._compiled.values()
                 assert (steps.n_eager, steps.n_captured) == (n_eager, n_eager), steps.report()

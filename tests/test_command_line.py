@@ -1,5 +1,6 @@
 """python -m npllama.generate, as a user runs it: what is on stdout, on stderr, the exit code."""
 
+import contextlib
 import io
 import json
 import math
@@ -20,7 +21,15 @@ from npllama import load, operating_system
 from npllama.completion import Completion, Timings
 from npllama.config import LlamaConfig
 from npllama.dialogue import encode_chat
-from npllama.generate import finish_reasons, main, parser, print_log_probs
+from npllama.errors import OutOfMemoryError
+from npllama.generate import (
+    BATCH_SIZE,
+    default_batch_size,
+    finish_reasons,
+    main,
+    parser,
+    print_log_probs,
+)
 from npllama.generation import Generation
 from npllama.ops import Ops
 from npllama.sampling_options import Sampling, option
@@ -390,6 +399,101 @@ def test_json_is_one_object_a_prompt(model, tmp_path, capsys):
     assert json.loads(out.splitlines()[0])["log_probs"] == pytest.approx(
         completion(model, "Once").log_probs, abs=1e-4
     )
+
+
+@pytest.mark.parametrize("size", ["1", "2", "7"])
+def test_a_batch_size_changes_nothing_of_what_is_said(model, tmp_path, capsys, size):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\nTwice upon a time\n\nb\nc\n")
+    args = ("--model", model, "--prompt-file", str(file), "--seed", "5", "--max-new-tokens", "9")
+    for more in ((), ("--no-echo",)):
+        want = call(capsys, *args, *more)[:2]
+        assert call(capsys, *args, *more, "--batch-size", size)[:2] == want
+    want = call(capsys, *args, "--json")[1].splitlines()
+    got = call(capsys, *args, "--json", "--batch-size", size)[1].splitlines()
+    same = ("prompt", "text", "ids", "finish_reason", "seed")
+    pick = [[json.loads(line)[name] for name in same] for line in got]
+    assert pick == [[json.loads(line)[name] for name in same] for line in want]
+
+
+def test_a_json_line_is_written_as_soon_as_those_before_it_are(model, tmp_path, monkeypatch):
+    """Not when all have ended; and after Ctrl-C those that had begun are there."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\nc\nd\ne\n")
+    lines, waiting = [], []
+
+    def keep(text):
+        lines.append(json.loads(text))
+        waiting.append(len(made[0].waiting))
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+
+    made, turns = [], Generation.turns
+    monkeypatch.setattr(Generation, "turns", lambda self: made.append(self) or turns(self))
+    monkeypatch.setattr("npllama.generate.write", keep)
+    monkeypatch.setattr("npllama.generation.TURN", 0)  # a turn is a step
+    args = ("--model", model, "--prompt-file", str(file), "--batch-size", "1", "--json", *GREEDY)
+    assert main(args) == 130
+    assert [line["prompt"] for line in lines][:2] == ["a", "b"]
+    assert waiting[:2] == [4, 3]
+    assert len(lines) <= 3 and all(line["finish_reason"] == "interrupted" for line in lines[2:])
+
+
+def test_prompts_that_have_not_begun_are_not_shown_after_ctrl_c(model, tmp_path, capsys, patch_run):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\nc\nd\n")
+    patch_run(after_rows=1)
+    args = ("--model", model, "--prompt-file", str(file), "--batch-size", "1", *GREEDY)
+    code, out, _ = call(capsys, *args)
+    assert code == 130
+    assert out.startswith("a" + completion(model, "a").text + "\nb")
+    assert "\nc" not in out and "\nd" not in out
+
+
+@pytest.fixture
+def patch_run(monkeypatch):
+    def patch(after_rows):
+        """Ctrl-C once so many rows have ended and the next has said something."""
+        pieces = Generation.__iter__
+
+        def interrupted(self):
+            for number, text in pieces(self):
+                yield number, text
+                if number >= after_rows:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(Generation, "__iter__", interrupted)
+
+    return patch
+
+
+def test_by_default_a_batch_is_what_is_fast_and_fits_the_memory(model, monkeypatch):
+    llama = load(model, backend="numpy")
+    prompts = [[1, 5]] * 500
+    assert default_batch_size(llama, prompts, 60) == BATCH_SIZE
+    assert default_batch_size(llama, prompts[:3], 60) == 3
+    sizes = []
+    for free in range(0, 10_000_000, 100_000):
+        monkeypatch.setattr(llama.backend, "free_bytes", lambda free=free: free)
+        with contextlib.suppress(OutOfMemoryError):
+            sizes.append(default_batch_size(llama, prompts, 60))
+    assert 1 <= sizes[0] < BATCH_SIZE == sizes[-1] and sizes == sorted(sizes)
+    assert len(sizes) < 100  # the least memory was not enough for one
+
+
+def test_progress_is_shown_on_a_terminal_that_does_not_show_the_text(
+    model, tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\nc\n")
+    args = ("--model", model, "--prompt-file", str(file), "--batch-size", "1", *GREEDY)
+    assert "prompt/s" not in call(capsys, *args)[2]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for more in ((), ("--json",)):
+        err = call(capsys, *args, *more)[2]
+        assert "/3 [" in err and "tokens/s" in err
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "tokens/s" not in call(capsys, *args)[2]
 
 
 def test_logprobs_are_shown_on_stderr(model, capsys):

@@ -66,6 +66,7 @@ def test_signatures_show_every_option_and_its_default():
     expected |= {
         "fresh_text": False,
         "cache": None,
+        "batch_size": None,
         "top_logprobs": 0,
         "sampling": Sampling(),
         **vars(Sampling()),
@@ -470,7 +471,7 @@ def test_a_model_that_computes_nan_is_an_error(ops):
 def test_a_batch_that_does_not_fit_the_memory_is_refused(llama, monkeypatch):
     monkeypatch.setattr(llama.backend, "free_bytes", lambda: 1_000_000)
     with pytest.raises(OutOfMemoryError, match=r"GB of (GPU )?memory needed .* 0\.00 GB are free"):
-        llama.generate_batch([[1]] * 500, max_new_tokens=60)
+        llama.generate_batch([[1]] * 500, max_new_tokens=60, batch_size=500)
 
 
 def test_timings_count_what_was_done(llama):

@@ -16,11 +16,12 @@ def tiny(monkeypatch):
 SMALL = ["--shape", "15m", "--prompt-tokens", "3", "--new-tokens", "2", "--threads", "1"]
 
 
-def test_it_prints_both_ratios(capsys):
+def test_it_prints_all_ratios(capsys):
     assert measure_threads.main([*SMALL, "--runs", "1", "--requests", "2"]) == 0
     out = capsys.readouterr().out
     assert "one request" in out and "2 requests" in out
-    assert len(re.findall(r"ratio \d+\.\d\d$", out, re.M)) == 2
+    assert len(re.findall(r"ratio \d+\.\d\d", out)) == 3
+    assert re.search(r"by a server,\n +ratio .* tokens per second \d+\.\d\d times as many$", out)
 
 
 def test_the_requests_run_in_other_threads_and_all_of_them(monkeypatch):

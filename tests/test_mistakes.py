@@ -175,7 +175,7 @@ MISTAKES = {
     ),
     "the whole prompt is read onto a kept cache": (
         GENERATION,
-        "row.prompt_ids[cache.lengths[row.number] :]",
+        "row.prompt_ids[self._cache.lengths[row.cache_row] :]",
         "row.prompt_ids",
     ),
     "a cache is left with what was launched ahead": (
@@ -185,13 +185,13 @@ MISTAKES = {
     ),
     "the same random number at every step": (
         "decode_step.py",
-        "step += 1  # in place",
+        "at += 1  # in place",
         "pass",
     ),
     "the rows that stay have the first rows' numbers": (
         "decode_step.py",
-        "state.uniforms[:n, index]",
-        "state.uniforms[:n, : len(index)]",
+        "gathered([state.at for state in states])",
+        "states[0].at[: len(index)]",
     ),
     "a graph for every bucket": (GRAPH, "place.bucket, self._frozen", "self._frozen"),
     "a graph for every sampling": (GRAPH, "place.bucket, self._frozen", "place.bucket"),

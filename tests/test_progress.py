@@ -70,6 +70,18 @@ def test_prompts_of_a_batch_are_one_work(told):
     assert told[0][2] == 27 * TINY.n_layers
 
 
+@pytest.mark.parametrize("prompts", [[[1] * 20, [1] * 5, [1] * 30, [1, 2]], [[1], [1, 2], [1] * 9]])
+def test_of_prompts_that_join_later_nothing_is_told(told, prompts):
+    """They are read where there is text already, which no line is to be drawn over."""
+    llama = make_llama(make_ops("numpy"))
+    llama.generate_batch(prompts, max_new_tokens=3, batch_size=2, ignore_eos=True)
+    assert check(told, "reading the prompt") == 2 * TINY.n_layers
+    assert told[0][2] == sum(map(len, prompts[:2])) * TINY.n_layers
+    told.clear()
+    llama.prefill([1] * 4, llama.new_cache())  # the listener is back
+    assert check(told, "reading the prompt") > 0
+
+
 def test_what_a_cache_holds_is_not_counted(told):
     llama = make_llama(make_ops("numpy"))
     cache = llama.new_cache()
@@ -285,6 +297,21 @@ def test_the_command_line_shows_loading_and_reading_and_then_the_text(model, slo
     assert "\rnpllama: reading the prompt, " in lines
     shown, text = lines.rsplit("\r", 1)
     assert prompt not in shown and text.startswith(prompt)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_batch_has_its_own_line_once_its_prompts_are_read(model, slow, tmp_path, more):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nbcd\nef\n")
+    terminal = slow()
+    args = ["--model", model, "--backend", "numpy", "--prompt-file", str(file), *more]
+    args += ["--batch-size", "2", "--max-new-tokens", "3", "--temperature", "0"]
+    assert generate.main(args) == 0
+    reading, batch = terminal.getvalue().split("/3 [", 1)
+    assert "\rnpllama: reading the prompt, " in reading
+    *_, erased, _, _ = reading.split("\r")
+    assert erased.isspace()  # the one line is gone before the other begins
+    assert "npllama" not in batch
 
 
 def test_an_interrupt_while_the_prompt_is_read_shows_it(model, slow, capsys, monkeypatch):

@@ -3,9 +3,10 @@
     python tools/measure_threads.py --shape 15m --dtype int8
     python tools/measure_threads.py --model DIR --requests 8
 
-A web server or a GUI calls npllama from threads of its own. Two ratios of seconds, each the median
-of its runs, with 1.00 as the aim: the same request in another thread to one in the main thread;
-and N requests at once, a thread each, to the same N one after the other in one thread.
+A web server or a GUI calls npllama from threads of its own. Three ratios of seconds, each of
+medians of runs that alternate. With 1.00 as the aim: the same request in another thread to one in
+the main thread; and N requests at once, a thread each, to the same N one after the other. Far
+below 1.00: N threads that ask one server (`llama.server`), to the same N one after the other.
 """
 
 import argparse
@@ -47,6 +48,9 @@ def _measure(options: argparse.Namespace) -> None:
     in_turn, at_once = many_requests(llama, task, options.requests, options.runs)
     say(f"{options.requests} requests: {in_turn:.3f} s in turn, {at_once:.3f} s at once,")
     say(f"    ratio {at_once / in_turn:.2f}")
+    in_turn, served = served_requests(llama, task, options.requests, options.runs)
+    say(f"{options.requests} requests: {in_turn:.3f} s in turn, {served:.3f} s by a server,")
+    say(f"    ratio {served / in_turn:.2f}, tokens per second {in_turn / served:.2f} times as many")
 
 
 def one_request(llama: Llama, task: Task, n_runs: int) -> tuple[float, float]:
@@ -65,6 +69,19 @@ def many_requests(llama: Llama, task: Task, n: int, n_runs: int) -> tuple[float,
         return _side_by_side(
             lambda: [generate(llama, task) for _ in range(n)],
             lambda: list(pool.map(lambda _: generate(llama, task), range(n))),
+            n_runs,
+        )
+
+
+def served_requests(llama: Llama, task: Task, n: int, n_runs: int) -> tuple[float, float]:
+    """Median seconds of n requests one after the other, and of n threads that ask one server."""
+    (prompt,) = task.prompts
+    options = {"max_new_tokens": task.new_tokens, "ignore_eos": True, "temperature": 0}
+    context = len(prompt) + task.new_tokens
+    with llama.server(batch_size=n, context=context) as server, ThreadPoolExecutor(n) as pool:
+        return _side_by_side(
+            lambda: [generate(llama, task) for _ in range(n)],
+            lambda: list(pool.map(lambda _: server.generate(prompt, **options), range(n))),
             n_runs,
         )
 

@@ -1,0 +1,300 @@
+"""Many threads, one model: their requests are decoded together."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from npllama.backend import Array
+from npllama.completion import Completion, Timings
+from npllama.errors import InputError
+from npllama.generation import TURN, Generation
+from npllama.row import Row
+from npllama.sampling_options import Sampling, is_integer
+
+if TYPE_CHECKING:
+    from npllama.llama import Llama, Prompt
+
+
+class Server:
+    """Decodes the requests of any number of threads together; made by `Llama.server`.
+
+    A thread of its own has the model. Each request takes a free row of one cache: it joins those
+    that are being decoded, and leaves them when it ends. Those for which there is no row wait, in
+    the order in which they came. What a request is answered depends on its prompt, its options and
+    its seed, as with `Llama.generate`, not on the others.
+
+    The forward is that of all requests together. Tokens are then chosen in groups, those of equal
+    `Sampling` at once, so many different ones cost some time.
+
+    Args:
+        llama: the model.
+        n_tokens, allowed: the ids that may be chosen, see Generation.
+        batch_size: requests that are decoded together at most.
+        context: positions of each, prompt and completion together; None is the model's context.
+
+    >>> import npllama
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> llama = npllama.load()
+    >>> prompts = ["Once upon a time", "The cat", "A big dog", "Lily"]
+    >>> with llama.server(batch_size=4) as server, ThreadPoolExecutor(4) as threads:
+    ...     texts = list(threads.map(
+    ...         lambda prompt: server.generate(prompt, max_new_tokens=8, seed=1).text, prompts))
+    ...     pieces = list(server.stream("Tom", max_new_tokens=8, temperature=0))
+    >>> texts == [llama.generate(prompt, max_new_tokens=8, seed=1).text for prompt in prompts]
+    True
+    >>> "".join(pieces) == llama.generate("Tom", max_new_tokens=8, temperature=0).text
+    True
+    """
+
+    def __init__(
+        self,
+        llama: "Llama",
+        n_tokens: int,
+        allowed: Array | None,
+        batch_size: int,
+        context: int | None,
+    ) -> None:
+        if not is_integer(batch_size) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}: expected a whole number from 1")
+        self._llama = llama
+        self._choosable = n_tokens, allowed
+        context = llama.context if context is None else context
+        llama.check_memory(batch_size, min(context, llama.context))
+        self._cache = llama.new_cache(batch_size, context)
+        self._waiting: deque[Row] = deque()
+        self._requests: dict[Row, _Request] = {}
+        self._is_closed = self._is_cancelled = False
+        self._changed = threading.Condition()  # guards the lines above
+        self._thread = threading.Thread(target=self._serve, name="npllama server", daemon=True)
+        self._thread.start()
+
+    def generate(self, prompt: "Prompt | None" = "", **options: Any) -> Completion:
+        """`Llama.generate`, with the same options but for cache and batch_size.
+
+        Raises:
+            InputError, TokenizerError, TypeError: as `Llama.generate`, or the server is closed.
+        """
+        request = self._submit(prompt, options, is_streamed=False)
+        try:
+            return request.result()
+        finally:
+            request.leave()
+
+    def stream(self, prompt: "Prompt | None" = "", **options: Any) -> "Stream":
+        """The text in pieces as they become certain, as from `Llama.stream`.
+
+        What a caller leaves early, by `close` or by dropping the iterator, makes room for others.
+        """
+        self._llama.encode("")  # says what is missing where there is no tokenizer
+        return Stream(self._submit(prompt, options, is_streamed=True))
+
+    def close(self, cancel: bool = False) -> None:
+        """Take no more requests, and return once those that were taken have ended.
+
+        Args:
+            cancel: end them at once; they have finish reason "interrupted".
+        """
+        with self._changed:
+            self._is_closed = True
+            self._is_cancelled = self._is_cancelled or cancel
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(cancel=error is not None)
+
+    def _submit(
+        self, prompt: "Prompt | None", options: dict[str, Any], is_streamed: bool
+    ) -> "_Request":
+        """Check a request in its caller's thread, and queue it."""
+        for name in ("cache", "batch_size"):
+            if options.get(name) is not None:
+                raise InputError(f"{name} is the server's own: it cannot be given to a request")
+        prompt = "" if prompt is None else prompt
+        generation = self._llama.new_generation([prompt], **options)  # which is not run
+        (row,), room = generation.rows, self._cache.context
+        if len(row.prompt_ids) > room:
+            raise InputError(f"{len(row.prompt_ids)} tokens do not fit the server's {room}")
+        row.limit = min(row.limit, room - len(row.prompt_ids))
+        if row.limit == 0:
+            row.finish_reason = "length"
+        request = _Request(row, is_streamed, self._forget)
+        with self._changed:
+            if self._is_closed:
+                raise InputError("the server is closed: make another")
+            self._requests[row] = request
+            if row.finish_reason is None:
+                self._waiting.append(row)
+                self._changed.notify_all()
+            else:
+                self._end(row)
+        return request
+
+    def _forget(self, row: Row) -> None:
+        """Its caller has left: what is not said yet is said to nobody."""
+        with self._changed:
+            if self._requests.pop(row, None) is not None:
+                row.finish_reason = row.finish_reason or "interrupted"  # which frees its place
+
+    def _end(self, row: Row) -> None:
+        request = self._requests.pop(row, None)
+        if request is not None:
+            request.end()
+
+    def _serve(self) -> None:
+        """The thread: decode whenever there are requests."""
+        error: BaseException | None = None
+        try:
+            self._llama.backend.use()
+            while self._await_requests():
+                try:
+                    self._decode()
+                    for row in range(len(self._cache.lengths)):
+                        self._cache.truncate(row, 0)
+                except Exception as failed:  # a step of all of them
+                    self._fail(failed, lambda row: row.cache_row is not None)
+                    self._cache.clear()
+        except BaseException as broken:  # nothing can be decoded any more
+            error = broken
+        finally:
+            self._is_closed = True
+            self._fail(error or InputError("the server is closed"), lambda row: True)
+
+    def _await_requests(self) -> bool:
+        """Wait for requests; whether there are any, or the server was closed."""
+        with self._changed:
+            while not (self._waiting or self._is_closed):
+                self._changed.wait()
+            return bool(self._waiting)
+
+    def _fail(self, error: BaseException, fails: Callable[[Row], bool]) -> None:
+        """End requests by an error that is not one's own."""
+        with self._changed:
+            for row in [row for row in self._requests if fails(row)]:
+                row.finish_reason, row.error = "error", error
+                self._end(row)
+
+    def _decode(self) -> None:
+        """Decode until nobody waits. The steps of some hundredths of a second are one turn, see
+        `Generation.turns`."""
+        llama = self._llama
+        generation = Generation(
+            llama, [], Sampling(), 0, *self._choosable, self._cache, waiting=self._waiting
+        )
+        pieces, is_running = generation.pieces(), True
+        try:
+            while is_running:
+                is_running = False
+                with llama.ops.turn():
+                    until = time.monotonic() + TURN
+                    for row, text in pieces:
+                        self._hand_on(row, text)
+                        if time.monotonic() > until:
+                            is_running = True
+                            break
+                if self._is_cancelled:
+                    self._interrupt()
+                llama.backend.threads.give_way()
+        finally:
+            pieces.close()
+
+    def _interrupt(self) -> None:
+        with self._changed:
+            for row in [*self._requests]:
+                self._requests[row].say(row.interrupt())
+                self._end(row)
+
+    def _hand_on(self, row: Row, text: str) -> None:
+        request = self._requests.get(row)
+        if request is None:  # its caller has left
+            return
+        request.say(text)
+        if row.finish_reason is not None:
+            with self._changed:
+                self._end(row)
+
+
+class Stream:
+    """An iterator of one request's pieces of text.
+
+    Attributes:
+        completion: what `Server.generate` would have returned; None before the last piece.
+    """
+
+    def __init__(self, request: "_Request") -> None:
+        self._request = request
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self.completion is None:
+            piece = self._request.next_piece()
+            if piece is not None:
+                return piece
+            self.completion = self._request.completion()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Leave: what is not said yet is not computed."""
+        self._request.leave()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Request:
+    """One row, and the way from the server's thread to its caller's."""
+
+    def __init__(self, row: Row, is_streamed: bool, forget: Callable[[Row], None]) -> None:
+        self.row = row
+        self._is_streamed = is_streamed
+        self._forget = forget
+        self._pieces: SimpleQueue[str | None] = SimpleQueue()  # None is the end
+        self._began = time.perf_counter()
+        self._first = self._last = self._began
+
+    def say(self, text: str) -> None:
+        self._last = time.perf_counter()
+        if len(self.row.ids) <= 1:
+            self._first = self._last
+        if text and self._is_streamed:  # nobody else is woken for a piece
+            self._pieces.put(text)
+
+    def end(self) -> None:
+        self._pieces.put(None)
+
+    def leave(self) -> None:
+        self._forget(self.row)
+
+    def next_piece(self) -> str | None:
+        """None at the end."""
+        piece = self._pieces.get()
+        if piece is None and self.row.error is not None:
+            raise self.row.error
+        return piece
+
+    def result(self) -> Completion:
+        while self.next_piece() is not None:
+            pass
+        return self.completion()
+
+    def completion(self) -> Completion:
+        row = self.row
+        timings = Timings(
+            prompt_tokens=len(row.prompt_ids),
+            new_tokens=len(row.ids),
+            first_token_seconds=self._first - self._began,
+            prefill_seconds=self._first - self._began,
+            decode_seconds=self._last - self._first,
+            decode_tokens=max(0, len(row.ids) - 1),
+        )
+        return row.completion(timings)
