@@ -424,6 +424,7 @@ class Program:
         self.package = folder / "npllama"
         ignored = shutil.ignore_patterns("__pycache__", "assets")
         shutil.copytree(ROOT / "npllama", self.package, ignore=ignored)
+        (self.package / "assets").symlink_to(ROOT / "npllama" / "assets")
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("forked_runs.py"), compiled],
             stdin=subprocess.PIPE,
