@@ -93,10 +93,10 @@ def at_third_token(monkeypatch):
     """A function: what the server's thread does once a prompt is given its third token."""
     accept, actions = Row.accept, {}
 
-    def act(row, id_, log_prob):
+    def act(row, id_, *rest):
         if len(row.ids) == 2 and tuple(row.prompt_ids) in actions:
             actions[tuple(row.prompt_ids)]()
-        return accept(row, id_, log_prob)
+        return accept(row, id_, *rest)
 
     monkeypatch.setattr(Row, "accept", act)
     return lambda prompt, action: actions.update({tuple(prompt): action})
@@ -196,10 +196,10 @@ def test_an_error_of_one_request_is_its_callers_alone(llama, monkeypatch):
     """One whose token is refused, and one whose prompt cannot be read."""
     accept, prefill = Row.accept, llama.prefill
 
-    def refuse(row, id_, log_prob):
+    def refuse(row, id_, *rest):
         if row.prompt_ids == [1, 77] and len(row.ids) == 2:
             raise NumericalError("no such token")
-        return accept(row, id_, log_prob)
+        return accept(row, id_, *rest)
 
     def unreadable(ids, *rest):
         if ids == [1, 88]:
