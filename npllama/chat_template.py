@@ -6,7 +6,6 @@ become a control token, so it is rendered more than once: see `ChatTemplate.part
 
 import contextlib
 import json
-import os
 import sys
 import threading
 import time
@@ -221,7 +220,6 @@ class _Renderer:
         self._path = path
         self._process: Popen | None = None
         self._finalizer: weakref.finalize | None = None
-        self._owner = 0  # the process that started it
         self._lock = threading.Lock()
 
     def render(self, **request: Any) -> str:
@@ -270,8 +268,7 @@ class _Renderer:
     def _started(self) -> "Popen":
         import subprocess  # not for --help
 
-        is_ours = self._owner == os.getpid()  # after a fork it is the other process's
-        if self._process is None or not is_ours or self._process.poll() is not None:
+        if self._process is None or self._process.poll() is not None:  # as it is after a fork
             if self._finalizer is not None:
                 self._finalizer()
             program = Path(__file__).with_name("template_renderer.py")
@@ -282,15 +279,12 @@ class _Renderer:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is not for it
             )
-            self._owner = os.getpid()
-            self._finalizer = weakref.finalize(self, _end, self._process, self._owner)
+            self._finalizer = weakref.finalize(self, _end, self._process)
         return self._process
 
 
-def _end(process: "Popen", owner: int) -> None:
-    """End a process and its pipes, in the process that started it."""
-    if os.getpid() != owner:
-        return
+def _end(process: "Popen") -> None:
+    """End a process and its pipes; after a fork, Popen takes it for ended and leaves it alone."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

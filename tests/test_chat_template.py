@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -234,8 +235,8 @@ def test_a_template_that_drops_or_changes_the_answer_cannot_begin_it(template):
 @pytest.mark.parametrize(
     "template, reason",
     [
-        ("{{ 'a' * 10 ** 10 }}", "memory"),
-        ("{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+        ("{{ 'a' * 2 ** 29 }}", "memory"),
+        ("{% set n = namespace(s='a') %}{% for i in range(30) %}{% set n.s = n.s ~ n.s %}"
          "{% endfor %}{{ n.s }}", "memory"),
         ("{% for i in range(40) %}{{ 'a' * 1000000 }}{% endfor %}", "characters"),
         ("{{ x", "line 1"),
@@ -260,9 +261,21 @@ def test_a_template_that_takes_too_long_is_ended_and_the_next_dialogue_is_render
     monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     made = named("{% if messages[0].content == 'loop' %}" + loops + "{% endif %}done")
+    assert made.render(TOKENIZER, HELLO) == "done"
+    process = made._renderer._process
     with pytest.raises(TokenizerError) as error:
         made.render(TOKENIZER, [user("loop")])
     assert "within 1 s" in one_line(error)
+    assert process.returncode == -signal.SIGPROF
+    assert made.render(TOKENIZER, HELLO) == "done"
+
+    with monkeypatch.context() as patch:  # as where the processor's time cannot be limited
+        patch.setattr(chat_template, "SECONDS", 1e6)
+        patch.setattr(chat_template, "_PATIENCE", 0.5)
+        process = made._renderer._process
+        with pytest.raises(TokenizerError):
+            made.render(TOKENIZER, [user("loop")])
+    assert process.returncode == -signal.SIGKILL
     assert made.render(TOKENIZER, HELLO) == "done"
 
 
