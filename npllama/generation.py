@@ -58,7 +58,7 @@ class Generation:
         waiting: rows of a server, each with its own seed, sampling and n_likeliest, to which it
             adds while this runs. They share the rows of `cache`, and an error of one row ends that
             row alone.
-        n_likeliest: how many of the likeliest tokens are told of each step.
+        n_likeliest: how many of the likeliest tokens are reported for each step.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class Generation:
         is_decoding = any(map(_goes_on, self._active))
         left = PROMPT_TOKENS_BETWEEN_STEPS if is_decoding else sys.maxsize
         read, logits = [], []
-        with self._told_reading():
+        with self._reported_reading():
             while self._reading and left > 0:
                 row = self._reading[0]
                 rest = self._unread(row)
@@ -254,9 +254,9 @@ class Generation:
         """The ids of a prompt that the cache does not hold."""
         return row.prompt_ids[self._cache.lengths[row.cache_row] :]
 
-    def _told_reading(self) -> AbstractContextManager:
-        """The prompts that are read before the first token are one work. Of later ones nothing is
-        told: there is text then, and a line of progress would be drawn over it."""
+    def _reported_reading(self) -> AbstractContextManager:
+        """The prompts that are read before the first token are one work. Later ones report
+        nothing: there is text then, and a line of progress would be drawn over it."""
         if self.timings.new_tokens:
             return on_progress(None)
         return self.model.reading(sum(len(self._unread(row)) for row in self._reading))
@@ -474,7 +474,7 @@ def _goes_on(row: Row) -> bool:
 
 
 def _most_likeliest(rows: list[Row]) -> int:
-    """As many of the likeliest tokens as any of the rows tells of."""
+    """The largest number of likeliest tokens that one of the rows reports."""
     return max(row.n_likeliest for row in rows)
 
 

@@ -175,7 +175,7 @@ class Llama(Transformer):
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
             batch_size: prompts that are decoded together at most; the next one begins where one
                 has ended. None is all of them, or as many as fit the memory.
-            top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` tells of
+            top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` has
                 each step, up to 20, with their log-probabilities under the logits as they came.
             sampling: how tokens are chosen.
             changes: fields of npllama.Sampling (temperature, top_k, ...) that replace those of

@@ -7,8 +7,14 @@ import pytest
 from conftest import ROOT
 from strict_array import API, StrictArray, StrictBackend
 
-ROOMS = ("npllama", "tools/training", "tools/benchmarking", "tools/comparing", "tools/checking_gpu")
-SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+FOLDERS = (
+    "npllama",
+    "tools/training",
+    "tools/benchmarking",
+    "tools/comparing",
+    "tools/checking_gpu",
+)
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def xp_uses(tree):
