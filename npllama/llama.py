@@ -198,6 +198,7 @@ class Llama(Transformer):
             raise InputError(
                 f"max_new_tokens is {max_new_tokens!r}: expected a whole number from 0"
             )
+        max_new_tokens = int(max_new_tokens)  # a narrow integer of NumPy's overflows
         top_logprobs = 0 if top_logprobs is None else top_logprobs
         if not is_integer(top_logprobs) or not 0 <= top_logprobs <= MAX_TOP_LOGPROBS:
             raise InputError(
@@ -566,7 +567,7 @@ def _checked_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 def _checked_threads(threads: int | None) -> int | None:
     if threads is not None and (not is_integer(threads) or not 1 <= threads <= MAX_THREADS):
         raise InputError(f"threads is {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
-    return threads
+    return None if threads is None else int(threads)
 
 
 def _checked_context(context: int | None, config: LlamaConfig) -> int:
@@ -578,4 +579,4 @@ def _checked_context(context: int | None, config: LlamaConfig) -> int:
         raise InputError(
             f"context is {context}: the model was trained for {config.longest_context} positions"
         )
-    return context
+    return int(context)

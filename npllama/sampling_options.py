@@ -109,7 +109,10 @@ class Sampling:
     def __post_init__(self) -> None:
         for option_field in fields(self):
             about, value = option_field.metadata["option"], getattr(self, option_field.name)
-            is_float, is_whole = isinstance(value, float | np.floating), is_integer(value)
+            if isinstance(value, np.generic):  # which would widen float32 arrays
+                value = value.item()
+                object.__setattr__(self, option_field.name, value)
+            is_float, is_whole = isinstance(value, float), is_integer(value)
             is_number = is_whole or (option_field.type is float and is_float)
             holds = is_number and about.least <= value <= about.most
             expected = about.expected
@@ -118,8 +121,6 @@ class Sampling:
             elif is_float and not math.isfinite(value):
                 expected = f"a finite number, {expected}"
             _require(option_field.name, value, holds, expected)
-            if isinstance(value, np.generic):  # which would widen float32 arrays
-                object.__setattr__(self, option_field.name, value.item())
 
     def filters(self) -> Iterator[tuple[str, float]]:
         """(method of ops, value) of each filter that drops tokens, in the order of the fields."""

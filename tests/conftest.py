@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its modules
 
 # A shell's background job ignores Ctrl-C, and so would every program that the tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as one that nohup started does
 
 # Every way to compute the same mathematics: the reference and each backend's overrides.
 # "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried;

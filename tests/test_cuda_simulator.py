@@ -248,7 +248,8 @@ def mistaken():
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_ends_in_one_line(mistaken, name):
     module, lines = mistaken
-    x, y = np.zeros(64, "float32"), np.zeros(64, "float32")
+    memory = np.zeros(1024, "float32")
+    x, y = memory[256:320], memory[640:704]  # so far apart that none is beyond the other's end
     for order in ORDERS:
         with pytest.raises(KernelError, match=MISTAKES[name][1]) as raised:
             module.launch(name, (2,), (32,), (x, y), 128, order=order, max_accesses=10_000)

@@ -858,3 +858,12 @@ def test_prompts_may_be_arrays(llama):
         llama.generate(np.array(5))
     with pytest.raises(InputError, match="at least one prompt"):
         llama.generate_batch(np.zeros((0, 2), dtype="int64"))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.int64])
+def test_numbers_of_numpy_are_numbers(kind):
+    llama = load(backend="numpy", context=kind(100), threads=kind(1))
+    options = {"seed": 1, "ignore_eos": True}
+    got = llama.generate("Once", max_new_tokens=kind(3), temperature=np.float32(0.5), **options)
+    want = llama.generate("Once", max_new_tokens=3, temperature=0.5, **options)
+    assert got.ids == want.ids and llama.context == 100
