@@ -4,8 +4,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from itertools import groupby
 
@@ -135,31 +135,41 @@ class Generation:
         for _ in self.turns():
             pass
 
-    def turns(self) -> Iterator[None]:
+    def turns(self, take: Callable[[Row, str], None] | None = None) -> Generator[None, None, None]:
         """As `run`, with a pause for the caller after each turn.
 
         Several steps are one turn (`Ops.turn`): handing it to another thread takes longer than a
         small model's NumPy calls.
+
+        Args:
+            take: called with each piece of text, within the turn.
         """
-        steps, is_running = iter(self), True
-        while is_running:
-            with self.ops.turn():
-                until = time.monotonic() + TURN
-                is_running = any(time.monotonic() > until for _ in steps)
-            self.backend.threads.give_way()
-            yield
+        is_running = True
+        with closing(self.pieces()) as pieces:
+            while is_running:
+                is_running = False
+                with self.ops.turn():
+                    until = time.monotonic() + TURN
+                    for row, text in pieces:
+                        if take is not None:
+                            take(row, text)
+                        if time.monotonic() > until:
+                            is_running = True
+                            break
+                self.backend.threads.give_way()
+                yield
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return ((row.number, text) for row, text in self.pieces())
 
-    def pieces(self) -> Iterator[tuple[Row, str]]:
+    def pieces(self) -> Generator[tuple[Row, str], None, None]:
         """As iterating, with the rows themselves."""
         if self._began:
             raise InputError("this generation has run: make another to run it again")
         self._began = True
         return self._run()
 
-    def _run(self) -> Iterator[tuple[Row, str]]:
+    def _run(self) -> Generator[tuple[Row, str], None, None]:
         if not self.waiting:
             return
         began = time.perf_counter()

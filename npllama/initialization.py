@@ -1,6 +1,5 @@
 """A model that has learnt nothing: seeded random weights, where training begins."""
 
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,10 +33,9 @@ def random_parameters(
     def product(weights: tuple[Weight, ...]) -> dict[str, Matrix]:
         """Matrices of one input by their field, side by side as a converted file has them."""
         shapes = [weight.sizes(config) for weight in weights]
-        ends = [0, *accumulate(n_out for n_out, _n_in in shapes)]
-        is_residual = weights[0].shape[0] == "D"
-        together = matrix(ends[-1], shapes[0][1], residual if is_residual else 1.0)
-        rows = [together.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
+        sizes, is_residual = [n_out for n_out, _n_in in shapes], weights[0].shape[0] == "D"
+        together = matrix(sum(sizes), shapes[0][1], residual if is_residual else 1.0)
+        rows = together.split(sizes)
         return {weight.field: w for weight, w in zip(weights, rows, strict=True)}
 
     def ones() -> np.ndarray:

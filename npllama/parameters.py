@@ -5,8 +5,9 @@ O outputs of any matrix. Every matrix maps its last axis to its first, (O, D), a
 stores it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from npllama.backend import Array
@@ -83,6 +84,11 @@ class Matrix(_Mapped):
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
+
+    def split(self, n_rows: Iterable[int]) -> "list[Matrix]":
+        """Views of its rows, so many and then so many: (sum O_i, D) -> (O_i, D) each."""
+        ends = [0, *accumulate(n_rows)]
+        return [self.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
 
     def slice_rows(self, some: slice) -> "Matrix":
         """A view of some of its rows."""

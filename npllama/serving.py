@@ -4,13 +4,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from npllama.backend import Array
 from npllama.completion import Completion, Timings
 from npllama.errors import InputError
-from npllama.generation import TURN, Generation
+from npllama.generation import Generation
 from npllama.row import Row
 from npllama.sampling_options import Sampling, is_integer
 
@@ -182,28 +183,15 @@ class Server:
                 self._end(row)
 
     def _decode(self) -> None:
-        """Decode until nobody waits. The steps of some hundredths of a second are one turn, see
-        `Generation.turns`."""
+        """Decode until nobody waits."""
         llama = self._llama
         generation = Generation(
             llama, [], Sampling(), 0, *self._choosable, self._cache, waiting=self._waiting
         )
-        pieces, is_running = generation.pieces(), True
-        try:
-            while is_running:
-                is_running = False
-                with llama.ops.turn():
-                    until = time.monotonic() + TURN
-                    for row, text in pieces:
-                        self._hand_on(row, text)
-                        if time.monotonic() > until:
-                            is_running = True
-                            break
+        with closing(generation.turns(self._hand_on)) as turns:
+            for _ in turns:
                 if self._is_cancelled:
                     self._interrupt()
-                llama.backend.threads.give_way()
-        finally:
-            pieces.close()
 
     def _interrupt(self) -> None:
         with self._changed:

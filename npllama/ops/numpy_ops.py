@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,8 +91,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
             parts = [self.shared.numbered(w, width) for w in multiplied]
             if len(parts) < len(weights):
                 joined[name] = parts[0]
-                ends = [0, *accumulate(w.shape[0] for w in group)]
-                parts = [parts[0].slice_rows(slice(a, b)) for a, b in pairwise(ends)]
+                parts = parts[0].split(w.shape[0] for w in group)
             changed |= {weight.field: w for weight, w in zip(weights, parts, strict=True)}
         return replace(layer, **changed).with_derived(**joined)
 

@@ -1,6 +1,5 @@
 """Random weights that are made on the device: 7b takes a second, and no host memory."""
 
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -40,12 +39,10 @@ def device_parameters(config: LlamaConfig, ops: Ops, dtype: np.dtype | str) -> P
         parts: dict[str, Any] = {w.field: ones() for w in OF_LAYER if not w.is_matrix}
         for weights in PRODUCTS.values():
             shapes = [weight.sizes(config) for weight in weights]
-            ends = [0, *accumulate(n_out for n_out, _n_in in shapes)]
-            together = matrix(
-                ends[-1], shapes[0][1], residual if weights[0].shape[0] == "D" else 1.0
-            )
-            for weight, (a, b) in zip(weights, pairwise(ends), strict=True):
-                parts[weight.field] = together.slice_rows(slice(a, b))
+            sizes, is_residual = [n_out for n_out, _n_in in shapes], weights[0].shape[0] == "D"
+            together = matrix(sum(sizes), shapes[0][1], residual if is_residual else 1.0)
+            rows = together.split(sizes)
+            parts |= {weight.field: w for weight, w in zip(weights, rows, strict=True)}
         layers.append(ops.prepare(Layer(**parts, norm_eps=eps)))
     lm_head = embedding if config.tie_embeddings else matrix(v, d)
     return Parameters(embedding, tuple(layers), ops.prepare(Head(ones(), lm_head, eps)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -25,8 +24,7 @@ def upload(backend: Backend, layer: Layer) -> Layer:
         if len(group) == 1 or len({(w.format, w.shape[1], w.scale is None) for w in group}) > 1:
             continue
         whole = wholes[name] = _joined(backend, group)
-        ends = [0, *accumulate(w.shape[0] for w in group)]
-        rows = [whole.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
+        rows = whole.split(w.shape[0] for w in group)
         parts |= {weight.field: w for weight, w in zip(weights, rows, strict=True)}
     return replace(layer, **parts).map(backend.to_device).with_derived(**wholes)
 
