@@ -1,4 +1,4 @@
-"""What the README says exists does, and its two commands are where scripts look for them."""
+"""What the README files say exists does, and the README's two commands are where scripts look."""
 
 import re
 
@@ -8,11 +8,14 @@ from npllama.generate import parser
 from npllama.ops import Ops
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "npllama" / "README.md").read_text(encoding="utf-8")
+EQUATIONS = (ROOT / "npllama" / "ops" / "README.md").read_text(encoding="utf-8")
+TESTS = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 ALL_TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 
 
 def test_every_row_of_the_equation_table_names_a_function_and_tests_that_exist():
-    rows = [row.split("|")[1:-1] for row in README.splitlines() if row.count("|") == 5]
+    rows = [row.split("|")[1:-1] for row in EQUATIONS.splitlines() if row.count("|") == 5]
     rows = [row for row in rows if "`Ops." in row[2] or "`Llama." in row[2]]
     assert len(rows) > 15
     for _equation, source, function, tests in rows:
@@ -27,19 +30,34 @@ def test_every_row_of_the_equation_table_names_a_function_and_tests_that_exist()
 def test_the_equation_table_has_every_equation():
     from npllama.ops.equations import Equations
 
-    assert all(f"`Ops.{name}`" in README for name in vars(Equations) if not name.startswith("_"))
-    assert all(f"`Ops.{name}`" in README for name in dir(Ops) if name.endswith("_backward"))
+    assert all(f"`Ops.{name}`" in EQUATIONS for name in vars(Equations) if not name.startswith("_"))
+    assert all(f"`Ops.{name}`" in EQUATIONS for name in dir(Ops) if name.endswith("_backward"))
 
 
 def test_the_architecture_names_every_file():
     files = {path.name for path in (ROOT / "npllama").rglob("*.py")} - {"__init__.py"}
     files |= {path.name for path in (ROOT / "tools").glob("*.py")}
-    assert not [name for name in files if name not in README]
+    assert not [name for name in files if name not in ARCHITECTURE]
 
 
 def test_every_option_of_the_command_line_is_named():
     options = {option for action in parser()._actions for option in action.option_strings}
     assert not [o for o in options - {"-h", "--help", "--model"} if f"`{o}" not in README]
+
+
+def test_links_between_the_files_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "npllama").rglob("*.md")]
+    pages += [ROOT / "tools" / "README.md", ROOT / "tests" / "README.md"]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)]*)\)", text):
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+                slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+                assert anchor in slugs, f"{page}: {target}"
 
 
 def test_exactly_two_commands_set_up_and_run():
@@ -53,7 +71,7 @@ def test_the_tolerances_are_those_of_the_tests():
     from test_overrides import TOLERANCE
 
     for backend, name in (("numpy", "NumPy"), ("cupy", "CuPy")):
-        row = re.search(rf"^\s*\| {name} \|(.*)\|$", README, re.M).group(1)
+        row = re.search(rf"^\s*\| {name} \|(.*)\|$", TESTS, re.M).group(1)
         told = [float(cell) for cell in row.split("|")]
         dtypes = ("float32", "float16", "bfloat16", "int8")
         assert told == [TOLERANCE[backend, dtype] for dtype in dtypes]
