@@ -389,10 +389,8 @@ def test_text_has_the_figures_of_the_table_in_80_columns(directory, capsys, monk
 
 
 def test_the_readme_names_every_option():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Measure speed")[1].split("\n## ")[0]
-    figures = (ROOT / "tools" / "README.md").read_text(encoding="utf-8")
-    section += figures.split("## What benchmark.py measures")[1].split("\n## ")[0]
+    readme = (ROOT / "tools" / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Measure speed\n")[1].split("\n## ")[0]
     options = {o for action in benchmark._parser()._actions for o in action.option_strings}
     assert not [o for o in options - {"-h", "--help"} if o not in section]
 

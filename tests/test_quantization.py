@@ -52,13 +52,14 @@ def test_logits_of_the_fixtures_move_little(case):
     expected = safetensors.numpy.load_file(directory / "expected.safetensors")
     got = load(directory, "numpy", dtype="int8").logits(expected["ids"])
     error = np.abs(got - expected["logits"]).max() / np.abs(expected["logits"]).max()
-    assert 0.001 < error < 0.08  # README says: 0.04 to 0.07
+    assert 0.001 < error < 0.08  # tools/README.md says: 0.04 to 0.07
     ids = expected["ids"]
     perplexities = []
     for logits in (expected["logits"], got.astype("float64")):
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         perplexities.append(np.exp(-log_p[np.arange(len(ids) - 1), ids[1:]].mean()))
-    assert 0 < abs(perplexities[1] / perplexities[0] - 1) < 0.0145  # README says: at most 1.4 %
+    # tools/README.md says: at most 1.4 %
+    assert 0 < abs(perplexities[1] / perplexities[0] - 1) < 0.0145
 
 
 def stories260k(tmp_path, dtype):
@@ -93,7 +94,7 @@ def test_perplexity_of_stories260k_is_that_of_float32(tmp_path):
 
 @pytest.mark.slow
 def test_the_figures_of_the_readme_are_measured_here(tmp_path):
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "tools" / "README.md").read_text(encoding="utf-8").split())
     told = re.search(
         r"over (\d+) stories .* logits move by at most ([\d.]+) % of the largest .* perplexity "
         r"goes from ([\d.]+) to ([\d.]+) \(bfloat16: ([\d.]+) % and ([\d.]+)\)",

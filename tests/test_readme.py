@@ -1,4 +1,4 @@
-"""What the README files say exists does, and the README's two commands are where scripts look."""
+"""What the README files name exists, their Python runs, and two commands are where scripts look."""
 
 import re
 
@@ -11,6 +11,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "npllama" / "README.md").read_text(encoding="utf-8")
 EQUATIONS = (ROOT / "npllama" / "ops" / "README.md").read_text(encoding="utf-8")
 TESTS = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+TOOLS = (ROOT / "tools" / "README.md").read_text(encoding="utf-8")
 ALL_TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 
 
@@ -34,10 +35,23 @@ def test_the_equation_table_has_every_equation():
     assert all(f"`Ops.{name}`" in EQUATIONS for name in dir(Ops) if name.endswith("_backward"))
 
 
+def names_in_the_tree(page):
+    """Names of Python files in a page's first code block."""
+    return re.findall(r"[\w.]+\.py\b", page.split("\n```\n")[1])
+
+
 def test_the_architecture_names_every_file():
     files = {path.name for path in (ROOT / "npllama").rglob("*.py")} - {"__init__.py"}
-    files |= {path.name for path in (ROOT / "tools").glob("*.py")}
-    assert not [name for name in files if name not in ARCHITECTURE]
+    assert not files - set(names_in_the_tree(ARCHITECTURE))
+
+
+def test_the_tools_are_named():
+    files = {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert not files - set(names_in_the_tree(TOOLS))
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 12 * 1024
 
 
 def test_every_option_of_the_command_line_is_named():
@@ -58,6 +72,21 @@ def test_links_between_the_files_lead_somewhere():
                 headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
                 slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
                 assert anchor in slugs, f"{page}: {target}"
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    """All blocks that use the shipped model, one after the other, as a reader pastes them."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    blocks = [block for block in blocks if 'load("llama' not in block]
+    assert len(blocks) >= 3
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (len(names["llama"].encode("Once upon a time")), 1024)
+    assert names["trace"].hidden.shape[1] == len(names["logits"])
+    assert len(names["completions"]) == len(names["texts"]) == len(names["prompts"])
+    assert names["cache"].ids[0] == names["ids"][:5]
+    assert names["stream"].completion.text in capsys.readouterr().out
 
 
 def test_exactly_two_commands_set_up_and_run():
