@@ -1,6 +1,7 @@
 """What the README files name exists, their Python runs, and two commands are where scripts look."""
 
 import re
+from collections import Counter
 
 import npllama
 from conftest import ROOT
@@ -36,18 +37,19 @@ def test_the_equation_table_has_every_equation():
 
 
 def names_in_the_tree(page):
-    """Names of Python files in a page's first code block."""
-    return re.findall(r"[\w.]+\.py\b", page.split("\n```\n")[1])
+    """How often a page's first code block names each Python file."""
+    return Counter(re.findall(r"[\w.]+\.py\b", page.split("\n```\n")[1]))
 
 
-def test_the_architecture_names_every_file():
-    files = {path.name for path in (ROOT / "npllama").rglob("*.py")} - {"__init__.py"}
-    assert not files - set(names_in_the_tree(ARCHITECTURE))
+def test_the_architecture_names_every_file_once():
+    files = Counter(path.name for path in (ROOT / "npllama").rglob("*.py"))
+    del files["__init__.py"]
+    assert names_in_the_tree(ARCHITECTURE) == files
 
 
-def test_the_tools_are_named():
-    files = {path.name for path in (ROOT / "tools").glob("*.py")}
-    assert not files - set(names_in_the_tree(TOOLS))
+def test_the_tools_are_named_once():
+    files = Counter(path.name for path in (ROOT / "tools").glob("*.py"))
+    assert names_in_the_tree(TOOLS) == files
 
 
 def test_the_readme_is_short():

@@ -80,7 +80,7 @@ def test_the_card_is_of_this_model(llama):
     for told in (
         f"{llama.config.n_parameters:,} parameters",
         f"{int(last['step']):,} steps",
-        f"{float(last['valid_loss']):.4f} nats a token",
+        f"{float(last['valid_loss']):.4f} nats per token",
         "--seed 0",
         "licence",
         "cannot",
