@@ -66,7 +66,8 @@ def test_links_between_the_files_lead_somewhere():
     pages += [ROOT / "tools" / "README.md", ROOT / "tests" / "README.md"]
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)]*)\)", text):
+        targets = re.findall(r"\]\((?!https?:)([^)]*)\)", text) + re.findall(r'src="(.*?)"', text)
+        for target in targets:
             path, _, anchor = target.partition("#")
             there = (page.parent / path).resolve() if path else page
             assert there.exists(), f"{page}: {target}"
