@@ -28,7 +28,7 @@ FLOORS = [
         "template_renderer",
         "progress",
     ],
-    ["threads", "weight_formats", "rope_scaling"],
+    ["threads", "weight_formats", "rope_scaling", "atomic_file"],
     ["backend", "config", "sentencepiece_model", "console", "progress_line", "escapes"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options"],
     ["tokenizer", "ops.tiles", "ops.rope_frequencies"],
