@@ -4,7 +4,7 @@ Generation reads every past key and value at each step and computes only the new
 have room for the whole context from the start and are written in place ever after.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +122,11 @@ class KVCache:
         self._new = xp.arange(context, dtype="int32")
         self._device_rows = {tuple(range(batch)): xp.arange(batch, dtype="int32")}
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the keys and values."""
+        return self._all[0].dtype
+
     def __repr__(self) -> str:
         least, most = min(self.lengths), max(self.lengths)
         filled = f"{least}" if least == most else f"{least} to {most}"
@@ -192,8 +197,7 @@ class KVCache:
         Raises:
             InputError: there is no such row, or it has fewer.
         """
-        if not 0 <= row < len(self.lengths):
-            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
+        self.check_row(row)
         if not 0 <= length <= self.lengths[row]:
             raise InputError(
                 f"row {row} of the cache holds {self.lengths[row]} positions: "
@@ -203,6 +207,29 @@ class KVCache:
         self.lengths[row] = length
         self.device_lengths[row] = length
         del self.ids[row][length:]
+
+    def check_row(self, row: int) -> None:
+        """Raise InputError unless there is such a row."""
+        if not 0 <= row < len(self.lengths):
+            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
+
+    def buffers(self, row: int) -> Iterator[Array]:
+        """Views of a row: k and v, (K, context, C) each, of one layer after the other."""
+        return (buffer[row] for layer in self.layers for buffer in (layer.k, layer.v))
+
+    def fill(self, row: int, ids: Sequence[int], arrays: Iterable[Array]) -> None:
+        """Let a row hold `ids` in place of all that it held.
+
+        Args:
+            arrays: their keys and values (K, len(ids), C), in the order of `buffers`, on the
+                device and finite. Where they raise an error, the row is empty.
+        """
+        self.truncate(row, 0)
+        for buffer, array in zip(self.buffers(row), arrays, strict=True):
+            buffer[:, : len(ids)] = array
+        self.lengths[row] = len(ids)
+        self.device_lengths[row] = len(ids)
+        self.ids[row] = list(ids)
 
     def clear_row(self, row: int) -> None:
         """Empty one row, as `clear` does all."""

@@ -27,6 +27,7 @@ from npllama.not_a_model import (
 )
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
+from npllama.prompt_cache import load_cache, save_cache
 from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.serving import Server
@@ -350,6 +351,59 @@ class Llama(Transformer):
         5
         """
         return Server(self, self._n_tokens, self._allowed, batch_size, context)
+
+    def save_cache(self, cache: KVCache, path: str | Path, row: int = 0) -> None:
+        """Write a row of a cache to a file, from which `load_cache` makes a cache again.
+
+        A long prompt is then read once, however many programs continue it. The file holds its
+        token ids, and their keys and values.
+
+        Args:
+            cache: from this model's `new_cache`.
+            path: a new file, or an older one of this method, which is replaced. The file appears
+                whole or not at all.
+
+        Raises:
+            InputError: the row is empty, the cache is another model's, something else stands at
+                `path`, or it cannot be written.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> llama = load()
+        >>> ids = llama.encode("Once upon a time, there was")
+        >>> cache = llama.new_cache()
+        >>> first = llama.generate(ids, cache=cache, max_new_tokens=5, temperature=0)
+        >>> with TemporaryDirectory() as folder:
+        ...     llama.save_cache(cache, folder + "/once.safetensors")
+        ...     cache = llama.load_cache(folder + "/once.safetensors", ids)
+        >>> cache.ids == [ids[:-1]]  # a prompt's last id is always read
+        True
+        >>> again = llama.generate(ids, cache=cache, max_new_tokens=5, temperature=0)
+        >>> again.text == first.text, again.timings.prompt_tokens
+        (True, 1)
+        """
+        save_cache(self, cache, path, row)
+
+    def load_cache(
+        self, path: str | Path, ids: Sequence[int] | None = None, context: int | None = None
+    ) -> KVCache:
+        """A cache of one row with what `save_cache` wrote to a file.
+
+        The file is refused where the model computes other keys and values than the one that wrote
+        it: with other weights, another storage dtype, other rotary frequencies. The dtype of the
+        cache may differ, as between NumPy and CuPy; the numbers are then converted.
+
+        Args:
+            ids: a prompt: the row holds as many ids as the file and the prompt begin with both,
+                but at most all of the prompt without its last id. `generate` then takes the cache
+                for this prompt. None is all ids of the file.
+            context: positions that the cache has room for, by default the model's. Ids of the
+                file that do not fit are left out.
+
+        Raises:
+            InputError: the file does not exist, is damaged, no prompt cache, or of another model.
+            OutOfMemoryError: so many positions do not fit.
+        """
+        return load_cache(self, path, ids, context)
 
     def _choosable(self) -> tuple[int, Array | None]:
         """One more than the last id that may be chosen, and a mask (n_tokens,) on the device
