@@ -50,7 +50,8 @@ def save_cache(model: Transformer, cache: KVCache, path: str | Path, row: int = 
     ids = cache.ids[row][: cache.lengths[row]]  # after an interruption it may know fewer
     if not ids:
         raise InputError(f"row {row} of the cache is empty: there is nothing to save")
-    check_replaceable(path)
+    if not is_new(path):
+        check_is_prompt_cache(path)
     metadata = {_KIND: _KIND_VALUE, _VERSION: VERSION} | fingerprint(model, ids)
     tensors = {_IDS: (np.dtype("int32"), (len(ids),))}
     shape = (model.sizes.n_kv_heads, len(ids), model.sizes.head_dim)
@@ -187,14 +188,13 @@ class StoredPrompt:
         return InputError(f"{self._path} cannot be used as a prompt cache: {why}; {_INSTEAD}")
 
 
-def check_replaceable(path: str | Path) -> None:
-    """Refuse a path at which something else than a prompt cache stands.
+def check_is_prompt_cache(path: str | Path) -> None:
+    """Refuse what is no prompt cache, of whatever model.
 
     Raises:
-        InputError: there is something else, or it cannot be read.
+        InputError: there is none, it is damaged, or it cannot be read.
     """
-    if not is_new(path):
-        _open(path)
+    _open(path)
 
 
 def is_new(path: str | Path) -> bool:
