@@ -64,7 +64,7 @@ FLOORS = [
     ["generation", "gradients", "cache_fingerprint"],
     ["serving", "text_stream", "prompt_cache"],
     ["llama"],
-    ["prompt_cache_file"],
+    ["conversation", "prompt_cache_file"],
     ["__init__", "generate", "plain"],
     ["__main__"],
 ]
