@@ -23,6 +23,14 @@ def whole_buckets(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
+def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
+    """The number of first ids that a list and a prompt have in common, without the prompt's last
+    id."""
+    most = min(len(held), len(ids) - 1)
+    pairs = enumerate(zip(held[:most], ids, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), most)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the T new tokens of each of B rows go, as far as the host knows.
@@ -269,8 +277,7 @@ class KVCache:
         """
         if self.user is not None:
             raise InputError("a generation uses the cache: nothing in it can be forgotten now")
-        if not 0 <= row < len(self.lengths):
-            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
+        self.check_row(row)
         if len(ids) == 0:
             raise InputError("the prompt has no ids: expected at least one")
         kept = self._common_length(row, ids)
@@ -278,11 +285,8 @@ class KVCache:
         return kept
 
     def _common_length(self, row: int, ids: Sequence[int]) -> int:
-        """The number of first ids that a row and a prompt have in common, without the prompt's
-        last id."""
-        most = min(self.lengths[row], len(self.ids[row]), len(ids) - 1)
-        pairs = zip(self.ids[row][:most], ids, strict=False)
-        return next((i for i, (held, new) in enumerate(pairs) if held != new), most)
+        """`common_length` of a row and a prompt."""
+        return common_length(self.ids[row][: self.lengths[row]], ids)
 
     def check_prefix(self, row: int, ids: Sequence[int]) -> None:
         """Raise InputError unless a row holds some first ids of a prompt, not all of them: the

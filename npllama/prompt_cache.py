@@ -11,7 +11,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from npllama.atomic_file import atomic_file
 from npllama.backend import Array
 from npllama.cache_fingerprint import DIGESTS, SHAPE, fingerprint, shape_of
 from npllama.errors import InputError, WeightsError
-from npllama.kv_cache import KVCache
+from npllama.kv_cache import KVCache, common_length
 from npllama.model import Transformer
 from npllama.safetensors_file import DTYPES, SafetensorsFile, header_of
 
@@ -83,7 +82,7 @@ def load_cache(
 
     Raises:
         InputError: there is no such file, or it is damaged, no prompt cache, or one of another
-            model.
+            model; or `ids` are no prompt.
         OutOfMemoryError: so many positions do not fit.
     """
     return StoredPrompt(model, path).to_cache(ids, context)
@@ -112,20 +111,19 @@ class StoredPrompt:
         self._check_tensors()
         self._check_same(fingerprint(model, self.ids))
 
-    def n_kept(self, ids: Sequence[int]) -> int:
-        """How many ids of the file a prompt begins with, its last one not counted."""
-        pairs = zip(self.ids.tolist(), ids[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
     def to_cache(self, ids: Sequence[int] | None = None, context: int | None = None) -> KVCache:
         """See `load_cache`."""
         model = self._model
         context = model.context if context is None else context
-        n = len(self.ids) if ids is None else self.n_kept(ids)
+        stored = self.ids.tolist()
+        n = len(stored)
+        if ids is not None:
+            model.to_tokens(ids)  # refuses what is no prompt
+            n = common_length(stored, ids)
         model.check_memory(1, context)
         cache = model.new_cache(1, context)
         n = min(n, context)
-        cache.fill(0, self.ids[:n].tolist(), self._arrays(n, cache.dtype))
+        cache.fill(0, stored[:n], self._arrays(n, cache.dtype))
         return cache
 
     def _arrays(self, n: int, dtype: np.dtype) -> Iterator[Array]:

@@ -124,6 +124,14 @@ def test_a_smaller_context_holds_the_first_ids(path):
     assert small.load_cache(path).ids == [stored[:6]]
 
 
+@pytest.mark.parametrize("ids", [[], "Once", [1, 2.5], [1, 260], [1] * 65])
+def test_what_is_no_prompt_is_refused(path, ids):
+    llama = plain_llama()
+    saved(llama, path)
+    with pytest.raises(InputError):
+        llama.load_cache(path, ids)
+
+
 @pytest.mark.parametrize(("stored", "used"), [("float16", "float32"), ("float32", "bfloat16")])
 def test_another_dtype_of_the_cache_is_converted(path, stored, used):
     llama, other = plain_llama(), plain_llama()
