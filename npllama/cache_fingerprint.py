@@ -18,7 +18,7 @@ _ROWS = 16
 
 
 SHAPE = "shape"
-DIGESTS = ("rotary embedding", "weights", "embedding rows")
+DIGESTS = ("RoPE frequencies", "weights", "embedding rows")
 """Names whose values say nothing to a reader."""
 
 

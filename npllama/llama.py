@@ -177,10 +177,10 @@ class Llama(Transformer):
             ignore_eos: go on after an end-of-sequence id.
             fresh_text: the completion begins a text of its own, as the answer to
                 npllama.dialogue.encode_chat does, and has no leading space.
-            cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
-                at first), which are not read again, and afterwards the prompt and the completion
-                without its last id (a prompt that is to get no new token is not read; after Ctrl-C
-                as much of them as was read).
+            cache: from `new_cache` or `load_cache`, a row per prompt. It holds the first ids of the
+                prompt (none at first), which are not read again, and afterwards the prompt and the
+                completion without its last id (a prompt that is to get no new token is not
+                read; after Ctrl-C as much of them as was read).
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
             batch_size: prompts that are decoded together at most; the next one begins where one
                 has ended. None is all of them, or as many as fit the memory.

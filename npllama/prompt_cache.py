@@ -82,7 +82,7 @@ def load_cache(
 
     Raises:
         InputError: there is no such file, or it is damaged, no prompt cache, or one of another
-            model; or `ids` are no prompt.
+            model or of other options; or `ids` are no prompt.
         OutOfMemoryError: so many positions do not fit.
     """
     return StoredPrompt(model, path).to_cache(ids, context)
@@ -149,8 +149,8 @@ class StoredPrompt:
             if theirs != value:
                 values = f" ({theirs[:80]} there, {value} here)" if name not in DIGESTS else ""
                 raise InputError(
-                    f"{self._path} is the prompt cache of another model, which differs in the "
-                    f"{name}{values}: {_INSTEAD}"
+                    f"{self._path} is the prompt cache of another model, or of other options: the "
+                    f"difference is in the {name}{values}; {_INSTEAD}"
                 )
 
     def _checked_ids(self) -> Array:

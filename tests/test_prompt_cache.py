@@ -177,11 +177,11 @@ OTHERS = {
     ),
     "a storage dtype": (lambda: plain_llama(dtype="bfloat16"), r"storage dtype \(float32 there"),
     "int8": (lambda: plain_llama(dtype="int8"), r"storage dtype \(float32 there, int8 here\)"),
-    "theta": (lambda: plain_llama(replace(TINY, rope_theta=1e6)), "rotary embedding"),
-    "linear RoPE": (lambda: plain_llama(scaled_rope("linear")), "rotary embedding"),
+    "theta": (lambda: plain_llama(replace(TINY, rope_theta=1e6)), "RoPE frequencies"),
+    "linear RoPE": (lambda: plain_llama(scaled_rope("linear")), "RoPE frequencies"),
     "yarn": (
         lambda: plain_llama(scaled_rope("yarn", original_max_position_embeddings=32)),
-        "rotary embedding",
+        "RoPE frequencies",
     ),
     "fewer layers": (lambda: plain_llama(replace(TINY, n_layers=1)), r"shape \(L 2, .+ L 1, "),
     "other heads": (lambda: plain_llama(replace(TINY, n_kv_heads=6)), r"shape \(.* K 3, .+ K 6, "),
@@ -192,8 +192,10 @@ OTHERS = {
 @pytest.mark.parametrize(("other", "said"), OTHERS.values(), ids=OTHERS)
 def test_another_models_file_is_refused_by_what_differs(path, other, said):
     saved(plain_llama(), path)
-    message = refused(other(), path)
-    assert re.search(rf"is the prompt cache of another model, which differs in the {said}", message)
+    expected = (
+        "is the prompt cache of another model, or of other options: the difference is in the "
+    )
+    assert re.search(f"{expected}{said}", refused(other(), path))
 
 
 def test_a_dynamic_scaling_depends_on_the_context(path):
@@ -202,7 +204,7 @@ def test_a_dynamic_scaling_depends_on_the_context(path):
     saved(long, path)
     assert plain_llama(config).load_cache(path).lengths == [17]
     longer = type(long)(config, long.parameters, long.ops, context=100)
-    assert "differs in the rotary embedding:" in refused(longer, path)
+    assert "the difference is in the RoPE frequencies;" in refused(longer, path)
 
 
 def test_the_embedding_counts_where_the_ids_are_and_the_head_not(path):
@@ -217,7 +219,7 @@ def test_the_embedding_counts_where_the_ids_are_and_the_head_not(path):
         embedded = replace(other.parameters.embedding, values=values)
         other.parameters = replace(other.parameters, embedding=embedded)
         if is_used:
-            assert "differs in the embedding rows:" in refused(other, path)
+            assert "the difference is in the embedding rows;" in refused(other, path)
         else:
             assert other.load_cache(path).ids == [stored]
     head = llama.parameters.head
@@ -234,7 +236,7 @@ def test_every_matrix_of_every_layer_counts(path):
         other = with_parameters(
             lambda x, name=name: replace(x, **{name: changed(getattr(x, name))})
         )
-        assert "differs in the weights:" in refused(other, path)
+        assert "the difference is in the weights;" in refused(other, path)
 
 
 def test_the_fingerprint_is_that_of_the_numbers_wherever_they_lie(path, tmp_path):
@@ -301,8 +303,8 @@ HOSTILE = {
     "bytes": (set_item("layers.0.k", lambda a: a.astype("int8")), "stored as I8"),
     "a version": (lambda t, m: m.update(version="2"), "has version '2' and this npllama reads"),
     "no version": (lambda t, m: m.pop("version"), "has version ''"),
-    "no shape": (lambda t, m: m.pop("shape"), "differs in the shape"),
-    "other weights": (lambda t, m: m.update(weights="\x1b[31m\n"), "differs in the weights"),
+    "no shape": (lambda t, m: m.pop("shape"), "is in the shape"),
+    "other weights": (lambda t, m: m.update(weights="\x1b[31m\n"), "is in the weights"),
     "no format": (lambda t, m: m.pop("format"), "no prompt cache of npllama"),
 }
 
@@ -542,7 +544,7 @@ def test_another_models_file_stops_the_program_before_the_text(model, path, tmp_
     call(capsys, str(other), "--prompt", "Once", "--prompt-cache", path)
     content = path.read_bytes()
     code, out, err = call(capsys, model, "--prompt", "Once", "--prompt-cache", path)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "differs in the weights" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "is in the weights" in err
     assert path.read_bytes() == content
 
 
