@@ -7,7 +7,7 @@ wait until a folder's names are on the disk. Writing then goes on without them.
 import errno
 import os
 import secrets
-import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,22 +40,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     try:
         with _partial_file(path) as partial:
+            _copy_mode(path, partial, stat.S_IWUSR)
             yield partial
-            with suppress(OSError):  # there is no old file, or no permissions here
-                shutil.copymode(path, partial)
+            _copy_mode(path, partial)
             sync(partial)
             os.replace(partial, path)
     except OSError as error:
         raise _not_written(path, error) from None
 
 
+def _copy_mode(path: Path, partial: Path, more: int = 0) -> None:
+    """Give a file the permissions of another one, if there is one, and `more`."""
+    with suppress(OSError):  # there is none, or this file system has no permissions
+        os.chmod(partial, stat.S_IMODE(os.stat(path).st_mode) | more)
+
+
 def check_writable(path: Path) -> None:
     """Refuse at once what `atomic_file` would refuse after the work; nothing is changed.
 
     Raises:
-        InputError: no file can be made in the folder of `path`, or none of such a name.
+        InputError: no file can be made in the folder of `path`, or none of such a name; or
+            there is a file that must not be written.
     """
     try:
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f"{path.name}.", suffix=".partial"
         ):
@@ -76,6 +85,7 @@ def _partial_file(path: Path) -> Iterator[Path]:
     if file is None:  # there are no locks: a name that no other process uses
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch()
         yield partial
     except BaseException:
         with suppress(OSError):

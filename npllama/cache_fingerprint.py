@@ -16,7 +16,6 @@ from npllama.model import Transformer
 _ROWS = 16
 """Rows of each matrix that are read, at least."""
 
-
 SHAPE = "shape"
 DIGESTS = ("RoPE frequencies", "weights", "embedding rows")
 """Names whose values say nothing to a reader."""
@@ -34,11 +33,11 @@ def shape_of(model: Transformer) -> str:
 def fingerprint(model: Transformer, ids: Sequence[int]) -> dict[str, str]:
     """Each thing that the keys and values of `ids` depend on: its name in a message -> its value.
 
-    The weights are represented by a digest of a part of them: reading all would take as long as
-    loading them. The part has every norm, every scale of int8, and evenly spaced rows of each
-    matrix of the layers, 16 or more. Training changes all rows of a matrix, and so does a merged
-    LoRA adapter. A change by hand to a few rows of one matrix may go unnoticed. Of the embedding,
-    the rows of `ids` are read, which are all that counts.
+    The weights are represented by a digest of a part of them, since reading all of a large model
+    takes seconds. The part has every norm, every scale of int8, and at least 16 evenly spaced rows
+    of each matrix of the layers. Training changes all rows of a matrix, and so does a merged LoRA
+    adapter. A change by hand to a few rows of one matrix may go unnoticed. Of the embedding, the
+    rows of `ids` are read; no other row counts.
     """
     backend, parameters, embedding = model.backend, model.parameters, model.parameters.embedding
     frequencies, scaling = model.rotation

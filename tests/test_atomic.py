@@ -74,10 +74,12 @@ def test_a_file_is_the_new_one_or_the_old_one(tmp_path, old, monkeypatch):
 def test_a_new_file_has_the_permissions_of_the_old_one(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"private")
-    path.chmod(0o600)
-    with atomic_file(path) as partial:
-        partial.write_bytes(b"new")
-    assert path.read_bytes() == b"new" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    for mode in (0o600, 0o400):
+        path.chmod(mode)
+        with atomic_file(path) as partial:
+            assert stat.S_IMODE(partial.stat().st_mode) == 0o600  # before anything is written
+            partial.write_bytes(b"new")
+        assert path.read_bytes() == b"new" and stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_what_a_killed_writer_left_is_replaced(tmp_path):
@@ -114,9 +116,15 @@ def test_two_writers_at_once_do_not_mix(tmp_path, monkeypatch, has_locks):
     assert names(tmp_path) == ["file"]
 
 
-def test_what_cannot_be_written_is_known_before(tmp_path):
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
     check_writable(tmp_path / "file")
     assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")
+    with monkeypatch.context() as patch:  # root may write everything
+        patch.setattr("os.access", lambda _path, _mode: False)
+        with pytest.raises(InputError, match="file cannot be written: Permission denied"):
+            check_writable(tmp_path / "file")
     with pytest.raises(InputError, match=r"none/file cannot be written: No such file"):
         check_writable(tmp_path / "none" / "file")
     with pytest.raises(InputError, match="cannot be written: File name too long"):

@@ -18,6 +18,7 @@ import safetensors.numpy
 from conftest import TINY, make_llama, make_ops
 from model_directory import random_tensors, write_model
 from npllama import load
+from npllama.cache_fingerprint import fingerprint
 from npllama.console import ReaderLeftError
 from npllama.errors import InputError
 from npllama.generate import main
@@ -257,6 +258,11 @@ def test_the_fingerprint_is_that_of_the_numbers_wherever_they_lie(path, tmp_path
         head=parameters.head.map(ops.backend.to_device),
     )
     assert type(llama)(TINY, device, ops).load_cache(path).ids == [stored]
+
+
+def test_every_implementation_has_the_same_fingerprint(llama):
+    """A GPU joins matrices when they are uploaded; a file of the CPU's serves it all the same."""
+    assert fingerprint(llama, PROMPT) == fingerprint(plain_llama(), PROMPT)
 
 
 # -- a file is data
