@@ -24,7 +24,7 @@ from npllama.own_answers import OwnAnswer, own_answer
 from npllama.sampling_options import is_integer
 from npllama.text_stream import TextStream
 
-_GIVEN = ("cache", "batch_size")  # a Chat gives these itself
+_GIVEN = ("cache", "batch_size", "fresh_text")  # a Chat gives these itself
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Chat:
     def __init__(
         self,
         llama: Llama,
-        messages: Iterable[Message] = (),
+        messages: Iterable[Message] | None = (),
         *,
         system: str | None = None,
         chat_format: str | ChatFormat | None = None,
@@ -133,7 +133,7 @@ class Chat:
         self._own_answers: dict[int, tuple[Message, OwnAnswer]] = {}  # by id() of the message
         self._read: list[tuple[str, str]] = []  # the dialogue of the latest prompt
         self._n_left_out = 0  # of its oldest turns
-        self.messages = checked_messages(messages)
+        self.messages = checked_messages(() if messages is None else messages)
         if system is not None:
             self.system = system
         self.cache = llama.new_cache() if cache is None else llama.checked_cache(cache, 1)
@@ -160,7 +160,7 @@ class Chat:
             self.messages[: _n_system(self.messages)] = first
 
     @shows_keywords_of(Llama.new_generation, but=_GIVEN)
-    def stream(self, text: str, *, answer: str = "", **options: Any) -> "ChatStream":
+    def stream(self, text: str, *, answer: str | None = "", **options: Any) -> "ChatStream":
         """Say something; the answer in pieces of text as they become certain.
 
         The message stands in `messages` from now on, and the answer when the stream has ended.
@@ -182,10 +182,10 @@ class Chat:
             raise InputError(f"the message is {text!r:.60}: expected a text")
         with self._idle():
             messages = [*self.messages, {"role": "user", "content": text}]
-            return self._answered(messages, answer, options)
+            return self._answered(messages, "" if answer is None else answer, options)
 
     @shows_keywords_of(Llama.new_generation, but=_GIVEN)
-    def say(self, text: str, *, answer: str = "", **options: Any) -> Completion:
+    def say(self, text: str, *, answer: str | None = "", **options: Any) -> Completion:
         """As `stream`; the whole answer at once."""
         return self.stream(text, answer=answer, **options).read()
 
