@@ -22,6 +22,7 @@ from npllama.errors import InputError, WeightsError
 from npllama.kv_cache import KVCache, common_length
 from npllama.model import Transformer
 from npllama.safetensors_file import DTYPES, SafetensorsFile, header_of
+from npllama.sampling_options import is_integer
 
 VERSION = "1"
 """Of the file, and of the mathematics that made what it holds."""
@@ -115,6 +116,8 @@ class StoredPrompt:
         """See `load_cache`."""
         model = self._model
         context = model.context if context is None else context
+        if not is_integer(context):
+            raise InputError(f"context is {context!r:.60}: expected a whole number from 1")
         stored = self.ids.tolist()
         n = len(stored)
         if ids is not None:

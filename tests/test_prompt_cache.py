@@ -17,10 +17,10 @@ import safetensors.numpy
 
 from conftest import TINY, make_llama, make_ops
 from model_directory import random_tensors, write_model
-from npllama import load
+from npllama import Chat, load
 from npllama.cache_fingerprint import fingerprint
 from npllama.console import ReaderLeftError
-from npllama.errors import InputError
+from npllama.errors import InputError, OutOfMemoryError
 from npllama.generate import main
 from npllama.rope_scaling import RopeScaling
 
@@ -131,6 +131,28 @@ def test_what_is_no_prompt_is_refused(path, ids):
     saved(llama, path)
     with pytest.raises(InputError):
         llama.load_cache(path, ids)
+
+
+@pytest.mark.parametrize("context", [0, 65, 10**15, "5", 2.5, True])
+def test_what_is_no_context_is_refused(path, context):
+    llama = plain_llama()
+    saved(llama, path)
+    with pytest.raises((InputError, OutOfMemoryError)):
+        llama.load_cache(path, context=context)
+
+
+def test_a_chat_goes_on_from_a_file(path):
+    options = {"chat_format": "llama-2", "temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    llama = plain_llama()
+    chat = Chat(llama, **options)
+    chat.say("Hi")
+    llama.save_cache(chat.cache, path)
+    llama = plain_llama()
+    again = Chat(llama, chat.messages, cache=llama.load_cache(path), **options)
+    plain = Chat(llama, chat.messages, **options)
+    assert again.say("Ho").ids == plain.say("Ho").ids
+    assert again.turn.n_kept >= len(llama.encode("[INST] Hi [/INST]"))
+    assert again.cache.ids == plain.cache.ids
 
 
 @pytest.mark.parametrize(("stored", "used"), [("float16", "float32"), ("float32", "bfloat16")])
