@@ -43,6 +43,7 @@ from npllama.escapes import unescape
 from npllama.generation import Generation
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
 from npllama.progress_line import progress_shown
+from npllama.prompt_cache_file import PromptCacheFile, check_options
 from npllama.sampling_options import Sampling
 from npllama.special_tokens import encode_special
 from npllama.weight_formats import FORMATS
@@ -241,6 +242,22 @@ def parser() -> argparse.ArgumentParser:
         "template, which needs the extra [chat]; llama-2 where it has none)",
     )
 
+    reuse = p.add_argument_group("what is not computed again")
+    reuse.add_argument(
+        "--prompt-cache",
+        action=_Once,
+        metavar="FILE",
+        help="keep what was computed for prompt and completion in this file (about 1 MB per token "
+        "for a model of 7 billion parameters); a later prompt that begins with the same tokens "
+        "reads only the rest; the file is made where there is none, and replaced in one step at "
+        "the end",
+    )
+    reuse.add_argument(
+        "--prompt-cache-read-only",
+        action="store_true",
+        help="use the file of --prompt-cache and leave it as it is",
+    )
+
     machine = p.add_argument_group("how it is computed")
     machine.add_argument(
         "--backend",
@@ -333,6 +350,7 @@ def run(args: argparse.Namespace) -> int:
     if args.escapes:
         unescape_texts(args)
     prompts = read_prompts(args)
+    check_options(args.prompt_cache, args.prompt_cache_read_only, len(prompts))
     chat_format, chat_note = chat_format_of(args) if args.chat else (None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
@@ -352,6 +370,7 @@ def run(args: argparse.Namespace) -> int:
         hint = llama.backend.slow_dtypes[llama.dtype]
         tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
     ids = encode_prompts(llama, prompts, args, chat_format)
+    prompt_cache = open_prompt_cache(llama, ids[0], args)
     generation = llama.new_generation(
         ids,
         batch_size=default_batch_size(llama, ids, args.max_new_tokens)
@@ -364,10 +383,11 @@ def run(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
         fresh_text=args.chat and not (args.answer or "").strip(),
         top_logprobs=args.logprobs,
+        cache=None if prompt_cache is None else prompt_cache.cache,
     )
     if chat_note is not None:
         tell(f"npllama: {chat_note}")
-    interrupted = False
+    interrupted = reader_left = False
     try:
         if args.json:
             print_json(generation, prompts, llama, args.logprobs is not None)
@@ -379,6 +399,12 @@ def run(args: argparse.Namespace) -> int:
             print_text(generation, heads)
     except KeyboardInterrupt:
         interrupted = True
+    except ReaderLeftError:
+        reader_left = True
+    if reader_left:
+        if prompt_cache is not None:
+            prompt_cache.save()
+        return 0
     if args.logprobs is not None and not args.json:
         # first those that were begun, since `completion` ends a row
         begun = [row for row in generation.rows if generation.has_begun(row)]
@@ -390,7 +416,9 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
         tell(f"npllama: {note}")
     if args.stats:
-        print_stats(llama, generation)
+        print_stats(llama, generation, prompt_cache)
+    if prompt_cache is not None:  # last: an error ends the program
+        prompt_cache.save()
     return INTERRUPTED if interrupted else 0
 
 
@@ -498,6 +526,17 @@ def encode_prompt(
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     return encode_chat(llama.tokenizer, messages, chat_format, args.answer or "")
+
+
+def open_prompt_cache(
+    llama: Llama, ids: Sequence[int], args: argparse.Namespace
+) -> PromptCacheFile | None:
+    """The file of --prompt-cache, with room for the prompt and its completion."""
+    if args.prompt_cache is None:
+        return None
+    n_positions = len(llama.to_tokens(ids)) + max(args.max_new_tokens, 0)
+    context = min(n_positions, llama.context)
+    return PromptCacheFile(llama, args.prompt_cache, ids, context, args.prompt_cache_read_only)
 
 
 def default_batch_size(llama: Llama, prompts: Sequence[Sequence[int]], n_new: int) -> int:
@@ -666,7 +705,9 @@ def describe_context(llama: Llama) -> str:
     return f"{text}; RoPE scaling {scaling.kind}, {state}"
 
 
-def print_stats(llama: Llama, generation: Generation) -> None:
+def print_stats(
+    llama: Llama, generation: Generation, prompt_cache: PromptCacheFile | None = None
+) -> None:
     """Speed, memory, and what is needed to have the same text again."""
     t = generation.timings
     gb_per_forward = llama.bytes_per_forward / 1e9  # GB/s: weights read, once for all rows
@@ -692,6 +733,9 @@ def print_stats(llama: Llama, generation: Generation) -> None:
         "finish": finish_reasons(generation.completions()),
         "seed": str(generation.seed),
     }
+    if prompt_cache is not None:
+        n_ids = len(generation.rows[0].prompt_ids)
+        rows["prompt cache"] = f"{prompt_cache.n_kept} of {n_ids} ids kept"
     if (report := generation.steps_report()) is not None:
         rows["decode steps"] = report
     for name, value in rows.items():

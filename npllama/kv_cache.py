@@ -4,7 +4,7 @@ Generation reads every past key and value at each step and computes only the new
 have room for the whole context from the start and are written in place ever after.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,14 @@ a step that is captured for one bucket is replayed for all lengths in it."""
 def whole_buckets(length: int) -> int:
     """A length, rounded up to a multiple of BUCKET."""
     return -(-length // BUCKET) * BUCKET
+
+
+def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
+    """The number of first ids that a list and a prompt have in common, without the prompt's last
+    id."""
+    most = min(len(held), len(ids) - 1)
+    pairs = enumerate(zip(held[:most], ids, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), most)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,11 @@ class KVCache:
         self._new = xp.arange(context, dtype="int32")
         self._device_rows = {tuple(range(batch)): xp.arange(batch, dtype="int32")}
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the keys and values."""
+        return self._all[0].dtype
+
     def __repr__(self) -> str:
         least, most = min(self.lengths), max(self.lengths)
         filled = f"{least}" if least == most else f"{least} to {most}"
@@ -192,8 +205,7 @@ class KVCache:
         Raises:
             InputError: there is no such row, or it has fewer.
         """
-        if not 0 <= row < len(self.lengths):
-            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
+        self.check_row(row)
         if not 0 <= length <= self.lengths[row]:
             raise InputError(
                 f"row {row} of the cache holds {self.lengths[row]} positions: "
@@ -203,6 +215,29 @@ class KVCache:
         self.lengths[row] = length
         self.device_lengths[row] = length
         del self.ids[row][length:]
+
+    def check_row(self, row: int) -> None:
+        """Raise InputError unless there is such a row."""
+        if not 0 <= row < len(self.lengths):
+            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
+
+    def buffers(self, row: int) -> Iterator[Array]:
+        """Views of a row: k and v, (K, context, C) each, of one layer after the other."""
+        return (buffer[row] for layer in self.layers for buffer in (layer.k, layer.v))
+
+    def fill(self, row: int, ids: Sequence[int], arrays: Iterable[Array]) -> None:
+        """Let a row hold `ids` in place of all that it held.
+
+        Args:
+            arrays: their keys and values (K, len(ids), C), in the order of `buffers`, on the
+                device and finite. Where they raise an error, the row is empty.
+        """
+        self.truncate(row, 0)
+        for buffer, array in zip(self.buffers(row), arrays, strict=True):
+            buffer[:, : len(ids)] = array
+        self.lengths[row] = len(ids)
+        self.device_lengths[row] = len(ids)
+        self.ids[row] = list(ids)
 
     def clear_row(self, row: int) -> None:
         """Empty one row, as `clear` does all."""
@@ -220,20 +255,51 @@ class KVCache:
         self.lengths = [0] * len(self.lengths)
         self.ids = [[] for _ in self.ids]
 
+    def keep(self, row: int, ids: Sequence[int]) -> int:
+        """Forget what a row holds beyond the first ids that it has in common with a prompt.
+
+        The last id of the prompt is never kept: it is read in any case, since the next token
+        follows from it. `check_prefix` then accepts the prompt.
+
+        Returns:
+            The number of positions that the row keeps.
+
+        Raises:
+            InputError: there is no such row, the prompt has no ids, or a generation uses the
+                cache.
+
+        >>> from npllama import load
+        >>> llama = load()
+        >>> cache = llama.new_cache()
+        >>> _ = llama.prefill([1, 5, 6, 7], cache)
+        >>> cache.keep(0, [1, 5, 8, 9])
+        2
+        """
+        if self.user is not None:
+            raise InputError("a generation uses the cache: nothing in it can be forgotten now")
+        self.check_row(row)
+        if len(ids) == 0:
+            raise InputError("the prompt has no ids: expected at least one")
+        kept = self._common_length(row, ids)
+        self.truncate(row, kept)
+        return kept
+
+    def _common_length(self, row: int, ids: Sequence[int]) -> int:
+        """`common_length` of a row and a prompt."""
+        return common_length(self.ids[row][: self.lengths[row]], ids)
+
     def check_prefix(self, row: int, ids: Sequence[int]) -> None:
         """Raise InputError unless a row holds some first ids of a prompt, not all of them: the
         last one is read in any case, since the next follows from it."""
-        held, length = self.ids[row], self.lengths[row]
+        n_known, length = len(self.ids[row]), self.lengths[row]
         if len(ids) > self.context:
             raise InputError(f"{len(ids)} tokens do not fit the cache's room for {self.context}")
-        if len(held) != length:
+        if n_known != length:
             raise InputError(
                 f"row {row} of the cache holds {length} positions, of which the ids of "
-                f"{len(held)} are known: cache.truncate({row}, {len(held)}) keeps those"
+                f"{n_known} are known: cache.truncate({row}, {n_known}) keeps those"
             )
-        pairs = enumerate(zip(held, ids, strict=False))
-        same = next((i for i, (one, other) in pairs if one != other), length)
-        keep = min(same, len(ids) - 1)
+        keep = self._common_length(row, ids)
         if keep < length:
             raise InputError(
                 f"row {row} of the cache holds {length} ids and the prompt begins with {keep} of "

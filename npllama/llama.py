@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from npllama.backend import Array, get_backend
+from npllama.chat_formats import FORMATS as CHAT_FORMATS
 from npllama.completion import Completion
 from npllama.config import LlamaConfig
+from npllama.dialogue import encode_chat, find_chat_format
+from npllama.dialogue_parts import ChatFormat, Message
 from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
@@ -27,6 +30,7 @@ from npllama.not_a_model import (
 )
 from npllama.ops import Ops, ops_for
 from npllama.parameters import Parameters
+from npllama.prompt_cache import load_cache, save_cache
 from npllama.row import Row, StopFilter
 from npllama.sampling_options import Sampling, checked_seed, is_integer
 from npllama.serving import Server
@@ -46,18 +50,22 @@ NO_TOKENIZER = (
     "{} has no tokenizer.model or tokenizer.json: put the checkpoint's there to work with text, "
     "or pass token ids"
 )
+SHIPPED_CANNOT_CHAT = (
+    "the model that ships with npllama tells stories and cannot chat: load a chat model, or name "
+    "a format with chat_format= (--chat-format)"
+)
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
 
 
-def _shows_keywords_of(source: Callable) -> Callable[[Method], Method]:
+def shows_keywords_of(source: Callable, but: Sequence[str] = ()) -> Callable[[Method], Method]:
     """A decorator: the method's signature, as help() and notebooks show it, has the keywords and
-    defaults of `source` in place of its own `**`. So they are written once.
+    defaults of `source` in place of its own `**`, except those in `but`. So they are written once.
     """
     passed_on = [
         parameter.replace(kind=parameter.KEYWORD_ONLY)
         for parameter in inspect.signature(source).parameters.values()
-        if parameter.default is not parameter.empty
+        if parameter.default is not parameter.empty and parameter.name not in but
     ]
 
     def decorate(method: Method) -> Method:
@@ -105,6 +113,7 @@ class Llama(Transformer):
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.format.name
         self._loaded: tuple[tuple, Parameters] | None = None  # arguments of load, what it read
+        self._chat_format: ChatFormat | None = None
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         """How it is pickled: the arguments with which `load` makes it again.
@@ -139,7 +148,7 @@ class Llama(Transformer):
             f"{self.backend.name}>"
         )
 
-    @_shows_keywords_of(Sampling)
+    @shows_keywords_of(Sampling)
     def new_generation(
         self,
         prompts: Sequence[Prompt],
@@ -168,10 +177,10 @@ class Llama(Transformer):
             ignore_eos: go on after an end-of-sequence id.
             fresh_text: the completion begins a text of its own, as the answer to
                 npllama.dialogue.encode_chat does, and has no leading space.
-            cache: from `new_cache`, a row per prompt. It holds the first ids of the prompt (none
-                at first), which are not read again, and afterwards the prompt and the completion
-                without its last id (a prompt that is to get no new token is not read; after Ctrl-C
-                as much of them as was read).
+            cache: from `new_cache` or `load_cache`, a row per prompt. It holds the first ids of the
+                prompt (none at first), which are not read again, and afterwards the prompt and the
+                completion without its last id (a prompt that is to get no new token is not
+                read; after Ctrl-C as much of them as was read).
                 `cache.truncate(row, length)` takes back what the next prompt does not have.
             batch_size: prompts that are decoded together at most; the next one begins where one
                 has ended. None is all of them, or as many as fit the memory.
@@ -209,10 +218,10 @@ class Llama(Transformer):
         stops = _checked_stops(() if stop is None else stop)
         if stops and self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        if isinstance(prompts, str | bytes) or len(prompts) == 0:
-            raise InputError("prompts is not a list of at least one prompt")
+        if _n_prompts(prompts) == 0:
+            raise InputError(f"prompts is {prompts!r:.60}: expected a list of at least one prompt")
         if cache is not None:
-            self._check_cache(cache, len(prompts))
+            self.checked_cache(cache, len(prompts))
         context = self.context if cache is None else cache.context
         rows = []
         for number, prompt in enumerate(prompts):
@@ -263,7 +272,12 @@ class Llama(Transformer):
         self.check_own_memory(most, longest)
         return most
 
-    def _check_cache(self, cache: KVCache, n_prompts: int) -> None:
+    def checked_cache(self, cache: KVCache, n_prompts: int) -> KVCache:
+        """The cache, which must be this model's and have a row for each prompt.
+
+        Raises:
+            InputError: it is another model's, or has another number of rows.
+        """
         if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
             raise InputError("the cache is not this model's: expected one from its new_cache")
         if len(cache.lengths) != n_prompts:
@@ -271,8 +285,9 @@ class Llama(Transformer):
                 f"the cache has {len(cache.lengths)} rows and there are {n_prompts} prompts: "
                 "expected a row for each"
             )
+        return cache
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def generate(self, prompt: Prompt | None = "", **options: Any) -> Completion:
         """Continue a prompt; `generate_batch` continues several.
 
@@ -299,7 +314,7 @@ class Llama(Transformer):
         """
         return self.generate_batch([_one_prompt(prompt)], **options)[0]
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def stream(self, prompt: Prompt | None = "", **options: Any) -> TextStream:
         """As `generate`, yielding the text in pieces as they become certain.
 
@@ -321,7 +336,7 @@ class Llama(Transformer):
             raise TokenizerError(self._no_tokenizer)
         return TextStream(self.new_generation([_one_prompt(prompt)], **options))
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; keywords are `generate`'s.
 
@@ -334,6 +349,122 @@ class Llama(Transformer):
         generation = self.new_generation(prompts, **options)
         generation.run()
         return generation.completions()
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The chat format that the model was trained on, from its directory.
+
+        A directory without a chat template has Llama-2-chat's format, and a TokenizerWarning
+        says so: Meta's files have no template.
+
+        Raises:
+            InputError: the model was not loaded from a directory, or is the one that ships with
+                the package, which cannot chat.
+            TokenizerError: a chat template that is damaged.
+        """
+        if self._chat_format is None:
+            if self._loaded is None:
+                raise InputError(
+                    "the model was not loaded from a directory, so its chat format is unknown: "
+                    "name one with chat_format=, one "
+                    f"of {', '.join(CHAT_FORMATS)}"
+                )
+            directory = self._loaded[0][0]
+            if directory is None or Path(directory) == SHIPPED:
+                raise InputError(SHIPPED_CANNOT_CHAT)
+            self._chat_format, note = find_chat_format(directory)
+            if note is not None:
+                warnings.warn(note, TokenizerWarning, stacklevel=2)
+        return self._chat_format
+
+    def resolved_chat_format(self, chat_format: str | ChatFormat | None) -> ChatFormat:
+        """A chat format, by its name too; None is the model's own.
+
+        Raises:
+            InputError, TokenizerError: see `chat_format`; a name that is unknown.
+        """
+        if chat_format is None:
+            return self.chat_format
+        if isinstance(chat_format, str):
+            return find_chat_format(None, chat_format)[0]
+        if not callable(chat_format):
+            raise InputError(
+                f"chat_format is {chat_format!r:.60}: expected a name of "
+                f"{', '.join(CHAT_FORMATS)}, or a format of npllama.chat_formats"
+            )
+        return chat_format
+
+    @shows_keywords_of(new_generation, but=("fresh_text",))
+    def chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        answer: str | None = "",
+        chat_format: str | ChatFormat | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Answer a dialogue; npllama.Chat keeps one and its cache.
+
+        Args:
+            messages: {"role": ..., "content": ...} each; the roles are an optional "system", then
+                "user" and "assistant" in turn, "user" last. A checkpoint's template may allow
+                others.
+            answer: how the answer begins, which the model continues; it is not part of the
+                completion.
+            chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is
+                `chat_format`, the model's own.
+            options: keywords of `new_generation`, which explains them and what it raises, with
+                two differences: `fresh_text` is true where `answer` is not given, and of a
+                `cache` the first ids that it has in common with the dialogue are kept.
+
+        Raises:
+            InputError: messages that are none, roles that the format does not know, or a model
+                without a chat format.
+            TokenizerError: a model without a tokenizer, or a chat template that cannot be
+                rendered.
+
+        >>> hello = [{"role": "user", "content": "Hello!"}]
+        >>> len(load().chat(hello, chat_format="llama-2", max_new_tokens=3, ignore_eos=True).ids)
+        3
+        """
+        prompt, options = self._chat_prompt(messages, answer, chat_format, options)
+        return self.generate(prompt, **options)
+
+    @shows_keywords_of(new_generation, but=("fresh_text",))
+    def stream_chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        answer: str | None = "",
+        chat_format: str | ChatFormat | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """As `chat`, yielding the text in pieces as they become certain; see `stream`.
+
+        >>> hello = [{"role": "user", "content": "Hello!"}]
+        >>> stream = load().stream_chat(hello, chat_format="vicuna", temperature=0)
+        >>> "".join(stream) == stream.completion.text
+        True
+        """
+        prompt, options = self._chat_prompt(messages, answer, chat_format, options)
+        return self.stream(prompt, **options)
+
+    def _chat_prompt(
+        self,
+        messages: Iterable[Message],
+        answer: str | None,
+        chat_format: str | ChatFormat | None,
+        options: Mapping[str, Any],
+    ) -> tuple[list[int], dict[str, Any]]:
+        """The ids of a dialogue, and the options with which they are continued."""
+        self.encode("")  # says what is missing where there is no tokenizer
+        chosen = self.resolved_chat_format(chat_format)
+        answer = "" if answer is None else answer
+        ids = encode_chat(self.tokenizer, messages, chosen, answer)
+        given = {name: value for name, value in options.items() if value is not None}
+        if "cache" in given:
+            self.checked_cache(given["cache"], 1).keep(0, ids)
+        return ids, {"fresh_text": not answer.strip(), **given}
 
     def server(self, batch_size: int = 8, context: int | None = None) -> Server:
         """An object that decodes the requests of many threads together; see Server.
@@ -350,6 +481,59 @@ class Llama(Transformer):
         5
         """
         return Server(self, self._n_tokens, self._allowed, batch_size, context)
+
+    def save_cache(self, cache: KVCache, path: str | Path, row: int = 0) -> None:
+        """Write a row of a cache to a file, from which `load_cache` makes a cache again.
+
+        A long prompt is then read once, however many programs continue it. The file holds its
+        token ids, and their keys and values.
+
+        Args:
+            cache: from this model's `new_cache`.
+            path: a new file, or an older one of this method, which is replaced. The file appears
+                whole or not at all.
+
+        Raises:
+            InputError: the row is empty, the cache is another model's, something else stands at
+                `path`, or it cannot be written.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> llama = load()
+        >>> ids = llama.encode("Once upon a time, there was")
+        >>> cache = llama.new_cache()
+        >>> first = llama.generate(ids, cache=cache, max_new_tokens=5, temperature=0)
+        >>> with TemporaryDirectory() as folder:
+        ...     llama.save_cache(cache, folder + "/once.safetensors")
+        ...     cache = llama.load_cache(folder + "/once.safetensors", ids)
+        >>> cache.ids == [ids[:-1]]  # a prompt's last id is always read
+        True
+        >>> again = llama.generate(ids, cache=cache, max_new_tokens=5, temperature=0)
+        >>> again.text == first.text, again.timings.prompt_tokens
+        (True, 1)
+        """
+        save_cache(self, cache, path, row)
+
+    def load_cache(
+        self, path: str | Path, ids: Sequence[int] | None = None, context: int | None = None
+    ) -> KVCache:
+        """A cache of one row with what `save_cache` wrote to a file.
+
+        The file is refused where the model computes other keys and values than the one that wrote
+        it: with other weights, another storage dtype, other rotary frequencies. The dtype of the
+        cache may differ, as between NumPy and CuPy; the numbers are then converted.
+
+        Args:
+            ids: a prompt: the row holds as many ids as the file and the prompt begin with both,
+                but at most all of the prompt without its last id. `generate` then takes the cache
+                for this prompt. None is all ids of the file.
+            context: positions that the cache has room for, by default the model's. Ids of the
+                file that do not fit are left out.
+
+        Raises:
+            InputError: the file does not exist, is damaged, no prompt cache, or of another model.
+            OutOfMemoryError: so many positions do not fit.
+        """
+        return load_cache(self, path, ids, context)
 
     def _choosable(self) -> tuple[int, Array | None]:
         """One more than the last id that may be chosen, and a mask (n_tokens,) on the device
@@ -391,7 +575,7 @@ class Llama(Transformer):
         if not isinstance(prompt, str):
             is_scalar = isinstance(prompt, np.ndarray) and prompt.ndim == 0
             if isinstance(prompt, bytes) or is_scalar or not isinstance(prompt, Iterable):
-                raise InputError(f"the prompt is {prompt!r}: expected a text or token ids")
+                raise InputError(f"the prompt is {prompt!r:.60}: expected a text or token ids")
             return list(prompt)
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
@@ -429,7 +613,7 @@ class Llama(Transformer):
 
 def load(
     path: str | Path | None = None,
-    backend: str = "auto",
+    backend: str | None = "auto",
     dtype: str | None = None,
     context: int | None = None,
     threads: int | None = None,
@@ -446,7 +630,7 @@ def load(
     Args:
         path: the directory, as Hugging Face lays it out; None is the model that ships with the
             package, which tells little stories (npllama/assets/stories/README.md).
-        backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are.
+        backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are. None is "auto".
         dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
             (see npllama.quantization); None keeps them as stored (on the CPU as views of the
             memory-mapped file).
@@ -481,6 +665,7 @@ def load(
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
     directory = SHIPPED if path is None else _checked_directory(as_given(path))
+    backend = "auto" if backend is None else backend
     config = LlamaConfig.from_directory(directory, rope_scaling)
     context = _checked_context(context, config)
     ops = ops_for(get_backend(backend, _checked_threads(threads), device), graph)
@@ -529,6 +714,15 @@ def _checked_directory(given: str) -> Path:
         what = f"has no config.json: expected a model directory; {HOW_TO_GET_ONE}"
         raise InputError(f"{path} {directory_instead(path) or what}")
     return path
+
+
+def _n_prompts(prompts: Sequence[Prompt]) -> int:
+    """The number of prompts of a batch; 0 for one text, and for what has no length, such as a
+    generator."""
+    try:
+        return 0 if isinstance(prompts, str | bytes) else len(prompts)
+    except TypeError:
+        return 0
 
 
 def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:

@@ -5,6 +5,7 @@ of a memory map, which cost nothing until a page is read. The format has no gaps
 begin where the ones before them end.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I8": np.dtype("int8"),
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype("int32"): "I32"}
 _LENGTH_BYTES = 8  # before the header: how long it is
 _LONGEST_REASON = 200  # the library lists all dtypes that there are
 
@@ -44,6 +46,11 @@ class SafetensorsFile:
     Args:
         dtypes: those that are read, by the format's names for them.
         is_ignored: of a tensor's name; one that is ignored may have any dtype, and is left out.
+        remedy: what to do about a damaged file, at the end of its message.
+
+    Attributes:
+        tensors: where each tensor lies.
+        metadata: the texts of the header's __metadata__.
 
     Raises:
         WeightsError: the file is missing, truncated, or its header does not describe it.
@@ -54,9 +61,12 @@ class SafetensorsFile:
         path: Path,
         dtypes: Mapping[str, np.dtype] = DTYPES,
         is_ignored: Callable[[str], bool] = lambda name: False,
+        remedy: str = "get the file again",
     ) -> None:
         self.path = Path(path)
         self._dtypes = dtypes
+        self._remedy = remedy
+        self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
             with open(self.path, "rb") as file:
@@ -83,11 +93,12 @@ class SafetensorsFile:
         return np.frombuffer(self._map, info.dtype, count, info.begin).reshape(info.shape)
 
     def _layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor, in the order of the data."""
+        """Name, dtype and shape of every tensor, in the order of the data; sets `metadata`."""
         from safetensors import SafetensorError, safe_open  # not for --help
 
         try:
             with safe_open(self.path, framework="np") as file:
+                self.metadata = dict(file.metadata() or {})
                 slices = {name: file.get_slice(name) for name in file.offset_keys()}
                 return [(n, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()]
         except SafetensorError as error:
@@ -113,8 +124,32 @@ class SafetensorsFile:
             return WeightsError(f"{self.path} {instead}")
         return WeightsError(
             f"{self.path} is damaged or truncated (it has {self._size} bytes; "
-            f"{what[:_LONGEST_REASON]}): get the file again"
+            f"{what[:_LONGEST_REASON]}): {self._remedy}"
         )
+
+
+def header_of(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The bytes of a file before its data: dtype and shape of each tensor, whose data follow in
+    the order of `tensors`, without gaps.
+
+    The data begin at a multiple of 8. Each tensor begins at a multiple of its item size where
+    wider dtypes come first.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + dtype.itemsize * prod(shape)
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -3,14 +3,17 @@
 import errno
 import os
 import stat
+import threading
+import time
 
 import pytest
 
 import atomic
-from atomic import atomic_file, locked, sync
+from atomic import locked, sync
 from conftest import TINY
 from convert import main as convert_main
 from model_directory import random_tensors
+from npllama.atomic_file import atomic_file, check_writable
 from npllama.errors import InputError
 from test_convert import write_llama2c
 
@@ -66,6 +69,66 @@ def test_a_file_is_the_new_one_or_the_old_one(tmp_path, old, monkeypatch):
     with atomic_file(path) as partial:
         partial.write_bytes(b"new")
     assert names(tmp_path) == ["file"] and path.read_bytes() == b"new"
+
+
+def test_a_new_file_has_the_permissions_of_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"private")
+    for mode in (0o600, 0o400):
+        path.chmod(mode)
+        with atomic_file(path) as partial:
+            assert stat.S_IMODE(partial.stat().st_mode) == 0o600  # before anything is written
+            partial.write_bytes(b"new")
+        assert path.read_bytes() == b"new" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_what_a_killed_writer_left_is_replaced(tmp_path):
+    (tmp_path / "file.partial").write_bytes(b"half of something longer")
+    with atomic_file(tmp_path / "file") as partial, open(partial, "ab") as file:
+        file.write(b"new")
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"new"
+
+
+def write_slowly(path, letter, times):
+    """Whole files of one letter, each written in two parts, with time between them."""
+    for _ in range(times):
+        with atomic_file(path) as partial, open(partial, "wb", buffering=0) as file:
+            for _ in range(2):
+                file.write(letter * 1000)
+                time.sleep(0.002)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_two_writers_at_once_do_not_mix(tmp_path, monkeypatch, has_locks):
+    if not has_locks:
+        refuse_locks(monkeypatch, errno.ENOLCK)
+    path = tmp_path / "file"
+    writers = [
+        threading.Thread(target=write_slowly, args=(path, letter, 10)) for letter in (b"a", b"b")
+    ]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            assert path.read_bytes() in (b"a" * 2000, b"b" * 2000)
+    for writer in writers:
+        writer.join()
+    assert names(tmp_path) == ["file"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    check_writable(tmp_path / "file")
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")
+    with monkeypatch.context() as patch:  # root may write everything
+        patch.setattr("os.access", lambda _path, _mode: False)
+        with pytest.raises(InputError, match="file cannot be written: Permission denied"):
+            check_writable(tmp_path / "file")
+    with pytest.raises(InputError, match=r"none/file cannot be written: No such file"):
+        check_writable(tmp_path / "none" / "file")
+    with pytest.raises(InputError, match="cannot be written: File name too long"):
+        check_writable(tmp_path / ("a" * 250))
 
 
 def test_a_file_of_a_folder_that_is_not_there_is_one_line(tmp_path):

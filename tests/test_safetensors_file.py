@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from npllama.errors import WeightsError
-from npllama.safetensors_file import SafetensorsFile
+from npllama.safetensors_file import DTYPES, SafetensorsFile, header_of
 
 FLOAT_DTYPES = ["float32", "float16", ml_dtypes.bfloat16]
 SHAPES = [(), (1,), (0,), (3, 0), (7,), (3, 5), (2, 3, 4)]
@@ -399,3 +399,32 @@ def test_no_flipped_byte_of_the_header_raises_anything_else(path, written, rng):
             assert len(str(error).splitlines()) == 1
         else:  # a name may have changed, or a byte become itself
             assert all(file[name].nbytes <= 24 for name in file.tensors)
+
+
+# -- writing
+
+
+def test_the_library_reads_what_a_header_describes(path, rng):
+    tensors = {
+        "ids": np.arange(3, dtype="int32"),
+        "single": rng.random((2, 3)).astype("float32"),
+        "empty": np.zeros((0, 4), dtype="float32"),
+        "half": rng.random(5).astype("float16"),
+        "brain": rng.random((1, 2)).astype(ml_dtypes.bfloat16),
+        "small": np.array(7, dtype="int8"),
+    }
+    header = header_of({n: (a.dtype, a.shape) for n, a in tensors.items()}, {"why": "a test"})
+    assert len(header) % 8 == 0
+    path.write_bytes(header + b"".join(array.tobytes() for array in tensors.values()))
+    library = safetensors.numpy.load_file(path)
+    assert set(library) == set(tensors)
+    for name, array in tensors.items():
+        assert library[name].dtype == array.dtype and np.array_equal(library[name], array)
+    dtypes = {**DTYPES, "I32": np.dtype("int32")}
+    file = SafetensorsFile(path, dtypes)
+    assert file.metadata == {"why": "a test"}
+    assert all(np.array_equal(file[name], array) for name, array in tensors.items())
+
+
+def test_a_file_without_metadata_has_none(path, written):
+    assert SafetensorsFile(path).metadata == {}

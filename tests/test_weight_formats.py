@@ -5,7 +5,7 @@ import pytest
 
 import convert
 from conftest import TINY, make_ops
-from converting import huggingface, writer
+from converting import huggingface
 from model_directory import write_model
 from npllama import load, safetensors_file, weight_formats
 from npllama.backend import Backend
@@ -78,7 +78,7 @@ def four_bits(monkeypatch):
     monkeypatch.setitem(FORMATS, made.name, made)
     for dtypes in (safetensors_file.DTYPES, huggingface._DTYPES):
         monkeypatch.setitem(dtypes, "U8", made.dtype)
-    monkeypatch.setitem(writer._DTYPE_NAMES, made.dtype, "U8")
+    monkeypatch.setitem(safetensors_file._NAMES, made.dtype, "U8")
     return made
 
 

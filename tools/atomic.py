@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all.
+"""Directories that appear whole or not at all.
 
 A directory uses three names beside it: `.NAME.partial` for half-written work, `.NAME.replaced`
 for what moves aside until the new directory stands, and `.NAME.lock`, whose lock ends with its
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from interruption import uninterrupted
+from npllama.atomic_file import NO_LOCKS, sync
 from npllama.errors import InputError
 
 try:
@@ -25,33 +26,6 @@ except ImportError:  # Windows, where two processes are not kept apart
 
 _COMPLETE = "config.json"  # without it no directory is a model
 _IS_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # the last on CIFS
-_IS_MISSING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-_NO_LOCKS = _IS_MISSING | {errno.ENOLCK}
-_NO_SYNC = _IS_MISSING
-_NO_SYNC_OF_FOLDERS = _IS_MISSING | {errno.EBADF, errno.EISDIR, errno.EACCES}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it becomes `path` when the block ends without error.
-
-    A program killed at any moment leaves the old `path` or the new one.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        try:
-            yield partial
-            sync(partial)
-            os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -279,32 +253,10 @@ def _take(path: Path, message: str) -> int | None:
                 raise InputError(message) from None
             with suppress(OSError):
                 path.unlink()
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 return None
             raise
         except BaseException:
             os.close(file)
             raise
         os.close(file)  # it was removed by the process that held the lock until now
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk.
-
-    It returns at once where the file system cannot wait.
-
-    Raises:
-        OSError: the content could not be written, as on a full or broken disk.
-    """
-    is_folder = path.is_dir()
-    if is_folder and fcntl is None:  # Windows opens no folder
-        return
-    try:
-        file = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        if error.errno not in (_NO_SYNC_OF_FOLDERS if is_folder else _NO_SYNC):
-            raise

@@ -19,10 +19,11 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from atomic import atomic_file, locked, parents_of
+from atomic import locked, parents_of
 from command_line import Parser, exit_code, named_path
 from converting.tokenizers import read_tokenizer
 from interruption import deferred, interruptible
+from npllama.atomic_file import atomic_file
 from npllama.backend import get_backend
 from npllama.config import LlamaConfig, read_json
 from npllama.console import open_streams, reason, tell, utf8

@@ -7,19 +7,16 @@ no --dtype makes, is separated: wider ones come first in a file.)
 """
 
 import json
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
 
-from npllama.safetensors_file import DTYPES
+from npllama.safetensors_file import header_of
 from npllama.weight_table import find_hf
 from npllama.weights import INDEX, SINGLE
-
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -80,22 +77,11 @@ def _belongs_to_the_one_before(name: str) -> bool:
 def _shard(file: str, entries: list[Entry]) -> Shard:
     # wider dtypes first: every tensor then begins at a multiple of its item size
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    begins, position = {}, 0
-    for entry in entries:
-        end = position + entry.nbytes
-        header[entry.name] = {
-            "dtype": _DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [position, end],
-        }
-        begins[entry.name] = position
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-    start = 8 + len(text)
-    offsets = {name: start + begin for name, begin in begins.items()}
-    return Shard(file, struct.pack("<Q", len(text)) + text, offsets, start + position)
+    # transformers asks for the metadata
+    header = header_of({e.name: (e.dtype, e.shape) for e in entries}, {"format": "pt"})
+    *begins, end = accumulate((entry.nbytes for entry in entries), initial=len(header))
+    offsets = {entry.name: begin for entry, begin in zip(entries, begins, strict=True)}
+    return Shard(file, header, offsets, end)
 
 
 def write_shards(

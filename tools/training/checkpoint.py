@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from atomic import atomic_file
+from npllama.atomic_file import atomic_file
 from npllama.errors import InputError
 
 

@@ -4,7 +4,7 @@ import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from atomic import atomic_file
+from npllama.atomic_file import atomic_file
 from npllama.errors import InputError
 
 

@@ -1,0 +1,152 @@
+"""The token ids with which a model wrote its answers, in place of the ids of their text.
+
+Several sequences of ids decode to one text, and a model may write another one than the tokenizer
+makes of the text. The KV cache holds those that the model wrote. A later prompt that has them as
+well needs no second reading.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from npllama.dialogue_parts import ChatFormat, Message, Part, Parts, merged
+from npllama.tokenizer import StreamDecoder, Tokenizer
+
+_FIRST_MARK = 0x100000  # private characters, which no text has by chance
+
+
+@dataclass(frozen=True)
+class OwnAnswer:
+    """An answer that a model wrote.
+
+    Attributes:
+        begun: the beginning that the prompt gave it.
+        text: what the model wrote after that.
+        ids: the ids of `text`.
+        space: the white space at the end of the prompt. A format may strip an answer, or put a
+            space before it that belongs to its first id.
+    """
+
+    begun: str
+    text: str
+    ids: tuple[int, ...]
+    space: str
+
+    @property
+    def content(self) -> str:
+        """The content of the message."""
+        return self.begun + self.text
+
+
+def own_answer(
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    text: str,
+    *,
+    begun: str,
+    space: str,
+    end_ids: Collection[int],
+) -> OwnAnswer | None:
+    """An answer with the ids that the model wrote, as far as they decode to its text.
+
+    Args:
+        ids: of the completion. Those behind a text end, as `end_ids`, are no part of the answer:
+            the chat format writes them.
+        text: of the completion, which has no stop text.
+        begun, space: see OwnAnswer.
+
+    Returns:
+        None where no id decodes to a part of the text.
+    """
+    ids = list(ids)
+    while ids and ids[-1] in end_ids:
+        ids.pop()
+    decoder = StreamDecoder(tokenizer)
+    if begun:  # the text goes on, and keeps the space that a text loses where it begins
+        for id_ in prompt_ids:
+            decoder.push(id_)
+    made, common, n_ids = "", "", 0
+    for i, id_ in enumerate(ids):
+        made += decoder.push(id_)
+        if decoder.is_whole and text.startswith(made):
+            common, n_ids = made, i + 1
+    if made + decoder.flush() == text:
+        return OwnAnswer(begun, text, tuple(ids), space)
+    if n_ids == 0 and not begun:
+        return None
+    # a stop text began within a token
+    rest = tokenizer.encode_continuation(text[len(common) :])
+    return OwnAnswer(begun, text, (*ids[:n_ids], *rest), space)
+
+
+def parts_with_own_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    chat_format: ChatFormat,
+    answer: str,
+    own_answers: Mapping[int, OwnAnswer],
+) -> Parts:
+    """The parts of a dialogue, with the model's own ids where a chat format puts its answers.
+
+    The format is asked again with a character of no meaning for each answer, which shows the place
+    of the answer. With the answers put back, the result must be the first one: an answer with
+    which a format does more than to strip it stays text.
+
+    Args:
+        own_answers: by the index of the message.
+    """
+    plain = merged(chat_format(tokenizer, messages, answer))
+    left = {chr(_FIRST_MARK + i): (i, own) for i, own in own_answers.items()}
+    if any(mark in message["content"] for message in messages for mark in left):
+        return plain
+    while left:
+        marks = {mark: own for mark, (_i, own) in left.items()}
+        marked_messages = [dict(message) for message in messages]
+        for mark, (i, own) in left.items():
+            marked_messages[i]["content"] = own.begun + mark
+        marked = merged(chat_format(tokenizer, marked_messages, answer))
+        between = re.compile(f"([{''.join(marks)}])")
+        changed = _first_changed(_spelled(plain), between.split(_spelled(marked)), marks)
+        if changed is None:
+            return [one for part in marked for one in _spliced(part, between, marks)]
+        left.pop(changed)
+    return plain
+
+
+def _spelled(parts: Parts) -> str:
+    """Parts as one text, with numbers for ids: to be compared, not to be encoded."""
+    return "".join(part if isinstance(part, str) else f"\0{part}\0" for part in parts)
+
+
+def _first_changed(plain: str, marked: Sequence[str], marks: Mapping[str, OwnAnswer]) -> str | None:
+    """The mark of the first answer with which the format does more than to strip it.
+
+    Args:
+        marked: text, mark, text, ..., text.
+
+    Returns:
+        None where the marked text, with the answers put back, is the plain one.
+    """
+    at = len(marked[0]) if plain.startswith(marked[0]) else -1
+    mark, seen = next(iter(marks)), set()
+    for mark, after in zip(marked[1::2], marked[2::2], strict=True):
+        text = marks[mark].text
+        choices = (choice + after for choice in (text, text.strip(), text.rstrip(), text.lstrip()))
+        found = next((choice for choice in choices if plain.startswith(choice, at)), None)
+        if at < 0 or found is None or mark in seen:
+            return mark
+        at += len(found)
+        seen.add(mark)
+    return None if at == len(plain) else mark
+
+
+def _spliced(part: Part, between: re.Pattern, marks: Mapping[str, OwnAnswer]) -> Parts:
+    """A marked part with ids for the marks, and before them the white space of their prompts."""
+    if not isinstance(part, str):
+        return [part]
+    *pairs, end = between.split(part)  # text, mark, text, mark, ..., text
+    parts: Parts = []
+    for text, mark in zip(pairs[::2], pairs[1::2], strict=True):
+        parts += [text.rstrip() + marks[mark].space, marks[mark].ids]
+    return [*parts, end]
