@@ -175,7 +175,7 @@ def _held_bytes(process: "psutil.Process") -> int | None:
 
 
 def _own_peak() -> int | None:
-    # Linux's getrusage also counts the program that started this one, so it is not used there
+    # On Linux, getrusage would also count the program that started this one
     if found := re.search(r"^VmHWM:\s*(\d+)", _text("/proc/self/status"), re.MULTILINE):
         return int(found[1]) * 1024
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Work:
-    """A unit of long work in progress.
+    """Long work in progress.
 
     Attributes:
         what: a description, such as "reading the prompt".

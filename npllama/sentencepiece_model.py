@@ -35,7 +35,7 @@ def bpe_model(
 
     Args:
         pieces: (text, score, type) in the order of their ids. A space is written U+2581. BPE
-            merges the neighbors whose union has the highest score first.
+            merges the adjacent pieces whose union has the highest score first.
         dummy_prefix: whether encoding inserts a space before every text.
         names: the pieces for unknown, BOS and EOS.
     """

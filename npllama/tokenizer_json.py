@@ -1,8 +1,8 @@
 """Converts tokenizer.json, the Hugging Face tokenizers' format, to a sentencepiece model.
 
 transformers 5 saves only this file. Its merges list every split of every piece, sorted by the
-scores of the original sentencepiece model. sentencepiece merges the neighbors whose union has the
-highest score first, so scores can be derived from the order of the merges.
+scores of the original sentencepiece model. sentencepiece merges the adjacent pieces whose union has
+the highest score first, so scores can be derived from the order of the merges.
 """
 
 import re
@@ -238,8 +238,7 @@ def _pieces(
 
 
 def _can_be_made(piece: str, normal: set[str]) -> bool:
-    """Whether two neighbors in a text could be joined into this piece although no merge lists
-    it."""
+    """Whether two adjacent pieces could be joined into this piece although no merge lists it."""
     splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
     return any(all(len(p) == 1 or p in normal for p in split) for split in splits)
 
@@ -264,7 +263,7 @@ def _scores(merges: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 def _check_all_splits(merges: Sequence[tuple[str, str]], normal: set[str]) -> None:
     """Check that the list has every split of each piece, because sentencepiece merges any two
-    neighbors whose union is a piece."""
+    adjacent pieces whose union is a piece."""
     listed = set(merges)
     for piece in {left + right for left, right in merges}:
         for i in range(1, len(piece)):

@@ -241,8 +241,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _complete(options: argparse.Namespace, begun: dict) -> None:
-    """Set --warmup and --decay if they are not given: --warmup from the run that is resumed, if
-    any, and otherwise both from --steps."""
+    """Set --warmup and --decay if they are not given. --warmup is that of the resumed run, or else
+    follows from --steps; --decay follows from --steps."""
     if options.warmup is None:
         options.warmup = begun.get("warmup", min(100, options.steps // 10))
     if not 0 <= options.warmup < options.steps:

@@ -147,7 +147,7 @@ def side_by_side(
         for rival, samples in zip(rivals, runs.rivals, strict=True):
             time.sleep(PAUSE)
             samples.append(rival.run())
-            llama.backend.threads.count  # noqa: B018 (counts now, so that the next count is fresh)
+            llama.backend.threads.count  # noqa: B018 (the next count then covers the pause)
         if rivals:
             time.sleep(PAUSE)
         done()

@@ -17,7 +17,7 @@ _EXPONENT = {  # the exponent bits; if all are ones, the element is an infinity 
     np.dtype("float64"): 0x7FF0000000000000,
 }
 FLOATS = tuple(_EXPONENT)
-_WIDE = (np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))  # values of --dtype with a large range
+_WIDE = (np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))  # --dtypes with a large range
 
 
 @dataclass

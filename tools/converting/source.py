@@ -25,7 +25,7 @@ class Tensor:
         where: file and name, for messages.
         dtype: dtype of what `read` returns.
         read: returns the values with `dtype` and `shape`. Each call reads the file again.
-        format: for a matrix that the file stores quantized as npllama does, the format of `parts`.
+        format: the quantized npllama format in which `parts` store the tensor, if there is one.
         parts: for a quantized matrix, the stored tensors: int8 values and scales.
         place: location of the data. Two names of one tensor have the same place.
     """

@@ -51,7 +51,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training since the run began, excluding the time between interruptions."""
+        """Seconds that the run has taken, summed over all its sessions."""
         return self.seconds_before + time.perf_counter() - self._began
 
     def __enter__(self) -> "Progress":
