@@ -1,4 +1,4 @@
-"""LlamaConfig: the numbers that make one LLaMA-2 differ from another."""
+"""LlamaConfig: the sizes and constants in which LLaMA-2 models differ."""
 
 import sys
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from npllama.rope_scaling import (
 from npllama.small_file import MAX_JSON, parse_json, read_small_file
 from npllama.weight_formats import FORMATS
 
-# Fields of a Hugging Face config that change the mathematics, each with the only values this
-# code implements. Absent is fine. Anything not read here or below leaves LlamaForCausalLM's
-# result as it is (pretraining_tp, initializer_range, use_cache, torch_dtype, ...).
+# Hugging Face config fields that change the mathematics, each with the only values that this code
+# implements. A field may be absent. Fields that are listed neither here nor below do not change
+# the result of LlamaForCausalLM (pretraining_tp, initializer_range, use_cache, torch_dtype, ...).
 _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
@@ -33,7 +33,7 @@ _ONLY_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
 }
 _ARCHITECTURE = "LlamaForCausalLM"
 
-_MAX_DEPTH = 64  # of nested lists and objects in a JSON file
+_MAX_DEPTH = 64  # nesting depth of lists and objects in a JSON file
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class LlamaConfig:
         dim: D, width of the residual stream.
         n_layers: L.
         n_heads: H, query heads.
-        n_kv_heads: K, key-value heads; K = H is multi-head attention, K = 1 multi-query,
-            anything between grouped-query.
+        n_kv_heads: K, key-value heads: K = H is multi-head attention, K = 1 is multi-query
+            attention, any other K is grouped-query attention.
         ffn_dim: F, width of the SwiGLU hidden layer.
         vocab_size: V.
-        context_length: positions the model was trained for, a scaling included; with "dynamic"
-            those before it.
+        context_length: number of positions the model was trained for, after RoPE scaling; for
+            "dynamic", the number before scaling.
         norm_eps: epsilon inside RMSNorm's square root.
         rope_theta: base of the rotary frequencies.
-        tie_embeddings: the head uses the embedding matrix.
+        tie_embeddings: whether the head uses the embedding matrix.
         bos_id: id that begins every text.
         eos_ids: ids that end a generation.
-        head_dim: C, width of each head; D / H where it is not given.
-        rope_scaling: how the rotary frequencies differ from the plain ones; None where not.
+        head_dim: C, width of each head; None means D / H.
+        rope_scaling: scaling of the rotary frequencies; None for the plain frequencies.
 
     Raises:
-        ConfigError: numbers that do not fit together.
+        ConfigError: a value is out of range, or the values contradict each other.
     """
 
     dim: int
@@ -74,7 +74,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     bos_id: int = 1
     eos_ids: tuple[int, ...] = field(default=(2,))
-    head_dim: int = None  # type: ignore[assignment]  # an int once the object is made
+    head_dim: int = None  # type: ignore[assignment]  # always an int after __post_init__
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
@@ -83,21 +83,26 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         kind = None if self.rope_scaling is None else self.rope_scaling.kind
         if kind == "dynamic" and self.head_dim == 2:
-            raise ConfigError("head width is 2: rotary scaling 'dynamic' divides by head width - 2")
+            raise ConfigError(
+                "head width is 2: rotary scaling 'dynamic' divides by head width - 2, so it "
+                "expects at least 4"
+            )
         if kind == "yarn" and self.rope_theta <= 1:
-            raise ConfigError(f"rope_theta is {self.rope_theta!r}: 'yarn' needs one above 1")
+            raise ConfigError(
+                f"rope_theta is {self.rope_theta!r}: rotary scaling 'yarn' expects a value above 1"
+            )
 
     @property
     def longest_context(self) -> int:
-        """Positions that the model is good for: `context_length`, and factor times as many with
-        the scaling "dynamic"."""
+        """Positions that the model can use: `context_length`, multiplied by the factor of a
+        "dynamic" scaling if there is one."""
         if self.rope_scaling is None or self.rope_scaling.kind != "dynamic":
             return self.context_length
         return int(self.context_length * self.rope_scaling.factor)
 
     @property
     def n_parameters(self) -> int:
-        """Trained numbers in the model; a tied head counts once."""
+        """Number of trained parameters. A tied head counts once."""
         attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
         block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.dim
@@ -105,7 +110,7 @@ class LlamaConfig:
 
     @classmethod
     def named(cls, size: str) -> "LlamaConfig":
-        """One of the family by name: "7B", "13B", "34B" or "70B".
+        """The configuration of a published model: "7B", "13B", "34B" or "70B".
 
         >>> LlamaConfig.named("70B").n_parameters
         68976648192
@@ -114,24 +119,27 @@ class LlamaConfig:
             return LLAMA_2[size.upper()]
         except KeyError:
             known = ", ".join(LLAMA_2)
-            raise ConfigError(f"no LLaMA-2 is called {size!r}: expected one of {known}") from None
+            raise ConfigError(
+                f"there is no LLaMA-2 model of size {size!r}: expected one of {known}"
+            ) from None
 
     @classmethod
     def from_directory(cls, directory: Path, rope_scaling: str | None = None) -> "LlamaConfig":
-        """Read config.json, and generation_config.json where there is one.
+        """Read config.json, and generation_config.json if it exists.
 
-        End-of-sequence ids come from generation_config.json, then from config.json, then 2.
+        The end-of-sequence ids come from generation_config.json if it names any, else from
+        config.json, else the id is 2.
 
         Args:
-            rope_scaling: "TYPE:FACTOR", in place of what config.json says of it.
+            rope_scaling: "TYPE:FACTOR"; replaces the scaling in config.json.
 
         Raises:
-            ConfigError: the file is missing, damaged, or asks for what is not implemented.
-            InputError: another `rope_scaling`.
+            ConfigError: a file is missing or damaged, or asks for something not implemented.
+            InputError: `rope_scaling` is not of the form "TYPE:FACTOR".
         """
         given = None if rope_scaling is None else parse_rope_scaling(rope_scaling)
         path = Path(directory) / "config.json"
-        hf = read_json(path, missing="get it from where the weights came from")
+        hf = read_json(path, missing="copy it from where the weights came from")
         generation_path = path.with_name("generation_config.json")
         generation = read_json(generation_path) if generation_path.exists() else {}
         if given is not None:
@@ -149,9 +157,9 @@ class LlamaConfig:
     def from_hf(
         cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None
     ) -> "LlamaConfig":
-        """From the fields of Hugging Face's config.json and generation_config.json.
+        """Build from the fields of Hugging Face's config.json and generation_config.json.
 
-        A field that is null counts as absent.
+        A field with the value null counts as absent.
         """
         hf = {name: value for name, value in hf.items() if value is not None}
         _refuse_other_mathematics(hf)
@@ -186,10 +194,12 @@ class LlamaConfig:
         return config.with_generation(generation or {})
 
     def with_generation(self, generation: Mapping[str, Any]) -> "LlamaConfig":
-        """The ids of a generation_config.json, where it has them, in place of one's own.
+        """A copy with the bos and eos ids that a generation_config.json names.
+
+        An id that `generation` does not name stays as it is.
 
         Raises:
-            ConfigError: an id that is none.
+            ConfigError: a value is not a token id.
         """
         bos_id, eos_ids = _bos_id(generation, self.bos_id), _eos_ids(generation, self.eos_ids)
         fields = vars(self) | {"bos_id": bos_id, "eos_ids": eos_ids}
@@ -216,16 +226,16 @@ class LlamaConfig:
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids),
             "torch_dtype": dtype,
         }
-        if self.n_heads * self.head_dim != self.dim:  # older readers know no such field
+        if self.n_heads * self.head_dim != self.dim:  # older readers do not know this field
             fields["head_dim"] = self.head_dim
         if self.rope_scaling is not None:
             fields["rope_scaling"] = self.rope_scaling.to_hf()
-            if self.rope_scaling.kind in ("linear", "yarn"):  # the factor is counted in
+            if self.rope_scaling.kind in ("linear", "yarn"):  # context_length includes the factor
                 fields["max_sequence_length"] = self.context_length
         return fields
 
 
-# LlamaConfig's fields -> Hugging Face's, for messages
+# Field of LlamaConfig -> Hugging Face's name for it, for messages
 _HF_NAMES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -245,10 +255,11 @@ _COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", 
 
 
 def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first of LlamaConfig's fields that is out of range.
+    """Raise ConfigError for the first field of a LlamaConfig that is out of range.
 
     Args:
-        names: what each field is called where the user wrote it.
+        fields: values by LlamaConfig's field names.
+        names: the name of each field in the error message.
     """
     for field_ in _COUNTS:
         _check_size(names[field_], fields[field_])
@@ -259,7 +270,7 @@ def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
             raise ConfigError(f"{name} is {value!r}: expected a finite number above 0")
     tie = fields["tie_embeddings"]
     if not isinstance(tie, bool):
-        raise ConfigError(f"{names['tie_embeddings']} is {tie!r}: expected a bool")
+        raise ConfigError(f"{names['tie_embeddings']} is {tie!r}: expected true or false")
     dim, n_heads, n_kv_heads = (fields[name] for name in ("dim", "n_heads", "n_kv_heads"))
     if fields["head_dim"] is None:
         if dim % n_heads:
@@ -269,14 +280,14 @@ def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
         if dim // n_heads % 2:
             raise ConfigError(
                 f"head width {dim // n_heads} is odd ({names['dim']} {dim} / {names['n_heads']} "
-                f"{n_heads}): rotary embeddings turn pairs of components"
+                f"{n_heads}): rotary embeddings rotate pairs of elements, so it must be even"
             )
     else:
         _check_size(names["head_dim"], fields["head_dim"])
         if fields["head_dim"] % 2:
             raise ConfigError(
                 f"{names['head_dim']} is {fields['head_dim']}, which is odd: rotary embeddings "
-                "turn pairs of components"
+                "rotate pairs of elements, so it must be even"
             )
     if n_heads % n_kv_heads:
         raise ConfigError(
@@ -292,13 +303,13 @@ def _check(fields: Mapping[str, Any], names: Mapping[str, str]) -> None:
 def read_json(
     path: Path, most: int = MAX_JSON, missing: str = "expected a JSON file"
 ) -> dict[str, Any]:
-    """A JSON file of at most `most` bytes that holds one object.
+    """Read a JSON file of at most `most` bytes that holds one object.
 
     Args:
-        missing: what to say after "does not exist".
+        missing: the end of the error message for a file that does not exist.
 
     Raises:
-        ConfigError: no such file, not JSON, or not an object.
+        ConfigError: the file does not exist, is not valid JSON, or does not hold an object.
     """
     try:
         value = parse_json(read_small_file(path, most).decode("utf-8-sig"))
@@ -314,7 +325,7 @@ def read_json(
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a {type(value).__name__}: expected a JSON object")
     inner, depth = [value], 0
-    while inner:  # what json just reads, Python may not print, nor json write
+    while inner:  # the parser accepts depths at which repr and json.dumps exceed the stack
         if depth > _MAX_DEPTH:
             raise ConfigError(f"{path} is nested more than {_MAX_DEPTH} deep: get the file again")
         parts = (v.values() if isinstance(v, dict) else v for v in inner)
@@ -336,17 +347,20 @@ def _refuse_other_mathematics(hf: Mapping[str, Any]) -> None:
         raise ConfigError(f"architectures is {architectures!r}: expected {_ARCHITECTURE}")
     for name, implemented in _ONLY_IMPLEMENTED.items():
         if name in hf and hf[name] not in implemented:
-            raise ConfigError(f"{name} is {hf[name]!r}: only {implemented[0]!r} is implemented")
+            raise ConfigError(
+                f"{name} is {hf[name]!r}: this model is not supported, only {implemented[0]!r} "
+                "is implemented"
+            )
 
 
 def _is_llama(architectures: object) -> bool:
-    """Early conversions say LLaMAForCausalLM."""
+    """Whether the only name is LlamaForCausalLM; early conversions spell it LLaMAForCausalLM."""
     names = architectures if isinstance(architectures, list) else [architectures]
     return len(names) == 1 and str(names[0]).lower() == _ARCHITECTURE.lower()
 
 
 def _rope_scaling(hf: Mapping[str, Any]) -> tuple[RopeScaling | None, int]:
-    """The scaling of the rotary frequencies, and the positions that the model is good for."""
+    """The scaling of the rotary frequencies, and the number of positions the model can use."""
     context = hf.get("max_position_embeddings", 2048)
     _check_size("max_position_embeddings", context)
     name, rope = _rope(hf)
@@ -366,32 +380,36 @@ def _rope_scaling(hf: Mapping[str, Any]) -> tuple[RopeScaling | None, int]:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The field that describes the rotary embeddings, and its content: `rope_scaling` (older)
-    replaces `rope_parameters` (transformers 5) where both are there, as in transformers."""
+    """Name and content of the field that describes the rotary embeddings.
+
+    `rope_scaling` (older) takes precedence over `rope_parameters` (transformers 5), as in
+    transformers.
+    """
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(hf.get(name, {}), dict):
             raise ConfigError(
-                f"{name} is {hf[name]!r}: expected an object; npllama.generate takes "
-                "--rope-scaling TYPE:FACTOR (load takes rope_scaling=) in its place"
+                f"{name} is {hf[name]!r}: expected a JSON object; to override it, pass "
+                "--rope-scaling TYPE:FACTOR to npllama.generate, or rope_scaling= to load"
             )
     name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     return name, hf.get(name, {})
 
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
-    """`rope_theta` inside the field above, then beside it, then 10000."""
+    """`rope_theta` from the rotary field, else from the top level, else 10000."""
     theta = _rope(hf)[1].get("rope_theta")
     return hf.get("rope_theta", 10000.0) if theta is None else theta
 
 
 def _bos_id(fields: Mapping[str, Any], default: int) -> int:
-    """bos_token_id; null and -1 name none, and the default stays."""
+    """bos_token_id; null and -1 mean that there is no such id, and give the default."""
     given = fields.get("bos_token_id")
     return default if given is None or _is_none(given) else given
 
 
 def _eos_ids(fields: Mapping[str, Any], default: tuple[int, ...]) -> tuple[int, ...]:
-    """eos_token_id, an id or a list; null is the default, -1 is no id: nothing ends a text."""
+    """eos_token_id, an id or a list of ids. null gives the default; -1 means no id at all, so
+    that no token ends a text."""
     given = fields.get("eos_token_id")
     if given is None:
         return default
@@ -401,7 +419,7 @@ def _eos_ids(fields: Mapping[str, Any], default: tuple[int, ...]) -> tuple[int, 
 
 
 def _is_none(id_: object) -> bool:
-    return isinstance(id_, int) and id_ == -1  # as sentencepiece says that there is no such id
+    return isinstance(id_, int) and id_ == -1  # sentencepiece's value for "no such id"
 
 
 LLAMA_2 = {

@@ -1,10 +1,8 @@
-"""What every program shares: errors of one line, exit codes, and the three standard streams.
+"""What all programs share: one-line errors, exit codes, and safe standard streams.
 
-Streams are opened where closed, and UTF-8, with errors of their own.
-
-A program whose standard error is closed has None as sys.stderr, and `print(..., file=None)`
-writes to standard output. The next file that it opens gets the free descriptor, and whatever
-writes to standard error then writes into that file.
+If standard error is closed, Python sets sys.stderr to None, and `print(..., file=None)` writes to
+standard output. Moreover, the next file that the program opens gets the free descriptor 2, and C
+code that writes to standard error then writes into that file. `open_streams` prevents both.
 """
 
 import argparse
@@ -23,7 +21,7 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 
 
 class ReaderLeftError(InputError):
-    """Who read standard output has closed it, as `head` does once it has its lines."""
+    """The reader of standard output has closed it, as `head` does once it has enough lines."""
 
 
 def exit_code(
@@ -32,15 +30,16 @@ def exit_code(
     interrupted: Callable[[], str | None] = lambda: "interrupted",
     out_of_memory: str = "use a smaller model",
 ) -> int:
-    """Do the work; the exit code: that of the work (None is 0), 2 after an error, 130 after
-    Ctrl-C (or that of another signal), the last two with one line on stderr that says why.
+    """Run `work` and return the program's exit code.
 
-    What the package logs is written to stderr from then on.
+    The code is what `work` returns (None is 0), 2 after an error, and 130 after Ctrl-C (another
+    signal may set another code). Errors and signals write one line to stderr. From this call on,
+    the package's log messages go to stderr too.
 
     Args:
-        program: how the line begins.
-        interrupted: what the line says after a signal; None for no line.
-        out_of_memory: what to do then.
+        program: the start of the line.
+        interrupted: returns the rest of the line after a signal; None writes no line.
+        out_of_memory: advice for the line if memory runs out.
     """
     tell_what_is_logged(program)
     try:
@@ -62,15 +61,15 @@ def exit_code(
 
 
 def open_streams() -> None:
-    """Make the standard streams usable; every program's first call.
+    """Make the standard streams usable. Every program calls this first.
 
     A closed descriptor among 0, 1 and 2 is opened on the null device, so that no other file gets
-    its number. sys.stdin and sys.stdout stay None where they were closed, for the program to
-    refuse. Text is UTF-8 whatever the locale; on standard output, names of files go out as the
-    bytes they are.
+    its number. If sys.stdin or sys.stdout was closed, it stays None, and the program decides
+    whether to refuse. Text is UTF-8 in any locale. Standard output writes file names as their
+    original bytes.
     """
-    with contextlib.suppress(OSError):  # no null device, as in a bare chroot
-        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+    with contextlib.suppress(OSError):  # some chroots have no null device
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # open returns the lowest free number
             os.set_inheritable(fd, True)
         os.close(fd)
     if sys.stderr is None:
@@ -84,35 +83,35 @@ def open_streams() -> None:
 
 
 def started_as(word: str, alone: str) -> str:
-    """How a program's help names it: "npllama WORD" where that started it, else `alone`."""
-    started = Path(sys.argv[0]).stem  # of __main__.py where it was python -m npllama
+    """The program's name in its help: "npllama WORD" if started that way, else `alone`."""
+    started = Path(sys.argv[0]).stem  # "__main__" for python -m npllama
     return f"npllama {word}" if started in ("npllama", "__main__") else alone
 
 
 def utf8(argument: str) -> str:
-    """A command line's argument as UTF-8, whatever the locale made of its bytes.
+    """A command-line argument decoded as UTF-8, whatever the locale is.
 
     Raises:
-        argparse.ArgumentTypeError: it is not UTF-8.
+        argparse.ArgumentTypeError: the argument is not valid UTF-8.
     """
     try:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+        raise argparse.ArgumentTypeError("the text is not UTF-8: pass it in UTF-8") from None
 
 
 def check_output() -> None:
-    """Raise InputError where standard output is closed, before work that nobody could read."""
+    """Raise InputError if standard output is closed, before any work is done for it."""
     if sys.stdout is None:
-        raise InputError("standard output is closed: there is nowhere to write the text")
+        raise InputError("standard output is closed: expected an open file, pipe or terminal")
 
 
 def write(text: str) -> None:
-    """Write `text` to standard output at once.
+    """Write `text` to standard output and flush it.
 
     Raises:
-        ReaderLeftError: the other end of a pipe is closed.
-        InputError: it cannot be written: closed, or a full disk.
+        ReaderLeftError: the reader has closed its end of the pipe.
+        InputError: standard output is closed or cannot be written, for example on a full disk.
     """
     check_output()
     try:
@@ -125,7 +124,7 @@ def write(text: str) -> None:
 
 
 def tell(line: str) -> None:
-    """Write a line to standard error; a line that cannot be written is lost."""
+    """Write a line to standard error. A failure to write is ignored."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
@@ -137,8 +136,8 @@ class _Told(logging.Handler):
 
 
 def tell_what_is_logged(program: str) -> None:
-    """Write what the package logs to standard error, a line each. A program that uses it as a
-    library decides for itself, and by default shows warnings alone."""
+    """Write the package's log messages to standard error, one line per message. When npllama is
+    used as a library, the application configures logging instead."""
     log = logging.getLogger("npllama")
     handler = next((h for h in log.handlers if isinstance(h, _Told)), None)
     if handler is None:
@@ -149,14 +148,14 @@ def tell_what_is_logged(program: str) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What an error of the system says: the file if it names one, and what is wrong."""
+    """The text of an OSError: the file it names, if any, and the reason."""
     said = error.strerror or str(error) or type(error).__name__
     name = error.filename
     return f"{os.fsdecode(name)}: {said}" if isinstance(name, str | bytes) else said
 
 
 def _drop_stdout() -> None:
-    """Send what is still buffered nowhere, or Python would fail again at exit."""
+    """Redirect buffered output to the null device, so that the flush at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

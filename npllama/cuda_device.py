@@ -1,4 +1,4 @@
-"""What the CUDA driver says, asked of its library directly: neither CuPy nor CUDA is needed."""
+"""Queries the CUDA driver through its library, without CuPy or the CUDA toolkit."""
 
 import ctypes
 import os
@@ -13,9 +13,9 @@ class Driver:
     """The NVIDIA driver of this machine.
 
     Attributes:
-        n_devices: that it can compute on.
-        version: of CUDA, the newest that it supports; (12, 4), say.
-        found: why there is no device, in a few words; "" where there is one.
+        n_devices: number of usable devices.
+        version: the newest CUDA version that the driver supports, such as (12, 4).
+        found: why there is no device, in a few words; "" if there is one.
         remedy: what was expected instead, and what to do.
     """
 
@@ -26,7 +26,7 @@ class Driver:
 
 
 def cuda_driver() -> Driver:
-    """What the driver says of itself."""
+    """Query the driver for its version and devices."""
     library = driver_library()
     if library is None:
         return Driver(
@@ -46,27 +46,27 @@ def cuda_driver() -> Driver:
             version=supported,
             found=f"the NVIDIA driver does not start (CUDA error {error})",
             remedy="expected nvidia-smi to list a GPU; restart the machine if the driver was "
-            "updated, or install it anew",
+            "updated, or reinstall the driver",
         )
     remedy = "expected a GPU that nvidia-smi lists"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None:
-        remedy += f"; CUDA_VISIBLE_DEVICES is {hidden!r} and hides others, unset it"
+        remedy += f"; CUDA_VISIBLE_DEVICES is {hidden!r} and hides the others, unset it"
     return Driver(version=supported, found="no CUDA device", remedy=remedy)
 
 
 def cuda_device_count() -> int:
-    """CUDA devices that the driver reports; 0 without a driver."""
+    """Number of CUDA devices that the driver reports; 0 without a driver."""
     return cuda_driver().n_devices
 
 
 def cuda_version(number: int) -> tuple[int, int]:
-    """CUDA's way to count: 12040 is version 12.4."""
+    """Decode CUDA's version numbers: 12040 is version 12.4."""
     return number // 1000, number % 1000 // 10
 
 
 def driver_library() -> ctypes.CDLL | None:
-    """The driver's library; None where there is none."""
+    """The driver's library; None if it is not installed."""
     for name in LIBRARIES:
         try:
             return ctypes.CDLL(name)

@@ -1,66 +1,66 @@
-"""The one family of errors that a user can do something about.
+"""The exceptions that npllama raises for problems that a user can fix.
 
-Every message is one line: what was found, what was expected, what to do.
-The command line prints it on stderr and exits with code 2.
+Every message is one line: what was found, what was expected, what to do. The command line prints
+the message to stderr and exits with code 2.
 """
 
 import contextlib
 
 
 class NpllamaError(Exception):
-    """Base of all errors that npllama raises on purpose."""
+    """Base class of all errors that npllama raises on purpose."""
 
     def __init__(self, message: str) -> None:
-        with contextlib.suppress(UnicodeError):  # names of files, where the locale is not UTF-8
+        with contextlib.suppress(UnicodeError):  # file names, if the locale is not UTF-8
             message = message.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-        super().__init__(  # one line: names from files may hold line breaks
+        super().__init__(  # escaped, because names from files may hold line breaks
             "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         )
 
 
 class InputError(NpllamaError):
-    """An argument or a prompt that cannot be served."""
+    """An argument or a prompt is invalid."""
 
 
 class ConfigError(NpllamaError):
-    """A config.json that is damaged, or asks for mathematics that is not implemented."""
+    """A config.json is damaged, or asks for mathematics that is not implemented."""
 
 
 class WeightsError(NpllamaError):
-    """A checkpoint whose tensors are missing, surplus, misshapen or truncated."""
+    """A checkpoint's tensors are missing, unexpected, misshapen or truncated."""
 
 
 class TokenizerError(NpllamaError):
-    """A tokenizer that is missing, damaged, or does not belong to the model."""
+    """A tokenizer is missing or damaged, or does not belong to the model."""
 
 
 class OtherTokenizerError(TokenizerError):
-    """A tokenizer.json that is whole, and of a kind that is not implemented."""
+    """A tokenizer.json is intact, but of a kind that is not implemented."""
 
 
 class TokenizerWarning(UserWarning):
-    """A tokenizer that can be used, and probably does not belong to the model."""
+    """A tokenizer is usable, but probably does not belong to the model."""
 
 
 class BackendError(NpllamaError):
-    """An array backend that was asked for and cannot be had."""
+    """The requested array backend is not available."""
 
 
 class WorkerError(NpllamaError):
-    """A process that computed beside this one could not be started, or has ended."""
+    """A worker process could not be started, or has ended."""
 
 
 class NumericalError(NpllamaError):
-    """The model computed something that is not a number."""
+    """The model computed a NaN or an infinity."""
 
 
 class OutOfMemoryError(NpllamaError):
-    """More bytes needed than the device has free; found out before any is taken."""
+    """The device has less free memory than is needed. Raised before any of it is allocated."""
 
 
 def exhausted(error: Exception) -> str | None:
-    """Which memory an error says is used up, "memory" or "GPU memory"; None where it says
-    another thing. CUDA's own errors are RuntimeErrors that name a code."""
+    """Which memory an exception reports as exhausted: "memory", "GPU memory", or None if it is
+    about something else. CUDA's own errors are RuntimeErrors whose message has a code."""
     codes = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
     if isinstance(error, MemoryError):
         return "GPU memory" if type(error).__module__.startswith("cupy") else "memory"

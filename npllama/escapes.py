@@ -1,4 +1,4 @@
-r"""Escapes in a command line's texts: what a shell makes hard to type, written with a backslash."""
+r"""Backslash escapes in command-line texts, for characters that are hard to type in a shell."""
 
 import re
 
@@ -9,15 +9,15 @@ _CHARACTERS = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 def unescape(text: str, name: str) -> str:
-    r"""The text with the characters that \n, \t, \\ and \uXXXX stand for.
+    r"""Replace the escapes \n, \t, \\ and \uXXXX by the characters they stand for.
 
-    Two \uXXXX may stand for one character beyond U+FFFF, as in JSON.
+    Two \uXXXX in a row may encode one character above U+FFFF, as in JSON.
 
     Args:
-        name: what the text was given with, for the message.
+        name: the option that `text` was given with, for the message.
 
     Raises:
-        InputError: a backslash before anything else, or half of such a pair.
+        InputError: a backslash precedes anything else, or one of two such \uXXXX is missing.
 
     >>> unescape(r"two\nlines, a \\, \u00fc", "--prompt")
     'two\nlines, a \\, ü'
@@ -32,8 +32,8 @@ def unescape(text: str, name: str) -> str:
         length = 6 if code == "u" else 2
         shown = text[match.start() : match.start() + length]
         raise InputError(
-            rf"{name} holds {shown} at character {match.start() + 1}: expected \n, \t, \\ or "
-            r"\uXXXX (four hexadecimal digits) with -e, \\ for a backslash"
+            rf"{name} has {shown} at character {match.start() + 1}: -e expects \n, \t, \\ or "
+            r"\uXXXX (four hexadecimal digits); write \\ for a backslash"
         )
 
     units = _ESCAPE.sub(character, text).encode("utf-16", "surrogatepass")
@@ -41,5 +41,5 @@ def unescape(text: str, name: str) -> str:
         return units.decode("utf-16")
     except UnicodeDecodeError:
         raise InputError(
-            rf"{name} holds one \uXXXX from D800 to DFFF: expected two, a high and a low one"
+            rf"{name} has an unpaired \uXXXX from D800 to DFFF: expected a high one, then a low one"
         ) from None

@@ -1,4 +1,4 @@
-"""How many bytes a model needs, found out before any is taken."""
+"""How many bytes a model needs, computed before any of them are allocated."""
 
 import numpy as np
 
@@ -22,19 +22,19 @@ def require_free_memory(
     has_cache: bool = False,
     upload: int = 0,
 ) -> None:
-    """Compare the bytes that weights, cache and workspace need with those that are free.
+    """Check that the free memory suffices for weights, cache and workspace.
 
     Args:
-        batch, context: rows of the cache, and positions of each.
-        chunk: prompt tokens in one forward.
-        weights: bytes of weights still to be loaded, or to be kept in memory.
-        more: bytes of a result.
-        has_cache: the cache is allocated already.
-        upload: bytes of the largest tensor still to be loaded. While it is joined with others, it
-            stands in memory twice; cache and workspace do not exist then.
+        batch, context: rows of the cache, and positions per row.
+        chunk: prompt tokens per forward pass.
+        weights: bytes of the weights that are not loaded yet, or that must stay in memory.
+        more: bytes of the result.
+        has_cache: whether the cache is already allocated.
+        upload: bytes of the largest tensor that is not loaded yet. While it is joined with others,
+            memory holds it twice. At that time there is no cache or workspace yet.
 
     Raises:
-        OutOfMemoryError: too few; the message has both numbers.
+        OutOfMemoryError: too little memory is free. The message states both numbers.
     """
     cache = KVCache.nbytes(
         config.n_layers, config.n_kv_heads, config.head_dim, batch, context, cache_dtype.itemsize
@@ -48,7 +48,7 @@ def require_free_memory(
         if weights:
             parts = f"weights {_gb(weights)}, {parts}"
         if upload > cache + workspace:
-            parts += f", loading {_gb(upload)} before those"
+            parts += f", loading {_gb(upload)} before the last two are allocated"
         raise OutOfMemoryError(
             f"{_gb(needed)} of {ops.backend.memory_name()} needed ({parts}) and {_gb(free)} are "
             "free: use a shorter --context, a narrower --dtype, fewer prompts or a smaller model"
@@ -58,15 +58,15 @@ def require_free_memory(
 def workspace_nbytes(
     config: LlamaConfig, ops: Ops, batch: int, context: int, chunk: int, cache_dtype: np.dtype
 ) -> int:
-    """Bytes of all that is neither weights nor cache, at the widest moment of a step."""
+    """Peak bytes of a step other than weights and cache."""
     n_tokens = max(batch, chunk)
-    # residual and norm; q k v and the rotated copies, or gate, up and what SwiGLU makes of them
+    # residual and norm; then q, k, v and the rotated copies, or gate, up and SwiGLU's output
     widest = max(config.n_heads * config.head_dim, config.ffn_dim)
     block = 4 * n_tokens * (2 * config.dim + 6 * widest)
     attention = ops.attention_nbytes(
         config.n_heads, config.n_kv_heads, config.head_dim, chunk, context, cache_dtype
     )
-    # logits, what the filters make of them, their sums in float64, and the tokens seen
+    # logits, copies made by the filters, their sums in float64, and the tokens seen
     sampling = 48 * batch * config.vocab_size
     return block + attention + sampling
 

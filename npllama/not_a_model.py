@@ -1,8 +1,8 @@
-"""What stands where a model or one of its files was expected, and what to do about it.
+"""Explains what a path holds that is not a model, and what to do about it.
 
-Each function returns the end of a sentence that begins with the path, or None where it knows no
-more than its caller. Callers ask once they have found that something cannot be read: nothing here
-decides what is.
+Each function returns the end of a sentence that begins with the path, or None if it finds nothing
+to explain. Callers use these functions after a read has failed. The functions only word messages;
+they do not decide what is valid.
 """
 
 import contextlib
@@ -14,20 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 HOW_TO_GET_ONE = (
-    "hf download NAME --local-dir DIR downloads one, and npllama convert makes one of a checkpoint"
+    "hf download NAME --local-dir DIR downloads one, and npllama convert makes one from a "
+    "checkpoint in another format"
 )
 _FIRST_BYTES = 64
 _LFS = (
-    "is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or get the file "
+    "is a Git LFS pointer, not the file itself: run git lfs pull in its directory, or get the file "
     "again with hf download"
 )
 _PAGE = (
-    "is a web page, not the file itself, as a download without access leaves: run hf auth login "
-    "and get the file again"
+    "is a web page, not the file itself, perhaps because the download needs a login: run hf auth "
+    "login and get the file again"
 )
-_REFUSAL = "holds the words of a refused download: run hf auth login and get the file again"
-_GGUF = "is a GGUF file, which is not read here: get the Hugging Face directory it was made from"
-# how a file begins, in lower case and without leading white space -> what it is
+_REFUSAL = "is an error message of a refused download: run hf auth login and get the file again"
+_GGUF = "is a GGUF file, which cannot be read: get the Hugging Face directory it was made from"
+# first bytes of a file, in lower case and without leading white space -> what the file is
 _BEGINNINGS = {
     b"version https://git-lfs": _LFS,
     b"<!doctype": _PAGE,
@@ -40,7 +41,7 @@ _BEGINNINGS = {
     b"repository not found": _REFUSAL,
     b"gguf": _GGUF,
 }
-_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # what downloads are called
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # suffixes that downloaders use
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER = (
     "a LoRA adapter, not a whole model: merge it into its base model (peft's merge_and_unload) "
@@ -56,7 +57,7 @@ _LLAMA2C_MAGIC = b"24ka"  # "ak42" as a little-endian integer
 
 
 def content_instead(path: Path) -> str | None:
-    """What a file holds in place of what its name says, by its first bytes.
+    """What a file holds instead of a model, recognized by its first bytes, or None.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -70,11 +71,11 @@ def content_instead(path: Path) -> str | None:
 
 
 def missing_instead(given: str, is_converting: bool = False) -> str | None:
-    """What a path that does not exist may name: a repository of Hugging Face's hub.
+    """Advice for a path that does not exist but may name a repository on Hugging Face's hub.
 
     Args:
-        given: as the user wrote it, a URL perhaps.
-        is_converting: asked by the converter, which reads .bin files too.
+        given: the path as the user wrote it. It may be a URL.
+        is_converting: whether the converter asks, which also reads .bin files.
 
     >>> print(missing_instead("org/name"))
     does not exist; if it is a repository on the hub: hf download org/name --local-dir name \
@@ -93,7 +94,7 @@ def missing_instead(given: str, is_converting: bool = False) -> str | None:
 
 
 def as_given(path: str | os.PathLike[str]) -> str:
-    """A path as text; the two slashes of a URL, of which Path keeps one, are both there.
+    """A path as text, with both slashes of a URL restored. Path keeps only one.
 
     >>> as_given(Path("https://huggingface.co/org/name"))
     'https://huggingface.co/org/name'
@@ -105,32 +106,32 @@ def file_instead(path: Path, is_converting: bool = False) -> str | None:
     """What a file is that was given in place of a model directory.
 
     Args:
-        is_converting: asked by the converter, which reads other formats, and files of them.
+        is_converting: whether the converter asks, which also reads other formats and single files.
     """
     if (what := content_instead(path)) is not None:
         return what
     if path.suffix in _UNFINISHED:
-        return "is an unfinished download: run it again"
+        return "is an unfinished download: run the download again"
     if path.name in _ADAPTERS:
-        return f"is of {_ADAPTER}"
+        return f"belongs to {_ADAPTER}"
     if _TO_CONVERT.fullmatch(path.name) and not is_converting:
-        return f"is a part of a checkpoint in another format: {_convert(path.parent)}"
+        return f"is part of a checkpoint in another format: {_convert(path.parent)}"
     if _PART.fullmatch(path.name) or _TO_CONVERT.fullmatch(path.name):
-        return f"is a part of a checkpoint: give its directory, {path.parent}"
+        return f"is part of a checkpoint: give its directory, {path.parent}"
     if not is_converting and (path.suffix == ".pt" or _is_llama2c(path)):
-        return f"is a checkpoint of llama2.c's: {_convert(path)}"
+        return f"is a checkpoint of llama2.c: {_convert(path)}"
     return None
 
 
 def directory_instead(directory: Path, is_converting: bool = False) -> str | None:
-    """What a directory is, or holds, that lacks a model's config.json or weights.
+    """What a directory is or holds that lacks a model's config.json or weights.
 
     Args:
-        is_converting: as for `file_instead`.
+        is_converting: as in `file_instead`.
     """
     try:
         return _directory_instead(directory, sorted(os.listdir(directory)), is_converting)
-    except OSError:  # something in it cannot be read: the caller says what it lacks
+    except OSError:  # part of it is unreadable; the caller then reports only what is missing
         return None
 
 
@@ -146,16 +147,16 @@ def _directory_instead(directory: Path, names: list[str], is_converting: bool) -
     for name in names:
         needs_config = name.startswith("pytorch_model") and "config.json" not in names
         if not is_converting and _TO_CONVERT.fullmatch(name) and not needs_config:
-            return f"holds {name}, of another format: {_convert(directory)}"
+            return f"holds {name}, a checkpoint in another format: {_convert(directory)}"
         if name.endswith(".bin") and _is_llama2c(directory / name):
             file = directory / name
             end = f"give that file, {file}" if is_converting else _convert(file)
-            return f"holds {name}, a checkpoint of llama2.c's: {end}"
+            return f"holds {name}, a checkpoint of llama2.c: {end}"
     return None
 
 
 def unfinished_download(directory: Path) -> str | None:
-    """The name of an unfinished download's file in a directory, or where hf download keeps it."""
+    """The name of an unfinished download in a directory, or in hf download's folder inside it."""
     for folder in (directory, directory / ".cache" / "huggingface" / "download"):
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(folder)):
@@ -165,7 +166,7 @@ def unfinished_download(directory: Path) -> str | None:
 
 
 def _is_in_a_cache(directory: Path, names: list[str]) -> str | None:
-    """Hugging Face's cache: hub/models--org--name/snapshots/revision/config.json."""
+    """A folder of Hugging Face's cache: hub/models--org--name/snapshots/revision/config.json."""
     if "snapshots" in names:
         repository = directory
     else:
@@ -194,8 +195,8 @@ def _has_dead_links(directory: Path, names: list[str]) -> str | None:
     for name in names:
         if os.path.islink(directory / name) and not os.path.exists(directory / name):
             return (
-                f"holds {name}, a link to a file that is not there: copy with cp -L, or download "
-                "again"
+                f"holds {name}, a link to a file that does not exist: copy with cp -L, or "
+                "download again"
             )
     return None
 
@@ -204,7 +205,7 @@ def _has_no_index(directory: Path, names: list[str]) -> str | None:
     for match in filter(None, map(_SHARD.fullmatch, names)):
         index = "{}.{}.index.json".format(*match.groups())
         if index not in names:
-            return f"has shards and no {index}: get that file as well"
+            return f"has shards but no {index}: get that file as well"
     return None
 
 
@@ -216,7 +217,7 @@ def _has_gguf(directory: Path, names: list[str]) -> str | None:
 def _has_it_further_in(directory: Path, names: list[str]) -> str | None:
     for name in names:
         if (directory / name / "config.json").is_file():
-            return f"holds no model itself; its folder {name} holds one: give {directory / name}"
+            return f"is not a model directory, but its folder {name} is: give {directory / name}"
     return None
 
 
@@ -232,25 +233,25 @@ _DIRECTORIES: tuple[Callable[[Path, list[str]], str | None], ...] = (
 
 
 def _first_bytes(path: Path) -> bytes:
-    """How a file begins; nothing where it cannot be read."""
+    """The first bytes of a file; empty if it cannot be read."""
     with contextlib.suppress(OSError):
-        if path.is_file():  # a pipe would be waited for
+        if path.is_file():  # reading a pipe could block
             with open(path, "rb") as file:
                 return file.read(_FIRST_BYTES)
     return b""
 
 
 def _convert(path: Path) -> str:
-    return f"npllama convert {shlex.quote(str(path))} DEST makes a model directory of it"
+    return f"npllama convert {shlex.quote(str(path))} DEST makes a model directory from it"
 
 
 def _is_llama2c(path: Path) -> bool:
-    """Whether a file begins as a llama2.c checkpoint: with seven counts, or the magic number."""
+    """Whether a file begins like a llama2.c checkpoint: with a magic number or seven counts."""
     header = _first_bytes(path)
     if len(header) < 28:
         return False
     if header.startswith(_LLAMA2C_MAGIC):
         return True
-    counts = struct.unpack("<7i", header[:28])  # D, F, L, H, K, V (negative where untied), context
+    counts = struct.unpack("<7i", header[:28])  # D, F, L, H, K, V (negative if untied), context
     # float32 weights, read as integers, are far larger than any count
     return all(0 < abs(n) < 2**24 for n in counts) and counts[0] % counts[3] == 0

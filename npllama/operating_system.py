@@ -1,7 +1,7 @@
-"""What the operating system says of memory, cores and processes.
+"""Memory, cores and processes, as the operating system reports them.
 
-psutil knows it on Linux, macOS and Windows. What psutil lacks is read here: the limits of a
-control group and, on Linux, this process's own peak and the threads that run.
+psutil provides most values on Linux, macOS and Windows. This module reads what psutil lacks: the
+limits of a control group and, on Linux, the peak memory of this process and its running threads.
 """
 
 import os
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
 
 def free_bytes() -> int | None:
-    """Bytes that can be allocated without swapping: the least of what the machine has and what
-    the control group leaves. None where the system does not say."""
+    """Bytes that can be allocated without swapping: the smaller of the machine's available memory
+    and what is left in the control group. None if the system reports neither."""
     known = [n for n in (_available_bytes(), _control_group_bytes()) if n is not None]
     return min(known) if known else None
 
 
 def peak_bytes() -> int | None:
-    """The most memory that was seen: this process's own peak, or what it and its descendants
-    hold now, if that is more. Worker processes read parts of the weights that this process never
-    reads. None where the system does not say."""
+    """Peak memory: this process's own peak, or what it and its descendants hold now if that is
+    more. Descendants count because worker processes read parts of the weights that this process
+    never reads. None if the system does not report it."""
     known = [n for n in (_own_peak(), resident_bytes()) if n is not None]
     return max(known) if known else None
 
 
 def resident_bytes(pid: int | None = None) -> int | None:
-    """Bytes of memory of a process and all its descendants, or None where the system won't say.
+    """Bytes of memory of a process and all its descendants; None if the system does not report it.
 
-    The sum of their proportional set sizes (Linux): a page that n processes share counts 1/n in
-    each, so once in all. Elsewhere a shared page counts in each process. Pages of a memory-mapped
-    file count when they have been read.
+    On Linux this is the sum of proportional set sizes: a page that n processes share counts 1/n in
+    each of them, so once in total. On other systems a shared page counts once per process. Pages
+    of a memory-mapped file count once they have been read.
 
     Args:
-        pid: None for this process.
+        pid: the process; None for this one.
     """
-    import psutil  # when first needed, not at --help
+    import psutil  # here, so that --help starts fast
 
     try:
         process = psutil.Process(pid)
@@ -51,22 +51,22 @@ def resident_bytes(pid: int | None = None) -> int | None:
     total = _held_bytes(process)
     if total is None:
         return None
-    return total + sum(_held_bytes(child) or 0 for child in children)  # 0: it has just ended
+    return total + sum(_held_bytes(child) or 0 for child in children)  # 0 if it has just ended
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's share of time."""
+    """Number of cores this process may use, by its affinity and its container's CPU quota."""
     cores = len(allowed_cores())
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group, or "max"
+    except (OSError, ValueError):  # no control group, or the quota is "max"
         pass
     return cores
 
 
 def allowed_cores() -> list[int]:
-    """The numbers of the cores that this process is allowed to run on."""
+    """Indices of the cores that this process is allowed to run on."""
     import psutil
 
     try:
@@ -76,14 +76,15 @@ def allowed_cores() -> list[int]:
 
 
 def busy_seconds() -> float | None:
-    """Seconds that the allowed cores have computed since the machine began; None if unknown."""
+    """CPU time in seconds that the allowed cores have spent computing since boot; None if
+    unknown."""
     import psutil
 
     try:
         times = psutil.cpu_times(percpu=True)
     except (psutil.Error, OSError):
         return None
-    return sum(  # a container may hide some
+    return sum(  # a container may hide some cores
         getattr(times[i], kind, 0.0)
         for i in allowed_cores()
         if i < len(times)
@@ -92,7 +93,7 @@ def busy_seconds() -> float | None:
 
 
 def process_seconds(pid: int) -> float:
-    """Seconds that a process has computed; 0 where it has ended."""
+    """CPU time of a process in seconds; 0 if the process has ended."""
     import psutil
 
     try:
@@ -103,10 +104,10 @@ def process_seconds(pid: int) -> float:
 
 
 def running_threads(pid: int | None = None) -> int:
-    """Threads of a process that run now, those that wait in a loop included; 0 off Linux.
+    """Number of running threads, including threads that busy-wait. 0 on systems other than Linux.
 
     Args:
-        pid: None for all processes of the machine.
+        pid: the process; None for all processes of the machine.
     """
     if pid is None:
         found = re.search(r"^procs_running (\d+)", _text("/proc/stat"), re.MULTILINE)
@@ -116,14 +117,15 @@ def running_threads(pid: int | None = None) -> int:
 
 
 def processor_name() -> str:
-    """The processor's model."""
+    """Model name of the processor."""
     found = re.search(r"^model name\s*: (.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 @lru_cache(maxsize=64)
 def _process(pid: int) -> "psutil.Process":
-    """Kept, since making one takes longer than asking it; by number, which a fork changes."""
+    """Cached, because creating the object takes longer than a query. The pid is the key, so that
+    a forked child gets an object of its own."""
     import psutil
 
     return psutil.Process(pid)
@@ -139,8 +141,8 @@ def _available_bytes() -> int | None:
 
 
 def _control_group_bytes() -> int | None:
-    """Bytes left under a container's limit (cgroup v2, then v1); page cache counts as free, but not
-    what of it is shared memory, as converted weights are."""
+    """Bytes left under a container's limit (cgroup v2, then v1). Page cache counts as free, except
+    its shared memory, which holds converted weights."""
     for folder, limit_file, usage_file in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -165,15 +167,15 @@ def _held_bytes(process: "psutil.Process") -> int | None:
     import psutil
 
     try:
-        is_linux = sys.platform == "linux"  # elsewhere it is slow, and asks for more rights
+        is_linux = sys.platform == "linux"  # on others the full query is slow and needs privileges
         info = process.memory_full_info() if is_linux else process.memory_info()
     except (psutil.Error, OSError):
         return None
-    return getattr(info, "pss", info.rss)  # a kernel may be built without the former
+    return getattr(info, "pss", info.rss)  # a kernel may be built without pss
 
 
 def _own_peak() -> int | None:
-    # not getrusage's on Linux, which counts the program that started this one
+    # On Linux, getrusage would also count the program that started this one
     if found := re.search(r"^VmHWM:\s*(\d+)", _text("/proc/self/status"), re.MULTILINE):
         return int(found[1]) * 1024
     try:
@@ -187,7 +189,7 @@ def _own_peak() -> int | None:
 
 
 def _text(path: str | Path) -> str:
-    """A file of /proc; empty where there is none, or the process has ended."""
+    """Contents of a file in /proc; empty if there is none, or the process has ended."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -1,11 +1,12 @@
-"""How far long work has come, told to whoever listens.
+"""Reports the progress of long work to a listener.
 
     with on_progress(lambda work: print(work.what, work.done / work.total)):
         llama = npllama.load("llama-2-7b", dtype="int8")
         llama.generate(long_prompt)
 
-What takes long opens a `work`, and what it calls `advance`s it. Without a listener nothing is
-told. A listener is one of its thread (or asyncio task), and is called in it, so it has to be fast.
+A function that may take long opens a `work`; the functions it calls report progress by `advance`.
+A listener belongs to one thread (or asyncio task) and is called in it, so it should return
+quickly. Without a listener, nothing is reported.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Work:
-    """Work under way.
+    """Long work in progress.
 
     Attributes:
-        what: what is done, as "reading the prompt".
-        total: all of it, in a unit of its own.
-        done: how much of it is done; 0 when a listener first hears of it.
-        is_over: it has ended, by an error or Ctrl-C perhaps.
+        what: a description, such as "reading the prompt".
+        total: the size of the work, in any unit.
+        done: how much of the total is done; 0 at the listener's first call.
+        is_over: whether the work has ended, possibly by an error or Ctrl-C.
     """
 
     what: str
@@ -32,11 +33,11 @@ class Work:
     is_over: bool = False
 
     def advance(self, n: int) -> None:
-        """`n` more units are done."""
+        """Report `n` more units as done."""
         self.reach(self.done + n)
 
     def reach(self, done: int) -> None:
-        """`done` units of the total are done, at least."""
+        """Report at least `done` units of the total as done."""
         self.done = min(max(self.done, done), self.total)
         self.tell()
 
@@ -52,7 +53,7 @@ _work: ContextVar[Work | None] = ContextVar("work", default=None)
 
 @contextmanager
 def on_progress(listener: Listener | None) -> Iterator[None]:
-    """Call `listener(work)` when work begins, as it goes on, and when it is over; None: nobody."""
+    """Call `listener(work)` when work begins, advances and ends. None disables reporting."""
     token = _listener.set(listener)
     try:
         yield
@@ -62,7 +63,8 @@ def on_progress(listener: Listener | None) -> Iterator[None]:
 
 @contextmanager
 def work(what: str, total: int) -> Iterator[Work]:
-    """Work of `total` units; inside other work it is a part of that, whose units are the same."""
+    """Report work of `total` units. Nested inside other work, it counts towards the outer work,
+    which must have the same unit."""
     outer = _work.get()
     if outer is not None:
         yield outer
@@ -79,7 +81,7 @@ def work(what: str, total: int) -> Iterator[Work]:
 
 
 def advance(n: int) -> None:
-    """`n` more units of the work under way, if there is any, are done."""
+    """Report `n` more units of the current work as done, if there is any."""
     begun = _work.get()
     if begun is not None:
         begun.advance(n)

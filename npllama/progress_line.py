@@ -1,4 +1,4 @@
-"""Progress on a terminal: a line with the time left, where work takes more than two seconds."""
+"""Progress on a terminal: one line with the time left, for work longer than `SILENCE`."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ from typing import TextIO
 from npllama.progress import Work, on_progress
 
 SILENCE = 2.0
-"""Seconds without a line."""
+"""Seconds of work before the first line."""
 INTERVAL = 0.2
-"""Seconds from one line to the next."""
+"""Seconds between updates of the line."""
 
 
 class ProgressLine:
-    """A listener of `on_progress` that rewrites one line of a terminal and erases it at the end."""
+    """A listener for `on_progress`. It rewrites one terminal line and erases it at the end."""
 
     def __init__(self, program: str, stream: TextIO, clock: Callable[[], float]) -> None:
         self.program, self.stream, self.clock = program, stream, clock
@@ -35,7 +35,7 @@ class ProgressLine:
     def _draw(self, work: Work, seconds: float) -> None:
         line = f"{self.program}: {work.what}"
         if work.done:
-            from tqdm import tqdm  # here, since most calls draw nothing
+            from tqdm import tqdm  # here, because most runs draw nothing
 
             left = seconds * (work.total - work.done) / work.done
             line += f", {work.done / work.total:.0%}, {tqdm.format_interval(left)} left"
@@ -48,7 +48,7 @@ class ProgressLine:
         self._width = 0
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # the terminal may be gone, and the work is not to end with it
+        with suppress(OSError):  # the work should continue even if the terminal is gone
             self.stream.write(text)
             self.stream.flush()
 
@@ -57,10 +57,10 @@ class ProgressLine:
 def progress_shown(
     program: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[None]:
-    """Show long work on `stream`, by default standard error, where that is a terminal.
+    """Show the progress of long work on `stream` (default: standard error) if it is a terminal.
 
     Args:
-        program: how the line begins.
+        program: the start of the line.
     """
     stream = stream or sys.stderr
     if stream is None or not stream.isatty():

@@ -1,6 +1,6 @@
-"""RopeScaling: how a checkpoint turns its rotary embeddings more slowly, for a longer context.
+"""RopeScaling: how a checkpoint slows down its rotary embeddings to reach a longer context.
 
-Here the fields are read and checked; ops/rope_frequencies.py has the formulas.
+This module reads and checks the config fields. The formulas are in ops/rope_frequencies.py.
 """
 
 import math
@@ -13,10 +13,11 @@ from npllama.errors import ConfigError, InputError
 KINDS = ("linear", "dynamic", "yarn", "llama3")
 MAX_FACTOR = 2**16
 _TRAINED = 4096
-"""Positions of LLaMA-2 itself: a file that names no more does not count the scaling in."""
+"""Context length of LLaMA-2. If a checkpoint states a context of at most this length, that length
+does not include the scaling factor."""
 
 _ORIGINAL = "original_max_position_embeddings"
-# kind -> its own fields
+# kind -> the fields that only this kind uses
 _FIELDS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "dynamic": (),
@@ -27,28 +28,28 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "llama3": (_ORIGINAL, "low_freq_factor", "high_freq_factor"),
 }
 _REQUIRED = {"yarn": (_ORIGINAL,), "llama3": _FIELDS["llama3"]}
-# fields that every kind may have: read by config.py, or without effect
+# fields that every kind may have: config.py reads them, or they have no effect
 _OTHERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", _ORIGINAL}
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A scaling of the rotary frequencies; all fields but `kind` are named as in a config.json.
+    """A scaling of the rotary frequencies. All fields except `kind` have their config.json names.
 
     Attributes:
         kind: "linear", "dynamic", "yarn" or "llama3".
-        factor: s, at least 1: how many times longer the context is.
-        original_max_position_embeddings: L0, the context before (yarn, llama3).
-        beta_fast, beta_slow: yarn keeps the frequency of pairs that turn more often than
-            beta_fast times in L0 positions, and divides that of pairs that turn less often than
-            beta_slow times by s.
-        attention_factor: what yarn multiplies cosines and sines by; None for its formula.
-        mscale, mscale_all_dim: of that formula, where both are above 0.
+        factor: s, at least 1: the ratio of the new context length to the original one.
+        original_max_position_embeddings: L0, the original context length (yarn, llama3).
+        beta_fast, beta_slow: yarn keeps the frequency of pairs that make more than beta_fast
+            rotations within L0 positions. It divides by s the frequency of pairs that make fewer
+            than beta_slow.
+        attention_factor: yarn multiplies cosines and sines by this; None for yarn's formula.
+        mscale, mscale_all_dim: parameters of that formula, used if both are above 0.
         truncate: whether yarn rounds the bounds of its ramp to whole pairs.
-        low_freq_factor, high_freq_factor: the same as beta_slow and beta_fast, for llama3.
+        low_freq_factor, high_freq_factor: llama3's counterparts of beta_slow and beta_fast.
 
     Raises:
-        ConfigError: a value out of range, or a field that the kind needs and has not.
+        ConfigError: a value is out of range, or a field that the kind requires is missing.
     """
 
     kind: str
@@ -68,7 +69,7 @@ class RopeScaling:
             raise ConfigError(_unknown(self.kind))
         for name in _REQUIRED.get(self.kind, ()):
             if getattr(self, name) is None:
-                raise ConfigError(f"{self.kind!r} without {name}")
+                raise ConfigError(f"{self.kind!r} needs the field {name}, which is missing")
         _check_number("factor", self.factor, least=1, most=MAX_FACTOR)
         for name in _FIELDS[self.kind]:
             _check_field(name, getattr(self, name))
@@ -78,7 +79,7 @@ class RopeScaling:
         if self.kind in ("yarn", "llama3") and getattr(self, slow) >= getattr(self, fast):
             raise ConfigError(
                 f"{self.kind!r} with {slow} {getattr(self, slow)!r} and {fast} "
-                f"{getattr(self, fast)!r}: expected the second above the first"
+                f"{getattr(self, fast)!r}: expected the first below the second"
             )
 
     @property
@@ -87,7 +88,8 @@ class RopeScaling:
         return self.factor == 1 and self.attention_factor in (None, 1)
 
     def to_hf(self) -> dict[str, Any]:
-        """The object of a config.json, spelled so that the oldest reader that knows it reads it."""
+        """The object for a config.json, spelled so that as many older readers as possible read
+        it."""
         spelling = "rope_type" if self.kind == "llama3" else "type"
         own = {name: getattr(self, name) for name in _FIELDS[self.kind]}
         given = {name: value for name, value in own.items() if value is not None}
@@ -97,19 +99,20 @@ class RopeScaling:
 def read_rope_scaling(
     rope: Mapping[str, Any], context: int, original: object = None
 ) -> RopeScaling | None:
-    """The scaling of a `rope_scaling` or `rope_parameters` object; None where nothing is scaled.
+    """Read a `rope_scaling` or `rope_parameters` object; None if nothing is scaled.
 
-    As transformers reads it: `rope_type` comes before `type`, none is "default"; a
-    `original_max_position_embeddings` beside the object before the one inside, and without either
-    it is `context`. yarn without a factor has context / original.
+    The rules are those of transformers. `rope_type` takes precedence over `type`; without either
+    the kind is "default". `original_max_position_embeddings` outside the object takes precedence
+    over the one inside it; without either it is `context`. If yarn has no factor, the factor is
+    context / original.
 
     Args:
-        rope: the object; a field that is null counts as absent.
+        rope: the object; a field with the value null counts as absent.
         context: max_position_embeddings.
-        original: original_max_position_embeddings beside the object.
+        original: original_max_position_embeddings outside the object.
 
     Raises:
-        ConfigError: another kind, or a field that is missing, out of range or unknown.
+        ConfigError: an unknown kind, or a field that is missing, out of range or unknown.
 
     >>> read_rope_scaling({"type": "linear", "factor": 4.0}, 4096).factor
     4.0
@@ -126,14 +129,15 @@ def read_rope_scaling(
     if kind == "default":
         if given.get("factor", 1) != 1 or isinstance(given.get("factor"), bool):
             raise ConfigError(
-                f"'default' with factor {given['factor']!r}: expected rope_type, one of "
-                f"{', '.join(KINDS)}"
+                f"'default' with factor {given['factor']!r}: expected a rope_type that scales, "
+                f"one of {', '.join(KINDS)}"
             )
         return None
     inside = given.get(_ORIGINAL)
-    if kind == "dynamic" and inside not in (None, context):  # readers differ in which they take
+    if kind == "dynamic" and inside not in (None, context):  # readers disagree on which to use
         raise ConfigError(
-            f"'dynamic' with {_ORIGINAL} {inside!r}: expected max_position_embeddings, {context}"
+            f"'dynamic' with {_ORIGINAL} {inside!r}: expected the value of "
+            f"max_position_embeddings, {context}"
         )
     own = {name: given[name] for name in _FIELDS[kind] if name in given}
     if _ORIGINAL in _FIELDS[kind]:
@@ -143,7 +147,7 @@ def read_rope_scaling(
     if factor is None and kind == "yarn" and _first(original, inside) is not None:
         factor = context / own[_ORIGINAL]
     if factor is None:
-        raise ConfigError(f"{kind!r} without factor")
+        raise ConfigError(f"{kind!r} needs the field factor, which is missing")
     scaling = RopeScaling(kind, factor, **own)
     return None if scaling.changes_nothing else scaling
 
@@ -151,19 +155,21 @@ def read_rope_scaling(
 def scaled_context(
     scaling: RopeScaling | None, context: int, original: object = None, given: object = None
 ) -> int:
-    """How many positions a checkpoint is good for.
+    """The number of positions that a checkpoint can use.
 
-    dynamic and llama3: `context`, since dynamic grows from it and llama3's files count the factor
-    in. linear and yarn: `given` where it is, else factor times `original`, which is `context`
-    itself where that is no more than LLaMA-2's own; but never less than `context`.
+    - No scaling, dynamic, llama3: `context`. Dynamic scaling starts from `context`; llama3
+      checkpoints include the factor in it.
+    - linear, yarn: `given`, or else factor times `original`, but at least `context`. If `original`
+      is None, it is `context` when `context` is at most LLaMA-2's; otherwise `context` already
+      includes the factor.
 
     Args:
         context: max_position_embeddings.
-        original: original_max_position_embeddings, beside the object or in it.
-        given: max_sequence_length, as Vicuna's long checkpoints have it.
+        original: original_max_position_embeddings, outside or inside the object.
+        given: max_sequence_length, a field of Vicuna's long-context checkpoints.
 
     Raises:
-        ConfigError: a field that is no number of positions.
+        ConfigError: a field is not a valid number of positions.
 
     >>> scaled_context(RopeScaling("linear", 4.0), 4096)
     16384
@@ -184,11 +190,10 @@ def scaled_context(
 
 
 def parse_rope_scaling(text: str) -> tuple[str, float]:
-    """Kind and factor of "TYPE:FACTOR", as the command line has it.
+    """Parse "TYPE:FACTOR", the form that the command line takes.
 
     Raises:
-        InputError: it is none.
-
+        InputError: `text` does not have this form.
     >>> parse_rope_scaling("linear:4")
     ('linear', 4.0)
     """
@@ -198,7 +203,7 @@ def parse_rope_scaling(text: str) -> tuple[str, float]:
     except ValueError:
         factor = math.nan
     if kind not in KINDS or kind == "llama3" or not 1 <= factor <= MAX_FACTOR:
-        more = "; llama3 needs more numbers, in config.json" if kind == "llama3" else ""
+        more = "; llama3 has more parameters, so set it in config.json" if kind == "llama3" else ""
         raise InputError(
             f"rope_scaling is {text!r}: expected TYPE:FACTOR with type linear, dynamic or yarn and "
             f"a factor from 1 to {MAX_FACTOR}, such as linear:4{more}"
@@ -207,9 +212,9 @@ def parse_rope_scaling(text: str) -> tuple[str, float]:
 
 
 def with_rope_scaling(hf: Mapping[str, Any], kind: str, factor: float) -> dict[str, Any]:
-    """The fields of a config.json with this scaling in place of their own; theta stays."""
+    """The fields of a config.json with its scaling replaced by this one. rope_theta stays."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    rope = rope if isinstance(rope, dict) else {}  # "rope_scaling": "dynamic" has been seen
+    rope = rope if isinstance(rope, dict) else {}  # some files hold "rope_scaling": "dynamic"
     kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     original = _first(hf.get(_ORIGINAL), rope.get(_ORIGINAL), hf.get("max_position_embeddings"))
     if kind != "dynamic":
@@ -232,7 +237,7 @@ def _check_field(name: str, value: object) -> None:
         _check_positions(name, value)
     elif name == "truncate":
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} is {value!r}: expected a bool")
+            raise ConfigError(f"{name} is {value!r}: expected true or false")
     elif name in ("mscale", "mscale_all_dim"):
         _check_number(name, 0 if value is None else value, least=0)
     elif not (value is None and name == "attention_factor"):

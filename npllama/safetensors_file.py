@@ -1,8 +1,8 @@
 """One .safetensors file, memory-mapped.
 
-The safetensors library reads and checks the header. Its arrays are copies; here they are views
-of a memory map, which cost nothing until a page is read. The format has no gaps, so tensors
-begin where the ones before them end.
+The safetensors library reads and checks the header. The library's arrays are copies. This module
+returns views of a memory map instead, which cost nothing until a page is read. The format leaves
+no gaps, so each tensor begins where the previous one ends.
 """
 
 import json
@@ -26,13 +26,13 @@ DTYPES = {
     "I8": np.dtype("int8"),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype("int32"): "I32"}
-_LENGTH_BYTES = 8  # before the header: how long it is
-_LONGEST_REASON = 200  # the library lists all dtypes that there are
+_LENGTH_BYTES = 8  # the file starts with the length of its header
+_LONGEST_REASON = 200  # the library's message may list every dtype of the format
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: dtype, shape, and its byte range in the file."""
+    """Location of one tensor: dtype, shape, and its byte range in the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -44,16 +44,17 @@ class SafetensorsFile:
     """The tensors of one file by name, as read-only views of its memory map.
 
     Args:
-        dtypes: those that are read, by the format's names for them.
-        is_ignored: of a tensor's name; one that is ignored may have any dtype, and is left out.
+        dtypes: the dtypes that are accepted, by their names in the format.
+        is_ignored: tells from a tensor's name whether to leave the tensor out. A tensor that is
+            left out may have any dtype.
         remedy: what to do about a damaged file, at the end of its message.
 
     Attributes:
-        tensors: where each tensor lies.
+        tensors: the position of each tensor.
         metadata: the texts of the header's __metadata__.
 
     Raises:
-        WeightsError: the file is missing, truncated, or its header does not describe it.
+        WeightsError: the file is missing or truncated, or its header does not match its contents.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SafetensorsFile:
             raise self._damaged(f"its tensors end at byte {begin}")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The tensor called `name`, a view of the file in its stored dtype."""
+        """The tensor called `name`: a view of the file, in the stored dtype."""
         return self._view(self.tensors[name])
 
     def _view(self, info: TensorInfo) -> np.ndarray:
@@ -93,8 +94,8 @@ class SafetensorsFile:
         return np.frombuffer(self._map, info.dtype, count, info.begin).reshape(info.shape)
 
     def _layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor, in the order of the data; sets `metadata`."""
-        from safetensors import SafetensorError, safe_open  # not for --help
+        """Name, dtype and shape of every tensor, in the order of their data; sets `metadata`."""
+        from safetensors import SafetensorError, safe_open  # here, so that --help starts fast
 
         try:
             with safe_open(self.path, framework="np") as file:
@@ -115,7 +116,7 @@ class SafetensorsFile:
         info = TensorInfo(self._dtypes[dtype], shape, begin, end)
         try:
             self._view(info)
-        except (ValueError, OverflowError):  # too many axes, or one of 2^63 beside one of 0
+        except (ValueError, OverflowError):  # too many axes, or one of 2^63 next to one of 0
             raise self._damaged(f"no array can have the shape of tensor {name}") from None
         return info
 
@@ -153,6 +154,6 @@ def header_of(
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; a dtype's name in the format has its number of bits, as in F8_E4M3."""
+    """Bytes of a tensor. The format's name of a dtype contains its bits: 8 in F8_E4M3."""
     bits = re.search(r"\d+", dtype)
-    return prod(shape) * (8 if bits is None else int(bits[0])) // 8  # BOOL has none
+    return prod(shape) * (8 if bits is None else int(bits[0])) // 8  # BOOL names no bits

@@ -1,8 +1,8 @@
-"""Writing a sentencepiece model: the few lines of protobuf wire format that a BPE needs.
+"""Writing a sentencepiece model: the part of protobuf's wire format that a BPE model needs.
 
-sentencepiece reads a serialized ModelProto and can only be asked to write one by training, or
-through the protobuf package, which does not come with it. Field numbers are those of
-sentencepiece_model.proto.
+A sentencepiece model is a serialized ModelProto. The sentencepiece package writes one only after
+training; any other way needs the protobuf package, which is not a dependency. Field numbers are
+those of sentencepiece_model.proto.
 """
 
 import struct
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 NAMES = ("<unk>", "<s>", "</s>")
-"""The pieces that are unknown, BOS and EOS unless a model says otherwise."""
+"""The default pieces for unknown, BOS and EOS."""
 
 _VARINT, _LENGTH_DELIMITED, _FIXED32 = 0, 2, 5
 
@@ -30,14 +30,14 @@ def bpe_model(
     dummy_prefix: bool = True,
     names: tuple[str, str, str] = NAMES,
 ) -> bytes:
-    """A serialized ModelProto with Llama's settings: BPE, byte fallback, no normalization,
-    all white space kept.
+    """A serialized ModelProto with Llama's settings: BPE, byte fallback, no normalization, and all
+    white space kept.
 
     Args:
-        pieces: (text, score, type) in order of their ids; a space is written U+2581. BPE merges
-            the neighbours whose union has the highest score first.
-        dummy_prefix: a space goes before every text.
-        names: the pieces that are unknown, BOS and EOS.
+        pieces: (text, score, type) in the order of their ids. A space is written U+2581. BPE
+            merges the adjacent pieces whose union has the highest score first.
+        dummy_prefix: whether encoding inserts a space before every text.
+        names: the pieces for unknown, BOS and EOS.
     """
     pieces = list(pieces)
     model = b"".join(
@@ -53,7 +53,7 @@ def bpe_model(
 
 
 def special_and_byte_pieces() -> list[tuple[str, float, PieceType]]:
-    """Ids 0 .. 258 of every Llama vocabulary: unknown, BOS, EOS, and byte b at id b + 3."""
+    """Ids 0 to 258 of every Llama vocabulary: unknown, BOS, EOS, then byte b at id b + 3."""
     special = [
         ("<unk>", 0.0, PieceType.UNKNOWN),
         ("<s>", 0.0, PieceType.CONTROL),

@@ -1,4 +1,4 @@
-"""Many threads, one model: their requests are decoded together."""
+"""Server: decodes the requests of many threads together on one model."""
 
 import threading
 import time
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """Decodes the requests of any number of threads together; made by `Llama.server`.
+    """Decodes the requests of any number of threads together. Made by `Llama.server`.
 
-    A thread of its own has the model. Each request takes a free row of one cache: it joins those
-    that are being decoded, and leaves them when it ends. Those for which there is no row wait, in
-    the order in which they came. What a request is answered depends on its prompt, its options and
-    its seed, as with `Llama.generate`, not on the others.
+    The server runs the model in a thread of its own. Each request occupies one row of a shared
+    cache from its first step to its last. If all rows are occupied, requests wait in their order of
+    arrival. As with `Llama.generate`, a result depends only on the request's prompt, options and
+    seed, not on other requests.
 
-    The forward is that of all requests together. Tokens are then chosen in groups, those of equal
-    `Sampling` at once, so many different ones cost some time.
+    All requests share one forward pass per step. Tokens are then chosen per group of requests with
+    equal `Sampling`, so a large number of different samplings costs some time.
 
     Args:
         llama: the model.
-        n_tokens, allowed: the ids that may be chosen, see Generation.
-        batch_size: requests that are decoded together at most.
-        context: positions of each, prompt and completion together; None is the model's context.
+        n_tokens, allowed: the ids that may be chosen; see Generation.
+        batch_size: maximum number of requests that are decoded together.
+        context: positions per request, prompt and completion together; None is the model's context.
+
 
     >>> import npllama
     >>> from concurrent.futures import ThreadPoolExecutor
@@ -68,12 +69,12 @@ class Server:
         self._waiting: deque[Row] = deque()
         self._requests: dict[Row, _Request] = {}
         self._is_closed = self._is_cancelled = False
-        self._changed = threading.Condition()  # guards the lines above
+        self._changed = threading.Condition()  # guards the fields above
         self._thread = threading.Thread(target=self._serve, name="npllama server", daemon=True)
         self._thread.start()
 
     def generate(self, prompt: "Prompt | None" = "", **options: Any) -> Completion:
-        """`Llama.generate`, with the same options but for cache and batch_size.
+        """Like `Llama.generate`, with the same options except cache and batch_size.
 
         Raises:
             InputError, TokenizerError, TypeError: as `Llama.generate`, or the server is closed.
@@ -85,18 +86,18 @@ class Server:
             request.leave()
 
     def stream(self, prompt: "Prompt | None" = "", **options: Any) -> "Stream":
-        """The text in pieces as they become certain, as from `Llama.stream`.
+        """Iterate over pieces of the text as soon as they are certain, like `Llama.stream`.
 
-        What a caller leaves early, by `close` or by dropping the iterator, makes room for others.
+        Closing or dropping the iterator early ends the request and frees its row.
         """
-        self._llama.encode("")  # says what is missing where there is no tokenizer
+        self._llama.encode("")  # raises the error for a missing tokenizer
         return Stream(self._submit(prompt, options, is_streamed=True))
 
     def close(self, cancel: bool = False) -> None:
-        """Take no more requests, and return once those that were taken have ended.
+        """Refuse new requests, and return when all accepted ones have ended.
 
         Args:
-            cancel: end them at once; they have finish reason "interrupted".
+            cancel: end the accepted requests at once, with finish reason "interrupted".
         """
         with self._changed:
             self._is_closed = True
@@ -114,22 +115,27 @@ class Server:
     def _submit(
         self, prompt: "Prompt | None", options: dict[str, Any], is_streamed: bool
     ) -> "_Request":
-        """Check a request in its caller's thread, and queue it."""
+        """Check a request in the caller's thread, and queue it."""
         for name in ("cache", "batch_size"):
             if options.get(name) is not None:
-                raise InputError(f"{name} is the server's own: it cannot be given to a request")
+                raise InputError(
+                    f"{name} was given with a request: leave it out, the server has its own"
+                )
         prompt = "" if prompt is None else prompt
-        generation = self._llama.new_generation([prompt], **options)  # which is not run
+        generation = self._llama.new_generation([prompt], **options)  # only checks; is not run
         (row,), room = generation.rows, self._cache.context
         if len(row.prompt_ids) > room:
-            raise InputError(f"{len(row.prompt_ids)} tokens do not fit the server's {room}")
+            raise InputError(
+                f"the prompt has {len(row.prompt_ids)} tokens: expected at most {room}, the "
+                "server's context"
+            )
         row.limit = min(row.limit, room - len(row.prompt_ids))
         if row.limit == 0:
             row.finish_reason = "length"
         request = _Request(row, is_streamed, self._forget)
         with self._changed:
             if self._is_closed:
-                raise InputError("the server is closed: make another")
+                raise InputError("the server is closed: make another one")
             self._requests[row] = request
             if row.finish_reason is None:
                 self._waiting.append(row)
@@ -139,10 +145,10 @@ class Server:
         return request
 
     def _forget(self, row: Row) -> None:
-        """Its caller has left: what is not said yet is said to nobody."""
+        """Drop a request whose caller has left; its remaining text is discarded."""
         with self._changed:
             if self._requests.pop(row, None) is not None:
-                row.finish_reason = row.finish_reason or "interrupted"  # which frees its place
+                row.finish_reason = row.finish_reason or "interrupted"  # this frees its cache row
 
     def _end(self, row: Row) -> None:
         request = self._requests.pop(row, None)
@@ -150,7 +156,7 @@ class Server:
             request.end()
 
     def _serve(self) -> None:
-        """The thread: decode whenever there are requests."""
+        """Run the server's thread: decode while there are requests."""
         error: BaseException | None = None
         try:
             self._llama.backend.use()
@@ -159,31 +165,31 @@ class Server:
                     self._decode()
                     for row in range(len(self._cache.lengths)):
                         self._cache.truncate(row, 0)
-                except Exception as failed:  # a step of all of them
+                except Exception as failed:  # fails all requests of the step, not the server
                     self._fail(failed, lambda row: row.cache_row is not None)
                     self._cache.clear()
-        except BaseException as broken:  # nothing can be decoded any more
+        except BaseException as broken:  # decoding is no longer possible
             error = broken
         finally:
             self._is_closed = True
             self._fail(error or InputError("the server is closed"), lambda row: True)
 
     def _await_requests(self) -> bool:
-        """Wait for requests; whether there are any, or the server was closed."""
+        """Wait for requests. Returns False once the server is closed and none are waiting."""
         with self._changed:
             while not (self._waiting or self._is_closed):
                 self._changed.wait()
             return bool(self._waiting)
 
     def _fail(self, error: BaseException, fails: Callable[[Row], bool]) -> None:
-        """End requests by an error that is not one's own."""
+        """End the requests for which `fails` is true, with an error that they did not cause."""
         with self._changed:
             for row in [row for row in self._requests if fails(row)]:
                 row.finish_reason, row.error = "error", error
                 self._end(row)
 
     def _decode(self) -> None:
-        """Decode until nobody waits."""
+        """Decode until all requests have ended."""
         llama = self._llama
         generation = Generation(
             llama, [], Sampling(), 0, *self._choosable, self._cache, waiting=self._waiting
@@ -201,7 +207,7 @@ class Server:
 
     def _hand_on(self, row: Row, text: str) -> None:
         request = self._requests.get(row)
-        if request is None:  # its caller has left
+        if request is None:  # the caller has left
             return
         request.say(text)
         if row.finish_reason is not None:
@@ -210,10 +216,10 @@ class Server:
 
 
 class Stream:
-    """An iterator of one request's pieces of text.
+    """An iterator over the pieces of one request's text.
 
     Attributes:
-        completion: what `Server.generate` would have returned; None before the last piece.
+        completion: what `Server.generate` would have returned; None until the iterator ends.
     """
 
     def __init__(self, request: "_Request") -> None:
@@ -232,7 +238,7 @@ class Stream:
         raise StopIteration
 
     def close(self) -> None:
-        """Leave: what is not said yet is not computed."""
+        """End the request; its remaining tokens are not computed."""
         self._request.leave()
 
     def __del__(self) -> None:
@@ -240,13 +246,13 @@ class Stream:
 
 
 class _Request:
-    """One row, and the way from the server's thread to its caller's."""
+    """One request: its row, and the queue from the server's thread to the caller's."""
 
     def __init__(self, row: Row, is_streamed: bool, forget: Callable[[Row], None]) -> None:
         self.row = row
         self._is_streamed = is_streamed
         self._forget = forget
-        self._pieces: SimpleQueue[str | None] = SimpleQueue()  # None is the end
+        self._pieces: SimpleQueue[str | None] = SimpleQueue()  # None marks the end
         self._began = time.perf_counter()
         self._first = self._last = self._began
 
@@ -254,7 +260,7 @@ class _Request:
         self._last = time.perf_counter()
         if len(self.row.ids) <= 1:
             self._first = self._last
-        if text and self._is_streamed:  # nobody else is woken for a piece
+        if text and self._is_streamed:  # callers of generate wake up only at the end
             self._pieces.put(text)
 
     def end(self) -> None:
@@ -264,7 +270,7 @@ class _Request:
         self._forget(self.row)
 
     def next_piece(self) -> str | None:
-        """None at the end."""
+        """The next piece of text; None at the end."""
         piece = self._pieces.get()
         if piece is None and self.row.error is not None:
             raise self.row.error

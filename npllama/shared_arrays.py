@@ -1,7 +1,7 @@
-"""Arrays whose memory other processes can map too: parts of files, and shared memory.
+"""Arrays whose memory other processes can map: parts of files, and shared memory.
 
-Shared memory here is a file without a name (Linux: memfd), which ends with the last process
-that holds it, however that one ends.
+Shared memory here is an anonymous file (Linux: memfd). The kernel frees it when the last process
+that holds it ends, even if that process crashes.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ _ALIGNMENT = 64
 
 
 def _duplicate(fd: int) -> int:
-    """Another descriptor of the same file, above those of the standard streams: a child has its
-    own in those places, also where ours are closed."""
+    """Duplicate a descriptor to a number above 2. Numbers 0 to 2 may be free in this process, but
+    in a child they are its standard streams."""
     low = []
     while (new := os.dup(fd)) <= 2:
         low.append(new)
@@ -33,12 +33,12 @@ def _duplicate(fd: int) -> int:
 
 
 class MappedFile(mmap.mmap):
-    """A memory-mapped file, read-only, which another process that is handed its descriptor maps
-    by its path: this very file, whatever has taken its name since.
+    """A read-only memory map of a file. A process that inherits the descriptor can map the same
+    file by `path`, even if the file has been renamed or replaced since.
 
     Attributes:
         path: /dev/fd/N.
-        offset: 0, the byte of the file with which the map begins.
+        offset: 0, the byte of the file at which the map begins.
     """
 
     path: str
@@ -53,12 +53,11 @@ class MappedFile(mmap.mmap):
 
 
 class SharedMemory(mmap.mmap):
-    """Memory in a file without a name, which another process that is handed its descriptor maps
-    by its path.
+    """Memory in an anonymous file. A process that inherits the descriptor can map it by `path`.
 
     Attributes:
         path: /dev/fd/N.
-        offset: the byte of the file with which this map begins.
+        offset: the byte of the file at which this map begins.
     """
 
     path: str
@@ -66,7 +65,7 @@ class SharedMemory(mmap.mmap):
 
     @classmethod
     def create(cls, n_bytes: int) -> "SharedMemory":
-        """Writable memory with at least `n_bytes` from the file's byte _HUGE on."""
+        """Create writable memory with at least `n_bytes` after byte _HUGE of the file."""
         first = os.memfd_create("npllama")
         fd = _duplicate(first)
         os.close(first)
@@ -77,13 +76,13 @@ class SharedMemory(mmap.mmap):
 
     @classmethod
     def of(cls, path: str, writable: bool) -> "SharedMemory":
-        """Map the memory at `path` at an address that huge pages can back: one that has the same
-        remainder by their size as the place in the file."""
+        """Map the memory at `path` so that huge pages can back it: the address must equal the
+        file offset modulo the huge page size."""
         access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
         offset = 0
         with open(path, "r+b" if writable else "rb") as file:
             size = os.fstat(file.fileno()).st_size - _HUGE
-            for _ in range(4):  # the kernel mostly gives the same address again
+            for _ in range(4):  # the kernel usually chooses the same address again
                 made = cls(file.fileno(), size, access=access, offset=offset)
                 remainder = _address(made) % _HUGE
                 if remainder == offset:
@@ -98,8 +97,8 @@ class SharedMemory(mmap.mmap):
 
 @dataclass(frozen=True)
 class Location:
-    """Where an array lies: all that another process needs to map it, with the descriptor that
-    the path names. A file is no shared memory: it is mapped as it lies."""
+    """The location of an array: all that another process needs to map it, apart from the
+    descriptor that `path` names. `is_file` distinguishes a file from shared memory."""
 
     path: str
     is_file: bool
@@ -109,12 +108,12 @@ class Location:
 
 
 def can_share() -> bool:
-    """Whether shared memory and the locations of arrays are to be had here."""
+    """Whether this system has shared memory that other processes can map by path."""
     return hasattr(os, "memfd_create") and os.path.isdir("/dev/fd")
 
 
 def location_of(array: np.ndarray) -> Location | None:
-    """Where a contiguous array lies in a file or in shared memory; None if in neither."""
+    """The location of a C-contiguous array in a file or in shared memory; None if in neither."""
     memory = memory_of(array)
     if not isinstance(memory, MappedFile | SharedMemory) or not array.flags.c_contiguous:
         return None
@@ -124,7 +123,8 @@ def location_of(array: np.ndarray) -> Location | None:
 
 
 def memory_of(array: np.ndarray) -> object:
-    """What holds an array's memory in the end: a memory map, or an array of its own."""
+    """The object that owns an array's memory: a memory map, or the array at the end of the chain
+    of bases."""
     owner: object = array
     while isinstance(owner, np.ndarray | memoryview):
         inner = owner.base if isinstance(owner, np.ndarray) else owner.obj
@@ -135,16 +135,16 @@ def memory_of(array: np.ndarray) -> object:
 
 
 class Mapped:
-    """Arrays that another process told the locations of; each file is mapped once."""
+    """Maps arrays by the locations that another process sent. Each file is mapped once."""
 
     def __init__(self) -> None:
         self._memories: dict[str, MappedFile | SharedMemory] = {}
 
     def array(self, location: Location, writable: bool = False) -> np.ndarray:
-        """The array at `location`: a view of memory that other processes hold as well.
+        """The array at `location`: a view of memory that other processes map too.
 
         Args:
-            writable: needs shared memory of its own, of which all arrays are writable.
+            writable: map the shared memory writable. This holds for all arrays at that path.
         """
         if location.path not in self._memories:
             if location.is_file:
@@ -160,12 +160,13 @@ class Mapped:
 
 
 def share(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """A copy of each array in shared memory."""
+    """Copy each array to shared memory."""
     return share_joined([[array] for array in arrays])
 
 
 def share_joined(groups: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Of each group, of arrays (O_i, D) in one dtype, one copy (sum O_i, D) in shared memory."""
+    """Copy each group of arrays (O_i, D) with one dtype to one array (sum O_i, D) in shared
+    memory."""
     offsets, size = [], 0
     for group in groups:
         size = -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -184,13 +185,14 @@ def share_joined(groups: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 
 def empty_shared(size: int, dtype: str) -> np.ndarray:
-    """(size,) zeros in shared memory, of which only what is written takes any."""
+    """(size,) zeros in shared memory. Pages take up memory once they are written."""
     memory = SharedMemory.create(size * np.dtype(dtype).itemsize)
     return np.frombuffer(memory, dtype, size, _HUGE - memory.offset)
 
 
 def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Matrices (O_i, D) that lie one after the other as one view (sum O_i, D), or None."""
+    """A view (sum O_i, D) of matrices (O_i, D) that are contiguous in memory in this order; None
+    if they are not."""
     first = arrays[0]
     end = first.ctypes.data
     memory = memory_of(first)
@@ -201,7 +203,7 @@ def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
             or array.shape[1:] != first.shape[1:]
             or not array.flags.c_contiguous
             or memory_of(array) is not memory
-        ):  # arrays of their own may lie end to end by chance
+        ):  # separately allocated arrays may be adjacent by chance
             return None
         end += array.nbytes
     shape = (sum(len(array) for array in arrays), *first.shape[1:])
@@ -212,7 +214,7 @@ def neighbours(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
         return None
     if not memory.flags.c_contiguous:
         return None
-    flat = memory.reshape(-1)  # the array that all of them are views of
+    flat = memory.reshape(-1)  # the base array of all views
     begin = (first.ctypes.data - flat.ctypes.data) // first.itemsize
     return flat[begin : begin + prod(shape)].reshape(shape)
 
@@ -222,9 +224,7 @@ def _address(memory: mmap.mmap) -> int:
 
 
 def _make_huge(memory: mmap.mmap) -> None:
-    """Ask for pages of 2 MB, where the kernel has them; nothing is lost where not.
-
-    Measured on two cores: shared memory in pages of 4 KB is read at 15 GB/s, in those at 22.
-    """
+    """Ask the kernel for 2 MB pages, from which shared memory is read faster. A kernel without
+    them ignores the request."""
     with contextlib.suppress(OSError, ValueError):
         memory.madvise(_MADV_COLLAPSE)

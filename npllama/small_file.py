@@ -1,4 +1,4 @@
-"""Small files, read with care: damaged ones may claim any size, or say a thing twice."""
+"""Reading small files that may be damaged: checks of size, file type and duplicate JSON names."""
 
 import errno
 import json
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON = 16 * 2**20
-"""Bytes of a JSON file; a 70B model's index has under 0.1 MB."""
+"""Largest JSON file that is read, in bytes; the index of a 70B model is far smaller."""
 MAX_TOKENIZER = 64 * 2**20
-"""Bytes of a tokenizer; Llama 2's has 0.5 MB."""
+"""Largest tokenizer file that is read, in bytes; Llama 2's is far smaller."""
 
 
 def read_small_file(path: Path, most: int) -> bytes:
     """The contents of a regular file of at most `most` bytes.
 
     Raises:
-        OSError: it cannot be read, is no regular file (a pipe would be waited for without end),
-            or is larger.
+        OSError: the file cannot be read, is larger, or is not a regular file. (Reading a pipe
+            could block forever.)
     """
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory")
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     if status.st_size > most:
         raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, expected at most {most}")
     return path.read_bytes()
@@ -33,8 +33,8 @@ def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not JSON, or an object that gives a name twice, of which json keeps the last.
-        RecursionError: nested too deep.
+        ValueError: not valid JSON, or an object has a name twice (json would keep only the last).
+        RecursionError: the text is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object)
 

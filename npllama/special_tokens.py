@@ -1,4 +1,7 @@
-"""Tokens that no text makes, by their names, and texts in which the names count as the tokens."""
+"""Special tokens by name, and encoding of texts in which these names stand for the tokens.
+
+A special token here is any token that `Tokenizer.encode` never produces.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,14 +10,14 @@ from npllama.tokenizer import Tokenizer
 
 
 def encode_special(tokenizer: Tokenizer, text: str) -> list[int]:
-    """As `Tokenizer.encode_prompt`, but each name of a special token becomes its id.
+    """Like `Tokenizer.encode_prompt`, but each name of a special token in `text` becomes its id.
 
-    The text between names is encoded piece by piece, each as a text of its own: with the space
-    that the tokenizer puts before a text, as Hugging Face's tokenizer of Llama 2 does. A text
-    that begins with BOS gets no second one, and one that ends with EOS none either.
+    Each part between names is encoded as a text of its own, so it starts with the space that the
+    tokenizer inserts before a text. Hugging Face's tokenizer of Llama 2 does the same. BOS is not
+    added to a text that begins with it, nor EOS to a text that ends with it.
 
     Raises:
-        InputError: text that is not valid Unicode (a lone surrogate).
+        InputError: the text is not valid Unicode (it has a lone surrogate).
 
     >>> from npllama import load
     >>> tokenizer = load().tokenizer
@@ -34,8 +37,7 @@ def encode_special(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def special_ids(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """Name -> id of every token that no text makes: control pieces, the unknown one, and added
-    tokens."""
+    """Name -> id of every special token: control pieces, the unknown piece, and added tokens."""
     processor = tokenizer.processor
     pieces = range(tokenizer.vocab_size)
     ids = [id_ for id_ in pieces if processor.is_control(id_) or processor.is_unknown(id_)]
@@ -45,10 +47,10 @@ def special_ids(tokenizer: Tokenizer) -> Mapping[str, int]:
 
 
 def split_names(ids_of: Mapping[str, int], text: str) -> list[str | int]:
-    """A text as its parts, each name of a token in it replaced by the token's id.
+    """Split a text at the names of tokens, and replace each name by the token's id.
 
     Args:
-        ids_of: the tokens by name. Of two that begin at the same place the longer one counts.
+        ids_of: name -> id. If two names begin at the same position, the longer one counts.
     """
     if not ids_of:
         return [text]

@@ -1,8 +1,8 @@
-"""A program that renders chat templates with jinja2, for npllama/chat_template.py.
+"""A program that renders chat templates with jinja2, started by npllama/chat_template.py.
 
-A template comes with a checkpoint and may ask for any amount of time and memory, so it is
-rendered by this process, which may have only so much and can be ended. jinja2's sandbox keeps it
-from everything else. One JSON object a line is read and one is written.
+A template comes with a checkpoint and may use any amount of time and memory. It is therefore
+rendered in this process, which has limits for both and can be killed. jinja2's sandbox keeps the
+template from anything else. The process reads and writes one JSON object per line.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 2**29
-"""Bytes that the process may have."""
+"""Limit of the process's address space, in bytes."""
 MAX_RENDERED = 16 * 2**20
-"""Characters of a rendered dialogue."""
+"""Limit of a rendered dialogue, in characters."""
 
 
 def main() -> None:
-    """Answer requests until standard input ends: {"template", "variables", "names", "now",
-    "seconds"} by {"text"} or {"error", "message"}."""
-    here = Path(__file__).resolve().parent  # npllama's modules have plain names
+    """Answer requests until standard input ends. A request is {"template", "variables", "names",
+    "now", "seconds"}, an answer {"text"} or {"error", "message"}."""
+    here = Path(__file__).resolve().parent  # npllama's modules must not shadow others
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
-    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no resource limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -39,7 +39,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _cpu_time(seconds: float) -> Any:
-    """More of the processor's time than this ends the process, whatever it is doing."""
+    """End the process if the block uses more CPU time than this."""
     timed = hasattr(signal, "setitimer")
     if timed:
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -56,7 +56,7 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
     except ImportError:
         return {"error": "jinja2", "message": "is not installed"}
     numbers = [int(n) if n.isdigit() else 0 for n in jinja2.__version__.split(".")[:3]]
-    if numbers < [3, 1, 6]:  # has ways out of its sandbox
+    if numbers < [3, 1, 6]:  # older versions have known sandbox escapes
         return {"error": "jinja2", "message": f"{jinja2.__version__} is too old"}
     try:
         return {"text": _render(**request)}
@@ -66,23 +66,23 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
         return {"error": "refused", "message": str(error)}
     except (MemoryError, OverflowError):
         return {"error": "template", "message": "it asks for too much memory"}
-    except Exception as error:  # of the template's: a value of another type, say
+    except Exception as error:  # raised by the template, for example a value of the wrong type
         return {"error": "template", "message": str(error) or type(error).__name__}
 
 
 class _RaisedError(Exception):
-    """What a template says by raise_exception."""
+    """The message that a template passes to raise_exception."""
 
 
 def _render(
     template: str, variables: dict[str, Any], names: dict[str, str], now: float, seconds: float
 ) -> str:
-    """The text of a template.
+    """Render a template.
 
     Args:
-        names: texts that are replaced wherever the template's source has them.
+        names: text -> replacement, for the literals in the template's source.
         now: seconds since 1970, for strftime_now.
-        seconds: the limit, which the caller keeps.
+        seconds: the limit of CPU time; `main` enforces it.
     """
     variables["strftime_now"] = datetime.fromtimestamp(now).strftime
     text = ""
@@ -103,7 +103,7 @@ def _compiled(template: str, names: tuple[tuple[str, str], ...]) -> Any:
 
 
 def _replace(template: Any, names: dict[str, str]) -> None:
-    """Replace names in the literals of a parsed template."""
+    """Replace `names` in the literals of a parsed template."""
     from jinja2 import nodes
 
     def replaced(text: str) -> str:
@@ -124,7 +124,7 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}, which mark an answer and change nothing."""
+        """{% generation %} ... {% endgeneration %} mark an answer. They do not change the text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -138,7 +138,7 @@ def _environment() -> Any:
             return caller()
 
     class Dict:
-        """dict(), without what else a class has."""
+        """dict() without the other attributes of the class."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> dict:
             return dict(*args, **kwargs)
@@ -147,7 +147,7 @@ def _environment() -> Any:
             return dict.fromkeys(*args)
 
     class Namespace(jinja2.utils.Namespace):
-        """namespace(), without names that begin with an underscore."""
+        """namespace() that refuses names that begin with an underscore."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             values = dict(*args[1:], **kwargs)

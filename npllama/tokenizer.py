@@ -1,4 +1,4 @@
-"""Text to ids and back: sentencepiece, and decoding as the ids arrive."""
+"""Encodes text as token ids with sentencepiece, and decodes ids, also as they arrive."""
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from npllama.errors import InputError, TokenizerError
 from npllama.small_file import MAX_TOKENIZER, read_small_file
 from npllama.tokenizer_json import sentencepiece_from_json
 
-_SPACE = "\u2581"  # how a piece writes a space
+_SPACE = "\u2581"  # the character for a space inside a piece
 _REPLACEMENT = "\ufffd"
 _NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 """ModelProto.normalizer_spec.add_dummy_prefix = false. A field that follows a serialized message
@@ -20,20 +20,20 @@ replaces the same field of the message."""
 
 
 class Lost(Enum):
-    """Which pieces lose a leading space where the text has not begun."""
+    """Which pieces lose their leading space while the decoded text is still empty."""
 
-    NONE = 0  # there is no dummy prefix
-    OF_FIRST_PIECE = 1  # Llama: the dummy prefix
-    OF_EVERY_PIECE = 2  # extra spaces are removed, sentencepiece's default
+    NONE = 0  # the model adds no dummy prefix
+    OF_FIRST_PIECE = 1  # Llama: decoding removes the dummy prefix
+    OF_EVERY_PIECE = 2  # sentencepiece's default: the model also removes extra spaces
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that fine-tuning added beside a tokenizer's pieces.
+    """A token that fine-tuning added to the tokenizer's pieces.
 
     Attributes:
         content: its text.
-        special: it controls, as an end of text does, and decodes to nothing.
+        special: whether it is a control token, such as an end of text, which decodes to "".
     """
 
     content: str
@@ -41,23 +41,24 @@ class AddedToken:
 
 
 class Tokenizer:
-    """A sentencepiece model with Llama's ids: BOS 1, EOS 2, unknown 0, byte b at b + 3.
+    """A sentencepiece model with Llama's ids: unknown 0, BOS 1, EOS 2, byte b at b + 3.
+
+    `encode` never produces control or added tokens: "<s>" in a text is three ordinary characters.
+    Callers insert these tokens by id.
 
     Args:
         path: a tokenizer.model file, or a tokenizer.json of Llama's kind
             (see npllama.tokenizer_json).
 
     Attributes:
-        vocab_size: pieces of the sentencepiece model.
-        added: tokens beside them, by id; see `for_model`.
-        n_ids: ids below it decode; those without piece and name to nothing.
+        vocab_size: number of pieces of the sentencepiece model.
+        added: id -> added token; see `for_model`.
+        n_ids: number of ids that decode. An id that is neither a piece nor an added token decodes
+            to "".
         add_bos, add_eos: whether `encode_prompt` puts BOS first and EOS last.
 
     Raises:
-        TokenizerError: there is no such file, or it is not a sentencepiece model.
-
-    Control and added tokens are inserted by id and never found in text: "<s>" in a prompt is
-    three ordinary characters.
+        TokenizerError: the file does not exist, or is not a sentencepiece model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,8 +70,8 @@ class Tokenizer:
                 model = read_small_file(path, MAX_TOKENIZER)
         except FileNotFoundError:
             raise TokenizerError(
-                f"{path} does not exist: text needs the model's tokenizer.model; "
-                "without it, pass token ids"
+                f"{path} does not exist: copy tokenizer.model from where the weights came from, "
+                "or pass token ids, which need no tokenizer"
             ) from None
         except OSError as error:
             raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
@@ -78,7 +79,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model: bytes) -> "Tokenizer":
-        """From the contents of a tokenizer.model."""
+        """A tokenizer from the contents of a tokenizer.model file."""
         tokenizer = cls.__new__(cls)
         tokenizer._start(model, "the tokenizer")
         return tokenizer
@@ -87,10 +88,10 @@ class Tokenizer:
         processor = sentencepiece.SentencePieceProcessor()
         try:
             if not model:
-                raise RuntimeError  # which sentencepiece takes for "nothing to load"
+                raise RuntimeError  # sentencepiece takes empty bytes for "nothing to load"
             processor.LoadFromSerializedProto(model)
-            pieces = processor.id_to_piece(list(range(processor.vocab_size())))  # each is UTF-8
-            processor.decode([processor.unk_id()])  # there is one, and its text is UTF-8
+            pieces = processor.id_to_piece(list(range(processor.vocab_size())))  # checks UTF-8
+            processor.decode([processor.unk_id()])  # checks that it exists, and its UTF-8
         except (RuntimeError, UnicodeDecodeError, IndexError):
             raise TokenizerError(
                 f"{name} is not a sentencepiece model: expected the tokenizer.model that "
@@ -120,12 +121,14 @@ class Tokenizer:
         end_ids: Collection[int] = (),
         added: Mapping[int, AddedToken] | None = None,
     ) -> "Tokenizer":
-        """The same tokenizer for a model with `n_ids` rows, some of them beyond the pieces.
+        """A copy of this tokenizer for a model with `n_ids` embedding rows, which may exceed the
+        number of pieces.
 
         Args:
-            end_ids: ids that end a text; they have none themselves.
-            added: names of further ids; None keeps those there are. One that names a control
-                piece with special False gives it its text; other pieces stay as they are.
+            end_ids: ids that end a text; they decode to "".
+            added: id -> added token; None keeps the current ones. An entry for a control piece
+                with `special` False makes that piece decode to its text. Entries for other pieces
+                have no effect.
         """
         tokenizer = copy.copy(self)
         tokenizer.n_ids = max(n_ids, self.vocab_size)
@@ -146,10 +149,10 @@ class Tokenizer:
         )
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of `text`, BOS first; the empty text is BOS alone.
+        """Token ids of `text`, with BOS first unless `bos` is False. The empty text is BOS alone.
 
         Raises:
-            InputError: text that is not valid Unicode (a lone surrogate).
+            InputError: the text is not valid Unicode (it has a lone surrogate).
         """
         ids = self._encode(self.processor, text)
         return [self.bos_id, *ids] if bos else ids
@@ -179,9 +182,9 @@ class Tokenizer:
             raise self._damaged() from None
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to continue, with BOS and EOS as `add_bos` and `add_eos` say.
+        """Token ids of a prompt, with BOS and EOS as `add_bos` and `add_eos` say.
 
-        A text without ids of its own, as the empty one, is BOS alone whatever they say.
+        A text that has no ids of its own, such as the empty text, always gives BOS alone.
         """
         ids = self.encode(text, bos=False)
         if not ids:
@@ -190,11 +193,13 @@ class Tokenizer:
         return before + ids + ([self.eos_id] if self.add_eos and self.eos_id >= 0 else [])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens have none, other added tokens their content, and invalid
-        UTF-8 is one U+FFFD a byte.
+        """The text of `ids`.
+
+        Control tokens decode to "", other added tokens to their content. Each byte of invalid
+        UTF-8 decodes to one U+FFFD.
 
         Raises:
-            InputError: an id that the tokenizer does not have.
+            InputError: an id is not in the vocabulary.
         """
         for id_ in ids:
             self._check(id_)
@@ -207,7 +212,7 @@ class Tokenizer:
             raise self._damaged() from None
 
     def piece(self, id_: int) -> str:
-        """The vocabulary's entry for one id, as it is written there; "" where it has no name."""
+        """The vocabulary's entry for one id as it is written there; "" if the id has no entry."""
         self._check(id_)
         if id_ >= self.vocab_size:
             token = self.added.get(int(id_))
@@ -215,7 +220,7 @@ class Tokenizer:
         return self.processor.id_to_piece(int(id_))
 
     def added_text(self, id_: int) -> str | None:
-        """What an id beside the pieces decodes to; None for a piece."""
+        """The text that an added token decodes to; None if the id decodes as a piece."""
         token = self.added.get(int(id_))
         if token is None:
             return None if id_ < self.vocab_size else ""
@@ -226,25 +231,28 @@ class Tokenizer:
 
     def _check(self, id_: int) -> None:
         if not 0 <= id_ < self.n_ids:
-            raise InputError(f"token id {id_} is not in the tokenizer's vocabulary of {self.n_ids}")
+            raise InputError(
+                f"token id {id_} is not in the tokenizer's vocabulary of {self.n_ids}: expected an "
+                "id from 0, below that number"
+            )
 
 
 class StreamDecoder:
-    """Decodes ids as they arrive: what `push` and at last `flush` return, joined, is
-    `tokenizer.decode` of all the ids.
+    """Decodes ids as they arrive. The texts that `push` and finally `flush` return, joined, are
+    `tokenizer.decode` of all ids.
 
-    Bytes of one character may arrive over several ids; they are held until they are a
-    character or cannot become one. Each push costs the same, however long the text.
+    The bytes of one character may arrive over several ids. The decoder holds them until they are a
+    character or can no longer become one. The cost per push does not depend on the text's length.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._processor = tokenizer.processor
-        self._bytes = b""  # of a character not yet whole
-        self._at_start = True  # no text yet: the first piece may lose its leading space
+        self._bytes = b""  # of an incomplete character
+        self._at_start = True  # no text yet, so the first piece may lose its leading space
 
     def push(self, id_: int) -> str:
-        """The text that this id makes certain; may be empty."""
+        """Add an id and return the text that has become certain; it may be empty."""
         self._tokenizer._check(id_)
         id_ = int(id_)
         is_piece = id_ < self._tokenizer.vocab_size
@@ -263,7 +271,7 @@ class StreamDecoder:
         lost = self._tokenizer.leading_spaces_lost
         if self._at_start and lost is not Lost.NONE and piece.startswith(_SPACE):
             piece = piece[1:]
-            self._at_start = lost is Lost.OF_EVERY_PIECE  # until one has text
+            self._at_start = lost is Lost.OF_EVERY_PIECE  # the text may still be empty
         return text + self._started(piece.replace(_SPACE, " "))
 
     @property
@@ -272,7 +280,7 @@ class StreamDecoder:
         return not self._bytes
 
     def flush(self) -> str:
-        """The end of the text: bytes still held can no longer become a character."""
+        """Return the rest of the text; incomplete characters become U+FFFD."""
         return self._whole_characters(final=True)
 
     def _started(self, text: str) -> str:
@@ -290,13 +298,13 @@ class StreamDecoder:
             except UnicodeDecodeError as error:
                 if not final and error.reason == "unexpected end of data":
                     break  # the next ids may complete it
-                text += _REPLACEMENT  # one a byte, as sentencepiece does
+                text += _REPLACEMENT  # one per byte, as sentencepiece does
                 self._bytes = self._bytes[1:]
         return text
 
 
 def _utf8_length(first: int) -> int:
-    """Bytes of the character that begins with `first`; 1 where none can."""
+    """Length in bytes of the UTF-8 character that begins with `first`; 1 if it is invalid."""
     if 0xC2 <= first < 0xE0:
         return 2
     if 0xE0 <= first < 0xF0:
@@ -307,11 +315,11 @@ def _utf8_length(first: int) -> int:
 def _leading_spaces_lost(
     processor: sentencepiece.SentencePieceProcessor, pieces: Sequence[str]
 ) -> Lost:
-    """Found out by decoding, since sentencepiece does not tell its settings."""
+    """Find out by decoding a piece twice, because sentencepiece does not expose this setting."""
     spaced = [i for i, piece in enumerate(pieces) if piece.startswith(_SPACE)]
     spaced.sort(key=lambda i: len(pieces[i]))
     has_text = (i for i in spaced if not (processor.is_control(i) or processor.is_unknown(i)))
-    # two of a space alone tell all three apart; without such a piece the last two are the same
+    # a piece that is only a space distinguishes all three; others cannot show OF_EVERY_PIECE
     id_ = next(has_text, None)
     if id_ is None:
         return Lost.NONE

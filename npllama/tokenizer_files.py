@@ -1,7 +1,7 @@
-"""A model directory's tokenizer: which of its files decides what.
+"""The tokenizer of a model directory, read from its several files.
 
-tokenizer.model, or else tokenizer.json, has the pieces. Tokens beside them are named in
-added_tokens.json, tokenizer_config.json and tokenizer.json.
+The pieces come from tokenizer.model or, without it, from tokenizer.json. Added tokens are named in
+tokenizer_config.json, tokenizer.json and added_tokens.json.
 """
 
 import re
@@ -18,20 +18,20 @@ from npllama.tokenizer_json import added_tokens
 
 _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _PADDING = 1024
-"""Rows that no id of the tokenizer's needs, and yet a right tokenizer may leave: vocabularies are
-padded to a multiple of 128 for each of up to 8 shards."""
+"""A correct tokenizer may have up to this many ids fewer than the model has embedding rows, because
+vocabularies are padded to a multiple of 128 for each of up to 8 shards."""
 
 
 def read_tokenizer(directory: Path, config: LlamaConfig) -> Tokenizer | None:
-    """The directory's tokenizer with its added tokens; None where there is no tokenizer file.
+    """The directory's tokenizer with its added tokens; None if there is no tokenizer file.
 
-    `add_bos_token` and `add_eos_token` come from tokenizer_config.json; true and false where
-    they are missing.
+    `add_bos_token` and `add_eos_token` come from tokenizer_config.json. Their defaults are true
+    and false.
 
     Raises:
-        TokenizerError: a damaged tokenizer.model, a tokenizer.json of another kind than Llama's,
-            or an added token that is none.
-        ConfigError: a damaged JSON file.
+        TokenizerError: tokenizer.model is damaged, tokenizer.json is not of Llama's kind, or the
+            entry of an added token is invalid.
+        ConfigError: a JSON file is damaged.
     """
     path = tokenizer_file(directory)
     if path is None:
@@ -50,37 +50,37 @@ def read_tokenizer(directory: Path, config: LlamaConfig) -> Tokenizer | None:
 
 
 def tokenizer_file(directory: Path) -> Path | None:
-    """tokenizer.model, or else tokenizer.json, or else None."""
+    """The path of tokenizer.model, else of tokenizer.json, else None."""
     paths = (directory / "tokenizer.model", directory / "tokenizer.json")
     return next((path for path in paths if path.exists()), None)
 
 
 def check_size(tokenizer: Tokenizer, name: str | Path, n_rows: int) -> None:
-    """Refuse a tokenizer with more pieces than the model has rows.
+    """Refuse a tokenizer that has more pieces than the model has embedding rows.
 
     Args:
         name: the tokenizer's file, for the message.
         n_rows: vocab_size of the model.
 
     Raises:
-        TokenizerError: the tokenizer is of another model.
+        TokenizerError: the tokenizer has more pieces, so it belongs to another model.
     """
     if tokenizer.vocab_size > n_rows:
         raise TokenizerError(
-            f"{name} has {tokenizer.vocab_size} pieces and the model {n_rows}: "
-            "expected the tokenizer that the model was trained with"
+            f"{name} has {tokenizer.vocab_size} pieces, but the model has {n_rows} embedding rows: "
+            "expected the tokenizer that came with the model"
         )
 
 
 def mismatch(tokenizer: Tokenizer, n_rows: int, end_ids: Collection[int] = ()) -> str | None:
-    """What to say of a tokenizer with far fewer ids than the model has rows, if it has."""
+    """A warning if the tokenizer has far fewer ids than the model has embedding rows, else None."""
     ids = {*tokenizer.added, *end_ids}
     n_ids = tokenizer.vocab_size + sum(tokenizer.vocab_size <= id_ < n_rows for id_ in ids)
     if n_rows - n_ids < _PADDING:
         return None
     return (
-        f"the tokenizer has {n_ids} tokens and the model {n_rows}: text will be wrong if it is "
-        "not the tokenizer that came with the checkpoint"
+        f"the tokenizer has {n_ids} tokens, but the model has {n_rows} embedding rows: use the "
+        "tokenizer that came with the model, or the text may be wrong"
     )
 
 
@@ -105,17 +105,19 @@ def _added_tokens(
     tokenizer: Tokenizer,
     config: LlamaConfig,
 ) -> Iterator[tuple[int, AddedToken]]:
-    """Of the three files; what says more of a token comes first."""
+    """Yield the added tokens of the three files, the most detailed file first."""
     decoder = settings.get("added_tokens_decoder") or {}
     path = directory / "tokenizer_config.json"
     if not isinstance(decoder, dict):
-        raise TokenizerError(f"{path}: added_tokens_decoder is no object of tokens by id")
+        raise TokenizerError(
+            f"{path}: added_tokens_decoder is not a JSON object: get the file again"
+        )
     for id_, token in decoder.items():
         fields = token if isinstance(token, dict) else {}
         id_ = int(id_) if re.fullmatch("[0-9]{1,9}", id_) else id_
         yield checked_token(path, id_, fields.get("content"), fields.get("special"))
     path = directory / "tokenizer.json"
-    # which is large: read where it may hold what the others do not
+    # tokenizer.json is large, so it is read only if it may name tokens that the others do not
     is_needed = not decoder and config.vocab_size > tokenizer.vocab_size
     if path == tokenizer_path or (is_needed and path.exists()):
         for fields in _of_tokenizer_json(path, is_decisive=path == tokenizer_path):
@@ -131,7 +133,8 @@ def _added_tokens(
 
 
 def _of_tokenizer_json(path: Path, is_decisive: bool) -> list[Mapping[str, Any]]:
-    """Its added tokens; beside a tokenizer.model, a file that cannot be read has none."""
+    """The added tokens of a tokenizer.json. If it is unreadable, the error is raised only if
+    the tokenizer itself comes from this file."""
     try:
         return added_tokens(read_json(path, MAX_TOKENIZER))
     except ConfigError:
@@ -141,10 +144,10 @@ def _of_tokenizer_json(path: Path, is_decisive: bool) -> list[Mapping[str, Any]]
 
 
 def checked_token(path: Path, id_: Any, content: Any, special: Any) -> tuple[int, AddedToken]:
-    """An added token's id and what it is.
+    """The id and the AddedToken of one entry.
 
     Raises:
-        TokenizerError: `id_` is not an id, or `content` not a text; it names `path`.
+        TokenizerError: `id_` is not an id, or `content` is not a text. The message names `path`.
     """
     is_text = isinstance(content, str) and not re.search("[\\ud800-\\udfff]", content)
     if type(id_) is not int or id_ < 0 or not is_text:
@@ -156,7 +159,7 @@ def checked_token(path: Path, id_: Any, content: Any, special: Any) -> tuple[int
 
 
 def _special_texts(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Texts of the tokens that have a role: as such, or as the content of an object."""
+    """Texts of the tokens that have a role. An entry is a text, or an object with a content."""
     tokens: list[Any] = [fields.get(f"{role}_token") for role in _ROLES]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = fields.get(name)

@@ -1,8 +1,8 @@
-"""tokenizer.json, as Hugging Face's tokenizers library writes it, as a sentencepiece model.
+"""Converts tokenizer.json, the Hugging Face tokenizers' format, to a sentencepiece model.
 
-transformers 5 saves this file alone. Its merges list every split of every piece, sorted by the
-scores of the sentencepiece model that it was made from; sentencepiece merges the neighbours whose
-union has the highest score first. So the order of the merges gives the scores.
+transformers 5 saves only this file. Its merges list every split of every piece, sorted by the
+scores of the original sentencepiece model. sentencepiece merges the adjacent pieces whose union has
+the highest score first, so scores can be derived from the order of the merges.
 """
 
 import re
@@ -19,9 +19,9 @@ _SPACE = "\u2581"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
-# Llama 2's pieces of several spaces by their ids, which tell its vocabulary. Meta gave them the
-# score -1e9 after training, so that they are merged last, from the left. transformers 5 sorts
-# merges by id where it finds a tokenizer.model alone, and puts them first.
+# Llama 2's pieces that consist of several spaces, with their ids, by which its vocabulary is
+# recognized. Meta gave them the score -1e9 after training, so that they are merged last, from the
+# left. From a tokenizer.model alone, transformers 5 sorts merges by id, which puts them first.
 _RUNS_OF_LLAMA = {
     _SPACE * length: id_
     for length, id_ in enumerate(
@@ -32,15 +32,16 @@ _ROLES = ("unk", "bos", "eos")
 
 
 def sentencepiece_from_json(path: Path) -> bytes:
-    """The serialized sentencepiece model that gives the ids of a tokenizer.json of Llama's kind.
+    """The serialized sentencepiece model with the same ids as a tokenizer.json of Llama's kind.
 
-    Its kind is BPE with byte fallback, over the text with U+2581 in place of each space. The
-    names of unknown, BOS and EOS come from tokenizer_config.json beside it, where there is one.
-    No text makes a piece that no merge makes; special ones become control tokens.
+    Llama's kind is BPE with byte fallback over the text, with U+2581 in place of each space. The
+    pieces for unknown, BOS and EOS come from tokenizer_config.json in the same directory, if it
+    exists. Encoding a text never produces a piece that no merge makes. Special pieces become
+    control tokens.
 
     Raises:
-        OtherTokenizerError: a tokenizer of another kind, which is named.
-        TokenizerError: a damaged file.
+        OtherTokenizerError: the tokenizer is of another kind. The message names the kind.
+        TokenizerError: the file is damaged.
     """
     path = Path(path)
     try:
@@ -59,34 +60,34 @@ def sentencepiece_from_json(path: Path) -> bytes:
     except _OtherKindError as error:
         is_damaged = isinstance(error, _DamagedError)
         raise (TokenizerError if is_damaged else OtherTokenizerError)(
-            f"{path} {error}: only a BPE with byte fallback that was made from a sentencepiece "
-            "model, such as Llama 2's, can be read; get tokenizer.model, or pass token ids"
+            f"{path} {error}: expected a BPE with byte fallback, converted from a sentencepiece "
+            "model such as Llama 2's; get tokenizer.model, or pass token ids"
         ) from None
 
 
 def added_tokens(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The entries of a tokenizer.json's `added_tokens`; none where they are missing."""
+    """The entries of `added_tokens` in a tokenizer.json; empty if there are none."""
     tokens = fields.get("added_tokens")
     return [t for t in tokens if isinstance(t, dict)] if isinstance(tokens, list) else []
 
 
 class _OtherKindError(Exception):
-    """What the file is, in place of a tokenizer of Llama's kind."""
+    """A tokenizer that is not of Llama's kind. The message continues a sentence about the file."""
 
 
 class _DamagedError(_OtherKindError):
-    """What is wrong in the file, whatever its kind."""
+    """A damaged tokenizer file, of whatever kind."""
 
 
 def _has_dummy_prefix(fields: Mapping[str, Any]) -> bool:
-    """Whether a space goes before the text, by the normalizer and the pre-tokenizer."""
+    """Whether the normalizer or the pre-tokenizer inserts a space before the text."""
     model = fields.get("model")
     if not isinstance(model, dict):
-        raise _OtherKindError("holds no model")
+        raise _OtherKindError("has no model")
     kind = model.get("type", "BPE" if "merges" in model else None)
     parts = [*_steps(fields, "pre_tokenizer", "pretokenizers"), *_steps(fields, "decoder")]
     if any(part.get("type") == "ByteLevel" for part in parts):
-        raise _OtherKindError("is a byte-level BPE, as GPT-2's and Llama 3's are")
+        raise _OtherKindError("is a byte-level BPE, the kind of GPT-2 and Llama 3")
     if kind != "BPE":
         raise _OtherKindError(f"is a {kind} model")
     if model.get("byte_fallback") is not True:
@@ -97,12 +98,12 @@ def _has_dummy_prefix(fields: Mapping[str, Any]) -> bool:
     prefix = [_normalizes(step) for step in _steps(fields, "normalizer", "normalizers")]
     prefix += [_pre_tokenizes(step) for step in _steps(fields, "pre_tokenizer", "pretokenizers")]
     if not prefix:
-        raise _OtherKindError("leaves spaces as they are")
+        raise _OtherKindError("does not replace spaces")
     return any(prefix)
 
 
 def _steps(fields: Mapping[str, Any], name: str, inside: str = "") -> list[Mapping[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder: none, one, or a Sequence of several."""
+    """The steps of a normalizer, pre-tokenizer or decoder: none, one, or those of a Sequence."""
     step = fields.get(name)
     if step is None:
         return []
@@ -117,7 +118,7 @@ def _steps(fields: Mapping[str, Any], name: str, inside: str = "") -> list[Mappi
 
 
 def _normalizes(step: Mapping[str, Any]) -> bool:
-    """Whether a known normalizer puts a space before the text."""
+    """Whether this normalizer inserts a space before the text; others raise an error."""
     if step.get("type") == "Prepend" and step.get("prepend") == _SPACE:
         return True
     replaces = (step.get("pattern"), step.get("content"))
@@ -127,7 +128,7 @@ def _normalizes(step: Mapping[str, Any]) -> bool:
 
 
 def _pre_tokenizes(step: Mapping[str, Any]) -> bool:
-    """Whether a known pre-tokenizer puts a space before the text."""
+    """Whether this pre-tokenizer inserts a space before the text; others raise an error."""
     scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
     if (
         step.get("type") == "Metaspace"
@@ -140,14 +141,14 @@ def _pre_tokenizes(step: Mapping[str, Any]) -> bool:
 
 
 def _shown(step: Mapping[str, Any]) -> str:
-    """Its type, and its settings where they are few."""
+    """The type of a step, with its settings if they are short."""
     settings = ", ".join(f"{key} {value!r}" for key, value in step.items() if key != "type")
     settings = f" ({settings})" if 0 < len(settings) <= 100 else ""
     return f"{step.get('type')}{settings}"
 
 
 def _vocabulary(model: Mapping[str, Any]) -> list[str]:
-    """The pieces in order of their ids."""
+    """The pieces in the order of their ids."""
     ids = model.get("vocab")
     if not isinstance(ids, dict) or not all(type(id_) is int for id_ in ids.values()):
         raise _DamagedError("has a damaged vocabulary")
@@ -155,7 +156,7 @@ def _vocabulary(model: Mapping[str, Any]) -> list[str]:
     if [ids[piece] for piece in vocabulary] != list(range(len(ids))):
         raise _DamagedError("has a vocabulary whose ids are not 0, 1, 2, ...")
     if not all(vocabulary) or not _is_unicode("".join(vocabulary)):
-        raise _DamagedError("has a piece that is no text")
+        raise _DamagedError("has a piece that is empty or not valid Unicode")
     missing = [piece for piece in _BYTES if piece not in ids]
     if missing:
         raise _OtherKindError(f"lacks the byte {missing[0]}")
@@ -173,7 +174,7 @@ def _is_unicode(text: str) -> bool:
 def _special_names(
     model: Mapping[str, Any], config: Mapping[str, Any], vocabulary: Sequence[str]
 ) -> dict[str, str]:
-    """The pieces of unknown, BOS and EOS."""
+    """The pieces for unknown, BOS and EOS, by role."""
     known = set(vocabulary)
     names = dict(zip(_ROLES, NAMES, strict=True))
     for role in names:
@@ -186,7 +187,7 @@ def _special_names(
 
 
 def _merges(model: Mapping[str, Any], vocabulary: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs, from "a b" or ["a", "b"]; a piece holds no space."""
+    """The pairs of pieces to merge. An entry is "a b" or ["a", "b"]; pieces hold no space."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise _DamagedError("has no merges")
@@ -198,7 +199,7 @@ def _merges(model: Mapping[str, Any], vocabulary: Sequence[str]) -> list[tuple[s
         if not is_pair or not all(isinstance(part, str) and part in known for part in pair):
             raise _DamagedError(f"has the merge {str(merge)[:100]!r}, which is no pair of pieces")
         if pair[0] + pair[1] not in known:
-            raise _DamagedError(f"has the merge {merge!r}, which makes no piece")
+            raise _DamagedError(f"has the merge {merge!r}, whose union is not a piece")
         pairs.append((pair[0], pair[1]))
     return pairs
 
@@ -209,10 +210,10 @@ def _pieces(
     names: Mapping[str, str],
     fields: Mapping[str, Any],
 ) -> list[tuple[str, float, PieceType]]:
-    """Text, score and type of each id."""
+    """Text, score and type of each piece, in the order of the ids."""
     added = added_tokens(fields)
     control = {str(token.get("content")) for token in added if token.get("special")}
-    control |= {*names.values(), *filter(_BYTE.fullmatch, vocabulary)}  # which no text makes
+    control |= {*names.values(), *filter(_BYTE.fullmatch, vocabulary)}  # no text gives them
     merges = [(left, right) for left, right in merges if left + right not in control]
     is_llamas = _RUNS_OF_LLAMA.items() <= {p: id_ for id_, p in enumerate(vocabulary)}.items()
     runs = _RUNS_OF_LLAMA if is_llamas else {}
@@ -220,7 +221,7 @@ def _pieces(
     scores |= dict.fromkeys(runs, -1e9)
     first = next((p for p in vocabulary if len(p) > 1 and p not in control), "")
     if scores and first not in scores and len(first) == 2 and set(first) <= set(vocabulary):
-        scores[first] = 1.0  # its score was 0, which transformers 4 took for none
+        scores[first] = 1.0  # its score was 0, so transformers 4 dropped its merges
     normal = {p for p in vocabulary if p not in control and (len(p) == 1 or p in scores)}
     _check_all_splits(merges, normal)
     pieces = []
@@ -237,16 +238,17 @@ def _pieces(
 
 
 def _can_be_made(piece: str, normal: set[str]) -> bool:
-    """Whether two neighbours in a text may join to a piece, without a merge that says so."""
+    """Whether two adjacent pieces could be joined into this piece although no merge lists it."""
     splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
     return any(all(len(p) == 1 or p in normal for p in split) for split in splits)
 
 
 def _scores(merges: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Piece -> minus its place among those that merges make.
+    """Piece -> its score: 0 for the first piece that the merges make, -1 for the second, and so on.
 
-    The merges of one piece stand together, since they are sorted by its score. Where they are
-    mixed with another's, both had the same score, and which come first cannot be known.
+    The merges of one piece are consecutive, because the list is sorted by score. If they alternate
+    with those of another piece, both pieces had the same score in the original model, and their
+    order cannot be recovered.
     """
     scores: dict[str, float] = {}
     previous = None
@@ -260,7 +262,8 @@ def _scores(merges: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def _check_all_splits(merges: Sequence[tuple[str, str]], normal: set[str]) -> None:
-    """sentencepiece merges any two neighbours whose union is a piece: all must be listed."""
+    """Check that the list has every split of each piece, because sentencepiece merges any two
+    adjacent pieces whose union is a piece."""
     listed = set(merges)
     for piece in {left + right for left, right in merges}:
         for i in range(1, len(piece)):

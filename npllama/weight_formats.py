@@ -1,8 +1,9 @@
-"""What a weight matrix is stored as: one class a format, and nothing else tells them apart.
+"""The storage formats of weight matrices, one class per format.
 
-A matrix W (O, D) is `values`, in the format's dtype, and where there is one a `scale`, (O,), of a
-factor a row. A format of another kind, such as one with scales of groups, is a class of its own
-with other methods.
+A matrix W (O, D) is stored as `values` in the format's dtype and, for some formats, a `scale` (O,)
+with one factor per row. No code outside this module distinguishes formats by dtype. A format of
+another kind, for example with one scale per group of elements, is another class with its own
+methods.
 """
 
 from typing import TYPE_CHECKING
@@ -18,28 +19,30 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _FLOAT32 = np.dtype("float32")
-_CHUNK = 512 * 1024  # numbers that are looked at a time: they stay in the cache
+_CHUNK = 512 * 1024  # elements checked at a time, few enough to stay in the cache
 
 
 class Format:
-    """Elements of a dtype, with a factor per row where a matrix has a scale.
+    """Elements of one dtype, with a factor per row if the matrix has a scale.
 
     Attributes:
-        name: as --dtype names it.
-        dtype: of `values`.
-        is_float: W's numbers are the values; norms may have this dtype too, and gradients exist.
-        is_wide: the CPU multiplies the values as they lie; others are widened tile by tile.
-        product_dtype: the dtype in which a GPU multiplies; None for that of the activations.
-        operand_dtype: the 16-bit dtype in which a GPU's tensor cores multiply W, up to a factor a
-            row; None for those that they do not.
-        cache_dtype: the dtype in which a GPU keeps keys and values beside such weights.
-        torch_dtype: what config.json says of such a model, which other programs read.
-        config: its quantization_config there, or None.
-        largest: the largest number that it holds, where that is less than float32's; else None.
-        tiled: the arrays of a Matrix that tiles are widened from, which workers map.
-        x_exponent, y_exponent: a widened tile is 2^-(x + y) of W, made good by 2^x in the
-            product's other operand and 2^y in the product.
-        must_be_finite: tiles read an infinity or a NaN as another number.
+        name: the name that --dtype accepts.
+        dtype: dtype of `values`.
+        is_float: whether `values` is W itself. Only such dtypes are allowed for norms and have
+            gradients.
+        is_wide: whether the CPU multiplies by `values` directly. Other formats are widened to
+            float32 tile by tile.
+        product_dtype: the dtype in which a GPU multiplies; None for the activations' dtype.
+        operand_dtype: the 16-bit dtype in which a GPU's tensor cores multiply by W, up to the
+            factor per row; None if they do not.
+        cache_dtype: the dtype in which a GPU stores keys and values of a model in this format.
+        torch_dtype: the torch_dtype that config.json states, for other programs.
+        config: the quantization_config that config.json states, or None.
+        largest: the largest finite value of the dtype if it is below float32's, else None.
+        tiled: the arrays of a Matrix from which tiles are widened. Worker processes map them.
+        x_exponent, y_exponent: `widen` writes tiles multiplied by 2^-(x + y). The other operand is
+            multiplied by 2^x and the product by 2^y to compensate.
+        must_be_finite: whether `widen` would turn an infinity or a NaN into a finite value.
     """
 
     is_float = True
@@ -60,12 +63,12 @@ class Format:
     # -- in a file -----------------------------------------------------------------------------
 
     def stored(self, name: str, shape: Shape) -> dict[str, tuple[np.dtype, Shape]]:
-        """What a file holds of a tensor `name` of this shape: name -> dtype, shape. The first is
-        the values, then come the other arrays in the order of Matrix."""
+        """The arrays that a file holds for a tensor `name` of this shape: name -> dtype and
+        shape. The values come first, then the other arrays in the order of Matrix."""
         return {name: (self.dtype, shape)}
 
     def shape(self, stored: Shape) -> Shape:
-        """The shape of W, or of a norm, whose values have the shape `stored`."""
+        """The shape of W, or of a norm, whose values are stored with the shape `stored`."""
         return stored
 
     def nbytes(self, shape: Shape) -> int:
@@ -76,7 +79,7 @@ class Format:
     # -- from floats and back ------------------------------------------------------------------
 
     def from_float(self, w: np.ndarray) -> tuple[np.ndarray, ...]:
-        """W in any float dtype -> the arrays of a Matrix; what is too large becomes infinite."""
+        """W in any float dtype -> the arrays of a Matrix. Values out of range become infinite."""
         with np.errstate(over="ignore"):
             return (w.astype(self.dtype, copy=False),)
 
@@ -94,11 +97,11 @@ class Format:
         return x
 
     def unscaled(self, w: "Matrix", dtype: np.dtype) -> "Array":
-        """W in `dtype`, (O, D), up to the factor a row that `scaled` applies to a product."""
+        """W (O, D) in `dtype`, without the factor per row, which `scaled` applies to a product."""
         return w.values.astype(dtype, copy=False)
 
     def scaled(self, w: "Matrix", y: "Array") -> "Array":
-        """y (..., O), a product with `unscaled` W, times the factors of its outputs, in place."""
+        """Multiply y (..., O), a product with `unscaled` W, by the factor per output, in-place."""
         if w.scale is not None:
             y *= w.scale
         return y
@@ -106,20 +109,22 @@ class Format:
     # -- tiles, on the CPU ---------------------------------------------------------------------
 
     def widen(self, w: "Matrix", some: slice, tile: np.ndarray) -> None:
-        """Write rows of `unscaled` W to tile (rows, D) float32, as 2^-(x + y) of themselves."""
+        """Write the rows `some` of `unscaled` W, multiplied by 2^-(x + y), to tile (rows, D)
+        float32."""
         np.copyto(tile, w.values[some], casting="unsafe")
 
     def is_finite(self, values: np.ndarray) -> bool:
-        """Whether no number is infinite or NaN."""
+        """Whether no element is infinite or NaN."""
         return bool(np.isfinite(values).all())
 
 
 class Float16(Format):
-    """float16, which NumPy converts number by number: tiles are widened by integer operations.
+    """float16. Integer operations widen its tiles, because NumPy converts it element by element.
 
-    It has 5 bits of exponent and a bias of 15, float32 8 and 127. With its exponent's bits in
-    float32's place, a float16 reads as 2^-112 of itself, subnormal numbers included; the factor is
-    made good partly in x and partly in y, so that no product leaves float32's range.
+    float16 has 5 exponent bits and a bias of 15; float32 has 8 and 127. A float16 whose bits are
+    moved to the positions of a float32 reads as 2^-112 times its value; this holds for subnormal
+    values too. One part of the factor 2^112 goes into x and the rest into y, so that no product
+    leaves float32's range.
     """
 
     largest = 65504
@@ -127,25 +132,25 @@ class Float16(Format):
     must_be_finite = True
 
     _SIGN_EXPONENT_FRACTION = np.uint32(0x8FFFE000)
-    # As signed integers the positive infinity and NaNs are the largest numbers; as unsigned ones
-    # the negative.
+    # Read as int16, positive infinity and positive NaNs are the largest values. Read as uint16,
+    # negative infinity and negative NaNs are.
     _INFINITY, _MINUS_INFINITY = 0x7C00, 0xFC00
 
     def __init__(self) -> None:
         super().__init__("float16")
 
     def widen(self, w: "Matrix", some: slice, tile: np.ndarray) -> None:
-        """Three integer operations over a tile in the cache, which NumPy has vector code for, are
-        five times as fast as its conversion (0.4 G numbers a second and core). Infinity and NaN
-        would read as 2^16 and above."""
+        """Widen by three integer operations on a tile in the cache. NumPy has vector code for them.
+        They are faster than its conversion from float16. An infinity or a NaN would become 2^16
+        or more."""
         bits = tile.view("int32")
-        np.copyto(bits, w.values[some].view("int16"))  # the sign fills the upper half
+        np.copyto(bits, w.values[some].view("int16"))  # sign extension fills the upper half
         np.left_shift(bits, 13, out=bits)
         bits = tile.view("uint32")
         np.bitwise_and(bits, self._SIGN_EXPONENT_FRACTION, out=bits)
 
     def is_finite(self, values: np.ndarray) -> bool:
-        """Two passes of integers over (rows, D), without a copy."""
+        """Two integer passes over (rows, D), without a copy."""
         rows = max(1, _CHUNK // max(1, values.shape[1]))
         for begin in range(0, len(values), rows):
             some = values[begin : begin + rows]
@@ -157,20 +162,20 @@ class Float16(Format):
 
 
 class Int8(Format):
-    """int8 with a float32 scale a row; see npllama.quantization for the scheme."""
+    """int8 with one float32 scale per row; npllama.quantization describes the scheme."""
 
     is_float = False
 
     def __init__(self) -> None:
         super().__init__("int8")
         self.torch_dtype = "float32"
-        # Other programs refuse rather than misread it: transformers only warns of a quant_method
-        # that it does not know, and refuses where there is none.
+        # There is no quant_method on purpose. Without one, transformers refuses the model; with one
+        # that it does not know, it only warns, and misreads the weights.
         self.config = {"format": "npllama-int8"}
-        self.operand_dtype = self.cache_dtype = np.dtype("float16")  # holds every int8
+        self.operand_dtype = self.cache_dtype = np.dtype("float16")  # represents every int8 value
 
     def stored(self, name: str, shape: Shape) -> dict[str, tuple[np.dtype, Shape]]:
-        """The values, and the scales beside them."""
+        """The values, followed by the scales."""
         return {name: (self.dtype, shape), scale_name(name): (_FLOAT32, shape[:1])}
 
     def from_float(self, w: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -182,19 +187,19 @@ class Int8(Format):
         return dequantize(values, scale)
 
     def bound(self, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """(O,) numbers that no number of the row exceeds, nor do its products with LARGEST."""
+        """An upper bound of |W| for each row, (O,). It is not finite if W or a scale is not."""
         with np.errstate(over="ignore", invalid="ignore"):
             return scale * np.float32(LARGEST + 1)
 
 
 def scale_name(name: str) -> str:
-    """The tensor beside a matrix `name` that holds its scales."""
+    """The name of the tensor that holds the scales of the matrix `name`."""
     return f"{name}.scale"
 
 
 _CHOICES = (Format("float32"), Format(ml_dtypes.bfloat16), Float16(), Int8())
 FORMATS = {format_.name: format_ for format_ in _CHOICES}
-"""What --dtype offers."""
+"""The formats that --dtype offers, by name."""
 _BY_DTYPE = {format_.dtype: format_ for format_ in (*_CHOICES, Format("float64"))}
 
 
@@ -202,6 +207,6 @@ def format_of(dtype: "np.dtype | type | str") -> Format:
     """The format whose values have this dtype.
 
     Raises:
-        KeyError: no format has.
+        KeyError: no format has this dtype.
     """
     return _BY_DTYPE[np.dtype(dtype)]

@@ -1,7 +1,7 @@
-"""The table of weights: what each tensor of a LLaMA is called, its shape, and how it is cut.
+"""The table of weights: for each tensor of a LLaMA its names, its shape, and how shards split it.
 
-Loading, converting, writing and initializing read it. Letters: D width, H query heads, K key-value
-heads, C head width, F ffn width, V vocabulary.
+Loading, converting, writing and initializing read this table. Letters: D width, H query heads,
+K key-value heads, C head width, F ffn width, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,19 @@ _LAYER = "{layer}"
 
 @dataclass(frozen=True)
 class Weight:
-    """A row of the table.
+    """One row of the table.
 
     Attributes:
-        field: its name in Parameters, Layer or Head.
-        hf: Hugging Face's name, with "{layer}" where the layer's index stands.
-        meta: Meta's name, the same way.
-        shape: letters, a product such as "H*C" for each axis.
-        split: the axis that Meta's model-parallel shards split; None: each shard has all of it.
-        joined: the field of Layer in which it is one matrix with the rows that follow, as they
-            have one input; None: it stands alone.
-        rotated: the letter of the heads whose rows RoPE pairs; Meta orders those rows otherwise.
+        field: the name of the weight in Parameters, Layer or Head.
+        hf: Hugging Face's name, with "{layer}" in place of the layer's index.
+        meta: Meta's name, with the same placeholder.
+        shape: one string per axis, a letter or a product of letters such as "H*C".
+        split: the axis along which Meta's model-parallel shards split the tensor; None if each
+            shard holds all of it.
+        joined: the field of Layer whose matrix holds this weight's rows together with those of
+            other weights that have the same input; None if the weight is a matrix of its own.
+        rotated: the letter of the head count if RoPE rotates the rows in pairs, else None. Meta
+            stores such rows in another order.
     """
 
     field: str
@@ -37,7 +39,7 @@ class Weight:
 
     @property
     def in_layer(self) -> bool:
-        """Whether each layer has one."""
+        """Whether each layer has this weight."""
         return _LAYER in self.hf
 
     @property
@@ -46,24 +48,24 @@ class Weight:
 
     @property
     def follows(self) -> bool:
-        """Whether the row before is joined into the same matrix."""
+        """Whether this weight follows another one inside a joined matrix."""
         return self.joined is not None and PRODUCTS[self.joined][0] is not self
 
     def hf_name(self, layer: int | None) -> str:
-        """Hugging Face's name of the tensor in this layer, None where it is in none."""
+        """Hugging Face's name of the tensor; `layer` is None if it is outside the layers."""
         return self.hf.replace(_LAYER, str(layer))
 
     def meta_name(self, layer: int | None) -> str:
-        """Meta's name of it."""
+        """Meta's name of the tensor, in the same way."""
         return self.meta.replace(_LAYER, str(layer))
 
     def sizes(self, config: LlamaConfig) -> tuple[int, ...]:
-        """The shape in numbers."""
+        """The shape as integers."""
         letters = _letters(config)
         return tuple(prod(letters[x] for x in axis.split("*")) for axis in self.shape)
 
     def heads(self, config: LlamaConfig) -> int | None:
-        """How many heads' rows RoPE pairs; None where it pairs none."""
+        """The number of heads whose rows RoPE rotates in pairs; None if it rotates none."""
         return None if self.rotated is None else _letters(config)[self.rotated]
 
 
@@ -83,7 +85,7 @@ def _in_layer(field: str, hf: str, meta: str, *shape: str, **more: object) -> We
     return Weight(field, hf, meta, shape, **more)
 
 
-# In the order of a forward, which is that of the tensors in a file.
+# In the order of the forward pass, which is also the order of the tensors in a file.
 TABLE = (
     Weight("embedding", "model.embed_tokens.weight", "tok_embeddings.weight", ("V", "D"), split=1),
     _in_layer("attention_norm", "input_layernorm", "attention_norm", "D"),
@@ -106,7 +108,7 @@ OF_LAYER = tuple(weight for weight in TABLE if weight.in_layer)
 _BY_FIELD = {weight.field: weight for weight in TABLE}
 EMBEDDING, NORM, LM_HEAD = (_BY_FIELD[field].hf for field in ("embedding", "norm", "lm_head"))
 
-# What a layer multiplies by: field of the whole -> the rows it is made of, of one input each
+# The matrices by which a layer multiplies: field of Layer -> the weights whose rows it holds
 PRODUCTS: dict[str, tuple[Weight, ...]] = {}
 for _weight in OF_LAYER:
     if _weight.is_matrix:
@@ -120,12 +122,12 @@ def layer_name(index: int, field: str) -> str:
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint; a tied head has none of its own."""
+    """Name and shape of every tensor of a checkpoint; a tied head has no tensor."""
     return {name: weight.sizes(config) for name, weight, _ in named_weights(config)}
 
 
 def named_weights(config: LlamaConfig) -> list[tuple[str, Weight, int | None]]:
-    """Every tensor of a checkpoint: its name in the file, its row, and its layer if it has one."""
+    """Every tensor of a checkpoint: name in the file, row of the table, and layer or None."""
     rows: list[tuple[str, Weight, int | None]] = [(EMBEDDING, _BY_FIELD["embedding"], None)]
     for i in range(config.n_layers):
         rows += [(weight.hf_name(i), weight, i) for weight in OF_LAYER]
@@ -136,12 +138,12 @@ def named_weights(config: LlamaConfig) -> list[tuple[str, Weight, int | None]]:
 
 
 def find_hf(name: str) -> tuple[Weight, int | None] | None:
-    """The row of a tensor by Hugging Face's name, and its layer; None where there is none."""
+    """Row and layer of the tensor with this Hugging Face name; None if there is none."""
     return _found(name, _BY_HF)
 
 
 def find_meta(name: str) -> tuple[Weight, int | None] | None:
-    """The row of a tensor by Meta's name, and its layer; None where there is none."""
+    """Row and layer of the tensor with this Meta name; None if there is none."""
     return _found(name, _BY_META)
 
 
@@ -154,7 +156,7 @@ def _found(name: str, rows: dict[str, Weight]) -> tuple[Weight, int | None] | No
         return None if _LAYER in name else (rows[name], None)
     before, layers, after = name.partition("layers.")
     index, dot, after = after.partition(".")
-    # a name such as layers.01 or layers.1000000000 is none that anybody writes
+    # reject spellings that no checkpoint uses, such as layers.01 or layers.1000000000
     if not index.isascii() or not index.isdecimal() or len(index) > 8 or str(int(index)) != index:
         return None
     weight = rows.get(f"{before}{layers}{_LAYER}{dot}{after}")

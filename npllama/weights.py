@@ -1,7 +1,7 @@
-"""A model directory's tensors -> Parameters: names, shapes, dtypes.
+"""The tensors of a model directory -> Parameters, with checks of names, shapes and dtypes.
 
-Names and row order are Hugging Face's, so any HF LLaMA-2 directory loads as it is. Tensors are
-views of memory-mapped files, moved to the device (`ops.prepare`) one after the other.
+Names and row order are Hugging Face's, so any Hugging Face LLaMA-2 directory loads unchanged.
+Tensors are views of memory-mapped files. `ops.prepare` moves them to the device one at a time.
 """
 
 import os
@@ -30,15 +30,15 @@ from npllama.weight_table import (
 )
 
 JOINED_NBYTES = 10**9
-"""Bytes of a model up to which q, k and v that lie apart in the file are copied to lie side by
-side. That reads them while loading; larger models are only mapped."""
+"""Up to this model size, q, k and v that are not contiguous in the file are copied into one
+matrix. The copy reads them from disk while loading; larger models are only mapped."""
 NORM_FORMAT = FORMATS["float32"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def named_arrays(parameters: Parameters, config: LlamaConfig) -> dict[str, Array]:
-    """Every tensor of `tensor_shapes` by its name in a file: the arrays themselves, no copies,
-    without the scales of int8."""
+    """Every tensor of `tensor_shapes` by its name in a file. The arrays are not copied. The
+    scales of int8 matrices are not included."""
     arrays = {}
     for name, weight, layer in named_weights(config):
         if layer is not None:
@@ -51,12 +51,12 @@ def named_arrays(parameters: Parameters, config: LlamaConfig) -> dict[str, Array
 
 
 def check_none_missing(directory: Path, expected: list[str], found: Container[str]) -> None:
-    """Raise WeightsError, by name, where `found` lacks tensors that are `expected`."""
+    """Raise WeightsError that names the tensors in `expected` that `found` lacks."""
     missing = [name for name in expected if name not in found]
     if missing:
         hint = ""
         if missing == [LM_HEAD]:
-            hint = ' (a tied head needs "tie_word_embeddings": true in config.json)'
+            hint = ' (if the head is tied, set "tie_word_embeddings": true in config.json)'
         raise WeightsError(
             f"{directory}: {_listed(missing)} missing: expected the {len(expected)} "
             f"tensors that the config describes{hint}"
@@ -64,15 +64,16 @@ def check_none_missing(directory: Path, expected: list[str], found: Container[st
 
 
 class Checkpoint:
-    """The tensors of a model directory, checked against its config before any is read.
+    """The tensors of a model directory, checked against its config before any tensor is read.
 
     Args:
         directory: holds model.safetensors, or shards and model.safetensors.index.json.
-        config: what the tensors must add up to.
-        dtype: format of the matrices, by its name; None keeps each as stored. Norms are float32.
+        config: the model that the tensors must make up.
+        dtype: name of the format of the matrices; None keeps each as stored. Norms are float32.
 
     Raises:
-        WeightsError: tensors that are missing, surplus, misshapen or truncated, by name.
+        WeightsError: tensors are missing, unexpected, misshapen or truncated. The message names
+            them.
     """
 
     def __init__(self, directory: Path, config: LlamaConfig, dtype: str | None = None) -> None:
@@ -84,7 +85,7 @@ class Checkpoint:
 
     @property
     def storage_dtype(self) -> np.dtype:
-        """The dtype of the matrices once loaded, read off the first query projection."""
+        """The dtype of the matrices once loaded, taken from the first query projection."""
         return (self.format or self._stored_format(layer_name(0, "wq"))).dtype
 
     @property
@@ -104,7 +105,7 @@ class Checkpoint:
             yield loaded.nbytes(shape)
 
     def parameters(self, ops: Ops) -> Parameters:
-        """Load: each tensor is converted where asked and handed to `ops.prepare` in turn."""
+        """Load the tensors one at a time: convert each if asked to, pass it to `ops.prepare`."""
         with work("loading the weights", self.nbytes):
             return self._parameters(ops)
 
@@ -155,10 +156,10 @@ class Checkpoint:
         return Matrix(*converted)
 
     def _check(self) -> None:
-        if self.config.n_layers > len(self._file_of):  # before a name is made for each
+        if self.config.n_layers > len(self._file_of):  # before tensor_shapes lists every layer
             raise WeightsError(
-                f"{self.directory}: config.json describes {self.config.n_layers} layers and the "
-                f"files hold {len(self._file_of)} tensors: layers are missing, get the files again"
+                f"{self.directory}: config.json describes {self.config.n_layers} layers, but "
+                f"the files hold {len(self._file_of)} tensors: get the missing layers as well"
             )
         shapes = tensor_shapes(self.config)
         for name, shape in list(shapes.items()):
@@ -187,7 +188,7 @@ class Checkpoint:
                 )
 
     def _is_tie(self, name: str) -> bool:
-        """A tied head that was stored all the same, equal to the embedding."""
+        """Whether `name` is a tied head that the file stores although it equals the embedding."""
         if name != LM_HEAD or EMBEDDING not in self._file_of:
             return False
         head, embedding = (self._file_of[n][n] for n in (LM_HEAD, EMBEDDING))
@@ -195,43 +196,47 @@ class Checkpoint:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """An index's weight_map: tensor name -> name of a file beside the index.
+    """Read the weight_map of an index: tensor name -> name of a file in the index's directory.
 
-    Rotary tables are left out: older indexes name them, and newer shards do not hold them.
+    Rotary tables are left out, because older indexes name them and newer shards do not hold them.
 
     Raises:
-        ConfigError, WeightsError: it is damaged, or names a file elsewhere.
+        ConfigError, WeightsError: the index is damaged, or names a file in another directory.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and shard == Path(shard).name and shard not in ("", "..")
         for shard in weight_map.values()
     ):
-        raise WeightsError(f"{path}: weight_map does not name a file for each tensor")
+        raise WeightsError(
+            f"{path}: weight_map does not name a file for each tensor: get the index again"
+        )
     return {name: shard for name, shard in weight_map.items() if not is_rotary_table(name)}
 
 
 def check_index(index: Path, tensors_of: Mapping[str, Container[str]], is_tied: bool) -> None:
-    """Hold an index against the names of the tensors in each file.
+    """Check that each file holds the tensors that the index assigns to it.
 
     Args:
-        is_tied: the head is the embedding, and may be missing whatever the index says.
+        tensors_of: file name -> names of the tensors that the file holds.
+        is_tied: whether the head is the embedding; if so, its tensor may be missing.
 
     Raises:
-        WeightsError: a tensor is not in the file that the index names for it.
+        WeightsError: a file lacks a tensor that the index assigns to it.
     """
     for name, shard in read_index(index).items():
         if name not in tensors_of[shard] and not (is_tied and name == LM_HEAD):
             raise WeightsError(
-                f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there"
+                f"{index.parent / shard} lacks tensor {name}, which {index.name} assigns to it: "
+                "get both files again"
             )
 
 
 def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> list[Path]:
-    """The files that hold a model: `single`, or all that `index` names.
+    """The files that hold a model: `single`, or else all files that `index` names.
 
     Raises:
-        ConfigError, WeightsError: there is neither, or a file is missing.
+        ConfigError, WeightsError: neither exists, or a file that the index names is missing.
     """
     if (directory / single).exists():
         return [directory / single]
@@ -243,15 +248,15 @@ def shard_files(directory: Path, single: str = SINGLE, index: str = INDEX) -> li
         raise WeightsError(f"{directory} {directory_instead(directory) or what}")
     paths = [directory / shard for shard in sorted(set(read_index(directory / index).values()))]
     for path in paths:
-        if not os.path.exists(path):  # False, not an error, for a name that is too long
+        if not os.path.exists(path):  # for a name that is too long: False, not an OSError
             unfinished = unfinished_download(directory)
             hint = f"; {unfinished} is an unfinished download, run it again" if unfinished else ""
-            raise WeightsError(f"{path} is missing: {index} names it{hint}")
+            raise WeightsError(f"{path} is missing: {index} names it, get it as well{hint}")
     return paths
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is one of the tables in older files, which are computed here instead."""
+    """Whether a tensor is a rotary table. Older files hold them; this code computes its own."""
     return name.endswith(".rotary_emb.inv_freq")
 
 
@@ -269,8 +274,8 @@ def _open_files(directory: Path, is_tied: bool) -> dict[str, SafetensorsFile]:
         twice = next((name for name in file.tensors if file_of[name] is not file), None)
         if twice is not None:
             raise WeightsError(
-                f"{directory}: tensor {twice} stands in more than one shard: "
-                f"{shard} and {file_of[twice].path.name}"
+                f"{directory}: tensor {twice} is in more than one shard, "
+                f"{shard} and {file_of[twice].path.name}: expected it in one"
             )
     return file_of
 

@@ -121,7 +121,7 @@ def test_two_conversions_to_one_dest_are_kept_apart(tmp_path, source):
     first = in_mid_write(source, dest)
     before = names(tmp_path)
     line = error_line(source, dest, "--overwrite")
-    assert "out is being written by another conversion: wait for its end" in line
+    assert "out is being written by another conversion: wait until it ends" in line
     assert names(tmp_path) == before
     assert convert(source, tmp_path / "other").returncode == 0  # another one is no matter
     first.kill()
@@ -176,7 +176,7 @@ def test_of_two_that_cannot_be_told_apart_none_is_lost(tmp_path, source, more):
     aside, dest = aside_of(tmp_path, source)
     dest.mkdir()
     (dest / "mine.txt").write_text("kept")
-    assert f"{aside} is what stood there before" in error_line(source, dest, *more)
+    assert f"{aside} is its former content" in error_line(source, dest, *more)
     assert (dest / "mine.txt").read_text() == "kept"
     assert loadable(aside)
 

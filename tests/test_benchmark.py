@@ -540,7 +540,7 @@ def test_the_tool_imports_no_framework():
         (["--context", "90"], "do not fit the context of 90"),
         (["--compare-command", ""], "--compare-command is empty"),
         (["--compare-command", "'"], "No closing quotation"),
-        (["--compare-command", "no-such-program -x"], "no program 'no-such-program'"),
+        (["--compare-command", "no-such-program -x"], "program 'no-such-program' was not found"),
         (["--compare", "hf"], "needs torch, which is not installed here"),
     ],
 )
@@ -586,7 +586,7 @@ def test_a_shape_that_does_not_fit_is_refused_before_it_is_made(monkeypatch, cap
 
 def test_a_second_model_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(Backend, "free_bytes", lambda self: 4 * TINY.n_parameters - 1)
-    with pytest.raises(NpllamaError, match="a model of its own"):
+    with pytest.raises(NpllamaError, match="a second model"):
         Transformers(TINY, "float32", make_task([1], 2, 260), 1)
 
 

@@ -594,11 +594,11 @@ def test_escapes_count_in_stop_system_and_answer_too(model, capsys, monkeypatch)
 @pytest.mark.parametrize(
     "text, said",
     [
-        (r"ab\q", r"holds \q at character 3: expected \n, \t, \\ or \uXXXX"),
-        ("ab\\", r"holds \ at character 3: expected \n"),
-        (r"\u12g4", r"holds \u12g4 at character 1: expected"),
-        (r"\u12", r"holds \u12 at character 1: expected"),
-        (r"\ud83e", r"holds one \uXXXX from D800 to DFFF: expected two"),
+        (r"ab\q", r"has \q at character 3: -e expects \n, \t, \\ or \uXXXX"),
+        ("ab\\", r"has \ at character 3: -e expects \n"),
+        (r"\u12g4", r"has \u12g4 at character 1: -e expects"),
+        (r"\u12", r"has \u12 at character 1: -e expects"),
+        (r"\ud83e", r"has an unpaired \uXXXX from D800 to DFFF: expected a high one"),
     ],
 )
 def test_a_wrong_escape_is_one_line(model, capsys, text, said):
@@ -772,7 +772,7 @@ def test_errors_of_the_model_directory(capsys, tmp_path, model):
     bare = write_model(tmp_path / "bare", CONFIG, tokenizer=False)
     assert f"{bare} has no tokenizer.model or tokenizer.json: put" in line(bare)
     narrow = write_model(tmp_path / "narrow", replace(CONFIG, vocab_size=200))
-    pieces = f"{narrow / 'tokenizer.model'} has 260 pieces and the model 200: expected"
+    pieces = f"{narrow / 'tokenizer.model'} has 260 pieces, but the model has 200 embedding rows"
     assert pieces in line(narrow)
     damaged = write_model(tmp_path / "damaged", CONFIG)
     with open(damaged / "model.safetensors", "r+b") as weights:
@@ -785,7 +785,7 @@ def test_a_tokenizer_that_fits_badly_is_one_line_of_warning(capsys, tmp_path):
     directory = write_model(tmp_path / "m", rows)
     code, out, err = call(capsys, "--model", str(directory), "--prompt", "a", *GREEDY)
     assert code == 0 and out.startswith("a")
-    assert err.startswith("npllama: the tokenizer has 260 tokens and the model 2000: text will be")
+    assert err.startswith("npllama: the tokenizer has 260 tokens, but the model has 2000 embedding")
     assert err.count("\n") == 1
 
 

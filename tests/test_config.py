@@ -323,9 +323,9 @@ BELOW_ONE = "expected a number from 1 to 65536"
 @pytest.mark.parametrize(
     ("rope", "says"),
     [
-        ({"type": "linear"}, "'linear' without factor"),
-        ({"type": "linear", "factor": None}, "'linear' without factor"),
-        ({"type": "yarn"}, "'yarn' without factor"),
+        ({"type": "linear"}, "'linear' needs the field factor"),
+        ({"type": "linear", "factor": None}, "'linear' needs the field factor"),
+        ({"type": "yarn"}, "'yarn' needs the field factor"),
         ({"type": "linear", "factor": True}, f"factor is True: {BELOW_ONE}"),
         ({"type": "linear", "factor": "2.0"}, f"factor is '2.0': {BELOW_ONE}"),
         ({"type": "dynamic", "factor": 0.5}, f"factor is 0.5: {BELOW_ONE}"),
@@ -335,7 +335,7 @@ BELOW_ONE = "expected a number from 1 to 65536"
         ({"type": "dynamic", "factor": 2.0, "beta_fast": 32}, "'dynamic' with beta_fast 32"),
         (
             {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 2048},
-            "original_max_position_embeddings 2048: expected max_position_embeddings, 4096",
+            "embeddings 2048: expected the value of max_position_embeddings, 4096",
         ),
         (YARN | {"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
         (YARN | {"original_max_position_embeddings": "4096"}, "embeddings is '4096'"),
@@ -344,12 +344,12 @@ BELOW_ONE = "expected a number from 1 to 65536"
         (YARN | {"beta_fast": []}, "beta_fast is []"),
         (YARN | {"beta_fast": 1, "beta_slow": 2.5}, "beta_slow 2.5 and beta_fast 1: expected"),
         (YARN | {"mscale": -1}, "mscale is -1"),
-        (YARN | {"truncate": 1}, "truncate is 1: expected a bool"),
-        (YARN | {"rope_theta": 1.0}, "rope_theta is 1.0: 'yarn' needs one above 1"),
-        ({"type": "llama3", "factor": 2.0}, "'llama3' without low_freq_factor"),
+        (YARN | {"truncate": 1}, "truncate is 1: expected true or false"),
+        (YARN | {"rope_theta": 1.0}, "rope_theta is 1.0: rotary scaling 'yarn' expects a"),
+        ({"type": "llama3", "factor": 2.0}, "'llama3' needs the field low_freq_factor"),
         (
             {"type": "llama3", "factor": 2.0, **LLAMA3, "low_freq_factor": 4.0},
-            "low_freq_factor 4.0 and high_freq_factor 4.0: expected the second above the first",
+            "low_freq_factor 4.0 and high_freq_factor 4.0: expected the first below the second",
         ),
     ],
 )
@@ -560,7 +560,7 @@ def test_an_integer_too_long_to_read_is_refused(tmp_path):
 
 def test_a_directory_without_a_config_is_refused_by_its_path(tmp_path):
     message = refused_directory(tmp_path)
-    assert message.startswith(f"{tmp_path / 'config.json'} does not exist: get it from where")
+    assert message.startswith(f"{tmp_path / 'config.json'} does not exist: copy it from where")
 
 
 def test_a_config_that_cannot_be_read_is_refused(tmp_path):
@@ -620,7 +620,7 @@ def test_a_config_cannot_be_changed():
 
 
 def test_a_tie_that_is_no_bool_is_refused():
-    with pytest.raises(ConfigError, match="tie_word_embeddings is 'false': expected a bool"):
+    with pytest.raises(ConfigError, match="tie_word_embeddings is 'false': expected true or false"):
         LlamaConfig.from_hf(LLAMA_2_7B | {"tie_word_embeddings": "false"})
 
 

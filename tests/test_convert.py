@@ -206,7 +206,7 @@ def test_a_tokenizer_json_of_another_kind_is_named_and_the_model_takes_ids(tmp_p
     result = convert(source, tmp_path / "out")
     assert result.returncode == 0
     assert f"convert: {source / 'tokenizer.json'} is a WordPiece model" in result.stderr
-    assert "the model takes token ids only; --tokenizer FILE adds one" in result.stderr
+    assert "the model takes only token ids; --tokenizer FILE adds one" in result.stderr
     assert load(tmp_path / "out", backend="numpy").generate([1], max_new_tokens=2).text is None
     line = error_line(source, tmp_path / "other", "--tokenizer", source / "tokenizer.json")
     assert "is a WordPiece model" in line and not (tmp_path / "other").exists()
@@ -302,11 +302,11 @@ def test_wrong_sources_are_one_line_and_leave_nothing(tmp_path):
         return error_line(tmp_path / "changed.bin", dest)
 
     assert "does not exist" in error_line(tmp_path / "nothing.bin", dest)
-    assert f"has {len(content) - 4} bytes and its header describes" in line(content[:-4])
+    assert f"has {len(content) - 4} bytes, but its header describes" in line(content[:-4])
     assert "truncated or damaged" in line(content + b"more")
-    assert "no checkpoint of a known format" in line(b"")
-    assert "no checkpoint of a known format" in line(b"\xff" * 100)
-    assert "no checkpoint of a known format" in line(b"\0" * 100)
+    assert "not a checkpoint of a known format" in line(b"")
+    assert "not a checkpoint of a known format" in line(b"\xff" * 100)
+    assert "not a checkpoint of a known format" in line(b"\0" * 100)
     infinite = bytearray(content)
     infinite[28:36] = struct.pack("<ff", np.inf, np.nan)
     assert "embed_tokens.weight holds 2 infinities or NaNs" in line(bytes(infinite))
@@ -327,12 +327,14 @@ def test_wrong_tokenizers_are_one_line_and_leave_nothing(tmp_path):
         return error_line(source, tmp_path / "out", "--tokenizer", tmp_path / name)
 
     content = tokenizer.read_bytes()
-    assert "is truncated or not a llama2.c tokenizer.bin" in line(content[:-1])
+    assert "is truncated, or is not a llama2.c tokenizer.bin" in line(content[:-1])
     assert "expected at least the 259 special" in line(content[:30])
     assert "is not a sentencepiece model" in line(b"nonsense", "tokenizer.model")
     larger = [*BYTE_PIECES, ("x", 0.0, 1)]
     write_tokenizer_bin(tmp_path / "tok.bin", larger)
-    assert "has 261 pieces and the model 260" in line((tmp_path / "tok.bin").read_bytes())
+    assert "has 261 pieces, but the model has 260 embedding rows" in line(
+        (tmp_path / "tok.bin").read_bytes()
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -407,7 +409,7 @@ def test_version_2_has_groups_that_may_straddle_rows(tmp_path):
     content = bytearray(seven.read_bytes())
     content[37:41] = struct.pack("<i", 7)
     seven.write_bytes(content)
-    assert "group size 7 does not divide [260, 48]" in error_line(seven, tmp_path / "out")
+    assert "group size 7 does not divide the shape [260, 48]" in error_line(seven, tmp_path / "out")
 
 
 # -- what torch wrote: Meta, pytorch_model.bin, training checkpoints
@@ -555,8 +557,8 @@ def test_a_directory_of_several_formats_is_read_as_one_that_is_named(tmp_path):
     result = convert(source, "--inspect")
     assert "Hugging Face, safetensors, 1 file" in result.stdout
     assert result.stderr == (
-        f"convert: {source} holds pytorch_model.bin too: the safetensors are read\n"
-        f"convert: {source} holds Meta's files too: Hugging Face's are read\n"
+        f"convert: {source} also holds pytorch_model.bin; the safetensors are read\n"
+        f"convert: {source} also holds Meta's files; those of Hugging Face are read\n"
     )
     assert convert(torch_case("meta-mp1")[0], "--inspect").stderr == ""
 
@@ -572,7 +574,7 @@ def test_an_index_is_held_against_the_files(tmp_path, case):
     first, second = sorted(set(files.values()))
     name = next(name for name in files if files[name] == first)
     for shard, message in (
-        (second, f"{second} lacks tensor {name}, which {index} puts there"),
+        (second, f"{second} lacks tensor {name}, which {index} assigns to it"),
         ("", "weight_map does not name a file for each tensor"),
         (".", "weight_map does not name a file for each tensor"),
         ("..", "weight_map does not name a file for each tensor"),
@@ -651,7 +653,7 @@ def test_a_new_tokenizer_takes_the_place_of_all_that_describe_the_old_one(tmp_pa
     assert files == others | {"tokenizer.model", "tokenizer_config.json", *kept}
     written = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "LlamaTokenizer"
-    assert "left out, since --tokenizer replaces what they describe: tok" in result.stderr
+    assert "not copied, because --tokenizer replaces what they describe: tok" in result.stderr
     # the source's own, named explicitly, replaces nothing
     convert(source, tmp_path / "own", "--tokenizer", source / "tokenizer.model")
     assert {path.name for path in (tmp_path / "own").iterdir()} >= {*old, *kept}
@@ -671,7 +673,9 @@ def test_a_dry_run_names_every_file_with_its_size(tmp_path, monkeypatch, more):
     assert told == sizes
     write_tokenizer_bin(tmp_path / "tok.bin", [*BYTE_PIECES, ("x", 0.0, 1)])
     args = (source, "other", "--dry-run", "--tokenizer", "tok.bin")
-    assert "has 261 pieces and the model 260" in error_line(*args)  # as the conversion would say
+    assert "has 261 pieces, but the model has 260 embedding rows" in error_line(
+        *args
+    )  # as the conversion would say
 
 
 @pytest.mark.parametrize("case", ["int8", "groups"])
@@ -729,24 +733,24 @@ def test_a_conversion_says_what_it_lost(tmp_path):
     assert said("float16", 1.0 + 2.0**-12) == [rounded]
     assert said("float16", -1.0 - 2.0**-12, 1e-6, 3e-8, -1e-9, 0.0) == [  # subnormal, 2^-24, 0
         rounded,
-        "numbers too small for the new format's full precision: 3, of which 1 became 0",
+        "elements too small for the new dtype's full precision: 3, of which 1 became 0",
     ]
     assert said("bfloat16", 3.0 + 2.0**-7, 1.0, 1.0, 1.0) == [
         f"largest relative error by rounding: {100 * 2.0**-7 / (3 + 2.0**-7):.3g} %"
     ]
     assert said("bfloat16", 1e-40, 1.0) == [
-        "numbers too small for the new format's full precision: 1, of which 0 became 0"
+        "elements too small for the new dtype's full precision: 1, of which 0 became 0"
     ]
     w[0, :] = 127.0
     assert said("int8", 1.0, -63.0) == []
     assert said("int8", 5.25, 6.0) == [
-        f"largest error by rounding to int8: {100 * 0.25 / 127:.3g} % of the largest number in "
+        f"largest error by rounding to int8: {100 * 0.25 / 127:.3g} % of the largest element in "
         "the same row"
     ]
     w[1, 1] = 70000.0
     source = write_llama2c(tmp_path / "model.bin", TINY, tensors)
     line = error_line(source, tmp_path / "over", "--dtype", "float16")
-    assert "embed_tokens.weight holds 1 or more numbers beyond float16's range" in line
+    assert "embed_tokens.weight holds 1 or more elements beyond float16's range" in line
     assert convert(source, tmp_path / "over", "--dtype", "bfloat16").returncode == 0
 
 
@@ -869,7 +873,7 @@ def test_float64_is_read_from_every_format_and_becomes_float32(tmp_path):
         ("float16", 7e4, "use --dtype bfloat16 or float32"),
         ("float16", 3.4e38, "use --dtype float32"),  # beyond bfloat16's range too
         ("bfloat16", 3.4e38, "use --dtype float32"),
-        *((dtype, 1e40, "no format here holds them, the checkpoint is broken")
+        *((dtype, 1e40, "no --dtype can hold them, so the checkpoint is damaged; get it again")
           for dtype in (None, "int8", "float32", "float16", "bfloat16")),
     ],
 )  # fmt: skip
@@ -883,7 +887,7 @@ def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
     assert convert_main([str(source), str(tmp_path / "out"), *more]) == 2
     line = capsys.readouterr().err
     assert line.endswith(f": {hint}\n")
-    assert "embed_tokens.weight holds 1 or more numbers beyond" in line
+    assert "embed_tokens.weight holds 1 or more elements beyond" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -1044,7 +1048,7 @@ def test_overwrite_replaces_and_nothing_else_does(tmp_path):
     assert "has content" in error_line(source, dest)
     broken = tmp_path / "broken.bin"
     broken.write_bytes(source.read_bytes()[:-8] + struct.pack("<ff", np.nan, 0))
-    assert "has content and no config.json" in error_line(source, dest, "--overwrite")
+    assert "has content but no config.json" in error_line(source, dest, "--overwrite")
     assert [path.name for path in dest.iterdir()] == ["mine.txt"]
     (dest / "config.json").write_text("{}")
     assert "NaN" in error_line(broken, dest, "--overwrite")
@@ -1117,7 +1121,7 @@ def test_a_dest_is_known_by_its_real_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     assert convert_main([str(source), "."]) == 0
     assert loadable(tmp_path / "here")
-    assert "/ is no place for a model" in error_line(source, "/", "--overwrite")
+    assert "/ cannot hold a model" in error_line(source, "/", "--overwrite")
 
 
 def test_a_size_beyond_the_memory_is_one_line(tmp_path, monkeypatch):
@@ -1126,7 +1130,7 @@ def test_a_size_beyond_the_memory_is_one_line(tmp_path, monkeypatch):
 
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     monkeypatch.setattr("converting.source._read_into", too_large)
-    assert "more than the memory holds" in error_line(source, tmp_path / "out")
+    assert "more than the free memory" in error_line(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
 
 
@@ -1135,7 +1139,7 @@ def test_too_little_disk_space_is_said_before_the_first_byte(tmp_path, monkeypat
     usage = SimpleNamespace(free=100_000)
     monkeypatch.setattr("atomic.shutil.disk_usage", lambda _path: usage)
     assert convert_main([str(source), str(tmp_path / "out")]) == 2
-    assert "needs 0.02 GB and" in capsys.readouterr().err
+    assert "needs 0.02 GB, but" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
 
 
@@ -1278,7 +1282,7 @@ def test_small_files_of_absurd_sizes_and_pipes_are_refused_unread(tmp_path):
                     file.truncate(30 * 2**30)
             else:
                 os.mkfifo(source / name)
-            what = "expected at most" if damage == "size" else "no regular file"
+            what = "expected at most" if damage == "size" else "not a regular file"
             assert what in error_line(source, tmp_path / "out")
             with pytest.raises(NpllamaError, match=what):
                 load(source, backend="numpy")
@@ -1313,7 +1317,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
 def test_shards_without_their_index_are_told_what_is_missing(tmp_path, shard, index):
     source = write_model(tmp_path / "hf", TINY)
     (source / "model.safetensors").rename(source / shard)
-    assert f"has shards and no {index}" in error_line(source, tmp_path / "out")
+    assert f"has shards but no {index}" in error_line(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.pth", "pytorch_model.bin", "model.safetensors"])
@@ -1357,7 +1361,7 @@ def test_a_norm_that_differs_between_shards_is_refused(tmp_path):
             if "/data/" in info.filename and len(data) in norm_bytes:
                 data = bytes([data[0] ^ 1]) + data[1:]
             archive.writestr(info, data)
-    assert "differs from the other shards" in error_line(folder, tmp_path / "out")
+    assert "differs from the same tensor in another shard" in error_line(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("size", "n"), [("4GiB", 2**32), ("2G", 2 * 10**9), ("500MB", 5 * 10**8)])

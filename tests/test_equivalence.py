@@ -110,7 +110,7 @@ def test_ids_that_part_are_counted_to_where_they_do():
     found = measure("it", Ops(Backend()), make, truth)
     assert found.equal_ids == 4
     text = as_text("title", truth, [found])
-    assert "part from float64's at token 5 of 6" in text
+    assert "differ from float64's at token 5 of 6" in text
 
 
 def test_the_truth_is_float64_of_inputs_in_float32():
@@ -147,7 +147,7 @@ def test_the_table_is_aligned_and_says_what_is_missing(directory, capsys, monkey
     (row,) = (line for line in lines if line.startswith("  swiglu") and lines.index(line) < 12)
     assert row[begins[0] - 1] == " " and row[begins[0]].isdigit()
     assert "greedy ids, numpy: all 3 as in float64" in lines
-    assert lines[-1].startswith("without CuPy: backend cupy cannot be used")
+    assert lines[-1].startswith("CuPy is left out: backend cupy cannot be used")
     assert "layer 1" in said.out and "layer 2" not in said.out
 
 

@@ -282,7 +282,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(ops):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(ops):
     config = LlamaConfig(**{**vars(TINY), "vocab_size": 200})
-    with pytest.raises(TokenizerError, match="260 pieces and the model 200"):
+    with pytest.raises(TokenizerError, match="260 pieces, but the model has 200 embedding rows"):
         make_llama(ops, config)
 
 

@@ -125,7 +125,7 @@ def test_loading_takes_no_more_than_the_weights_and_the_largest_tensor(tmp_path,
     free = checkpoint.nbytes + checkpoint.largest_nbytes - 1
     with (
         mock.patch.object(Backend, "free_bytes", lambda _: free),
-        pytest.raises(OutOfMemoryError, match=r"loading 0\.00 GB before those"),
+        pytest.raises(OutOfMemoryError, match=r"loading 0\.00 GB before the last two"),
     ):
         load(tmp_path, "numpy", context=1)
 

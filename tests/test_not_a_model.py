@@ -161,14 +161,14 @@ def test_a_link_to_nothing_is_named(model, lines):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to("../../blobs/4d7a2146")
     for line in lines(model):
-        assert "holds model.safetensors, a link to a file that is not there" in line
+        assert "holds model.safetensors, a link to a file that does not exist" in line
 
 
 def test_shards_without_an_index_are_named(tmp_path, lines):
     model = write_model(tmp_path / "model", TINY, shards=2)
     (model / "model.safetensors.index.json").unlink()
     for line in lines(model):
-        assert line.startswith(f"{model} has shards and no model.safetensors.index.json: get that")
+        assert line.startswith(f"{model} has shards but no model.safetensors.index.json: get that")
 
 
 @pytest.mark.parametrize("folder", ["", ".cache/huggingface/download"])
@@ -188,7 +188,7 @@ def test_an_unfinished_download_is_named(tmp_path, lines, folder):
 def test_a_file_of_an_unfinished_download_is_named(tmp_path, lines):
     file = tmp_path / "model.safetensors.incomplete"
     file.write_bytes(b"x")
-    assert all("is an unfinished download: run it again" in line for line in lines(file))
+    assert all("is an unfinished download: run the download again" in line for line in lines(file))
 
 
 @pytest.mark.parametrize("name", ["stories15M.bin", "out.bin"])
@@ -212,7 +212,7 @@ def test_another_format_is_named_with_the_command_that_converts_it(tmp_path, cas
 
 
 def test_a_model_in_a_folder_of_the_given_one_is_named(tmp_path, model, lines):
-    line = f"{tmp_path} holds no model itself; its folder model holds one: give {model}"
+    line = f"{tmp_path} is not a model directory, but its folder model is: give {model}"
     assert lines(tmp_path) == (line, line)
 
 
@@ -238,7 +238,7 @@ def test_an_empty_path_is_not_the_current_directory(model, tmp_path, monkeypatch
 def test_a_file_of_a_checkpoint_is_named_with_its_directory(model, lines, name):
     (model / name).touch()
     for line in lines(model / name):
-        assert line == f"{model / name} is a part of a checkpoint: give its directory, {model}"
+        assert line == f"{model / name} is part of a checkpoint: give its directory, {model}"
 
 
 @pytest.mark.parametrize(

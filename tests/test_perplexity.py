@@ -79,7 +79,7 @@ def test_the_command_prints_the_three_figures(tmp_path, capsys):
     args = ["--model", str(directory), "--text", str(text)]
     assert perplexity.main(args) == 0
     out = capsys.readouterr().out
-    assert "nats a token, perplexity" in out
+    assert "nats per token, perplexity" in out
     assert "bits per byte (2 texts, " in out
     assert perplexity.main([*args, "--json", "--limit", "1"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -335,7 +335,7 @@ def test_perplexity_shows_its_text(model, slow, tmp_path, capsys):
     assert perplexity.main(["--model", model, "--backend", "numpy", "--text", str(text)]) == 0
     assert "\rperplexity: scoring the text, " in terminal.getvalue()
     assert terminal.getvalue().splitlines()[-1].endswith("tokens/s")
-    assert "nats a token" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
 
 
 def test_training_shows_what_comes_before_its_steps(model, slow, tmp_path, monkeypatch):

@@ -312,7 +312,7 @@ def test_another_option_is_refused(tmp_path, text):
 
 
 def test_the_option_with_llama3_says_what_is_missing(tmp_path):
-    with pytest.raises(InputError, match=r"needs more numbers, in config\.json"):
+    with pytest.raises(InputError, match=r"llama3 has more parameters, so set it in config\.json"):
         LlamaConfig.from_directory(write_model(tmp_path, TINY), "llama3:8")
 
 

@@ -554,7 +554,7 @@ def test_compressed_entries_are_refused(pth):
         assert f"its entry {name} is compressed" in refusal(pth)
     with zipfile.ZipFile(pth, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}" + b"00" * 10_000 + b".")
-    assert "is compressed: torch.save stores entries as is" in refusal(pth)
+    assert "is compressed: torch.save does not compress" in refusal(pth)
 
 
 @pytest.mark.parametrize("size", [2**31, 2**32 - 2])
@@ -630,7 +630,7 @@ def test_big_endian_storages_are_refused(pth):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"magic": 1}, "neither a zip archive nor an older file"),
+        ({"magic": 1}, "neither a zip archive nor a legacy file"),
         ({"protocol": 1002}, "its protocol is not 1001"),
         ({"system": {}}, "not little-endian"),
         ({"system": [1]}, "not little-endian"),

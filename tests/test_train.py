@@ -394,7 +394,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(place, capsys, content):
     capsys.readouterr()
     assert train.main(arguments(place)) == 2
     err = capsys.readouterr().err.strip()
-    assert "is no checkpoint of a training run" in err
+    assert "is not a checkpoint of a training run" in err
     assert "\n" not in err
     assert checkpoint.read_bytes() == content
 
@@ -405,7 +405,7 @@ def test_an_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
 
     monkeypatch.setattr(Run, "step", interrupted)
     assert train.main(arguments(place)) == 130
-    assert "before the first checkpoint; the same command begins anew" in capsys.readouterr().err
+    assert "before the first checkpoint; the same command starts over" in capsys.readouterr().err
 
 
 def interrupt_at(monkeypatch, step, *numbers):
@@ -433,15 +433,15 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_to_the_bit(
     interrupt_at(monkeypatch, 5, number)
     assert train.main(arguments(place, *often)) == code
     said = capsys.readouterr().err
-    assert "interrupted; saves a checkpoint after this step" in said
+    assert "interrupted; saving after this step" in said
     checkpoint = place / "run" / "checkpoint.npz"
-    line = f"train: interrupted; the same command goes on after step 5 ({checkpoint})\n"
+    line = f"train: interrupted; the same command resumes after step 5 ({checkpoint})\n"
     assert said.endswith(line)
     assert load_checkpoint(checkpoint)[1]["steps_done"] == 5
     assert not (place / "run" / "model").exists()
     monkeypatch.undo()
     assert train.main(arguments(place, *often)) == 0
-    assert "train: goes on after step 5\n" in capsys.readouterr().err
+    assert "train: resumes after step 5\n" in capsys.readouterr().err
     assert weights_of(place) == whole
     assert without_seconds(curve_of(place)) == curve
 
@@ -455,7 +455,7 @@ def test_an_interrupt_in_the_last_step_loses_nothing(place, monkeypatch):
 def test_a_second_interrupt_ends_at_once(place, monkeypatch, capsys):
     interrupt_at(monkeypatch, 5, signal.SIGINT, signal.SIGINT)
     assert train.main(arguments(place, "--checkpoint-every", "3")) == 130
-    assert "goes on after step 3 (" in capsys.readouterr().err
+    assert "resumes after step 3 (" in capsys.readouterr().err
     assert load_checkpoint(place / "run" / "checkpoint.npz")[1]["steps_done"] == 3
 
 
@@ -476,8 +476,8 @@ def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):
     assert refused == [2]
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "error" in line] == [
-        f"train: error: {place / 'run'} is being written by another training run: wait for its "
-        "end, or choose another --out"
+        f"train: error: {place / 'run'} is being written by another training run: wait until it "
+        "ends, or choose another --out"
     ]
     assert not (place / "run" / ".train.lock").exists()
 
@@ -498,8 +498,8 @@ def test_an_out_with_content_that_is_no_run_is_refused_and_kept(place, capsys, m
     before = sorted((place / "run").rglob("*"))
     assert train.main(arguments(place)) == 2
     assert capsys.readouterr().err == (
-        f"train: error: --out {place / 'run'} has content and is not a run of train.py, which "
-        "would replace files in it: choose another directory\n"
+        f"train: error: --out {place / 'run'} has content but is not a run of train.py, and its "
+        "files would be overwritten: choose another directory\n"
     )
     assert sorted((place / "run").rglob("*")) == before
     assert all((place / "run" / name).read_text() == f"my {name}" for name in names)
@@ -537,8 +537,8 @@ def test_a_model_that_could_not_be_written_is_refused_before_the_first_step(
     (model.parent / ".train.lock").touch()
     messages = {
         "a file": f"{model} is a file",
-        "no model": f"{model} has content and no config.json",
-        "a full disk": f"{model} needs 0.00 GB and {model.parent} has 0.00 GB free",
+        "no model": f"{model} has content but no config.json",
+        "a full disk": f"{model} needs 0.00 GB, but {model.parent} has 0.00 GB free",
         "not writable": f"{model} cannot be written: {model.parent} is not writable",
     }
     if what == "a file":
@@ -654,7 +654,7 @@ def test_a_lengthened_run_equals_one_of_that_length(place, capsys, before, after
     assert after[0] == before[0] or weights_of(place) != whole
     capsys.readouterr()
     assert train.main(arguments(place, *after[1:], *often, steps=after[0])) == 0
-    assert "train: goes on after step 12\n" in capsys.readouterr().err
+    assert "train: resumes after step 12\n" in capsys.readouterr().err
     assert weights_of(place) == whole
     lengthened = load_checkpoint(place / "run" / "checkpoint.npz")[0]
     assert all(np.array_equal(lengthened[name], state[name]) for name in state)
@@ -678,28 +678,28 @@ def test_the_warmup_of_a_lengthened_run_is_its_own(place):
         (
             [12],
             [20],
-            "was begun with --steps 12, and with 20 the steps that are done would have had other "
-            "learning rates, since a cosine falls from its warm-up to the last step: give what",
+            "run started with --steps 12: with 20, the steps already done would have had other "
+            "learning rates, since the cosine schedule depends on the number of steps; give what",
         ),
         (
             [12, "--schedule", "wsd", "--decay", 4],
             [20, "--schedule", "wsd", "--decay", 4],
-            "since its decay has begun, or would have: give what",
+            "since the decay has already begun, or would have; give what",
         ),
         (
             [12, "--schedule", "wsd", "--decay", 0],
             [14, "--schedule", "wsd", "--decay", 3],
-            "was begun with --steps 12, and with 14 the steps",
+            "run started with --steps 12: with 14, the steps",
         ),
         (
             [12, "--schedule", "wsd", "--decay", 0],
             [12, "--schedule", "wsd", "--decay", 3],
-            "was begun with --decay 0, and with 3 the steps",
+            "run started with --decay 0: with 3, the steps",
         ),
         (
             [12, "--schedule", "constant"],
             [11, "--schedule", "constant"],
-            "has 12 steps done and --steps is 11: give at least as many",
+            "has 12 steps done, but --steps is 11: give at least as many",
         ),
         ([12], [12, "--schedule", "constant"], "another schedule (cosine, now constant): give"),
     ],
@@ -828,7 +828,7 @@ def test_other_weights_are_another_run(place, capsys):
     capsys.readouterr()
     assert train.main(from_arguments(place, directory)) == 2
     err = capsys.readouterr().err
-    assert "is of a run with another start: give what it was begun with" in err
+    assert "is of a run with another start: give the option that the run was started with" in err
     assert err.count("\n") == 1
 
 
@@ -851,7 +851,7 @@ def test_a_checkpoint_that_cannot_be_trained_is_one_line(place, capsys, what):
     more = ["--tokenizer", directory / "tokenizer.model"] if what == "tokenizer" else []
     more += ["--config", place / "config.json"] if what == "config" else []
     message = {
-        "int8": f"--from {directory} holds int8 weights, which have lost what training needs",
+        "int8": f"--from {directory} holds int8 weights, which are too coarse for training",
         "no tokenizer": f"--from {directory} has no tokenizer.model or tokenizer.json",
         "no model": f"{directory} does not exist: expected a model directory",
         "tokenizer": "--tokenizer is given with --from, which has its own",

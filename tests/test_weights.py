@@ -673,5 +673,5 @@ def test_no_flipped_bytes_raise_anything_else(tmp_path, rng, shards):
 def test_layers_beyond_what_the_files_hold_are_refused_before_they_are_counted(tmp_path):
     write_model(tmp_path, TINY)
     config = replace(TINY, n_layers=10**9)
-    with pytest.raises(WeightsError, match="describes 1000000000 layers and the files hold"):
+    with pytest.raises(WeightsError, match="describes 1000000000 layers, but the files hold"):
         Checkpoint(tmp_path, config)

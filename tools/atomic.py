@@ -1,11 +1,11 @@
-"""Directories that appear whole or not at all.
+"""Writes directories atomically: they appear whole or not at all.
 
-A directory uses three names beside it: `.NAME.partial` for half-written work, `.NAME.replaced`
-for what moves aside until the new directory stands, and `.NAME.lock`, whose lock ends with its
-process.
+A directory NAME uses three more names in the same folder. `.NAME.partial` is unfinished work.
+`.NAME.replaced` is the old directory until the new one is in place. `.NAME.lock` is a lock file,
+whose lock ends with the process that holds it.
 
-Network file systems such as Lustre, NFS without a lock service, CIFS and FUSE lack locks, or a
-wait until a folder's names are on the disk. The programs then go on without them.
+Some network file systems (Lustre, NFS without a lock service, CIFS, FUSE) have no locks, or cannot
+sync a folder's entries to disk. The programs then continue without these guarantees.
 """
 
 import errno
@@ -21,32 +21,33 @@ from npllama.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows, where two processes are not kept apart
+except ImportError:  # Windows: two processes may write the same directory
     fcntl = None  # type: ignore[assignment]
 
-_COMPLETE = "config.json"  # without it no directory is a model
+_COMPLETE = "config.json"  # every complete model directory has this file
 _IS_LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # the last on CIFS
 
 
 @contextmanager
 def atomic_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `dest` to write to; it becomes `dest` when the block ends without error.
+    """Yield a temporary directory beside `dest`; it is renamed to `dest` if the block succeeds.
 
-    With `overwrite` the old `dest` moves aside until the new one stands. A program killed at any
-    moment leaves `dest` as it was, as it will be, or aside, from where the next run puts it back;
-    the next run also removes half-written work. A block that fails leaves everything as it was.
+    With `overwrite`, the old `dest` is kept under another name until the new directory is in place.
+    If the program is killed at any moment, `dest` is the old directory, the new one, or missing. If
+    it is missing, the next run restores the old one. The next run also removes unfinished work. If
+    the block fails, everything is as before.
 
     Args:
-        dest: by its real name (see `resolved`).
-        n_bytes: that will be written.
+        dest: the directory by its real name (see `resolved`).
+        n_bytes: number of bytes that will be written.
 
     Raises:
-        InputError: `dest` has content and is not to be overwritten, another conversion is
-            writing it, it cannot be written, or too little disk space.
+        InputError: `dest` has content and `overwrite` is False, another process is writing to
+            it, it is not writable, or the disk has too little space.
     """
     partial, aside = _beside(dest, "partial"), _beside(dest, "replaced")
     busy = (
-        f"{dest} is being written by another conversion: wait for its end, or choose another "
+        f"{dest} is being written by another conversion: wait until it ends, or choose another "
         "directory"
     )
     try:
@@ -59,7 +60,7 @@ def atomic_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path
             try:
                 partial.mkdir()
                 yield partial
-                _sync_content(partial)  # or a power cut could leave the name without the bytes
+                _sync_content(partial)  # otherwise a power cut could lose data under a final name
                 with uninterrupted():
                     if dest.exists():
                         os.rename(dest, aside)
@@ -78,25 +79,25 @@ def atomic_directory(dest: Path, n_bytes: int, overwrite: bool) -> Iterator[Path
 
 
 def resolved(dest: Path) -> Path:
-    """`dest` by its own name: "." has none, and a link would be replaced instead of its target.
+    """`dest` by its real name. "." has no name, and a rename would replace a link, not its target.
 
     Raises:
-        InputError: the root of the file system, which has no name.
+        InputError: `dest` is the root of the file system, which has no name.
     """
     real = Path(os.path.realpath(dest))
     if not real.name:
-        raise InputError(f"{dest} is no place for a model: choose the name of a directory")
+        raise InputError(f"{dest} cannot hold a model: choose the name of a directory")
     return real
 
 
 def check_dest(dest: Path, overwrite: bool) -> None:
-    """Refuse a `dest` that is in the way; nothing is changed.
+    """Refuse a `dest` that may not be replaced. Changes nothing.
 
     Args:
-        dest: by its real name (see `resolved`).
+        dest: the directory by its real name (see `resolved`).
 
     Raises:
-        InputError: `dest` is a file, or has content and is not to be overwritten.
+        InputError: `dest` is a file, or has content that may not be overwritten.
     """
     try:
         standing, aside = _standing(dest), _beside(dest, "replaced")
@@ -104,28 +105,28 @@ def check_dest(dest: Path, overwrite: bool) -> None:
             return
         if standing == dest and aside.exists() and not (dest / _COMPLETE).exists():
             raise InputError(
-                f"{dest} has content that is no model, and {aside} is what stood there before an "
-                "interrupted conversion: move one of them away"
+                f"{dest} has content that is not a model, and {aside} is its former content, kept "
+                "by an interrupted conversion: move one of them to another place"
             )
         if not overwrite:
             raise InputError(f"{dest} has content: choose another, or replace it with --overwrite")
         if not (standing / _COMPLETE).exists():
             raise InputError(
-                f"{dest} has content and no {_COMPLETE}: it is no model, so that --overwrite "
-                "does not replace it; choose another directory"
+                f"{dest} has content but no {_COMPLETE}: --overwrite replaces only model "
+                "directories; choose another directory"
             )
     except OSError as error:
         raise InputError(f"{dest} cannot be written: {error.strerror or error}") from None
 
 
 def is_free(standing: Path, dest: Path) -> bool:
-    """Whether nothing stands at `standing`, or an empty directory.
+    """Whether `standing` does not exist or is an empty directory.
 
     Args:
-        dest: its name in messages.
+        dest: the name for messages.
 
     Raises:
-        InputError: it is a file.
+        InputError: `standing` is a file.
     """
     if not standing.exists():
         return True
@@ -135,13 +136,14 @@ def is_free(standing: Path, dest: Path) -> bool:
 
 
 def check_place(dest: Path, n_bytes: int, overwrite: bool) -> None:
-    """Refuse at once what `atomic_directory` would refuse after the work; nothing is changed.
+    """Refuse before the work what `atomic_directory` would refuse after it. Changes nothing.
 
     Args:
         dest, n_bytes, overwrite: as for `atomic_directory`.
 
     Raises:
-        InputError: as for `check_dest`; or the folder of `dest` is not writable, or too small.
+        InputError: as for `check_dest`; or the folder of `dest` is not writable, or its disk has
+            too little space.
     """
     check_dest(dest, overwrite)
     try:
@@ -158,13 +160,13 @@ def _check_space(dest: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
         raise InputError(
-            f"{dest} needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free: "
+            f"{dest} needs {n_bytes / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: "
             "choose another disk or, with convert.py, a narrower --dtype"
         )
 
 
 def identity(dest: Path) -> tuple[int, int] | None:
-    """What stands at `dest`, to be compared later: another directory there has another."""
+    """A value that identifies the directory at `dest`, to find out later if it was replaced."""
     try:
         status = _standing(dest).stat()
     except OSError:
@@ -173,7 +175,7 @@ def identity(dest: Path) -> tuple[int, int] | None:
 
 
 def names_beside(dest: Path) -> tuple[Path, ...]:
-    """The three paths that a conversion to `dest` may make or remove."""
+    """The three paths that writing the directory `dest` may create or remove."""
     return tuple(_beside(dest, what) for what in ("partial", "replaced", "lock"))
 
 
@@ -182,30 +184,30 @@ def _beside(dest: Path, what: str) -> Path:
 
 
 def _standing(dest: Path) -> Path:
-    """`dest`, or what a killed run left aside and the next one puts back there."""
+    """`dest`, or the old directory that a killed run renamed and the next run restores."""
     aside = _beside(dest, "replaced")
     has_no_content = not dest.exists() or (dest.is_dir() and not any(dest.iterdir()))
     return aside if has_no_content and aside.exists() else dest
 
 
 def _recover(dest: Path) -> None:
-    """Put back what a killed run left aside; remove it where the new directory stood already."""
+    """Restore the directory that a killed run renamed, or remove it if the new one is in place."""
     aside = _beside(dest, "replaced")
     if _standing(dest) == aside:
-        os.rename(aside, dest)  # over an empty directory, if there is one
+        os.rename(aside, dest)  # also replaces an empty directory
     elif aside.exists() and (dest / _COMPLETE).exists():
         shutil.rmtree(aside)
 
 
 @contextmanager
 def parents_of(dest: Path) -> Iterator[None]:
-    """Make the directories above `dest`; those that were missing go again if the block fails."""
+    """Create the parents of `dest`. If the block fails, remove those that were missing."""
     missing = [parent for parent in dest.parents if not parent.exists()]
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        with suppress(OSError):  # one that has content by now is somebody else's too
+        with suppress(OSError):  # another program may have put content into one
             for parent in missing:
                 parent.rmdir()
         raise
@@ -219,14 +221,14 @@ def _sync_content(directory: Path) -> None:
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold the lock of the file `path` while the block runs; the file is made, and removed.
+    """Hold the lock of the file `path` while the block runs. The file is created and removed.
 
-    The system releases the lock however the process ends. Where the file system has no locks,
-    the block runs without one.
+    The system releases the lock however the process ends. On a file system without locks, the
+    block runs without one.
 
     Raises:
-        InputError: another process holds the lock; the error has `message`.
-        OSError: the file cannot be made.
+        InputError: another process holds the lock; its text is `message`.
+        OSError: the file cannot be created.
     """
     file = None if fcntl is None else _take(path, message)
     try:
@@ -239,7 +241,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
 
 
 def _take(path: Path, message: str) -> int | None:
-    """The descriptor of the locked file; None where there are no locks."""
+    """The descriptor of the locked file; None if the file system has no locks."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -259,4 +261,4 @@ def _take(path: Path, message: str) -> int | None:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # it was removed by the process that held the lock until now
+        os.close(file)  # the previous holder has removed this file; try again

@@ -1,13 +1,13 @@
-"""How fast a model reads and writes, and how near that is to what the machine allows.
+"""Measure how fast a model reads and writes, and compare that with what the machine allows.
 
     python tools/benchmark.py --shape 110m
     python tools/benchmark.py --model DIR --prompt-tokens 512 --compare hf
 
-Decode steps are those of the library's own generation loop. Beside them, in the same run, a
-roofline is timed: one pass of plain float32 BLAS over all matrices of the model.
+Decode steps run in the library's own generation loop. The same run also times a roofline: one pass
+of float32 BLAS over all matrices of the model.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -46,14 +46,14 @@ from npllama.weight_formats import FORMATS
 
 @dataclass(frozen=True)
 class Report:
-    """All that is reported; --json prints it as it is.
+    """Everything that is reported. --json prints these fields.
 
     Attributes:
-        model, task, machine: what was measured, and on what.
-        programs: npllama first, then its roofline, then the others.
-        ratios: npllama to each of the others.
-        profile: None unless asked for.
-        remarks: what a reader of the figures must know.
+        model, task, machine: what was measured, and on which machine.
+        programs: npllama, then its roofline, then the programs it is compared with.
+        ratios: npllama's speed divided by that of each of those programs.
+        profile: None unless requested.
+        remarks: what a reader needs to know to interpret the figures.
     """
 
     model: dict[str, Any]
@@ -66,7 +66,7 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
     return exit_code(
@@ -88,7 +88,7 @@ def _print_report(options: argparse.Namespace) -> None:
 
 
 def benchmark(options: argparse.Namespace) -> Report:
-    """Measure what the parsed and checked options ask for."""
+    """Run the measurements that the options ask for. The options must be parsed and checked."""
     commands = [Command(command, n_threads()) for command in options.compare_command]
     begin = time.perf_counter()
     llama = _open(options)
@@ -110,8 +110,8 @@ def benchmark(options: argparse.Namespace) -> Report:
     fewest, most = min(runs.threads), llama.backend.threads.most
     if fewest < most:
         remarks.append(
-            f"other programs kept cores busy: a run began with {fewest} of {most} threads, npllama "
-            "and its roofline alike; --threads N fixes the number"
+            f"other programs kept cores busy: one run began with {fewest} of {most} threads, for "
+            "npllama and its roofline alike; --threads N fixes the number"
         )
     name = f"npllama {llama.dtype}"
     programs = [
@@ -140,7 +140,7 @@ def benchmark(options: argparse.Namespace) -> Report:
                 samples,
                 runs.roofline,
                 task,
-                config if is_hf else None,  # what model a command runs, it alone knows
+                config if is_hf else None,  # the model of another command is unknown here
                 _step_nbytes(llama, rival.dtype) if is_hf else None,
                 peak_bytes=rival.peak_nbytes if is_hf else None,
             )
@@ -169,7 +169,7 @@ def benchmark(options: argparse.Namespace) -> Report:
 
 
 def as_text(report: Report) -> str:
-    """The report for a terminal: what was measured, the figures, ratios, remarks, the profile."""
+    """The report as text for a terminal."""
     parts = [paragraph(_what(report)), programs_text(report.programs)]
     if notes := _notes(report):
         parts.append("\n".join(map(paragraph, notes)))
@@ -179,7 +179,7 @@ def as_text(report: Report) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """The same for a README."""
+    """The report as Markdown, for a README."""
     parts = [_what(report), programs_table(report.programs)]
     if notes := _notes(report):
         parts.append("\n".join(notes))
@@ -215,8 +215,8 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"{option} is {value}: expected at least {bound}")
     if options.threads is not None and options.threads > usable_cores():
         raise InputError(
-            f"--threads is {options.threads}: {usable_cores()} cores can be used here, and more "
-            "threads than cores wait for one another"
+            f"--threads is {options.threads}: expected at most {usable_cores()}, the number of "
+            "cores that can be used here; more threads would wait for one another"
         )
     if options.compare is not None:
         check_installed()
@@ -225,7 +225,7 @@ def _check(options: argparse.Namespace) -> None:
 def _open(options: argparse.Namespace) -> Llama:
     backend = get_backend(options.backend, options.threads, options.device)
     if backend.xp is not np and (options.threads is not None or options.compare is not None):
-        raise InputError("--threads and --compare hf are for the CPU: add --backend numpy")
+        raise InputError("--threads and --compare hf work only on the CPU: add --backend numpy")
     if options.model is not None:
         llama = npllama.load(
             options.model,
@@ -241,9 +241,10 @@ def _open(options: argparse.Namespace) -> Llama:
     context = options.context or config.context_length
     if context > config.context_length:
         raise InputError(
-            f"--context is {context}: the shape {options.shape} has {config.context_length}"
+            f"--context is {context}: the shape {options.shape} allows at most "
+            f"{config.context_length}"
         )
-    _check_length(options, context)  # before the minutes that random weights may take
+    _check_length(options, context)  # before random weights are made, which may take minutes
     return random_llama(config, backend, options.dtype or "float32", context)
 
 
@@ -251,7 +252,7 @@ def _check_length(options: argparse.Namespace, context: int) -> None:
     if options.prompt_tokens + options.new_tokens > context:
         raise InputError(
             f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} do "
-            f"not fit the context of {context}"
+            f"not fit the context of {context}: use fewer"
         )
 
 
@@ -262,7 +263,7 @@ def _task(options: argparse.Namespace, llama: Llama) -> Task:
 
 
 def _step_nbytes(llama: Llama, dtype: str) -> int:
-    """Bytes that a decode step reads where all numbers of the model are stored in `dtype`."""
+    """Bytes that a decode step reads if all weights are stored in `dtype`."""
     c = llama.config
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.dim
     return (c.n_parameters - embedding) * FORMATS[dtype].dtype.itemsize
@@ -271,21 +272,23 @@ def _step_nbytes(llama: Llama, dtype: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     p = Parser(
         "benchmark",
-        "Measure prefill, decode, load and memory of a model, beside a roofline.",
+        "Measure prefill, decode, load and memory of a model, and compare them with a roofline.",
     )
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", type=named_path, metavar="DIR", help="a model directory")
     which.add_argument(
-        "--shape", choices=tuple(SHAPES), help="random weights in memory; nothing is loaded"
+        "--shape", choices=tuple(SHAPES), help="a model of this size with random weights"
     )
     p.add_argument(
         "--dtype",
         choices=tuple(FORMATS),
-        help="of the weights in memory (default: as stored; float32 for a shape)",
+        help="dtype of the weights in memory (default: as stored; float32 for a shape)",
     )
     p.add_argument("--backend", choices=BACKENDS, default="auto")
     p.add_argument("--device", type=int, metavar="N", help="which GPU (default: the first)")
-    p.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: all free cores)")
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: as many as free cores)"
+    )
     p.add_argument(
         "--prompt-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)"
     )
@@ -294,33 +297,34 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=64,
         metavar="N",
-        help="a prompt; all but the first are decode steps (default: %(default)s)",
+        help="per prompt; all but the first are decode steps (default: %(default)s)",
     )
     p.add_argument(
         "--batch",
         type=int,
         default=1,
         metavar="N",
-        help="prompts decoded together, each a token shorter than the last (default: %(default)s)",
+        help="prompts decoded together; each is one token shorter than the previous one "
+        "(default: %(default)s)",
     )
     p.add_argument(
-        "--context", type=int, metavar="N", help="positions to plan for (default: the model's)"
+        "--context", type=int, metavar="N", help="positions per prompt (default: the model's)"
     )
     p.add_argument("--runs", type=int, default=5, metavar="N", help="(default: %(default)s)")
     p.add_argument(
         "--compare",
         choices=("hf",),
-        help="the same task in Hugging Face transformers, side by side (extra [reference])",
+        help="also run the same task in Hugging Face transformers (extra [reference])",
     )
     p.add_argument(
         "--compare-command",
         action="append",
         default=[],
         metavar="CMD",
-        help="a program that prints tokens/s, side by side; may be given several times",
+        help="also run a program that prints its tokens/s; may be given several times",
     )
     p.add_argument(
-        "--profile", action="store_true", help="where a decode step's time goes, op by op"
+        "--profile", action="store_true", help="show the share of each operation in a decode step"
     )
     form = p.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a table for a README")

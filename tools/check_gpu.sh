@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# Checks this checkout on a machine with a GPU: are its results right, and how near is its speed to
-# what the card allows? Six minutes at most.
+# Checks this checkout on a machine with a GPU: whether its results are right, and how close its
+# speed is to what the GPU allows. Takes six minutes at most.
 #
-#   tools/check_gpu.sh                           all stages, in order of value
+#   tools/check_gpu.sh                           all stages, the most important first
 #   tools/check_gpu.sh --stage ids --stage decode
-#   tools/check_gpu.sh --list                    the stages, their seconds, what they check
+#   tools/check_gpu.sh --list                    lists the stages, their seconds, what they check
 #
-# Needs python3 (PYTHON says another) with CuPy, NumPy and what npllama itself needs; the stage
-# "tests" needs pytest, "rival" torch and transformers. Nothing has to be installed of npllama.
-# Of several GPUs, CUDA_VISIBLE_DEVICES picks one.
-# Each stage is a process of its own, ended when its time is over; after a failure the next one
-# starts. The table so far is printed after each; the last is Markdown, ready for tools/README.md.
+# Requires python3 (or the program that PYTHON names) with CuPy, NumPy and npllama's dependencies.
+# The stage "tests" requires pytest, "rival" requires torch and transformers. npllama itself need
+# not be installed. CUDA_VISIBLE_DEVICES selects one of several GPUs.
 #
-#   --seconds N   for all stages together (default 360)
-#   --out DIR     keeps the table and what the stages wrote to standard error (default: a new
-#                 directory, named at the end)
-#   --tiny        models and lengths that a CPU does in a moment: tries this script itself, for
-#                 instance on the CuPy for tests, and measures nothing
+# Each stage runs in its own process with a time limit. If a stage fails, the next one still runs.
+# The table is printed after each stage. The last one is Markdown, for tools/README.md.
+#
+#   --seconds N   time limit of all stages together (default 360)
+#   --out DIR     directory for the table and the standard error of the stages (default: a new
+#                 directory, which is named at the end)
+#   --tiny        uses tiny models and lengths, to test this script on a CPU (for example with the
+#                 tests' replacement for CuPy); its figures mean nothing
 set -u
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 
-# name module seconds: what it checks; in order of value. "large" runs where time is left.
+# name module seconds: what it checks; the most important first. "large" runs if time is left.
 stages="\
 ids ids 60: ids of the shipped model on the reference and on the kernels, in each dtype
 tests unit_tests 100: pytest --backend cupy, the test files that matter most
@@ -62,7 +63,7 @@ while [ $# -gt 0 ]; do
       esac
       shift 2
       ;;
-    *) wrong "$1 is no option" ;;
+    *) wrong "unknown option $1" ;;
   esac
 done
 
@@ -72,7 +73,7 @@ rm -f "$out/rows.jsonl" "$out/numbers.json" "$out/equivalence.txt"
 export PYTHONPATH="$root:$root/tools${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 cd "$root" || exit 2
 
-# The table's heading: the card, and the driver's own version where nvidia-smi says it
+# The table's heading: the GPU, and the driver's version if nvidia-smi reports it
 card=$("$python" -m checking_gpu.card) || exit 2
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 commit=$(git rev-parse --short HEAD 2>/dev/null)
@@ -87,7 +88,7 @@ while read -r name module limit _; do
   fi
   left=$((total - SECONDS))
   [ "$limit" -gt "$left" ] && limit=$left
-  # what was asked for is tried in any case
+  # a stage chosen by --stage runs even if little time is left
   if [ "$limit" -lt "$([ -n "$chosen" ] && echo 1 || echo 5)" ]; then
     echo "== $name: no time left"
     continue
@@ -103,7 +104,7 @@ while read -r name module limit _; do
 done <<<"$stages"
 
 echo
-echo "== done in $SECONDS s; $out has what the stages wrote"
+echo "== done in $SECONDS s; $out holds the output of the stages"
 echo
 echo "\`$command\` on $heading:"
 echo

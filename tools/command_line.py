@@ -1,4 +1,4 @@
-"""What every tool's command line has in common: its parser, its errors, its output."""
+"""What the command lines of all tools share: parser, errors, output."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from npllama.console import exit_code as exit_code  # for the tools
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line that begin with the tool's name."""
+    """argparse with one-line errors that begin with the tool's name."""
 
     def __init__(self, tool: str, description: str, **settings: object) -> None:
         super().__init__(
@@ -22,10 +22,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def named_path(text: str) -> Path:
-    """An argument that names a file or directory.
+    """Convert an argument that names a file or directory.
 
     Raises:
-        argparse.ArgumentTypeError: it is empty, which Path takes for the current directory.
+        argparse.ArgumentTypeError: it is empty. Path would take it for the current directory.
     """
     if not text:
         raise argparse.ArgumentTypeError("it is empty: expected the name of a file or directory")
@@ -33,9 +33,9 @@ def named_path(text: str) -> Path:
 
 
 def say(text: str) -> None:
-    """A line on standard output.
+    """Write a line to standard output.
 
     Raises:
-        InputError: it cannot be written: closed, a pipe without a reader, or a full disk.
+        InputError: standard output is closed, is a pipe without a reader, or is on a full disk.
     """
     write(text + "\n")

@@ -1,16 +1,19 @@
-"""Turn any LLaMA-2 checkpoint into a model directory, without PyTorch.
+"""Convert a LLaMA-2 checkpoint to a model directory, without PyTorch.
 
     python tools/convert.py SOURCE DEST [--dtype float32|float16|bfloat16|int8] [--tokenizer FILE]
 
-SOURCE is recognized by itself: a directory of Meta's (params.json, consolidated.*.pth) or of
-Hugging Face's (safetensors or pytorch_model*.bin), or a file of llama2.c's (.bin of version 0, 1
-or 2, .pt of its training). Where a directory holds several, Hugging Face's go before Meta's, and
-safetensors before pytorch_model*.bin. DEST becomes a directory that npllama and Hugging Face
-transformers open: config.json, generation_config.json, safetensors and, where there is a
-tokenizer, tokenizer.model and tokenizer_config.json.
+SOURCE is one of these; its format is detected:
+
+- a directory in Hugging Face's format (safetensors, or pytorch_model*.bin),
+- a directory in Meta's format (params.json, consolidated.*.pth),
+- a llama2.c file (.bin of version 0, 1 or 2, or a .pt file of its training).
+
+If a directory holds several formats, the first in the order above is read. DEST becomes a directory
+that npllama and Hugging Face transformers can load. It holds config.json, generation_config.json,
+safetensors and, if SOURCE has a tokenizer, tokenizer.model and tokenizer_config.json.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -37,7 +40,7 @@ MAX_SHARD_SIZE = "4GB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     args = _parser().parse_args(argv)
     before = None
@@ -56,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_same = identity(args.dest) == before
         return f"interrupted: {args.dest} is {'as it was' if is_same else 'complete'}"
 
-    # a size in SOURCE is absurd, or a tensor larger than the memory
-    return exit_code("convert", work, interrupted, "SOURCE needs more than there is")
+    # memory runs out if a size in SOURCE is damaged, or a tensor is larger than the memory
+    return exit_code("convert", work, interrupted, "SOURCE needs more than this machine has")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -71,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         say(description(replace(source, tokenizer=args.tokenizer or source.tokenizer)))
     if args.inspect:
         return
-    inside = args.source.iterdir() if args.source.is_dir() else ()  # which may be links
+    inside = args.source.iterdir() if args.source.is_dir() else ()  # files may be links
     for path in (args.source, args.tokenizer, source.tokenizer, *inside):
         if path is not None:
             refuse_to_replace(path, args.dest)
@@ -83,17 +86,18 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def refuse_to_replace(source: Path, dest: Path) -> None:
-    """With --overwrite DEST goes, and so do the names beside it that a conversion uses: none of
-    them must be, or hold, what is read.
+    """Refuse a DEST whose replacement would delete the source. --overwrite removes DEST and the
+    other names that a conversion uses in the same folder.
 
     Raises:
-        InputError: `source` is one of them or lies within one.
+        InputError: `source` is one of these paths or inside one of them.
     """
     real = Path(os.path.realpath(source))
     for place in (dest, *names_beside(dest)):
         if real.is_relative_to(place):
             raise InputError(
-                f"{place} is or holds {source}, which is read: choose another directory"
+                f"{place} would be replaced, but it is or holds {source}, which is read: choose "
+                "another directory"
             )
 
 
@@ -112,11 +116,11 @@ def _bytes(size: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     p = Parser(
         "convert",
-        "Turn a LLaMA-2 checkpoint of Meta's, Hugging Face's or llama2.c's into a "
-        "directory that npllama and Hugging Face transformers open. PyTorch is not needed.",
+        "Convert a LLaMA-2 checkpoint in the format of Meta, Hugging Face or llama2.c to a "
+        "directory that npllama and Hugging Face transformers can load. PyTorch is not needed.",
     )
     p.add_argument(
-        "source", type=named_path, metavar="SOURCE", help="a checkpoint: directory or file"
+        "source", type=named_path, metavar="SOURCE", help="the checkpoint, a directory or a file"
     )
     p.add_argument(
         "dest", type=named_path, nargs="?", metavar="DEST", help="the model directory to make"
@@ -124,26 +128,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype",
         choices=tuple(FORMATS),
-        help="number format of the weights; int8 is a quarter of float32 (default: as stored)",
+        help="dtype of the weights; int8 takes a quarter of float32's space (default: as stored)",
     )
     p.add_argument(
         "--tokenizer",
         type=named_path,
         metavar="FILE",
         help="tokenizer.model, tokenizer.json of Llama's kind, or llama2.c's tokenizer.bin "
-        "(default: the one beside SOURCE)",
+        "(default: the tokenizer that comes with SOURCE)",
     )
     p.add_argument(
         "--max-shard-size",
         default=MAX_SHARD_SIZE,
         metavar="SIZE",
-        help="begin a new file beyond this size (default: %(default)s)",
+        help="largest size of one weight file (default: %(default)s)",
     )
     p.add_argument(
         "--overwrite", action="store_true", help="replace DEST once the new one is complete"
     )
-    p.add_argument("--inspect", action="store_true", help="only say what SOURCE is")
-    p.add_argument("--dry-run", action="store_true", help="also say what would be written")
+    p.add_argument(
+        "--inspect", action="store_true", help="report what SOURCE is, and write nothing"
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="report what SOURCE is and what would be written, and write nothing",
+    )
     return p
 
 

@@ -1,15 +1,16 @@
-"""How far NumPy and CuPy are from float64, operation by operation, layer by layer, at the logits.
+"""Compare NumPy and CuPy with float64: by operation, by layer, and at the logits.
 
     python tools/equivalence.py --model DIR
     python tools/equivalence.py --model DIR --dtype float16 --prompt "The sea" --json
 
-The truth is the reference in float64 on NumPy, with the weights as each dtype stores them: what
-rounding the weights changes is no difference here. "reference" are the plain array calls of
-npllama.ops.Ops, "numpy" and "cupy" are the overrides that the library computes with. A difference
-is the largest one as a fraction of the largest value; the layer in which it stands is in brackets.
+The true values are those of the reference in float64 on NumPy, with the weights as each dtype
+stores them. Thus the rounding of the weights is not counted as a difference. "reference" means the
+plain array calls of npllama.ops.Ops; "numpy" and "cupy" mean the overrides that the library uses. A
+difference is the largest absolute difference divided by the largest absolute value. The layer with
+that difference is in brackets.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -38,7 +39,7 @@ PROMPT = "Once upon a time there was a little girl who liked to play in the park
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
     return exit_code("equivalence", lambda: _run(options))
@@ -66,15 +67,15 @@ def _run(options: argparse.Namespace) -> None:
 def compare(
     directory: object, dtype: str, prompt: str, n_tokens: int, backends: list[Backend]
 ) -> tuple[Truth, list[Differences]]:
-    """The truth of a model directory in a dtype, and how far the reference and the overrides of
-    each backend are from it."""
+    """The true values for a model directory in a dtype, and the differences of the reference and
+    of each backend's overrides from them."""
     config = LlamaConfig.from_directory(directory)
     checkpoint = Checkpoint(directory, config, dtype)
     ids = npllama.load(directory, "numpy").encode(prompt)
     if len(ids) + n_tokens > config.context_length:
         raise InputError(
             f"{len(ids)} tokens of the prompt and --tokens {n_tokens} do not fit the context of "
-            f"{config.context_length}"
+            f"{config.context_length}: use fewer"
         )
     truth = make_truth(config, checkpoint.parameters, ids, n_tokens)
     found = []
@@ -84,14 +85,14 @@ def compare(
 
 
 def implementations(backends: list[Backend]) -> Iterator[tuple[str, Ops]]:
-    """The reference and the overrides on each backend."""
+    """The reference and the overrides of each backend, by name."""
     for backend in backends:
         yield f"{backend.name} reference", Ops(backend)
         yield backend.name, ops_for(backend)
 
 
 def _backends(name: str) -> tuple[list[Backend], str | None]:
-    """The backends to compare, and a line on CuPy where it is asked for and missing."""
+    """The backends to compare, and a line for the user if CuPy was not required and is missing."""
     if name == "numpy":
         return [get_backend("numpy")], None
     try:
@@ -99,7 +100,7 @@ def _backends(name: str) -> tuple[list[Backend], str | None]:
     except BackendError as error:
         if name == "cupy":
             raise
-        return [get_backend("numpy")], f"without CuPy: {error}"
+        return [get_backend("numpy")], f"CuPy is left out: {error}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a model directory (default: the model that ships with the package)",
     )
-    p.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="(default: a sentence)")
+    p.add_argument(
+        "--prompt", default=PROMPT, metavar="TEXT", help="(default: an English sentence)"
+    )
     p.add_argument(
         "--tokens",
         type=int,
@@ -123,13 +126,13 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", "numpy", "cupy"),
         default="auto",
-        help="NumPy alone, or CuPy beside it (default: CuPy where it can compute)",
+        help="numpy compares only NumPy, cupy NumPy and CuPy (default: CuPy if it is available)",
     )
     p.add_argument(
         "--dtype",
         action="append",
         choices=tuple(FORMATS),
-        help="of the weights; may be given several times (default: all)",
+        help="dtype of the weights; may be given several times (default: all)",
     )
     p.add_argument("--json", action="store_true", help="print all differences as JSON")
     return p

@@ -1,4 +1,4 @@
-"""Ctrl-C, a closed terminal and a polite kill end a program alike: cleaned up, with one line."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP alike: the program cleans up, and writes one line."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of the three signals, with the exit code that shells expect of it."""
+    """One of the three signals. Its exit code is the one that shells expect for the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -20,9 +20,9 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Each of the signals raises Interrupted within the block.
+    """Raise Interrupted in the block when one of the signals arrives.
 
-    A signal that is ignored already (nohup) stays ignored.
+    A signal that was ignored before (nohup) stays ignored.
     """
 
     def interrupt(number: int, _frame: object) -> NoReturn:
@@ -33,34 +33,34 @@ def interruptible() -> Iterator[None]:
 
 
 class Pending:
-    """Whether one of the signals has come.
+    """Records whether one of the signals has arrived.
 
     Attributes:
-        number: of the signal; None before.
+        number: number of the signal; None if none has arrived.
     """
 
     number: int | None = None
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal has arrived."""
         if self.number is not None:
             raise Interrupted(self.number)
 
 
 @contextmanager
 def deferred(came: Callable[[], object]) -> Iterator[Pending]:
-    """The first of the signals waits until the block checks for it; a second one raises
-    Interrupted at once.
+    """Record the first signal instead of raising, so that the block can check for it. A second
+    signal raises Interrupted at once.
 
     Args:
-        came: called when the first one comes.
+        came: called when the first signal arrives.
     """
     pending = Pending()
 
     def note(number: int, _frame: object) -> None:
         pending.check()
         pending.number = number
-        with suppress(RuntimeError):  # it came in the middle of another line of standard error
+        with suppress(RuntimeError):  # the signal interrupted a write to standard error
             came()
 
     with _handled_by(note):
@@ -69,14 +69,14 @@ def deferred(came: Callable[[], object]) -> Iterator[Pending]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """None of the signals is heard within the block, which should be a short one."""
+    """Ignore the signals in the block, which should be short."""
     with _handled_by(signal.SIG_IGN):
         yield
 
 
 @contextmanager
 def _handled_by(handler: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}

@@ -1,9 +1,9 @@
 """Write tests/cupy_api.json: the names and keywords of CuPy's public interface.
 
-    python tools/make_cupy_api.py        (needs a cupy package; a GPU is not needed)
+    python tools/make_cupy_api.py        (needs a cupy package, but no GPU)
 
-Tests on a machine without CuPy check against it every `xp` name that npllama uses, and the
-strict test arrays have the methods listed here and no others.
+On a machine without CuPy, tests check every `xp` name that npllama uses against this list. The
+tests' strict arrays have exactly the methods that it names.
 """
 
 import inspect
@@ -20,10 +20,10 @@ DEST = Path(__file__).parent.parent / "tests" / "cupy_api.json"
 
 
 def parameters(function: object) -> list[str]:
-    """Parameter names, from the signature or else from the docstring's first line."""
+    """Parameter names, from the signature or else from the first line of the docstring."""
     try:
         return [name for name in inspect.signature(function).parameters if name != "self"]
-    except (TypeError, ValueError):  # compiled
+    except (TypeError, ValueError):  # compiled functions have no signature
         first_line = (inspect.getdoc(function) or "").split("\n")[0]
     inside = re.search(r"\((.*)\)", first_line)
     parts = inside.group(1).split(",") if inside else []
@@ -32,7 +32,7 @@ def parameters(function: object) -> list[str]:
 
 
 def public(owner: object, prefix: str = "") -> dict[str, list[str] | None]:
-    """Dotted name -> parameters; None for what is not called."""
+    """Dotted name -> parameter names; None for what is not callable."""
     found = {}
     for name in sorted(dir(owner)):
         value = getattr(owner, name, None)
@@ -43,7 +43,7 @@ def public(owner: object, prefix: str = "") -> dict[str, list[str] | None]:
 
 
 def main() -> None:
-    """Write the list."""
+    """Write the file."""
     open_streams()
     api = {
         "version": cupy.__version__,

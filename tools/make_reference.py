@@ -9,22 +9,26 @@
     python tools/make_reference.py rope
     python tools/make_reference.py check
 
-fixtures/hf has what save_pretrained writes. Beside each checkpoint, expected.safetensors holds
-the result of transformers on the stored weights widened to float64: logits, every layer's hidden
-state, and the greedy continuation. fixtures/torch has what torch.save writes: Meta's layout with
-1, 2, 4 and 8 shards, an older (legacy) file, pytorch_model.bin, llama2.c's training checkpoint.
-Their expected.safetensors also has every tensor as transformers' own script converts it; that
-script came with transformers up to 4.46 (models/llama/convert_llama_weights_to_hf.py).
-fixtures/gradients has float64 weights, a loss and its gradients by PyTorch's autograd, through a
-forward written in torch for the purpose, since transformers' own is float32 in part; its loss
-is held to transformers'.
-fixtures/tokenizers has the files that transformers 5 makes of the shipped tokenizer.model, with a
-special and a plain token added, and the ids that it gives to texts.
-fixtures/chat_templates has chat templates and dialogues, and what transformers renders of them.
-fixtures/rope has one small model and, for every scaling of RoPE, logits of a text longer than the
-context before the scaling; and the frequencies that configs of published checkpoints have.
-The tests need the files alone, not torch. `check` converts every fixture with tools/convert.py
-and opens the result in transformers.
+The tests need only the files, not torch. The folders of tests/fixtures hold:
+
+- hf: checkpoints that save_pretrained wrote. Each has an expected.safetensors with what
+  transformers computes from the stored weights widened to float64: logits, the hidden state of
+  every layer, and the greedy continuation.
+- torch: checkpoints that torch.save wrote: Meta's layout with 1, 2, 4 and 8 shards, a file in the
+  legacy format, pytorch_model.bin, and llama2.c's training checkpoint. Each expected.safetensors
+  also has every tensor as transformers' own script converts it. This script came with transformers
+  up to version 4.46 (models/llama/convert_llama_weights_to_hf.py).
+- gradients: float64 weights, a loss and its gradients by PyTorch's autograd. They are computed by
+  a forward pass written here in torch, because part of transformers' own runs in float32. The
+  loss is checked against transformers'.
+- tokenizers: the files that transformers 5 writes for the shipped tokenizer.model with one special
+  and one ordinary token added, and the ids that it gives to texts.
+- chat_templates: chat templates and dialogues, and what transformers renders from them.
+- rope: one small model; for every kind of RoPE scaling, logits of a text longer than the original
+  context; and the frequencies for configs of published checkpoints.
+
+`check` converts the fixtures hf and torch with tools/convert.py and opens the results in
+transformers.
 """
 
 import argparse
@@ -81,7 +85,7 @@ CASES = {
 def make_model(
     seed: int, changes: dict, dtype: torch.dtype, embedding_rms: float, scale: float = 1.5
 ) -> LlamaForCausalLM:
-    """Weights large enough that attention is far from uniform; norms away from 1."""
+    """A random model whose attention is far from uniform, and whose norms are not all near 1."""
     fields = BASE | changes
     theta = fields.pop("rope_theta")
     config = LlamaConfig(**fields, rope_parameters={"rope_type": "default", "rope_theta": theta})
@@ -101,7 +105,7 @@ def make_model(
 
 @torch.no_grad()
 def compute(model: LlamaForCausalLM, ids: list[int]) -> dict[str, np.ndarray]:
-    """Logits (T, V), hidden (L+1, T, D) without the final norm, and the greedy ids."""
+    """Logits (T, V), hidden states (L+1, T, D) before the final norm, and the greedy ids."""
     model = model.double().eval()
     hidden = [model.model.embed_tokens(torch.tensor(ids))]
     hooks = [
@@ -127,28 +131,28 @@ def compute(model: LlamaForCausalLM, ids: list[int]) -> dict[str, np.ndarray]:
 
 
 def make_hf() -> None:
-    """fixtures/hf: every case of CASES."""
+    """Write fixtures/hf: every case of CASES."""
     dest = FIXTURES / "hf"
     shutil.rmtree(dest, ignore_errors=True)
     for seed, (name, (changes, dtype, rms, shard)) in enumerate(CASES.items()):
         model = make_model(seed, changes, dtype, rms)
         directory = dest / name
         model.save_pretrained(directory, max_shard_size=shard)
-        # as a newcomer's copy would be read: from the files, not from the object in memory
+        # loaded from the files, as users load it, because saving may change the model
         model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype)
         expected = compute(model, prompt(seed, BASE["vocab_size"]))
         safetensors.numpy.save_file(expected, directory / "expected.safetensors")
 
 
 def prompt(seed: int, vocab_size: int) -> list[int]:
-    """BOS and random ids."""
+    """BOS followed by random ids."""
     ids = np.random.default_rng(seed).integers(3, vocab_size, PROMPT_TOKENS)
     return [1, *ids.tolist()]
 
 
-# -- what torch.save writes
+# -- checkpoints that torch.save writes
 
-# heads are chosen so that n_kv_heads differs from n_heads and from n_heads / n_kv_heads
+# n_kv_heads differs from both n_heads and n_heads / n_kv_heads, so that they cannot be confused
 SMALL = {"dim": 36, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "norm_eps": 1e-5}
 SMALL |= {"multiple_of": 4, "ffn_dim_multiplier": 0.5, "vocab_size": -1}
 FOUR = SMALL | {"dim": 32, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 8}
@@ -167,7 +171,7 @@ COLUMN_SPLIT = ("wo.weight", "w2.weight", "tok_embeddings.weight")
 
 
 def meta_state(params: dict, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Random weights under Meta's names, exact in bfloat16 (transformers' script rounds to it)."""
+    """Random weights by Meta's names, exact in bfloat16, to which transformers' script rounds."""
     d, h, k = params["dim"], params["n_heads"], params["n_kv_heads"]
     multiple = params["multiple_of"]
     f = int(params["ffn_dim_multiplier"] * int(8 * d / 3))
@@ -198,7 +202,7 @@ def meta_state(params: dict, seed: int, dtype: torch.dtype) -> dict[str, torch.T
 
 
 def split(state: dict[str, torch.Tensor], n: int) -> list[dict[str, torch.Tensor]]:
-    """Model-parallel shards; norms are whole in each."""
+    """Split a checkpoint into n model-parallel shards. Each shard holds the whole norms."""
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(n)]
     for name, tensor in state.items():
         axis = 1 if name.endswith(COLUMN_SPLIT) else 0
@@ -209,7 +213,7 @@ def split(state: dict[str, torch.Tensor], n: int) -> list[dict[str, torch.Tensor
 
 
 def converted(directory: Path, n: int, script: ModuleType, theta: float) -> LlamaForCausalLM:
-    """The checkpoint as transformers' own script converts it."""
+    """The checkpoint, converted by transformers' own script."""
     with tempfile.TemporaryDirectory() as out:
         script.write_model(out, str(directory), num_shards=n, llama_version="2", vocab_size=VOCAB)
         model = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
@@ -222,7 +226,7 @@ def _theta(config: LlamaConfig) -> float:
 
 
 def save_expected(directory: Path, model: LlamaForCausalLM, seed: int) -> None:
-    """expected.safetensors: the numbers, and every tensor under "hf."."""
+    """Write expected.safetensors: the results, and every tensor under the prefix "hf."."""
     tensors = {f"hf.{name}": t.float().numpy() for name, t in model.state_dict().items()}
     expected = compute(model, prompt(seed, VOCAB)) | tensors
     safetensors.numpy.save_file(
@@ -232,7 +236,7 @@ def save_expected(directory: Path, model: LlamaForCausalLM, seed: int) -> None:
 
 
 def make_torch(script: ModuleType) -> None:
-    """fixtures/torch: every layout that torch.save has been used for."""
+    """Write fixtures/torch: every layout that checkpoints saved by torch.save have."""
     dest = FIXTURES / "torch"
     shutil.rmtree(dest, ignore_errors=True)
     for seed, (name, (params, n, dtype, is_zip)) in enumerate(META_CASES.items()):
@@ -267,11 +271,11 @@ def make_torch(script: ModuleType) -> None:
                 weight_map |= dict.fromkeys(part, file)
             index = {"metadata": {}, "weight_map": weight_map}
             (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        # from the files: .to(float16) has rounded this model's rotary frequencies too
+        # loaded from the files, because .to(float16) has also rounded the rotary frequencies
         model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float16)
         save_expected(directory, model, seed)
 
-    # llama2.c's training checkpoint: compiled (_orig_mod.), tied, with an optimizer beside it
+    # llama2.c's training checkpoint: compiled (prefix _orig_mod.), tied, and with an optimizer
     directory = dest / "llama2c-training"
     directory.mkdir()
     state = meta_state(SMALL, 20, torch.float32)
@@ -300,8 +304,8 @@ def make_torch(script: ModuleType) -> None:
 
 # -- tokenizers
 
-# transformers 5 leaves out the dummy prefix where a text begins with a space, and finds special
-# tokens in text; npllama does neither, as Meta's code
+# Left out, because npllama (like Meta's code) differs from transformers 5: texts that begin with a
+# space, which get no dummy prefix in transformers, and special tokens, which it finds in text.
 TOKENIZER_TEXTS = [
     "Once upon a time, there was a little girl named Lily.",
     "a  b   c\tand\n\nlines\r\n and trailing   ",
@@ -314,7 +318,7 @@ TOKENIZER_TEXTS = [
 
 
 def make_tokenizers() -> None:
-    """fixtures/tokenizers: tokenizer.json, tokenizer_config.json, and ids of TOKENIZER_TEXTS."""
+    """Write fixtures/tokenizers: tokenizer.json, tokenizer_config.json, ids of TOKENIZER_TEXTS."""
     dest = FIXTURES / "tokenizers"
     shutil.rmtree(dest, ignore_errors=True)
     shipped = Path(convert.__file__).parent.parent / "npllama" / "assets" / "stories"
@@ -332,7 +336,7 @@ def make_tokenizers() -> None:
 
 # -- gradients
 
-# name -> config; B, T of the batch are those of make_gradients
+# name -> config; make_gradients has the B and T of each batch
 GRADIENT_CASES = {
     "gqa": {"num_hidden_layers": 2, "num_key_value_heads": 3},
     "tied-mqa": {"num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -348,7 +352,7 @@ GRADIENT_BASE = {
 
 
 def make_chat() -> None:
-    """fixtures/chat_templates/expected.json: each dialogue with its text by template."""
+    """Write fixtures/chat_templates/expected.json: each dialogue as each template renders it."""
     dest = FIXTURES / "chat_templates"
     dialogues = json.loads((dest / "dialogues.json").read_text())
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -365,14 +369,14 @@ def make_chat() -> None:
                     add_generation_prompt=not begun,
                     **tokens,
                 )
-            except (jinja2.exceptions.TemplateError, ValueError):  # roles, or no place to go on
+            except (jinja2.exceptions.TemplateError, ValueError):  # the template refuses it
                 texts = [None]
             dialogue["texts"][path.stem] = texts[0]
     (dest / "expected.json").write_text(json.dumps(dialogues, indent=1) + "\n")
 
 
 def make_gradients() -> None:
-    """fixtures/gradients: weights ("w/..."), gradients ("g/..."), and what they are of."""
+    """Write fixtures/gradients: weights ("w/..."), gradients ("g/..."), and the batch and loss."""
     dest = FIXTURES / "gradients"
     shutil.rmtree(dest, ignore_errors=True)
     for seed, (name, changes) in enumerate(GRADIENT_CASES.items()):
@@ -381,8 +385,8 @@ def make_gradients() -> None:
         generator = torch.Generator().manual_seed(seed)
         tokens, targets = torch.randint(0, config.vocab_size, (2, 2, 7), generator=generator)
         weights = torch.rand((2, 7), generator=generator, dtype=torch.float64)
-        weights[1, 4:] = 0  # a row that ends early
-        state = dict(model.named_parameters())  # a tied head is not among them
+        weights[1, 4:] = 0  # the second row ends early
+        state = dict(model.named_parameters())  # does not include a tied head
         w = {key: tensor.detach().clone().requires_grad_() for key, tensor in state.items()}
         logits = torch_llama(w, tokens, config)
         surprise = torch.nn.functional.cross_entropy(
@@ -404,7 +408,7 @@ def make_gradients() -> None:
 
 
 def torch_llama(w: dict, tokens: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
-    """LLaMA-2 in float64 throughout, for autograd: tokens (B, T) -> logits (B, T, V)."""
+    """LLaMA-2 entirely in float64, for autograd: tokens (B, T) -> logits (B, T, V)."""
     n_heads, n_kv_heads = config.num_attention_heads, config.num_key_value_heads
     n_batch, n_new = tokens.shape
     head_dim = config.head_dim
@@ -456,7 +460,7 @@ ROPE_BASE = {
 }
 ROPE_TOKENS = 48
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# name -> what it changes of ROPE_BASE, as a config.json has it: in the older and the newer spelling
+# name -> changes to ROPE_BASE, in config.json's older spelling or in its newer one
 ROPE_CASES = {
     "plain": {},
     "linear": {"rope_scaling": {"type": "linear", "factor": 3.0}},
@@ -469,7 +473,7 @@ ROPE_CASES = {
             "finetuned": True,
         }
     },
-    "yarn-8k": {  # the factor comes before max_position_embeddings / original
+    "yarn-8k": {  # the factor takes precedence over max_position_embeddings / original
         "max_position_embeddings": 32,
         "rope_scaling": {
             "rope_type": "yarn",
@@ -509,7 +513,7 @@ ROPE_CASES = {
         },
     },
 }
-# what published checkpoints say, and with dynamic how many tokens the text has; C is 128
+# (config fields, number of tokens of the text) of published checkpoints; C is 128
 _YARN = {"type": "yarn", "original_max_position_embeddings": 4096, "finetuned": True}
 _LLAMA31 = {"rope_type": "llama3", "original_max_position_embeddings": 8192, **_LLAMA3}
 ROPE_PUBLISHED = {
@@ -571,7 +575,7 @@ ROPE_PUBLISHED = {
 
 @torch.no_grad()
 def make_rope() -> None:
-    """fixtures/rope: one model, and for each case what transformers makes of it."""
+    """Write fixtures/rope: one model, and what transformers computes with it in each case."""
     dest = FIXTURES / "rope"
     shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir(parents=True)
@@ -584,13 +588,13 @@ def make_rope() -> None:
     ids = np.random.default_rng(0).integers(3, ROPE_BASE["vocab_size"], ROPE_TOKENS)
     expected, configs = {"ids": ids}, {}
     for name, changes in ROPE_CASES.items():
-        # a copy: transformers writes into the dictionaries that it is given
+        # a copy, because transformers modifies the dictionaries that it receives
         configs[name] = json.loads(json.dumps(ROPE_BASE | changes))
         model = LlamaForCausalLM(LlamaConfig(**json.loads(json.dumps(configs[name]))))
         model.load_state_dict(weights)
         logits = model.double().eval()(torch.tensor([ids.tolist()])).logits[0]
         expected[f"logits/{name}"] = logits.numpy().astype("float32")
-        if "rope_scaling" in changes:  # the newer spelling is computed the same
+        if "rope_scaling" in changes:  # check that the newer spelling gives the same result
             newer = json.loads(json.dumps(ROPE_BASE | changes))
             newer["rope_parameters"] = newer.pop("rope_scaling")
             model = LlamaForCausalLM(LlamaConfig(**newer)).double().eval()
@@ -603,7 +607,7 @@ def make_rope() -> None:
         configs[name]["rope_theta"] = changes.get("rope_theta", 10000.0)
         config = LlamaConfig(**json.loads(json.dumps(configs[name])))
         rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
-        rotary(torch.zeros(1), torch.tensor([[n_tokens - 1]]))  # dynamic's frequencies follow
+        rotary(torch.zeros(1), torch.tensor([[n_tokens - 1]]))  # sets dynamic's frequencies
         _add_rotation(expected, name, rotary)
         configs[name]["n_tokens"] = n_tokens
     safetensors.numpy.save_file(expected, dest / "expected.safetensors")
@@ -616,10 +620,10 @@ def _add_rotation(expected: dict[str, np.ndarray], name: str, rotary: torch.nn.M
 
 
 def check() -> None:
-    """What convert.py writes opens in transformers, and computes what was expected.
+    """Check that transformers opens what convert.py writes, and computes the expected results.
 
     Raises:
-        AssertionError: a case that does not.
+        AssertionError: a result differs.
     """
     for directory in sorted([*(FIXTURES / "hf").iterdir(), *(FIXTURES / "torch").iterdir()]):
         source = directory / "ckpt.pt" if directory.name == "llama2c-training" else directory
@@ -637,7 +641,7 @@ def check() -> None:
 
 
 def check_int8_is_refused() -> None:
-    """transformers, which cannot compute with npllama's int8, says so rather than misread it."""
+    """Check that transformers, which does not support npllama's int8, refuses to open it."""
     with tempfile.TemporaryDirectory() as folder:
         dest = Path(folder) / "int8"
         assert convert.main([str(FIXTURES / "hf" / "gqa"), str(dest), "--dtype", "int8"]) == 0
@@ -647,17 +651,17 @@ def check_int8_is_refused() -> None:
             except ValueError as error:
                 assert "quant_method" in str(error), error
             else:
-                raise AssertionError(f"{opened_by.__name__} opens int8, and misreads it")
+                raise AssertionError(f"{opened_by.__name__} opens int8 weights and misreads them")
     say("int8: transformers refuses it")
 
 
 def main() -> None:
-    """Write what the command line names."""
+    """Write the fixtures that the command line names."""
     open_streams()
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     kinds = ("hf", "torch", "gradients", "tokenizers", "chat", "rope", "check")
     p.add_argument("what", choices=kinds)
-    p.add_argument("--meta-converter", type=Path, help="transformers' own script, for torch")
+    p.add_argument("--meta-converter", type=Path, help="for torch: transformers' own script")
     args = p.parse_args()
     tell(f"torch {torch.__version__}, transformers {transformers.__version__}")
     if args.what == "check":

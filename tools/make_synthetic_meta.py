@@ -1,12 +1,12 @@
-"""Write a checkpoint of random weights in Meta's layout, of any size, to measure conversions.
+"""Write a checkpoint of any size with random weights in Meta's layout, to measure conversions.
 
     python tools/make_synthetic_meta.py 7B DEST      (13.5 GB; also 13B, 34B, 70B, 1.1B)
 
-tools/measure_conversion.py then measures.
+Then measure with tools/measure_conversion.py.
 
-One shard, bfloat16, in the zip layout of torch.save, without torch: a pickle of tensors that
-refer to stored entries. The numbers are one block of random weights over and over, so that
-writing is quick and no value is zero.
+The checkpoint is one bfloat16 shard in the zip format of torch.save, written without torch: a
+pickle of tensors that refer to stored entries. All weights repeat one random block, so that
+writing is fast.
 """
 
 import argparse
@@ -35,14 +35,14 @@ _BLOCK = 2**22
 
 
 class _Global:
-    """Pickled as the global `module.name`, which torch has and this program has not."""
+    """Pickled as the global `module.name` of torch, which is not imported here."""
 
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
 
 
 class _StorageReference:
-    """Pickled as a persistent id, as torch refers to a storage."""
+    """Pickled as a persistent id, which is how torch refers to a storage."""
 
     def __init__(self, key: str, n: int) -> None:
         self.key, self.n = key, n
@@ -55,7 +55,7 @@ class _Tensor:
         self.key, self.shape = key, shape
 
 
-class _Pickler(pickle._Pickler):  # the Python one, whose opcodes can be written by hand
+class _Pickler(pickle._Pickler):  # the Python version, which lets us write opcodes directly
     def persistent_id(self, value: object) -> object:
         if isinstance(value, _StorageReference):
             storage_type = _Global("torch", "BFloat16Storage")
@@ -76,13 +76,13 @@ class _Pickler(pickle._Pickler):  # the Python one, whose opcodes can be written
 
 
 def meta_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Meta's name of every tensor, and its shape."""
+    """Meta's name and the shape of every tensor."""
     rows = named_weights(config)
     return {weight.meta_name(layer): weight.sizes(config) for _name, weight, layer in rows}
 
 
 def write_meta(dest: Path, config: LlamaConfig) -> None:
-    """params.json and consolidated.00.pth in the directory `dest`."""
+    """Write params.json and consolidated.00.pth to the directory `dest`."""
     params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
     params |= {"n_kv_heads": config.n_kv_heads, "norm_eps": config.norm_eps, "vocab_size": -1}
     (dest / "params.json").write_text(json.dumps(params))
@@ -110,12 +110,12 @@ def write_meta(dest: Path, config: LlamaConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write what the command line names; the exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     p = Parser("make_synthetic_meta", __doc__.split("\n")[0])
     p.add_argument("size", help="7B, 13B, 34B, 70B, or 1.1B (TinyLlama's shape)")
     p.add_argument("dest", type=named_path, help="the directory to make")
-    p.add_argument("--layers", type=int, metavar="N", help="as many layers, to try with less")
+    p.add_argument("--layers", type=int, metavar="N", help="number of layers, for a smaller test")
     args = p.parse_args(argv)
     return exit_code("make_synthetic_meta", lambda: _make(args))
 

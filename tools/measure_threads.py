@@ -1,12 +1,15 @@
-"""Compare generating in other threads of a program with generating in its main thread.
+"""Compare generation in a program's other threads with generation in its main thread.
 
     python tools/measure_threads.py --shape 15m --dtype int8
     python tools/measure_threads.py --model DIR --requests 8
 
-A web server or a GUI calls npllama from threads of its own. Three ratios of seconds, each of
-medians of runs that alternate. With 1.00 as the aim: the same request in another thread to one in
-the main thread; and N requests at once, a thread each, to the same N one after the other. Far
-below 1.00: N threads that ask one server (`llama.server`), to the same N one after the other.
+A web server or a GUI calls npllama from several threads. This program reports three ratios of
+median seconds, from runs that alternate:
+
+- one request in another thread, relative to the main thread; the aim is 1.00.
+- N requests at once in N threads, relative to N requests in sequence; the aim is 1.00.
+- N threads that share a server (`llama.server`), relative to N requests in sequence; the aim is far
+  below 1.00.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from npllama.weight_formats import FORMATS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
     return exit_code("measure_threads", lambda: _measure(options))
@@ -43,18 +46,18 @@ def _measure(options: argparse.Namespace) -> None:
     n_ids = llama.config.vocab_size if llama.tokenizer is None else llama.tokenizer.vocab_size
     task = make_task([options.prompt_tokens], options.new_tokens, n_ids)
     main_thread, other = one_request(llama, task, options.runs)
-    say(f"one request: {main_thread:.3f} s in the main thread, {other:.3f} s in another one,")
+    say(f"one request: {main_thread:.3f} s in the main thread, {other:.3f} s in another thread,")
     say(f"    ratio {other / main_thread:.2f}")
     in_turn, at_once = many_requests(llama, task, options.requests, options.runs)
-    say(f"{options.requests} requests: {in_turn:.3f} s in turn, {at_once:.3f} s at once,")
+    say(f"{options.requests} requests: {in_turn:.3f} s in sequence, {at_once:.3f} s at once,")
     say(f"    ratio {at_once / in_turn:.2f}")
     in_turn, served = served_requests(llama, task, options.requests, options.runs)
-    say(f"{options.requests} requests: {in_turn:.3f} s in turn, {served:.3f} s by a server,")
-    say(f"    ratio {served / in_turn:.2f}, tokens per second {in_turn / served:.2f} times as many")
+    say(f"{options.requests} requests: {in_turn:.3f} s in sequence, {served:.3f} s by a server,")
+    say(f"    ratio {served / in_turn:.2f}, {in_turn / served:.2f} times as many tokens per second")
 
 
 def one_request(llama: Llama, task: Task, n_runs: int) -> tuple[float, float]:
-    """Median seconds of a request in this thread and in another one, run by run in turn."""
+    """Median seconds of a request in this thread and in another one, in alternating runs."""
     with ThreadPoolExecutor(1) as pool:
         return _side_by_side(
             lambda: generate(llama, task),
@@ -64,7 +67,7 @@ def one_request(llama: Llama, task: Task, n_runs: int) -> tuple[float, float]:
 
 
 def many_requests(llama: Llama, task: Task, n: int, n_runs: int) -> tuple[float, float]:
-    """Median seconds of n requests one after the other, and of n at once, a thread each."""
+    """Median seconds of n requests in sequence, and of n requests at once in n threads."""
     with ThreadPoolExecutor(n) as pool:
         return _side_by_side(
             lambda: [generate(llama, task) for _ in range(n)],
@@ -74,7 +77,7 @@ def many_requests(llama: Llama, task: Task, n: int, n_runs: int) -> tuple[float,
 
 
 def served_requests(llama: Llama, task: Task, n: int, n_runs: int) -> tuple[float, float]:
-    """Median seconds of n requests one after the other, and of n threads that ask one server."""
+    """Median seconds of n requests in sequence, and of n threads that share one server."""
     (prompt,) = task.prompts
     options = {"max_new_tokens": task.new_tokens, "ignore_eos": True, "temperature": 0}
     context = len(prompt) + task.new_tokens
@@ -94,7 +97,7 @@ def _side_by_side(
         for function, times in zip((one, two), seconds, strict=True):
             begin = time.perf_counter()
             function()
-            if run > 0:  # the first warms up
+            if run > 0:  # the first run warms up
                 times.append(time.perf_counter() - begin)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
@@ -115,9 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dtype",
         choices=tuple(FORMATS),
-        help="of the weights in memory (default: as stored; float32 for a shape)",
+        help="dtype of the weights in memory (default: as stored; float32 for a shape)",
     )
-    p.add_argument("--threads", type=int, metavar="N", help="(default: all free cores)")
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="(default: as many as there are free cores)"
+    )
     for name, default in (("prompt-tokens", 32), ("new-tokens", 32), ("requests", 4), ("runs", 5)):
         p.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)"

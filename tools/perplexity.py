@@ -1,13 +1,13 @@
-"""How well a model predicts a text: nats per token, perplexity, bits per byte.
+"""Measure how well a model predicts a text: nats per token, perplexity, bits per byte.
 
     python tools/perplexity.py --model DIR --text FILE
 
-Each text of the file (separated by lines of <|endoftext|>; without them the file is one) is encoded
-as BOS and its ids, and scored on every id after BOS; all its bytes count. Bits per byte, unlike
-the other two, can be compared between tokenizers.
+Lines of <|endoftext|> separate texts in the file; without such lines, the file is one text. Each
+text is encoded with BOS first, and every id after BOS is scored. All bytes of the text count. Bits
+per byte can be compared between models with different tokenizers; the other two measures cannot.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -39,7 +39,7 @@ _OPS = Ops(Backend())
 
 @dataclass(frozen=True)
 class Score:
-    """Totals over texts; the figures are ratios of them."""
+    """Totals over texts. The three measures are ratios of these totals."""
 
     nats: float
     n_tokens: int
@@ -69,16 +69,16 @@ class Score:
 def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
     """-log p(ids[t] | ids[:t]) for t = 1 .. len(ids) - 1, float32.
 
-    Where ids are longer than the context they are scored in windows of the whole context, each
-    half a context on from the last: every id but the first window's is predicted from at least
-    half a context of ids before it, and none twice.
+    If there are more ids than the context holds, they are scored in windows as long as the
+    context, each shifted by half a context. Every id is scored once. After the first window, each
+    is predicted from at least half a context of preceding ids.
     """
     ids = list(ids)
     parts, scored = [], 1
     with llama.reading(_n_read(llama, ids), "scoring the text"):
         for begin, end in _windows(llama, ids):
             window = ids[begin:end]
-            with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the sum
                 logits = llama.logits(window[:-1])  # (T, V); row t predicts window[t + 1]
                 surprise = _OPS.cross_entropy(logits, np.array(window[1:]))  # (T,)
             parts.append(surprise[scored - begin - 1 :])
@@ -87,7 +87,7 @@ def nats(llama: Llama, ids: Sequence[int]) -> np.ndarray:
 
 
 def _windows(llama: Llama, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where each window of `nats` begins and ends, its last id being a target alone."""
+    """Begin and end of each window of `nats`. A window's last id is only a target."""
     begin, end = 0, 1
     while end < len(ids):
         end = min(begin + llama.context + 1, len(ids))
@@ -96,18 +96,18 @@ def _windows(llama: Llama, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _n_read(llama: Llama, ids: Sequence[int]) -> int:
-    """Tokens that the model reads to score `ids`."""
+    """Number of tokens that the model reads to score `ids`."""
     return sum(end - begin - 1 for begin, end in _windows(llama, ids))
 
 
 def score(llama: Llama, text: str) -> Score:
-    """The score of one text after BOS, whatever tokenizer_config.json adds to a prompt."""
+    """The score of one text, encoded with BOS first whatever tokenizer_config.json says."""
     return score_texts(llama, [text])
 
 
 def score_texts(llama: Llama, texts: Sequence[str], each: Map = map) -> Score:
-    """The score of several texts together, each from its own BOS; `each` may be a pool's map."""
-    llama.encode("")  # says what is missing where there is no tokenizer
+    """The total score of several texts, each with its own BOS. `each` may be a pool's map."""
+    llama.encode("")  # raises the error for a missing tokenizer
     encoded = [llama.tokenizer.encode(text) for text in texts]
     n_read = [_n_read(llama, ids) for ids in encoded]
     total, read = Score(0.0, 0, 0), 0
@@ -117,12 +117,12 @@ def score_texts(llama: Llama, texts: Sequence[str], each: Map = map) -> Score:
             one = float(surprise.sum(dtype="float64"))
             total += Score(one, len(ids) - 1, len(text.encode()))
             read += n
-            work.reach(read * llama.config.n_layers)  # a pool's threads advance nothing
+            work.reach(read * llama.config.n_layers)  # threads of a pool report no progress
     return total
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
     return exit_code(
@@ -149,9 +149,12 @@ def _print_score(options: argparse.Namespace) -> None:
     total = score_texts(llama, texts)
     seconds = time.perf_counter() - began
     if total.n_tokens == 0:
-        raise InputError(f"{options.text} has no token after BOS: expected a text")
+        raise InputError(f"{options.text} has no token after BOS: expected at least one character")
     if not math.isfinite(total.nats):
-        raise InputError(f"the surprise of {options.text} is {total.nats}: the model is damaged")
+        raise InputError(
+            f"the score of {options.text} is {total.nats}, not a finite number: the weights of the "
+            "model are probably damaged, get them again"
+        )
     figures = {
         "nats_per_token": total.nats_per_token,
         "perplexity": total.perplexity,
@@ -164,7 +167,7 @@ def _print_score(options: argparse.Namespace) -> None:
         say(json.dumps(figures))
     else:
         say(
-            f"{total.nats_per_token:.4f} nats a token, perplexity {total.perplexity:.4f}, "
+            f"{total.nats_per_token:.4f} nats per token, perplexity {total.perplexity:.4f}, "
             f"{total.bits_per_byte:.4f} bits per byte "
             f"({len(texts):,} texts, {total.n_tokens:,} tokens, {total.n_bytes:,} bytes)"
         )
@@ -172,7 +175,7 @@ def _print_score(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = Parser("perplexity", "Score a text by a model: nats a token, perplexity, bits per byte.")
+    p = Parser("perplexity", "Score a text by a model: nats per token, perplexity, bits per byte.")
     p.add_argument(
         "--model",
         type=named_path,
@@ -184,9 +187,9 @@ def _parser() -> argparse.ArgumentParser:
         type=named_path,
         required=True,
         metavar="FILE",
-        help="UTF-8; texts separated by lines of <|endoftext|> each begin with BOS",
+        help="UTF-8; lines of <|endoftext|> separate texts, each of which begins with BOS",
     )
-    p.add_argument("--limit", type=int, metavar="N", help="score the first N texts alone")
+    p.add_argument("--limit", type=int, metavar="N", help="score only the first N texts")
     p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto")
     p.add_argument("--device", type=int, metavar="N", help="which GPU (default: the first)")
     p.add_argument("--dtype", choices=tuple(FORMATS), help="(default: as stored)")

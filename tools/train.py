@@ -1,13 +1,14 @@
-"""Train a LLaMA-2 on a text file, from random weights or a checkpoint's, by npllama's own math.
+"""Train a LLaMA-2 on a text file, from random weights or from those of a checkpoint.
 
     python tools/train.py --text train.txt --valid valid.txt --out RUN --config config.json
     python tools/train.py --text train.txt --valid valid.txt --out RUN --from DIR
 
-RUN holds the tokenizer, the checkpoint from which the same command resumes, the loss curve, and,
-at the end, RUN/model: a model directory in float32, for tools/convert.py to make narrower.
+The directory RUN holds the tokenizer, a checkpoint, and the loss curve. The same command resumes
+from the checkpoint. At the end RUN/model is a model directory in float32; tools/convert.py converts
+it to narrower dtypes.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -50,7 +51,7 @@ from training.tokenizer import train_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     options = _parser().parse_args(arguments)
 
@@ -59,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         with suppress(InputError):
             if checkpoint.exists():
                 step = load_facts(checkpoint)["steps_done"]
-                return f"interrupted; the same command goes on after step {step:,} ({checkpoint})"
-        return "interrupted before the first checkpoint; the same command begins anew"
+                return f"interrupted; the same command resumes after step {step:,} ({checkpoint})"
+        return "interrupted before the first checkpoint; the same command starts over"
 
     def work() -> None:
         with interruptible(), progress_shown("train"):
@@ -70,11 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train to the last step, from the checkpoint in `options.out` where there is one.
+    """Train to the last step. If `options.out` holds a checkpoint, resume from it.
 
     Raises:
-        InputError: wrong options or files, or another run writes to `options.out`.
-        Interrupted: a signal came; the steps so far are saved.
+        InputError: an option or file is invalid, or another run is writing to `options.out`.
+        Interrupted: a signal arrived. The steps done so far are saved.
     """
     _check(options)
     check_out(options.out)
@@ -83,7 +84,7 @@ def train(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         lock = options.out / LOCK
         message = (
-            f"{options.out} is being written by another training run: wait for its end, or "
+            f"{options.out} is being written by another training run: wait until it ends, or "
             "choose another --out"
         )
         try:
@@ -111,13 +112,13 @@ def _train(options: argparse.Namespace) -> None:
     if start is not None and begun is None:
         start.copy_weights(run.model)
     check_model_place(config, out / "model")
-    # all that is given has been looked at: now files are written
+    # all input has been checked; files are written from here on
     _write_tokenizer(tokenizer, out)
     with run.workers:
         progress = Progress(run, out / "loss.csv", options.steps)
         if begun is not None:
             _restore(run, progress, checkpoint)
-            tell(f"train: goes on after step {run.steps_done:,}")
+            tell(f"train: resumes after step {run.steps_done:,}")
         tell(
             f"train: {config.n_parameters:,} parameters; an epoch has "
             f"{run.batches.steps_per_epoch:,} steps of {run.batches.batch} rows; "
@@ -149,11 +150,13 @@ def _run(
     )
     ops = ops_for(get_backend(options.backend, device=options.device))
     n_workers = options.threads or ops.backend.threads.most
-    ops.backend.threads = Threads(1)  # a micro-batch has one
+    ops.backend.threads = Threads(1)  # each micro-batch runs in one thread
     check_training_memory(config, ops, min(options.micro_batch, options.batch), n_workers)
     sample = [] if options.sample is None else tokenizer.encode(options.sample)
     if len(sample) >= config.context_length:
-        raise InputError(f"--sample fills the context of {config.context_length}: shorten it")
+        raise InputError(
+            f"--sample fills the context of {config.context_length} tokens: use a shorter text"
+        )
     parameters = random_parameters(config, ops, options.seed)
     return Run(
         Llama(config, parameters, ops, tokenizer=tokenizer),
@@ -176,9 +179,9 @@ def _steps(
         save_checkpoint(options.out / CHECKPOINT, run.state(), facts)
 
     def interrupt() -> None:
-        tell("\ntrain: interrupted; saves a checkpoint after this step; Ctrl-C again ends at once")
+        tell("\ntrain: interrupted; saving after this step; press Ctrl-C again to end at once")
 
-    # A signal waits for the end of the step: in its midst the weights are half updated
+    # A signal is handled after the step, because during a step the weights are half updated
     with deferred(interrupt) as signal:
         while run.steps_done < options.steps:
             progress.step()
@@ -198,7 +201,7 @@ def _steps(
 
 
 def _restore(run: Run, progress: Progress, checkpoint: Path) -> None:
-    """A function of its own, so that the file's arrays are gone when the run goes on."""
+    """Restore a run. This is a separate function so that the loaded arrays are freed at its end."""
     state, facts = load_checkpoint(checkpoint)
     run.restore(state, facts["steps_done"])
     progress.restore(facts["progress"])
@@ -229,14 +232,18 @@ def _check(options: argparse.Namespace) -> None:
     if options.start is not None and options.tokenizer is not None:
         raise InputError("--tokenizer is given with --from, which has its own: leave it out")
     if options.schedule != "wsd" and options.decay is not None:
-        raise InputError(f"--decay is for --schedule wsd: {options.schedule} has none")
+        raise InputError(
+            f"--decay is given with --schedule {options.schedule}: only wsd decays, leave it out"
+        )
     if options.schedule == "constant" and options.final_lr:
-        raise InputError("--final-lr is given with --schedule constant: its last rate is --lr")
+        raise InputError(
+            "--final-lr is given with --schedule constant: its rate stays at --lr, leave it out"
+        )
 
 
 def _complete(options: argparse.Namespace, begun: dict) -> None:
-    """Give --warmup and --decay the values that follow from the run that goes on, if one does,
-    and from --steps."""
+    """Set --warmup and --decay if they are not given. --warmup is that of the resumed run, or else
+    follows from --steps; --decay follows from --steps."""
     if options.warmup is None:
         options.warmup = begun.get("warmup", min(100, options.steps // 10))
     if not 0 <= options.warmup < options.steps:
@@ -262,7 +269,7 @@ def _config(file: Path) -> LlamaConfig:
 
 
 def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: list[str]) -> bytes:
-    """The tokenizer that is given, or that of a run that goes on, or one trained now."""
+    """The given tokenizer, else that of the run that is resumed, else one trained now."""
     is_begun = (options.out / CHECKPOINT).exists()
     path = options.tokenizer or (options.out / "tokenizer.model" if is_begun else None)
     if path is not None:
@@ -273,7 +280,7 @@ def _tokenizer_model(options: argparse.Namespace, config: LlamaConfig, stories: 
 def _identity(
     options: argparse.Namespace, config: LlamaConfig, tokenizer: bytes, start: Start | None
 ) -> dict:
-    """What a run's numbers follow from; see training/identity.py."""
+    """Everything that determines a run's results; see training/identity.py."""
     names = ("steps", "batch", "micro_batch", "packed", "schedule", "lr", "warmup", "decay")
     names += ("final_lr", "weight_decay", "clip", "seed")
     return {
@@ -295,7 +302,7 @@ def _write_tokenizer(tokenizer: bytes, out: Path) -> None:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults that say something."""
+    """Shows defaults, except None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is None or action.default is False
@@ -304,77 +311,77 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 _EPILOG = """
 A config needs hidden_size, num_hidden_layers, num_attention_heads, intermediate_size and
-vocab_size. It may have num_key_value_heads (else num_attention_heads), head_dim (hidden_size /
+vocab_size. It may have num_key_value_heads (default: num_attention_heads), head_dim (hidden_size /
 num_attention_heads), max_position_embeddings (2048; the length of a row), rms_norm_eps (1e-6),
 rope_theta (10000), tie_word_embeddings (false), bos_token_id (1) and eos_token_id (2).
-A run that is done with its --steps gets more by the same command with more, where the steps done
-had the same learning rate: with constant, and with wsd before its decay (--decay 0 has none; a
-later --decay adds it), not with cosine.
+To train longer after a run has finished, repeat its command with a larger --steps. This works if
+the steps already done keep their learning rates: with constant; with wsd before its decay (run
+with --decay 0 first, and give --decay at the end); not with cosine.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
     p = Parser(
         "train",
-        "Train a LLaMA-2 on a text file, from random weights or from a checkpoint's.",
+        "Train a LLaMA-2 on a text file, from random weights or from those of a checkpoint.",
         formatter_class=_Help,
         epilog=_EPILOG,
     )
     files = p.add_argument_group("files")
     files.add_argument(
         "--text", type=named_path, required=True, metavar="FILE",
-        help="UTF-8; stories separated by lines of <|endoftext|>",
+        help="UTF-8; lines of <|endoftext|> separate stories",
     )  # fmt: skip
     files.add_argument("--valid", type=named_path, metavar="FILE", help="stories to validate on")
     begin = files.add_mutually_exclusive_group(required=True)
     begin.add_argument(
         "--config", type=named_path, metavar="FILE",
-        help="random weights of this shape, a Hugging Face config.json (its fields: below)",
+        help="start from random weights of this shape, a Hugging Face config.json (fields: below)",
     )  # fmt: skip
     begin.add_argument(
         "--from", dest="start", type=named_path, metavar="DIR",
-        help="weights, config and tokenizer of this model directory (float; computed in float32)",
+        help="start from weights, config and tokenizer of this directory (float dtypes only)",
     )  # fmt: skip
     files.add_argument(
         "--out", type=named_path, required=True, metavar="RUN",
-        help="directory of the run; where it holds a checkpoint, training goes on from there",
+        help="directory of the run; if it holds a checkpoint, training resumes from it",
     )  # fmt: skip
     files.add_argument(
         "--tokenizer", type=named_path, metavar="FILE",
-        help="a tokenizer.model to use instead of training one of the config's vocab_size",
+        help="use this tokenizer.model instead of training one of the config's vocab_size",
     )  # fmt: skip
-    add = p.add_argument_group("what is learnt").add_argument
-    add("--steps", type=int, default=5000, metavar="N", help="steps of the optimizer in all")
-    add("--batch", type=int, default=32, metavar="N", help="rows a step")
+    add = p.add_argument_group("training").add_argument
+    add("--steps", type=int, default=5000, metavar="N", help="total number of optimizer steps")
+    add("--batch", type=int, default=32, metavar="N", help="rows per step")
     add(
         "--micro-batch", type=int, default=4, metavar="N",
-        help="rows that go through the model together; gradients add up over a step",
+        help="rows per forward pass; gradients are summed over a step",
     )  # fmt: skip
-    add("--packed", action="store_true", help="rows that fill the context, not a story each")
+    add("--packed", action="store_true", help="fill each row with stories, not one per row")
     add("--lr", type=float, default=3e-3, metavar="X", help="highest learning rate")
-    add("--warmup", type=int, metavar="N", help="steps to reach it (default: 100, or a tenth)")
+    add("--warmup", type=int, metavar="N", help="steps to reach --lr (default: 100 or a tenth)")
     add(
         "--schedule", choices=SCHEDULES, default="cosine",
-        help="the rate after the warm-up: half a cosine; wsd: --lr, then a decay; constant: --lr",
+        help="rate after the warm-up: half a cosine; wsd: --lr, then a decay; constant: --lr",
     )  # fmt: skip
     add(
         "--decay", type=int, metavar="N",
-        help="wsd's last steps, in which the rate falls (default: a fifth of --steps)",
+        help="with wsd, the last steps, in which the rate falls (default: a fifth of --steps)",
     )  # fmt: skip
-    add("--final-lr", type=float, default=0.0, metavar="X", help="last rate as a part of --lr")
+    add("--final-lr", type=float, default=0.0, metavar="X", help="last rate as a fraction of --lr")
     add("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices, not of norms")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient")
-    add("--seed", type=int, default=0, metavar="S", help="of the first weights and the order")
-    add = p.add_argument_group("how it is computed").add_argument
+    add("--seed", type=int, default=0, metavar="S", help="of the initial weights and row order")
+    add = p.add_argument_group("computation").add_argument
     add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
     add("--device", type=int, metavar="N", help="which GPU (default: the first)")
-    add("--threads", type=int, metavar="N", help="micro-batches at once (default: one a core)")
-    add = p.add_argument_group("what is shown").add_argument
+    add("--threads", type=int, metavar="N", help="micro-batches in parallel (default: all cores)")
+    add = p.add_argument_group("output").add_argument
     add("--report-every", type=int, default=50, metavar="N", help="steps between lines")
     add("--valid-every", type=int, default=250, metavar="N", help="steps between validations")
     add("--valid-stories", type=int, default=100, metavar="N", help="stories of --valid to use")
     add("--checkpoint-every", type=int, default=250, metavar="N", help="steps between checkpoints")
-    add("--sample", type=utf8, metavar="PROMPT", help="continue this at each validation")
+    add("--sample", type=utf8, metavar="PROMPT", help="continue this text at each validation")
     add("--plot", action="store_true", help="draw RUN/loss.png at the end (extra [plot])")
     return p
 

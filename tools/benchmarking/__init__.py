@@ -1,1 +1,1 @@
-"""Modules of tools/benchmark.py: one file for each thing it measures or shows."""
+"""Modules of tools/benchmark.py: one file per thing that it measures or prints."""

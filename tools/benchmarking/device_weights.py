@@ -1,4 +1,4 @@
-"""Random weights that are made on the device: 7b takes a second, and no host memory."""
+"""Random weights generated on the device, which is fast and needs no host memory."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from npllama.weight_formats import format_of
 from npllama.weight_table import OF_LAYER, PRODUCTS
 
 CHUNK = 2**26
-"""Numbers that are made at a time; what they are made of takes three times their memory."""
+"""Elements generated at a time; temporary arrays take three times their memory."""
 
 
 def device_parameters(config: LlamaConfig, ops: Ops, dtype: np.dtype | str) -> Parameters:
-    """Weights of random size as `random_parameters` makes them, but uniform and not normal.
+    """Random weights with the scales of `random_parameters`, but from a uniform distribution.
 
-    They pass through `ops.prepare` joined, as those of a converted file do.
+    `ops.prepare` receives matrices that are already joined, as from a converted checkpoint.
     """
-    n_made = 0  # numbers so far: no two matrices are alike
+    n_made = 0  # elements so far; matrices continue one sequence, so no two are equal
     residual = (2 * config.n_layers) ** -0.5
 
     def matrix(n_out: int, n_in: int, size: float = 1.0) -> Matrix:
@@ -49,10 +49,10 @@ def device_parameters(config: LlamaConfig, ops: Ops, dtype: np.dtype | str) -> P
 
 
 def _matrix(ops: Ops, n_out: int, n_in: int, std: float, dtype: np.dtype, first: int) -> Matrix:
-    """(O, D) numbers with this standard deviation; `first` is the number of the first of them."""
+    """(O, D) elements with standard deviation `std`, from element `first` of the sequence on."""
     xp = ops.xp
     values = xp.empty((n_out, n_in), dtype=dtype)
-    most = 3**0.5 * std  # of uniform numbers with this standard deviation
+    most = 3**0.5 * std  # bound of a uniform distribution with this standard deviation
     rows = max(1, CHUNK // n_in)
     for begin in range(0, n_out, rows):
         end = min(begin + rows, n_out)
@@ -65,7 +65,7 @@ def _matrix(ops: Ops, n_out: int, n_in: int, std: float, dtype: np.dtype, first:
 
 
 def _uniform(xp: Any, n: int, first: int) -> Array:
-    """n numbers in [-1, 1), float32: a hash of first, first + 1, ...
+    """n float32 values in [-1, 1): hashes of the integers first, first + 1, ...
 
     Source: Wellons 2018, "Prospecting for Hash Functions" (lowbias32).
     """

@@ -1,4 +1,4 @@
-"""From samples to the figures that are reported: rates, parts of the roofline, ratios, spreads."""
+"""Computes the reported figures from samples: rates, fractions of the roofline, ratios, spreads."""
 
 import statistics
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from npllama.config import LlamaConfig
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over all runs."""
+    """Median, minimum and maximum of a figure over all runs."""
 
     median: float
     min: float
@@ -23,7 +23,7 @@ class Spread:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Median, least and largest; None where a run does not have the figure."""
+    """Median, minimum and maximum; None if a run lacks the value."""
     values = list(values)
     if not values or None in values:
         return None
@@ -32,20 +32,20 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Program:
-    """What is reported of one program; None where it is not known.
+    """The reported figures of one program. None marks an unknown figure.
 
     Attributes:
         prefill_tokens_per_second, decode_tokens_per_second: see Sample.
-        prefill_of_roofline, decode_of_roofline: the program's rate divided by the roofline's of
-            the same run.
-        decode_gigabytes_per_second: bytes of weights that a step reads, once for all rows,
-            times steps a second.
-        prefill_gigaflops, decode_gigaflops: matrix products alone (shapes.forward_flops), a
-            second.
-        first_token_seconds: from a run's start.
-        load_seconds: from nothing to a model.
-        load_to_first_token_seconds: the same, and the first generation to its first token.
-        peak_bytes: of memory during a generation.
+        prefill_of_roofline, decode_of_roofline: the program's rate divided by the roofline's
+            rate in the same run.
+        decode_gigabytes_per_second: bytes of weights that a step reads (once for all rows) times
+            steps per second.
+        prefill_gigaflops, decode_gigaflops: operations per second, of matrix products only
+            (shapes.forward_flops).
+        first_token_seconds: time from the start of a run.
+        load_seconds: time to load the model.
+        load_to_first_token_seconds: time to load the model and generate the first token.
+        peak_bytes: peak memory during a generation.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Ratio:
-    """npllama's tokens a second divided by those of another program in the same run."""
+    """npllama's tokens per second divided by those of another program in the same run."""
 
     to: str
     prefill: Spread | None
@@ -82,12 +82,12 @@ def program(
     load_to_first_token_seconds: float | None = None,
     peak_bytes: int | None = None,
 ) -> Program:
-    """The figures of a program's samples.
+    """Compute the figures of a program from its samples.
 
     Args:
-        roofline: the samples of the same runs; empty where there is none.
-        config: the model it ran; None where only the program knows.
-        step_nbytes: bytes of weights that its decode step reads; None where not known.
+        roofline: the roofline's samples of the same runs; empty if there is none.
+        config: the model that the program ran; None if only the program knows.
+        step_nbytes: bytes of weights that its decode step reads; None if unknown.
     """
     prefill = spread(s.prefill for s in samples)
     decode = spread(s.decode for s in samples)
@@ -117,7 +117,7 @@ def program(
 
 
 def ratio(to: str, ours: list[Sample], theirs: list[Sample]) -> Ratio:
-    """Ours divided by theirs, run by run."""
+    """The rates `ours` divided by the rates `theirs`, run by run."""
     pairs = list(zip(ours, theirs, strict=True))
     return Ratio(
         to,

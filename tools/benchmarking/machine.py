@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""Describes the machine on which the figures were measured."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from npllama.operating_system import processor_name
 
 
 def machine(backend: Backend) -> dict[str, Any]:
-    """Device, processor, cores, BLAS and its threads, versions."""
+    """Device, processor, cores, BLAS and its number of threads, and versions."""
     blas = _blas()
     return {
         "device": backend.device_name(),
@@ -26,7 +26,7 @@ def machine(backend: Backend) -> dict[str, Any]:
 
 
 def n_threads() -> int:
-    """Threads that NumPy's BLAS uses now; 1 where there is no BLAS that can tell."""
+    """Number of threads that NumPy's BLAS uses now; 1 if BLAS does not report it."""
     blas = _blas()
     return 1 if blas is None else blas["num_threads"]
 

@@ -1,4 +1,4 @@
-"""Runs that are timed: the library's own generation loop, the roofline beside it, and rivals."""
+"""Timed runs: the library's own generation loop, the roofline, and the programs to compare with."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,17 +15,17 @@ from npllama.sampling_options import Sampling
 GREEDY = Sampling(temperature=0)
 
 PAUSE = 0.3
-"""Seconds between programs: threads of BLAS and OpenMP wait for more work by spinning, for some
-25 to 200 ms, and would take a core from the next program's first forward. And npllama counts the
-free cores by what ran in the last quarter of a second."""
+"""Seconds between programs. Idle BLAS and OpenMP threads spin for a while, and would take a core
+from the next program's first forward pass. npllama also needs the pause to count
+the free cores, which it does by the load of the last quarter of a second."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every program does in a run: read `prompts`, then make `new_tokens` a prompt.
+    """What every program does in a run: read `prompts`, then generate `new_tokens` per prompt.
 
-    The first of them comes out of the prompts' forward, the others of decode steps, which all
-    prompts go through together.
+    The first new token comes from the forward pass of the prompt, the others from decode steps,
+    which all prompts share.
     """
 
     prompts: list[list[int]]
@@ -42,11 +42,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one program; None is what it does not tell.
+    """One run of one program. None marks a value that the program does not report.
 
     Attributes:
-        prefill: prompt tokens a second, over all prompts.
-        decode: new tokens a second after each prompt's first, over all prompts.
+        prefill: prompt tokens per second, over all prompts.
+        decode: new tokens per second after the first of each prompt, over all prompts.
         first_token: seconds from the start to the first new token.
     """
 
@@ -57,11 +57,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Opening:
-    """What is measured once, before the runs.
+    """Values that are measured once, before the runs.
 
     Attributes:
-        first_token: seconds of the first generation to its first token.
-        peak_nbytes: the most memory held during a generation; None where unknown.
+        first_token: seconds that the first generation takes to its first token.
+        peak_nbytes: peak memory during a generation; None if unknown.
     """
 
     first_token: float
@@ -69,19 +69,19 @@ class Opening:
 
 
 class Rival(Protocol):
-    """Another program that does a task."""
+    """A program to compare with, which performs a task."""
 
     def run(self) -> Sample: ...
 
 
 @dataclass
 class Runs:
-    """The samples of each program, the i-th of all taken side by side.
+    """The samples of all programs. The i-th samples of all programs are from the same run.
 
     Attributes:
-        roofline: empty where there is none.
-        rivals: of each, in the order they were given.
-        threads: how many npllama began each run with.
+        roofline: empty if there is no roofline.
+        rivals: one list per program, in the given order.
+        threads: number of threads with which npllama began each run.
     """
 
     npllama: list[Sample] = field(default_factory=list)
@@ -91,14 +91,14 @@ class Runs:
 
 
 def make_task(lengths: Sequence[int], new_tokens: int, n_ids: int) -> Task:
-    """Prompts of random ids of [3, n_ids), so of no control id, always the same ones."""
+    """Prompts of random ids in [3, n_ids), which excludes control ids. Always the same prompts."""
     rng = np.random.default_rng(0)
     return Task([rng.integers(min(3, n_ids - 1), n_ids, n).tolist() for n in lengths], new_tokens)
 
 
 def open_model(llama: Llama, task: Task) -> Opening:
-    """The first token of a fresh model, then a whole generation that warms up what follows and
-    during which memory is watched (the watching costs time, so this one is not timed)."""
+    """Measure the first token of a fresh model. Then run a whole generation, as a warm-up and to
+    sample memory; this one is not timed, because sampling memory costs time."""
     first = Task(task.prompts, new_tokens=1)
     first_token = generate(llama, first).first_token
     with PeakMemory() as peak:
@@ -108,7 +108,7 @@ def open_model(llama: Llama, task: Task) -> Opening:
 
 
 def generate(llama: Llama, task: Task) -> Sample:
-    """One run of the library's own loop: greedy, going on after an end-of-sequence id."""
+    """One greedy run of the library's own loop, which continues after an end-of-sequence id."""
     generation = llama.new_generation(
         task.prompts, max_new_tokens=task.new_tokens, sampling=GREEDY, seed=0, ignore_eos=True
     )
@@ -125,13 +125,13 @@ def side_by_side(
     n_runs: int,
     done: Callable[[], object] = lambda: None,
 ) -> Runs:
-    """`n_runs` runs of everything in turn, so that noise hits all alike.
+    """Run all programs `n_runs` times in alternation, so that noise affects all alike.
 
-    Half of a run's roofline passes go before npllama's run and half after, and there are as many
-    of them as it has decode steps: both take about the same time, around the same moment.
+    Each run has as many roofline passes as decode steps, half of them before npllama's run and half
+    after it. Both take about the same time, so they see about the same load.
     """
     runs = Runs(rivals=[[] for _ in rivals])
-    if roofline is not None:  # warm up
+    if roofline is not None:  # warm-up
         roofline_run(roofline, task, lambda: None, n_passes=1)
     for _ in range(n_runs):
 
@@ -147,7 +147,7 @@ def side_by_side(
         for rival, samples in zip(rivals, runs.rivals, strict=True):
             time.sleep(PAUSE)
             samples.append(rival.run())
-            llama.backend.threads.count  # noqa: B018 (the look after this one is at the pause)
+            llama.backend.threads.count  # noqa: B018 (the next count then covers the pause)
         if rivals:
             time.sleep(PAUSE)
         done()
@@ -157,10 +157,10 @@ def side_by_side(
 def roofline_run(
     roofline: Roofline, task: Task, between: Callable[[], None], n_passes: int
 ) -> Sample:
-    """Passes in the place of a task's forwards, `between` called halfway.
+    """Time roofline passes that replace a task's forward passes; call `between` halfway.
 
-    Prefill: a pass for each prompt, of its rows, the head on its last. Decode: the mean of
-    `n_passes` of one row a prompt.
+    Prefill: one pass per prompt over all its tokens, with the head only on the last token. Decode:
+    the mean of `n_passes` passes over one token per prompt.
     """
     batch = len(task.prompts)
     decode = sum(roofline.seconds(batch, batch) for _ in range(n_passes // 2))

@@ -1,4 +1,4 @@
-"""The most memory that a process and its children hold at once."""
+"""Peak memory of a process and its children."""
 
 import threading
 from types import TracebackType
@@ -9,10 +9,10 @@ _INTERVAL = 0.05
 
 
 class PeakMemory:
-    """Samples `resident_bytes` from a thread while the `with` block runs.
+    """Samples `resident_bytes` in a thread while the `with` block runs.
 
     Attributes:
-        nbytes: the most that was seen; None where the system won't say.
+        nbytes: the largest sample; None if the system does not report it.
     """
 
     def __init__(self, pid: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Other programs that do the same task beside npllama: transformers, or any command."""
+"""Programs to compare with on the same task: transformers, or any command that prints its speed."""
 
 import importlib.util
 import json
@@ -23,12 +23,12 @@ WORKER = Path(__file__).with_name("transformers_worker.py")
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _UNIT = r"(?:tok(?:en)?s?/s(?:ec(?:ond)?)?|tokens per second)\b"
-# "61.2 tokens/s", or as llama2.c has it, "achieved tok/s: 61.2"
+# "61.2 tokens/s", or in llama2.c's form, "achieved tok/s: 61.2"
 _SPEED = re.compile(rf"({_NUMBER})\s*{_UNIT}|{_UNIT}\s*[:=]\s*({_NUMBER})", re.IGNORECASE)
 
 
 def check_installed() -> None:
-    """Raise InputError where torch or transformers is missing; neither is imported."""
+    """Raise InputError if torch or transformers is missing. Neither is imported."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
@@ -38,14 +38,14 @@ def check_installed() -> None:
 
 
 class Transformers:
-    """Hugging Face transformers, on the CPU, with random weights of the same shapes.
+    """Hugging Face transformers on the CPU, with random weights of the same shapes.
 
-    A process of its own, which is started once and asked for a run each time. int8 has no
-    equivalent there: beside it, transformers computes in float32.
+    It runs in a process of its own, which is started once and then asked for each run. transformers
+    has no equivalent of int8, so for int8 it computes in float32.
 
     Raises:
-        InputError: transformers fails; the message has its last line.
-        OutOfMemoryError: a second model does not fit beside the first.
+        InputError: transformers failed. The message has the last line of its output.
+        OutOfMemoryError: memory cannot hold a second model.
     """
 
     def __init__(self, config: LlamaConfig, dtype: str, task: Task, n_threads: int) -> None:
@@ -56,7 +56,7 @@ class Transformers:
         free = Backend().free_bytes()
         if free is not None and nbytes > free:
             raise OutOfMemoryError(
-                f"--compare hf needs {nbytes / 1e9:.2f} GB for a model of its own and "
+                f"--compare hf needs {nbytes / 1e9:.2f} GB for a second model, but only "
                 f"{free / 1e9:.2f} GB are free: compare a smaller shape or a narrower --dtype"
             )
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
@@ -66,7 +66,7 @@ class Transformers:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            start_new_session=True,  # Ctrl-C is for this process, which then closes the pipe
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends the other
             env=dict(os.environ) | {"HF_HUB_OFFLINE": "1"},
         )
         job = {
@@ -77,7 +77,7 @@ class Transformers:
             "new_tokens": task.new_tokens,
         }
         self.versions = self._ask(json.dumps(job))["versions"]
-        with PeakMemory(self._process.pid) as peak:  # and warmed up
+        with PeakMemory(self._process.pid) as peak:  # this run is also the warm-up
             self.run()
         self.peak_nbytes = peak.nbytes
 
@@ -124,14 +124,14 @@ class Transformers:
 
 
 class Command:
-    """A program that prints its speed; each run starts it anew.
+    """A program that prints its speed. Each run starts it again.
 
-    The last number before "tok/s", "tokens/s" or "tokens per second" counts, or after "tok/s:",
-    on standard output or standard error.
+    The speed is the last number before "tok/s", "tokens/s" or "tokens per second", or after
+    "tok/s:", on standard output or standard error.
 
     Args:
-        command: as for a shell, but run without one.
-        n_threads: told to OpenMP, unless OMP_NUM_THREADS is set already.
+        command: written as for a shell, but run without one.
+        n_threads: value of OMP_NUM_THREADS, unless the variable is already set.
     """
 
     def __init__(self, command: str, n_threads: int) -> None:
@@ -142,16 +142,19 @@ class Command:
         if not self._words:
             raise InputError("--compare-command is empty: expected a program and its arguments")
         if shutil.which(self._words[0]) is None:
-            raise InputError(f"--compare-command: there is no program {self._words[0]!r} to run")
+            raise InputError(
+                f"--compare-command: program {self._words[0]!r} was not found: expected a program "
+                "on the PATH, or its path"
+            )
         self.name = command
         self._program = Path(self._words[0]).name
         self._n_threads = n_threads
 
     def run(self) -> Sample:
-        """Start the program, wait for its end, and read its speed.
+        """Run the program to its end, and read its speed.
 
         Raises:
-            InputError: it cannot be started, fails, or prints no speed.
+            InputError: the program cannot be started, fails, or prints no speed.
         """
         threads = {"OMP_NUM_THREADS": str(self._n_threads)}
         try:
@@ -181,7 +184,7 @@ class Command:
 
 
 def printed_speed(text: str) -> float | None:
-    """The last number of tokens a second that `text` tells, or None.
+    """The last number of tokens per second in `text`, or None.
 
     >>> printed_speed("prompt 80.5 tokens/s, decode 1,061.2 tok/s; 3 s")
     1061.2

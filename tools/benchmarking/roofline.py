@@ -1,4 +1,4 @@
-"""The speed that plain float32 BLAS allows: one pass over all matrices of a forward."""
+"""The speed that float32 BLAS allows: one pass over all matrices of a forward pass."""
 
 import time
 
@@ -13,24 +13,24 @@ from npllama.memory import mapped_nbytes, workspace_nbytes
 from npllama.weights import named_arrays
 
 _MARGIN = 0.05
-"""Part of the free memory that is left alone."""
+"""Fraction of the free memory that is left unused."""
 
 _FEW_ROWS = 16
 
 
 class Roofline:
-    """Times y = x W^T over a forward's matrices: each once, in order, unfused, in float32.
+    """Times y = x W^T over the matrices of a forward pass: each once, in order, unfused, float32.
 
     No matrix is used twice in a pass, so the processor's cache helps no more than it helps the
-    model. Inputs and outputs are allocated before the clock starts. A few rows go in as W x^T, in
-    which order OpenBLAS is faster up to about 16 (see npllama/ops/tiles.py): a roof must not be
-    lower than need be.
+    model. Inputs and outputs are allocated before timing. For few rows the product is W x^T, the
+    order in which OpenBLAS is faster (see npllama/ops/tiles.py), because a roofline should be as
+    fast as BLAS can be.
 
     Args:
-        backend: whose array module multiplies.
-        layers: the matrices (O, D) of as many layers as are held, in order.
+        backend: backend whose array module multiplies.
+        layers: matrices (O, D) of the layers that are held in memory, in order.
         head: (V, D).
-        scale: layers of the model for each one held; a pass over some layers is scaled by it.
+        scale: layers of the model divided by layers held; scales the time of the layers.
     """
 
     def __init__(
@@ -43,15 +43,16 @@ class Roofline:
         self._operands: dict[int, tuple[dict[int, Array], dict[int, Array]]] = {}
 
     def seconds(self, n_tokens: int, n_logits: int) -> float:
-        """Seconds of one pass, `n_tokens` rows through the layers and `n_logits` through the head.
+        """Seconds of one pass of `n_tokens` rows through the layers and `n_logits` rows through
+        the head.
 
-        Where only some layers are held: (seconds of these) * scale + (seconds of the head).
+        If only some layers are held: (seconds of these layers) * scale + (seconds of the head).
         """
         dot = self.backend.xp.dot
         layers = [self._product(w, n_tokens) for w in self.layers]
         head = self._product(self.head, n_logits)
         threads = self.backend.threads
-        with threads.blas(threads.count):  # as many as npllama would use now
+        with threads.blas(threads.count):  # as many threads as npllama would use now
             self._wait()
             begin = time.perf_counter()
             for a, b, out in layers:
@@ -63,7 +64,7 @@ class Roofline:
             return (middle - begin) * self.scale + time.perf_counter() - middle
 
     def _product(self, w: Array, n_rows: int) -> tuple[Array, Array, Array]:
-        """(a, b, out) of a @ b: W x for one row, W x^T for a few, x W^T for more."""
+        """(a, b, out) for a @ b: W x for one row, W x^T for a few rows, x W^T for more."""
         n_out, width = w.shape
         xp = self.backend.xp
         inputs, outputs = self._operands.setdefault(n_rows, ({}, {}))
@@ -79,16 +80,16 @@ class Roofline:
         return (w, x.T, out) if n_rows <= _FEW_ROWS else (x, w.T, out)
 
     def _wait(self) -> None:
-        """Until what was queued on a device is done; nothing on the CPU."""
+        """Wait until the work queued on a device is done. On the CPU there is none."""
         self.backend.to_host(self.head[:1, :1])
 
 
 def roofline_of(llama: Llama, batch: int, length: int) -> tuple[Roofline | None, str | None]:
-    """The roofline of a model, and a remark where it is not over all of its layers.
+    """The roofline of a model, and a remark if it does not cover all layers.
 
-    A float32 model's own matrices are used. For narrower ones float32 matrices of the same shapes
-    are made: all of them, or those of as many layers as fit into memory beside the model and
-    `batch` rows of `length` positions; none where not even one layer fits.
+    A float32 model's own matrices are used. For narrower dtypes, float32 matrices of the same
+    shapes are made for as many layers as fit into memory together with the model and a cache of
+    `batch` rows with `length` positions. If not even one layer fits, there is no roofline.
     """
     config, backend = llama.config, llama.backend
     arrays = named_arrays(llama.parameters, config)
@@ -125,12 +126,12 @@ def roofline_nbytes(config: LlamaConfig) -> int:
 
 
 def _random(backend: Backend, shape: tuple[int, int]) -> Array:
-    """Random numbers: zeros would not be backed by memory of their own."""
+    """Random values. The kernel would back zeros with a single page instead of real memory."""
     return backend.to_device(np.random.default_rng(0).random(shape, dtype="float32"))
 
 
 def _room(llama: Llama, batch: int, length: int) -> int | None:
-    """Bytes free beside the model's weights and what a run will take."""
+    """Bytes that stay free apart from the model's weights and what a run allocates."""
     free = llama.backend.free_bytes()
     if free is None:
         return None
@@ -139,5 +140,5 @@ def _room(llama: Llama, batch: int, length: int) -> int | None:
     taken = KVCache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, batch, length, itemsize)
     chunk = min(llama.ops.prefill_chunk(), length)
     taken += workspace_nbytes(c, llama.ops, batch, length, chunk, llama.cache_dtype)
-    taken += mapped_nbytes(llama.parameters)  # they count as free, and would be pushed out
+    taken += mapped_nbytes(llama.parameters)  # count as free, but would be evicted
     return int(free * (1 - _MARGIN)) - taken

@@ -1,4 +1,4 @@
-"""The shapes that speeds are reported for, and what one forward of a shape must multiply."""
+"""The shapes for which speeds are reported, and the matrix products of a forward pass."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from npllama.ops import ops_for
 from npllama.weight_formats import FORMATS
 from npllama.weight_table import EMBEDDING, LM_HEAD, tensor_shapes
 
-# Those at which others have published speeds: llama2.c's stories, TinyLlama, Llama 2.
+# Shapes with published speeds of other programs: llama2.c's stories models, TinyLlama, Llama 2.
 SHAPES = {
     "15m": LlamaConfig(288, 6, 6, 6, 768, 32000),
     "110m": LlamaConfig(768, 12, 12, 12, 2048, 32000),
@@ -27,13 +27,13 @@ SHAPES = {
 
 
 def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int) -> Llama:
-    """A model of this shape with random weights, and without a tokenizer.
+    """A model of this shape with random weights and without a tokenizer.
 
-    Weights of zero would do for the equations, but the kernel backs untouched zeros with one
-    page, which stays in the cache and flatters. Those of a device are made there.
+    Zero weights would be too fast: the kernel backs untouched zeros with a single page, which
+    stays in the cache. Weights for a device are generated there.
 
     Raises:
-        OutOfMemoryError: it does not fit; found out before any of it is made.
+        OutOfMemoryError: the model does not fit. Raised before any of it is allocated.
     """
     ops = ops_for(backend)
     storage = FORMATS[dtype].dtype
@@ -53,9 +53,9 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
 
 
 def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Name and shape (O, D) of each matrix that a forward multiplies by, in its order.
+    """Name and shape (O, D) of each matrix that a forward pass multiplies by, in its order.
 
-    The embedding is not among them, except as a tied head: a forward reads a row of it a token.
+    The embedding is included only as a tied head, because a lookup reads just one row per token.
     """
     shapes = tensor_shapes(config)
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
@@ -65,11 +65,11 @@ def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
-    """Floating point operations of a forward's matrix products: 2 O D a matrix and row.
+    """Floating point operations of a forward pass's matrix products: 2 O D per matrix and row.
 
-    Attention over the cache and everything elementwise are left out, so that the count is that
-    of the roofline, which has neither. All rows count in all layers, as they do there, though
-    npllama's last layer leaves most of a prompt's out.
+    Attention over the cache and elementwise operations are not counted, because the roofline has
+    neither. All rows count in all layers, as in the roofline, although npllama's last layer skips
+    most rows of a prompt.
 
     Args:
         n_tokens: rows that go through the layers.
@@ -80,10 +80,10 @@ def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
 
 
 def prompt_lengths(n_tokens: int, batch: int) -> list[int]:
-    """Tokens of each prompt: `batch` ragged rows, each one shorter than the last where it can."""
+    """Lengths of `batch` ragged prompts. Each is one token shorter than the last, if possible."""
     return [max(1, n_tokens - row) for row in range(batch)]
 
 
 def prefill_flops(config: LlamaConfig, lengths: Sequence[int]) -> int:
-    """`forward_flops` of prompts that go in one after the other, the head on each one's last."""
+    """`forward_flops` of prompts read one after the other, with the head only on the last token."""
     return sum(forward_flops(config, length, 1) for length in lengths)

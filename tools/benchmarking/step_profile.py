@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes, by method of the ops object."""
+"""Measures how much of a decode step each method of the ops object takes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ OUTSIDE = "outside of ops"
 
 @dataclass(frozen=True)
 class OpTime:
-    """One line of a profile, means over the decode steps.
+    """One line of a profile: means over the decode steps.
 
     Attributes:
-        op: the method, with the shape of the matrix it is given where it is given one; or
-            OUTSIDE: the loop, the cache's bookkeeping, the tokenizer.
-        calls: a step.
-        seconds: a step, without the time of ops that it calls itself.
-        share: of the step.
+        op: the method, with the shape of its matrix argument if it has one. OUTSIDE stands for
+            the loop, the cache's bookkeeping and the tokenizer.
+        calls: calls per step.
+        seconds: seconds per step, without the time of ops that it calls.
+        share: fraction of the step.
     """
 
     op: str
@@ -33,12 +33,12 @@ class OpTime:
 
 
 class _Watch:
-    """Counts calls and self time by name; ops that call ops nest."""
+    """Counts calls and the time of each op, excluding nested ops."""
 
     def __init__(self, wait: Callable[[], object]) -> None:
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self._inner = [0.0]  # seconds of ops called by each op that is running
+        self._inner = [0.0]  # for each running op, seconds spent in ops that it called
         self._wait = wait
 
     def wrapped(self, name: str, method: Callable) -> Callable:
@@ -66,9 +66,9 @@ class _Watch:
 
 @contextmanager
 def watched(ops: Ops, wait: Callable[[], object]) -> Iterator[_Watch]:
-    """Each public method of `ops` counts its time while the block runs.
+    """Time every public method of `ops` while the block runs.
 
-    The methods are put on the object itself, where calls between them find them too.
+    The timed methods are set on the object itself, so calls between methods are timed too.
     """
     watch = _Watch(wait)
     names = [n for n in dir(type(ops)) if not n.startswith("_") and callable(getattr(ops, n))]
@@ -82,10 +82,10 @@ def watched(ops: Ops, wait: Callable[[], object]) -> Iterator[_Watch]:
 
 
 def profile(llama: Llama, task: Task) -> list[OpTime]:
-    """The decode steps of one generation, by op, the slowest first; shares sum to 1.
+    """Profile the decode steps of one generation by op, slowest first. Shares sum to 1.
 
-    Each call costs about a microsecond of watching, which counts as time of the op that made
-    it; on a device, which is waited for after each op, steps are not ahead of one another.
+    Timing a call takes time itself, which is attributed to the op that made the call. On a device,
+    each op is waited for, so steps are not queued ahead as they usually are.
     """
     backend = llama.backend
     generation = llama.new_generation(
@@ -95,7 +95,7 @@ def profile(llama: Llama, task: Task) -> list[OpTime]:
     with watched(llama.ops, lambda: backend.to_host(marker)) as watch:
         steps_before = None
         for _ in generation:
-            if steps_before is None:  # what came before was the prompts, and steps queued ahead
+            if steps_before is None:  # discard the prompts and the steps queued during them
                 watch.clear()
                 steps_before = generation.timings.decode_steps
     n_steps = generation.timings.decode_steps - steps_before

@@ -1,4 +1,4 @@
-"""The figures as Markdown, and what stands in each of its columns."""
+"""The figures as Markdown tables, and the definition of their columns."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,14 +24,14 @@ PROFILE_TITLES = ("op", "calls", "us", "share")
 
 
 def programs_table(programs: Sequence[Program]) -> str:
-    """A row for each program; where there were several runs, "median (min to max)"."""
+    """One row per program. For several runs, a cell is "median (min to max)"."""
     titles = [title for title, _ in COLUMNS]
     rows = [[p.name.replace("|", "\\|"), *(cell(p) for _, cell in COLUMNS)] for p in programs]
     return markdown(["", *titles], rows)
 
 
 def ratio_line(ratio: Ratio) -> str:
-    """One sentence: how many times as fast npllama is."""
+    """A sentence that states npllama's speed relative to another program's."""
     text = f"Of {ratio.to}: decode {of_runs(ratio.decode, 2)} x"
     if ratio.prefill is not None:
         text += f", prefill {of_runs(ratio.prefill, 2)} x"
@@ -39,12 +39,12 @@ def ratio_line(ratio: Ratio) -> str:
 
 
 def profile_table(lines: Sequence[OpTime]) -> str:
-    """A row for each op of a decode step, and their sum."""
+    """One row per op of a decode step, and their sum."""
     return markdown(PROFILE_TITLES, profile_rows(lines))
 
 
 def profile_rows(lines: Sequence[OpTime]) -> list[list[str]]:
-    """The cells of PROFILE_TITLES for each op, and for their sum."""
+    """The cells of PROFILE_TITLES for each op and for their sum."""
     rows = [
         [line.op, f"{line.calls:g}", f"{line.seconds * 1e6:,.1f}", f"{line.share:.1%}"]
         for line in lines
@@ -55,13 +55,13 @@ def profile_rows(lines: Sequence[OpTime]) -> list[list[str]]:
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers, aligned to the right."""
+    """A table whose first column is text and whose other columns are right-aligned numbers."""
     lines = [titles, ["---", *(["---:"] * (len(titles) - 1))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def of_runs(figure: Spread | None, digits: int | None = None) -> str:
-    """ "53.1 (52.0 to 54.2)"; the median alone where all runs agree."""
+    """ "53.1 (52.0 to 54.2)", or only the median if all runs agree."""
     if figure is None:
         return UNKNOWN
     median, least, most = (number(x, digits) for x in (figure.median, figure.min, figure.max))
@@ -74,12 +74,12 @@ def of_median(figure: Spread | None, factor: float = 1.0) -> str:
 
 
 def one(value: float | None, factor: float = 1.0) -> str:
-    """A number in another unit, or a dash."""
+    """A number in another unit, or a dash if unknown."""
     return UNKNOWN if value is None else number(value * factor)
 
 
 def number(value: float, digits: int | None = None) -> str:
-    """With `digits` after the point, by default as many as make three in all."""
+    """A number with `digits` decimals; by default with three significant digits."""
     if digits is None:
         digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:,.{digits}f}"

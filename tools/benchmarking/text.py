@@ -10,11 +10,11 @@ from benchmarking.table import COLUMNS, PROFILE_TITLES, UNKNOWN, profile_rows
 WIDTH = 80
 _GAP = 2
 _NARROWEST = 24
-"""Columns that a program's name has before it goes on in the next line."""
+"""Smallest width to which a program's name is wrapped."""
 
 
 def programs_text(programs: Sequence[Program]) -> str:
-    """A line for each figure and a column for each program, in as many blocks as need be."""
+    """One line per figure and one column per program, in several blocks if necessary."""
     titles = [title for title, _ in COLUMNS]
     left = max(map(len, titles))
     blocks: list[list[list[str]]] = [[]]
@@ -31,7 +31,7 @@ def programs_text(programs: Sequence[Program]) -> str:
 
 
 def profile_text(lines: Sequence[OpTime]) -> str:
-    """A line for each op of a decode step, and their sum."""
+    """One line per op of a decode step, and their sum."""
     rows = [list(PROFILE_TITLES), *profile_rows(lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -44,12 +44,12 @@ def profile_text(lines: Sequence[OpTime]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Lines of at most 80 columns; a word that is longer, such as a path, stays whole."""
+    """Wrap text to 80 columns. Longer words, such as paths, are not broken."""
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _column(program: Program) -> list[str]:
-    """A program's figures, below the lines of its name."""
+    """A program's figures below its name, which may be wrapped."""
     cells = [cell(program).replace(UNKNOWN, "-") for _, cell in COLUMNS]
     width = max(_NARROWEST, *map(len, cells))
     return textwrap.wrap(program.name, width, break_on_hyphens=False) + cells

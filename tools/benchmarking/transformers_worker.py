@@ -1,8 +1,9 @@
-"""Hugging Face transformers in a process of its own: one line in, one run, one line out.
+"""Runs Hugging Face transformers in a separate process, for tools/benchmark.py.
 
-The only place beside make_reference.py that imports torch; tools/benchmark.py starts it. The
-first line on standard input is the job as JSON (config, dtype, threads, prompts, new_tokens), each
-further one asks for a run. A line of JSON answers each. It leaves when its input is closed.
+Apart from make_reference.py and tools/checking_gpu, only this program imports torch. The first
+line on standard input is the job as JSON (config, dtype, threads, prompts, new_tokens). Each
+further line requests a run. The program answers each line with a line of JSON. It ends when its
+input is closed.
 """
 
 import json
@@ -14,7 +15,7 @@ import time
 def main() -> None:
     """Serve runs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    os.dup2(2, 1)  # output of the libraries must not mix with the answers
     job = json.loads(sys.stdin.readline())
     import torch
     import transformers
@@ -22,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     transformers.logging.set_verbosity_error()
     config = transformers.LlamaConfig(**job["config"])
-    torch.set_default_dtype(getattr(torch, job["dtype"]))  # weights are random in it at once
+    torch.set_default_dtype(getattr(torch, job["dtype"]))  # the weights are created in it
     model = transformers.LlamaForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -33,14 +34,15 @@ def main() -> None:
 
 
 def run(model, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:  # noqa: ANN001
-    """Seconds of reading the prompts, and of all further tokens: greedy, with the KV cache, and
-    the head on the last position alone; `generate` would add its own bookkeeping to each step."""
+    """Seconds to read the prompts, and seconds for all further tokens: greedy, with the KV cache,
+    and with the head only on the last position. `generate` would add its bookkeeping to each
+    step."""
     import torch
 
     width = max(map(len, prompts))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    is_ragged = not bool(mask.all())  # a mask costs time: one prompt goes without
+    is_ragged = not bool(mask.all())  # a mask costs time, so a single prompt has none
 
     def forward(tokens: torch.Tensor, past=None):  # noqa: ANN001
         masked = {}
@@ -51,7 +53,7 @@ def run(model, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:  
             input_ids=tokens, past_key_values=past, use_cache=True, logits_to_keep=1, **masked
         )
         chosen = out.logits[:, -1].argmax(-1, keepdim=True)  # (B, 1, V) -> (B, 1)
-        chosen.tolist()  # a caller needs it, and on a device this waits
+        chosen.tolist()  # a caller needs the ids; on a device this also waits
         return chosen, out.past_key_values
 
     begin = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The stages of check_gpu.sh, a module each; results.py is the table that they fill."""
+"""The stages of check_gpu.sh, one module each; results.py holds the table of their results."""

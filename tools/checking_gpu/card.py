@@ -1,4 +1,4 @@
-"""Which card, driver and CuPy are here; the first line of the table's heading."""
+"""Prints the GPU, driver and CuPy of this machine, the first line of the table's heading."""
 
 import importlib
 import sys
@@ -6,16 +6,18 @@ from datetime import UTC, datetime
 
 
 def main() -> int:
-    """Print the line, or why CuPy cannot compute here."""
+    """Print the line, or the reason why CuPy cannot compute here."""
     try:
         import numpy as np
 
         from npllama.backend import get_backend
         from npllama.errors import NpllamaError
 
-        importlib.import_module("npllama.llama")  # and all that it needs
+        importlib.import_module("npllama.llama")  # also imports everything that it needs
     except ImportError as error:
-        print(f"check_gpu: error: {error}; setup.cfg lists what npllama needs", file=sys.stderr)
+        print(
+            f"check_gpu: error: {error}: install the packages that setup.cfg lists", file=sys.stderr
+        )
         return 2
     try:
         backend = get_backend("cupy")

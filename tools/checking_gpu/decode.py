@@ -1,4 +1,4 @@
-"""Decoding: the shipped model, 1.1b and 7b, each as a part of the card's read bandwidth."""
+"""Decoding with the shipped model, 1.1b and 7b, as fractions of the GPU's read bandwidth."""
 
 import sys
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ INT8_TO_FLOAT16 = 1.6
 
 @dataclass(frozen=True)
 class Case:
-    """Decoding up to `context` positions; `least` is the bar, a part of the read bandwidth."""
+    """Decoding up to `context` positions. `least` is the bar, a fraction of the read bandwidth."""
 
     context: int
     batch: int = 1
@@ -26,7 +26,7 @@ class Case:
     graph: bool = True
 
 
-# model -> cases; in order of value
+# model -> cases, the most important first
 CASES: dict[tuple[str, str], tuple[Case, ...]] = {
     ("1.1b", "float16"): (Case(512, least=0.6), Case(512, graph=False)),
     ("7b", "float16"): (
@@ -41,7 +41,7 @@ CASES: dict[tuple[str, str], tuple[Case, ...]] = {
 
 
 def run(stage: Stage) -> None:
-    """The bandwidth, the shipped model, and all cases."""
+    """Measure the bandwidth, the shipped model, and all cases."""
     bandwidth(stage)
     for graph in (True, False):
         stage.attempt("shipped model", _shipped, stage, graph)
@@ -49,7 +49,7 @@ def run(stage: Stage) -> None:
 
 
 def bandwidth(stage: Stage) -> None:
-    """Bytes a second that a read-only reduction reads; once in a run of check_gpu.sh."""
+    """Measure the bytes per second of a read-only reduction, once per run of check_gpu.sh."""
     if stage.results.number(READ) is None:
         stage.attempt(READ, _bandwidth, stage, 2**20 if stage.tiny else READ_BYTES)
 
@@ -61,7 +61,7 @@ def _bandwidth(stage: Stage, nbytes: int) -> None:
 
 
 def run_cases(stage: Stage, cases: dict[tuple[str, str], tuple[Case, ...]]) -> None:
-    """A row for each case; a model is made once."""
+    """Add one row per case. Each model is made once."""
     bandwidth(stage)
     for (shape, dtype), some in cases.items():
         stage.attempt(f"{shape} {dtype}", _model, stage, shape, dtype, some, needs=8)
@@ -75,7 +75,7 @@ def _model(stage: Stage, shape: str, dtype: str, cases: tuple[Case, ...]) -> Non
 
 
 def eager(llama: Llama) -> Llama:
-    """The same model whose decode steps are not captured."""
+    """The same model with decode steps that are not captured as a graph."""
     ops = ops_for(llama.backend, graph=False)
     return Llama(llama.config, llama.parameters, ops, llama.context, llama.tokenizer)
 
@@ -121,10 +121,10 @@ def _shipped(stage: Stage, graph: bool) -> None:
 
 
 def text(found: Decoding) -> str:
-    """tokens/s, us a step and bytes a step, and why steps were eager that should not be."""
+    """tokens/s, time and bytes per step, and the reason if steps were eager unexpectedly."""
     figures = (
-        f"{found.tokens_per_second:,.1f} tokens/s, {found.seconds * 1e6:,.0f} us a step, "
-        f"{found.nbytes / 1e9:.3g} GB a step"
+        f"{found.tokens_per_second:,.1f} tokens/s, {found.seconds * 1e6:,.0f} us per step, "
+        f"{found.nbytes / 1e9:.3g} GB per step"
     )
     return figures + (f" ({found.eager_because})" if found.eager_because else "")
 

@@ -1,4 +1,4 @@
-"""One token after another, by the library's own loop: how long a step takes, and what it reads."""
+"""Decoding in the library's own loop: how long a step takes, and how many bytes it reads."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ from npllama.generation import Generation
 from npllama.llama import Llama
 
 LONGEST = 6
-"""Seconds of timed runs, after which no further one begins."""
+"""Seconds of timed runs after which no further run begins."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Decoding:
     """A decode step of `batch` rows.
 
     Attributes:
-        seconds: the median run's, a step.
-        nbytes: weights, and the keys and values of all tokens so far, that a step reads.
-        eager_because: what the last run says of steps that were not replayed; "" where all were,
-            or where there is no graph.
+        seconds: seconds per step, of the median run.
+        nbytes: bytes that a step reads: weights, and the keys and values of all earlier tokens.
+        eager_because: the reason why steps of the last run were not replayed as a graph; "" if
+            all were, or if there is no graph.
     """
 
     batch: int
@@ -41,10 +41,10 @@ class Decoding:
 def decode(
     llama: Llama, context: int, batch: int = 1, new_tokens: int = 64, runs: int = 3
 ) -> Decoding:
-    """Greedy tokens that end at `context` positions in each row.
+    """Decode greedily up to `context` positions in each row.
 
-    The prompts are read once, with a run that is not timed: kernels are compiled and graphs
-    captured in it. Then the cache holds them.
+    The first run is not timed. It reads the prompts, compiles kernels and captures graphs; later
+    runs find the prompts in the cache.
     """
     task = make_task([context - new_tokens] * batch, new_tokens, llama.config.vocab_size)
     cache = llama.new_cache(batch, context)
@@ -67,12 +67,12 @@ def decode(
             cache.truncate(row, len(prompt) - 1)
     c = llama.sizes
     a_position = 2 * c.n_layers * c.n_kv_heads * c.head_dim * llama.cache_dtype.itemsize
-    n_keys = context - new_tokens / 2  # of the middle step
+    n_keys = context - new_tokens / 2  # number of keys in the middle step
     nbytes = llama.bytes_per_forward + batch * n_keys * a_position
     return Decoding(batch, statistics.median(found[1:]), nbytes, _eager_because(generation))
 
 
 def _eager_because(generation: Generation) -> str:
-    """The generation's own words on steps that no graph replayed."""
+    """The generation's explanation of steps that no graph replayed; "" if there were none."""
     report = generation.steps_report()
     return report if report is not None and "eager" in report else ""

@@ -1,4 +1,4 @@
-"""tools/equivalence.py on the shipped model: its tables in equivalence.txt, the worst in rows."""
+"""Runs tools/equivalence.py on the shipped model: tables in equivalence.txt, the worst as rows."""
 
 import sys
 
@@ -13,7 +13,7 @@ from npllama.weight_formats import FORMATS
 
 
 def run(stage: Stage) -> None:
-    """A row for each dtype and implementation on CuPy."""
+    """Add one row per dtype and per implementation on CuPy."""
     for dtype in ("float16",) if stage.tiny else tuple(FORMATS):
         stage.attempt(dtype, _compare, stage, dtype)
 

@@ -1,4 +1,4 @@
-"""The ids that the shipped model chooses on the GPU, greedy, sampled and in a batch: NumPy's?"""
+"""Checks that the shipped model chooses the same ids on the GPU as with NumPy."""
 
 import sys
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ WAYS: dict[str, tuple[Sequence[str], Sampling]] = {
     "sampled": (PROMPTS[:1], Sampling(temperature=0.9, top_k=50, top_p=0.95)),
     "batch": (PROMPTS, Sampling(temperature=0.8, min_p=0.02, repetition_penalty=1.1)),
 }
-"""Name -> prompts, and how their tokens are chosen."""
+"""Name -> prompts, and the sampling of their tokens."""
 Ids = dict[str, list[list[int]]]
 
 
 def run(stage: Stage) -> None:
-    """A row for each implementation, dtype and way."""
+    """Add one row per implementation and dtype."""
     dtypes = ("float16",) if stage.tiny else tuple(FORMATS)
     n_prompts, n_new = (1, 3) if stage.tiny else (len(PROMPTS), 64)
     truth = {
@@ -51,7 +51,7 @@ def _compare(
 
 
 def all_ids(llama: Llama, n_prompts: int, n_new: int) -> Ids:
-    """The ids of each way, a list for each of its prompts, of which there are n_prompts at most."""
+    """The ids for each entry of WAYS, one list per prompt, for its first n_prompts prompts."""
     found = {}
     for way, (prompts, sampling) in WAYS.items():
         completions = llama.generate_batch(
@@ -62,7 +62,7 @@ def all_ids(llama: Llama, n_prompts: int, n_new: int) -> Ids:
 
 
 def _equal(ours: list[list[int]], theirs: list[list[int]]) -> str:
-    """ "64 of 64": ids before the first that differs, of all rows."""
+    """ "64 of 64": number of ids before the first difference, summed over rows, and of all ids."""
     n = 0
     for one, other in zip(ours, theirs, strict=True):
         pairs = enumerate(zip(one, other, strict=True))

@@ -1,4 +1,4 @@
-"""Decoding of what fills a card of 80 GB: 13b in float16, 34b in int8."""
+"""Decoding with models that fill an 80 GB GPU: 13b in float16, 34b in int8."""
 
 import sys
 
@@ -12,7 +12,7 @@ CASES = {
 
 
 def run(stage: Stage) -> None:
-    """A row for each case."""
+    """Add one row per case."""
     run_cases(stage, CASES)
 
 

@@ -1,4 +1,4 @@
-"""A few decode steps, eager and then captured, greedy and sampled: what the sanitizer watches."""
+"""Runs a few decode steps, eager and captured, greedy and sampled, for the sanitizer to check."""
 
 import sys
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from npllama.backend import get_backend
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 DTYPES = ("float16", "int8")
-"""Those that have a kernel of their own."""
+"""The dtypes that have their own kernels."""
 
 
 def main(dtypes: Sequence[str]) -> None:
-    """Run them for each dtype."""
+    """Run the steps for each dtype."""
     for dtype in dtypes:
         captured = random_llama(TINY, get_backend("cupy"), dtype, 64)
         for llama in (eager(captured), captured):

@@ -1,4 +1,4 @@
-"""What the card allows: bytes read a second, and float16 products a second."""
+"""Limits of the GPU: read bandwidth, and speed of float16 products."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ MATMUL_WIDTH = 8192
 
 
 def read_bandwidth(backend: Backend, nbytes: int = READ_BYTES) -> float:
-    """Bytes a second of a reduction that reads `nbytes` and writes next to nothing."""
+    """Bytes per second of a reduction that reads `nbytes` and writes almost nothing."""
     xp = backend.xp
     x = xp.ones(nbytes // 4, dtype="float32")
     found = [seconds(backend, lambda f=f: f(x)) for f in (xp.sum, xp.max)]
@@ -18,22 +18,22 @@ def read_bandwidth(backend: Backend, nbytes: int = READ_BYTES) -> float:
 
 
 def matmul_rate(backend: Backend, width: int = MATMUL_WIDTH) -> float:
-    """Floating point operations a second of a product of square float16 matrices."""
+    """Floating point operations per second of a product of square float16 matrices."""
     xp = backend.xp
     x = xp.arange(width * width, dtype="float32").reshape(width, width)
-    a = xp.sin(x).astype("float16")  # zeros would take less power, and run at a higher clock
+    a = xp.sin(x).astype("float16")  # zeros would need less power and run at a higher clock
     b = xp.cos(x).astype("float16")
     return 2 * width**3 / seconds(backend, lambda: a @ b)
 
 
 def seconds(backend: Backend, work: Callable[[], object], n: int = 10, runs: int = 5) -> float:
-    """The least of several means of n calls that are queued at once."""
+    """Seconds per call: the minimum over runs of the mean of n calls queued at once."""
     synchronize = backend.xp.cuda.get_current_stream().synchronize
     found = []
     for run in range(runs + 1):
         synchronize()
         begin = time.perf_counter()
-        for _ in range(n if run else 1):  # the first warms up
+        for _ in range(n if run else 1):  # the first run warms up
             work()
         synchronize()
         found.append((time.perf_counter() - begin) / n)

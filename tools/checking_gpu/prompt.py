@@ -1,4 +1,4 @@
-"""A prompt of 2,048 tokens: tokens a second, and the part of the card's float16 product rate."""
+"""Reads a prompt of 2,048 tokens; compares its FLOP/s with the GPU's for float16 products."""
 
 import statistics
 import sys
@@ -11,11 +11,11 @@ from checking_gpu.stage import Stage, main
 
 N_TOKENS = 2048
 LEAST = {("7b", "float16"): 0.4, ("1.1b", "float16"): None, ("7b", "int8"): None}
-"""Models in order of value, and the bar of each."""
+"""Bar of each model, the most important model first."""
 
 
 def run(stage: Stage) -> None:
-    """The rate of products, and a row for each model."""
+    """Add a row for the rate of products, and one row per model."""
     width = 64 if stage.tiny else MATMUL_WIDTH
     rate = stage.attempt("float16 products", _rate, stage, width)
     for (shape, dtype), least in LEAST.items():

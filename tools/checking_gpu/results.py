@@ -1,7 +1,9 @@
-"""The table that the stages fill row by row, in a file, so that a stage that is ended loses none.
+"""The table of results. Each row is written to a file at once, so a killed stage loses no rows.
+
+A bar is the value that a figure should reach.
 
 python -m checking_gpu.results DIR                       prints the table
-python -m checking_gpu.results DIR STAGE CODE LOG        adds a row: the stage ended badly
+python -m checking_gpu.results DIR STAGE CODE LOG        adds a row for a stage that failed
 """
 
 import json
@@ -10,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 OK, BELOW, DIFFERS, FAILED = "ok", "below", "differs", "failed"
-TIMED_OUT = (124, 137)  # exit codes of `timeout`
+TIMED_OUT = (124, 137)  # exit codes of the command `timeout`
 TITLES = ("stage", "what", "figure", "bar", "")
 
 
 class Results:
-    """The rows of a run of check_gpu.sh, and numbers that later stages compare with."""
+    """The rows of a run of check_gpu.sh, and values that later stages compare with."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -23,14 +25,14 @@ class Results:
         self._numbers = self.directory / "numbers.json"
 
     def add(self, stage: str, what: str, figure: str, bar: str = "", verdict: str = "") -> None:
-        """Write a row, and print it."""
+        """Write a row to the file, and print it."""
         row = [stage, what, " ".join(figure.split()), bar, verdict]
         with self._rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print("  ".join(part for part in row[1:] if part), flush=True)
 
     def bar(self, stage: str, what: str, figure: str, value: float, least: float) -> None:
-        """A row with the number that `value` must reach."""
+        """Add a row with a bar: `value` should be at least `least`."""
         verdict = OK if value >= least else BELOW
         self.add(stage, what, figure, f"at least {least:g}", verdict)
 
@@ -40,12 +42,12 @@ class Results:
         return [json.loads(line) for line in self._rows.read_text().splitlines()]
 
     def keep(self, name: str, number: float) -> None:
-        """Keep a number for the stages that follow."""
+        """Store a number for later stages."""
         numbers = self._read_numbers() | {name: number}
         self._numbers.write_text(json.dumps(numbers))
 
     def number(self, name: str) -> float | None:
-        """A number that was kept."""
+        """A number stored by `keep`; None if there is none."""
         return self._read_numbers().get(name)
 
     def _read_numbers(self) -> dict[str, float]:
@@ -53,7 +55,7 @@ class Results:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The rows as a table; a stage's name stands in its first row alone."""
+    """The rows as a Markdown table. The name of a stage is only in its first row."""
     lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * len(TITLES)]
     before = None
     for stage, *cells in rows:
@@ -64,16 +66,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def why_it_ended(code: int, log: Path) -> str:
-    """A stage's exit code and the last line that it wrote to standard error."""
+    """The reason for a stage's exit code, with the last line of its standard error."""
     if code in TIMED_OUT:
-        return "its time ran out"
+        return "timed out"
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     said = [line.strip() for line in lines if line.strip()]
     return f"exit code {code}" + (f": {said[-1][:200]}" if said else "")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line; see the module."""
+    """Run the command line, which the module's docstring describes."""
     results = Results(arguments[0])
     if len(arguments) > 1:
         _directory, stage, code, log = arguments

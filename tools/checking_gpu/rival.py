@@ -1,4 +1,4 @@
-"""transformers on the same card, eager and compiled, beside npllama: 1.1b float16, batch 1."""
+"""Compares npllama with transformers on the same GPU, eager and compiled: 1.1b float16, batch 1."""
 
 import importlib.util
 import json
@@ -15,11 +15,11 @@ WORKER = "checking_gpu.transformers_worker"
 SHAPE, DTYPE, CONTEXT, NEW_TOKENS = "1.1b", "float16", 512, 64
 OURS = f"{SHAPE} {DTYPE}, context {CONTEXT}"
 LEAST = {"eager": 4.0, "compiled": 1.0}
-"""npllama's tokens/s to each one's, at least."""
+"""Bars for npllama's tokens/s divided by those of transformers, by mode."""
 
 
 def run(stage: Stage) -> None:
-    """npllama's speed where no stage has measured it, and a row for each way of transformers."""
+    """Measure npllama's speed unless a stage has done so, and add one row per transformers mode."""
     missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
     if missing:
         stage.add("transformers", f"not run: {' and '.join(missing)} not installed here")
@@ -35,7 +35,7 @@ def run(stage: Stage) -> None:
 
 
 def _transformers(stage: Stage, way: str, least: float) -> None:
-    """A process of its own, whose last line is JSON."""
+    """Run transformers in a process of its own, whose last output line is JSON."""
     job = {
         "config": SHAPES[SHAPE].to_hf(DTYPE),
         "dtype": DTYPE,
@@ -60,7 +60,7 @@ def _transformers(stage: Stage, way: str, least: float) -> None:
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        stage.add(name, "its time ran out", "", FAILED)
+        stage.add(name, "timed out", "", FAILED)
         return
     if done.returncode:
         print(done.stderr, file=sys.stderr)
@@ -70,7 +70,7 @@ def _transformers(stage: Stage, way: str, least: float) -> None:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     speed = 1 / found["seconds"]
     stage.add(
-        f"{name} ({found['versions']})", f"{speed:,.1f} tokens/s, {1e6 / speed:,.0f} us a token"
+        f"{name} ({found['versions']})", f"{speed:,.1f} tokens/s, {1e6 / speed:,.0f} us per token"
     )
     ours = stage.results.number(OURS)
     if ours:

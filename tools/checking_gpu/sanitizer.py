@@ -1,4 +1,4 @@
-"""A dozen launches under compute-sanitizer: memory that is not the kernels', and races."""
+"""Runs a few launches under compute-sanitizer, to find invalid memory accesses and races."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 
 def run(stage: Stage) -> None:
-    """A row for each tool."""
+    """Add one row per tool of the sanitizer."""
     program = _program()
     if program is None:
         stage.add("compute-sanitizer", "not run: not found here (it comes with CUDA's toolkit)")
@@ -33,7 +33,7 @@ def _sanitize(stage: Stage, program: str, tool: str, limit: float) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(limit, 1))
     except subprocess.TimeoutExpired:
-        stage.add(tool, "its time ran out", "", FAILED)
+        stage.add(tool, "timed out", "", FAILED)
         return
     said = done.stdout + done.stderr
     print(said, file=sys.stderr)
@@ -43,7 +43,7 @@ def _sanitize(stage: Stage, program: str, tool: str, limit: float) -> None:
 
 
 def _program() -> str | None:
-    """compute-sanitizer on the path, in a toolkit, or in a wheel of NVIDIA's."""
+    """compute-sanitizer from the PATH, a CUDA toolkit, or one of NVIDIA's wheels."""
     wheels = [str(p.parent) for s in sys.path for p in Path(s).glob("nvidia/*/bin/compute-san*")]
     for place in (None, *PLACES, *wheels):
         found = shutil.which("compute-sanitizer", path=place)

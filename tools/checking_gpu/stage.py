@@ -1,4 +1,4 @@
-"""What every stage has in common: its options, its table, the time it has, and its failures."""
+"""What all stages share: options, table rows, time limit, and handling of failures."""
 
 import argparse
 import os
@@ -16,12 +16,12 @@ Result = TypeVar("Result")
 
 
 class Stage:
-    """A stage as it runs.
+    """A running stage.
 
     Attributes:
-        name: as check_gpu.sh lists it.
-        tiny: whether models are so small that the CPU does them in a moment; no figure then
-            says anything about a GPU.
+        name: its name in check_gpu.sh.
+        tiny: whether models are tiny, so that a CPU runs them in a moment. Their figures say
+            nothing about a GPU.
     """
 
     def __init__(self, name: str, results: Results, tiny: bool, seconds: float) -> None:
@@ -31,19 +31,19 @@ class Stage:
         self._until = time.monotonic() + seconds
 
     def backend(self) -> Backend:
-        """CuPy; there is no other here."""
+        """The CuPy backend. Stages use no other."""
         return get_backend("cupy")
 
     def seconds_left(self) -> float:
-        """Before check_gpu.sh ends the stage."""
+        """Seconds until check_gpu.sh ends the stage."""
         return self._until - time.monotonic()
 
     def add(self, what: str, figure: str, bar: str = "", verdict: str = "") -> None:
-        """A row of the table."""
+        """Add a row to the table."""
         self.results.add(self.name, what, figure, bar, verdict)
 
     def bar(self, what: str, figure: str, value: float, least: float | None) -> None:
-        """A row with the number that `value` must reach; None for none."""
+        """Add a row with a bar: `value` should be at least `least`. None means no bar."""
         if least is None or self.tiny:
             self.add(what, figure)
         else:
@@ -52,17 +52,17 @@ class Stage:
     def attempt(
         self, what: str, work: Callable[..., Result], *arguments: object, needs: float = 0
     ) -> Result | None:
-        """Do a part; where it fails that is a row, and the stage goes on.
+        """Run a part of the stage. If it fails, add a row that says so, and continue.
 
         Args:
-            needs: seconds; without so many left the part is a row that says so.
+            needs: seconds the part needs. If fewer are left, it is skipped with a row.
         """
         if self.seconds_left() < needs and not self.tiny:
             self.add(what, "no time left")
             return None
         try:
             return work(*arguments)
-        except Exception as error:  # whatever a driver, a compiler or a kernel raises
+        except Exception as error:  # drivers, compilers and kernels raise many types
             traceback.print_exc()
             said = str(error).strip().splitlines() or [""]
             self.add(what, f"{type(error).__name__}: {said[0][:200]}", "", FAILED)
@@ -70,11 +70,11 @@ class Stage:
 
 
 def main(name: str, run: Callable[[Stage], None]) -> int:
-    """The command line of a stage; returns the exit code. A part that failed has said so."""
+    """Run a stage's command line, and return the exit code. Failed parts have their own rows."""
     p = argparse.ArgumentParser(prog=f"python -m checking_gpu.{name}")
-    p.add_argument("--results", required=True, metavar="DIR", help="where the table is kept")
-    p.add_argument("--seconds", type=float, default=600, help="that the stage has")
-    p.add_argument("--tiny", action="store_true", help="models that a CPU does in a moment")
+    p.add_argument("--results", required=True, metavar="DIR", help="directory of the table")
+    p.add_argument("--seconds", type=float, default=600, help="time limit of the stage")
+    p.add_argument("--tiny", action="store_true", help="use models that a CPU runs in a moment")
     options = p.parse_args()
     stage = Stage(name, Results(options.results), options.tiny, options.seconds)
     try:
@@ -84,4 +84,4 @@ def main(name: str, run: Callable[[Stage], None]) -> int:
         return 2
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # a device that hangs at exit would take the next stage's time
+    os._exit(0)  # skips exit handlers, in which a device could hang

@@ -1,5 +1,7 @@
-"""Hugging Face transformers decoding on a GPU, in a process of its own: a job as JSON is its
-argument, and its last line is JSON with the seconds a token. rival.py starts it."""
+"""Decodes with Hugging Face transformers on a GPU, in a separate process started by rival.py.
+
+The argument is the job as JSON. The last output line is JSON with the seconds per token.
+"""
 
 import json
 import statistics
@@ -11,11 +13,11 @@ import transformers
 
 RUNS = 3
 UNSTEADY = 8
-"""Steps of a run that are not timed: a new cache is captured in them."""
+"""Number of steps at the start of a run that are not timed, because graphs are captured in them."""
 
 
 def main() -> None:
-    """Make a model of random weights, and decode as the job says."""
+    """Make a model with random weights, and decode as the job says."""
     job = json.loads(sys.argv[1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers.logging.set_verbosity_error()
@@ -28,15 +30,15 @@ def main() -> None:
     ids = torch.randint(3, config.vocab_size, (1, job["context"] - n_new), device=device)
     run = {"eager": eager, "compiled": compiled}[job["way"]]
     with torch.inference_mode():
-        run(model, ids, n_new)  # warms up, and compiles
+        run(model, ids, n_new)  # warms up and compiles
         seconds = statistics.median(run(model, ids, n_new) for _ in range(RUNS))
     versions = f"{transformers.__version__}, torch {torch.__version__}"
     print(json.dumps({"seconds": seconds, "versions": versions}))
 
 
 def eager(model, ids, n_new: int) -> float:  # noqa: ANN001
-    """Seconds a token of the plain loop with a growing cache; `generate` would add its own
-    bookkeeping to each step."""
+    """Seconds per token of a loop with a growing cache. `generate` would add its bookkeeping to
+    each step."""
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     token, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
     token.tolist()
@@ -44,12 +46,12 @@ def eager(model, ids, n_new: int) -> float:  # noqa: ANN001
     for _ in range(n_new - 1):
         out = model(input_ids=token, past_key_values=past, use_cache=True, logits_to_keep=1)
         token, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-        token.tolist()  # a caller needs it
+        token.tolist()  # a caller needs the id
     return (time.perf_counter() - begin) / (n_new - 1)
 
 
 def compiled(model, ids, n_new: int) -> float:  # noqa: ANN001
-    """Seconds a token of `generate` with a static cache, which compiles the forward for it."""
+    """Seconds per token of `generate` with a static cache, for which it compiles the model."""
     times = []
 
     def look(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:

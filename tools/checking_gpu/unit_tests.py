@@ -1,4 +1,4 @@
-"""The project's tests on the GPU, those that matter most first."""
+"""Runs the project's tests on the GPU, the most important first."""
 
 import importlib.util
 import os
@@ -29,12 +29,12 @@ FILES = (
     "test_derivatives.py",
     "test_gradients.py",
 )
-"""In tests/, in order of value."""
+"""Test files in tests/, the most important first."""
 N_SHOWN = 8
 
 
 def run(stage: Stage) -> None:
-    """One row for all tests, and one for each of the first that failed."""
+    """Add one row for all tests, and one for each of the first failures."""
     patterns = ("test_hidden_keys.py",) if stage.tiny else FILES
     files = list(dict.fromkeys(f for p in patterns for f in sorted((ROOT / "tests").glob(p))))
     command = [sys.executable, "-m", "pytest", "--backend", "cupy", "-q", "-rfE", "--tb=line"]
@@ -48,19 +48,19 @@ def run(stage: Stage) -> None:
     what = f"pytest --backend cupy, {len(files)} files"
     if ended:
         last = (said.strip().splitlines() or ["no output"])[-1].strip("= ")
-        is_ok = not failures and re.match(r"\d+ passed", last)  # failures come before
+        is_ok = not failures and re.match(r"\d+ passed", last)  # "1 failed, 2 passed" is not ok
         stage.add(what, last, "all pass", OK if is_ok else FAILED)
     else:
         marks = "".join(re.findall(r"^[.FEsxX]+(?= *(?:\[|$))", said, re.M))
         n_failed = marks.count("F") + marks.count("E")
-        figure = f"its time ran out: {marks.count('.')} passed, {n_failed} failed until then"
+        figure = f"timed out: {marks.count('.')} passed, {n_failed} failed until then"
         stage.add(what, figure, "all pass", FAILED)
     for failure in failures[:N_SHOWN]:
         stage.add("", failure[:160], "", FAILED)
 
 
 def _output(command: list[str], seconds: float) -> tuple[str, bool]:
-    """What a program prints, and whether it came to its end."""
+    """The output of a program, and whether it ended within the time."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

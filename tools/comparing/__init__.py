@@ -1,1 +1,1 @@
-"""Equivalence: how far each implementation of the mathematics is from float64."""
+"""Modules of tools/equivalence.py: how far each implementation differs from float64."""

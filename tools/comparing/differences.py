@@ -1,4 +1,4 @@
-"""How far an implementation is from the truth: per operation, per layer, at the logits."""
+"""How far an implementation differs from the truth: per operation, per layer, at the logits."""
 
 from dataclasses import dataclass, field
 
@@ -15,14 +15,15 @@ from npllama.sampling_options import Sampling
 
 @dataclass
 class OfPhase:
-    """Differences of a forward, each the largest as a fraction of the largest value.
+    """Differences in one forward pass. Each is the largest absolute difference divided by the
+    largest absolute value.
 
     Attributes:
-        operations: by the operation's name, one number a layer; inputs are the truth's, so that
-            nothing is handed on from one operation to the next.
-        head: of the logits on the truth's own last hidden state.
-        layers: of what each layer leaves, computed from the embedding on.
-        logits: computed from the embedding on.
+        operations: operation -> one difference per layer. The inputs are the truth's, so that
+            errors do not accumulate from one operation to the next.
+        head: difference of the logits, computed from the truth's last hidden state.
+        layers: difference of each layer's output, computed from the embedding.
+        logits: difference of the logits, computed from the embedding.
     """
 
     operations: dict[str, list[float]]
@@ -33,14 +34,14 @@ class OfPhase:
 
 @dataclass
 class Differences:
-    """An implementation beside the truth.
+    """An implementation compared with the truth.
 
     Attributes:
-        name: which one it is.
+        name: name of the implementation.
         phases: "prompt" and "decode".
         ids: its greedy continuation.
-        equal_ids: of how many of the truth's ids, the first ones, it has the same.
-        kernels: whether its decode step consists of kernels of its own.
+        equal_ids: how many ids at the start of the continuation agree with the truth.
+        kernels: whether its decode step consists of its own kernels.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Differences:
 
 
 def measure(name: str, ops: Ops, make: MakeParameters, truth: Truth) -> Differences:
-    """Run an implementation on what the truth was computed from."""
+    """Run an implementation on the inputs of the truth, and compare the results."""
     config, parameters = truth.config, make(ops)
     dtype = ops.cache_dtype(parameters.layers[0].wq.values.dtype)
     found = Differences(name)
@@ -97,7 +98,7 @@ def _add(found: dict[str, list[float]], ops: Ops, results: Arrays, truth: Arrays
 
 
 def _filled_cache(ops: Ops, truth: Truth, phase: Phase, dtype: np.dtype) -> KVCache:
-    """A cache that holds the truth's keys and values of the tokens before the phase's."""
+    """A cache with the truth's keys and values of the tokens before the phase."""
     start = phase.past[0][0].shape[1]
     cache = new_cache(ops, truth.config, start + len(phase.tokens), dtype)
     for layer, (k, v) in zip(cache.layers, phase.past, strict=True):
@@ -110,7 +111,7 @@ def _filled_cache(ops: Ops, truth: Truth, phase: Phase, dtype: np.dtype) -> KVCa
 
 
 def _greedy(ops: Ops, parameters: Parameters, truth: Truth, dtype: np.dtype) -> list[int]:
-    """The greedy continuation by the library's own loop."""
+    """The greedy continuation from the library's own generation loop."""
     context = len(truth.prompt) + len(truth.ids)
     llama = Llama(truth.config, parameters, ops, context, cache_dtype=dtype)
     completion = llama.generate(

@@ -1,4 +1,4 @@
-"""The operations of a layer one by one, on inputs that every implementation is given alike."""
+"""The operations of a layer, one at a time, on the same inputs for every implementation."""
 
 from npllama.backend import Array
 from npllama.kv_cache import LayerCache, Positions
@@ -10,11 +10,11 @@ Arrays = dict[str, Array]
 
 
 def inputs(ops: Ops, layer: Layer, x: Array, cache: LayerCache, positions: Positions) -> Arrays:
-    """What each operation of a layer is given in a forward, written out equation by equation.
+    """The inputs of each operation of a layer in a forward pass, computed equation by equation.
 
     Args:
-        x: (B, T, D), what the layer before left; all arrays are in its dtype.
-        cache: gets the new keys and values.
+        x: (B, T, D), the previous layer's output. All results have its dtype.
+        cache: receives the new keys and values.
     """
     h = ops.rms_norm(x, layer.attention_norm, layer.norm_eps)  # (B, T, D)
     qkv = _linear(ops, h, layer.wq, layer.wk, layer.wv)  # (B, T, (H + 2K) C)
@@ -43,7 +43,7 @@ def inputs(ops: Ops, layer: Layer, x: Array, cache: LayerCache, positions: Posit
 def operations(
     ops: Ops, layer: Layer, given: Arrays, cache: LayerCache, positions: Positions
 ) -> Arrays:
-    """Each operation's result by its name, and those of the layer's two blocks."""
+    """The result of each operation, and of the layer's two blocks, by name."""
     q, k, _v = _heads(given["qkv"], layer, positions)
     both = ops.xp.concatenate([q, k], axis=2)  # (B, T, H + K, C)
     g = given
@@ -66,8 +66,8 @@ def operations(
 def fused_operations(
     ops: Ops, layer: Layer, given: Arrays, cache: LayerCache, positions: Positions
 ) -> Arrays:
-    """What the kernels of the decode step compute at once, one new token in each row: by the
-    kernels where `has_kernels`, else composed of the single operations."""
+    """The results of the decode step's fused kernels, for one new token per row. Kernels compute
+    them if `has_kernels`; otherwise they are composed of single operations."""
     g, eps = given, layer.norm_eps
     if has_kernels(ops, layer, cache, len(given["x"])):
         x, kernels = g["x"], ops.kernels
@@ -95,12 +95,12 @@ def fused_operations(
 
 
 def head(ops: Ops, part: Head, x: Array) -> Array:
-    """Logits of x (B, T, D)."""
+    """Logits (B, T, V) of x (B, T, D)."""
     return ops.head(_own(x), part)
 
 
 def has_kernels(ops: Ops, layer: Layer, cache: LayerCache, n_rows: int) -> bool:
-    """Whether `ops` computes a decode step of this layer by kernels of its own."""
+    """Whether `ops` computes a decode step of this layer with its own kernels."""
     products = (layer.qkv, layer.wo, layer.gate_up, layer.w_down)
     return (
         hasattr(ops, "kernels")
@@ -110,7 +110,7 @@ def has_kernels(ops: Ops, layer: Layer, cache: LayerCache, n_rows: int) -> bool:
 
 
 def _linear(ops: Ops, x: Array, *matrices: Matrix) -> Array:
-    """The products with several matrices of one input, side by side."""
+    """The products of one input with several matrices, concatenated."""
     return ops.xp.concatenate([ops.linear(x, w) for w in matrices], axis=-1)
 
 
@@ -124,5 +124,5 @@ def _heads(qkv: Array, layer: Layer, positions: Positions) -> tuple[Array, Array
 
 
 def _own(x: Array) -> Array:
-    """A copy: an operation may write to the memory of its input."""
+    """A copy, because an operation may work in-place on its input."""
     return x.copy()

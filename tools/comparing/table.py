@@ -1,4 +1,4 @@
-"""Differences as a table for a terminal."""
+"""The differences as a table for a terminal."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ GAP = "  "
 
 
 def as_text(title: str, truth: Truth, found: Sequence[Differences]) -> str:
-    """A line an operation and a column an implementation; the worst layer stands in brackets."""
+    """One line per operation, one column per implementation, the worst layer in brackets."""
     names = list(dict.fromkeys(name for d in found for name in _operations(d, "decode")))
     single = list(dict.fromkeys(name for d in found for name in _operations(d, "prompt")))
     fused = [name for name in names if name not in single]
     if not any(d.kernels for d in found):
-        fused = []  # without kernels they are the single operations again
+        fused = []  # without kernels these would repeat the single operations
     rows = [["", *(d.name for d in found)]]
     for kind, words in (
         ("prompt", f"a prompt of {len(truth.prompt)} tokens"),
@@ -36,7 +36,7 @@ def as_text(title: str, truth: Truth, found: Sequence[Differences]) -> str:
 
 
 def worst_of(phase: OfPhase) -> tuple[str, int, float]:
-    """The operation, layer and number of the largest difference of a single operation."""
+    """Operation, layer and value of the largest difference of a single operation."""
     return max(
         ((name, i, x) for name, layers in phase.operations.items() for i, x in enumerate(layers)),
         key=lambda found: found[2],
@@ -52,8 +52,8 @@ def _ids(found: Differences, truth: Truth) -> str:
     if n == all_:
         return f"all {all_} as in float64"
     return (
-        f"part from float64's at token {n + 1} of {all_}, where float64's likeliest logit is "
-        f"{truth.gaps[n]:.2g} above the next"
+        f"differ from float64's at token {n + 1} of {all_}, where float64's largest logit is "
+        f"{truth.gaps[n]:.2g} above the second largest"
     )
 
 
@@ -69,7 +69,7 @@ def _number(x: float) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under one another; a row of one cell is a heading and may be longer."""
+    """Align the columns. A row with one cell is a heading and may be wider."""
     whole = [row for row in rows if len(row) > 1]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     lines = []

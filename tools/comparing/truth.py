@@ -1,4 +1,4 @@
-"""The truth: the reference in float64, on the weights as they are stored."""
+"""The truth: the results of the reference in float64, with the weights as they are stored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from npllama.ops import Ops
 from npllama.parameters import Parameters
 
 MakeParameters = Callable[[Ops], Parameters]
-"""The weights for an ops, the same numbers each time."""
+"""Makes the parameters for an ops object, with the same values each time."""
 
 
 @dataclass
 class Phase:
-    """A forward of T tokens after S, in float64.
+    """A forward pass of T tokens after S cached ones, in float64.
 
     Attributes:
         tokens: T ids.
-        past: of each layer, k and v (K, S, C) of the tokens before.
-        given: of each layer, what its operations are given, rounded to float32.
-        results: of each layer, what they make of that.
-        fused: the same of what kernels compute at once; {} where T is not 1.
-        hidden: of each layer, what it leaves, (1, T, D), computed from the embedding on.
-        last: (1, 1, D) what the head is given, rounded to float32.
-        head: (V,) what the head makes of that.
-        logits: (V,) of the next token, computed from the embedding on.
+        past: for each layer, k and v (K, S, C) of the previous tokens.
+        given: for each layer, the inputs of its operations, rounded to float32.
+        results: for each layer, the results of its operations on these inputs.
+        fused: the same for the fused kernels; empty unless T is 1.
+        hidden: for each layer, its output (1, T, D), computed from the embedding.
+        last: (1, 1, D), the input of the head, rounded to float32.
+        head: (V,), the result of the head on this input.
+        logits: (V,) of the next token, computed from the embedding.
     """
 
     tokens: list[int]
@@ -45,12 +45,12 @@ class Phase:
 
 @dataclass
 class Truth:
-    """What every implementation is compared with.
+    """The values with which every implementation is compared.
 
     Attributes:
-        phases: "prompt", all ids at once, and "decode", one token after them.
+        phases: "prompt" (all ids at once) and "decode" (one token after them).
         ids: the greedy continuation.
-        gaps: how far the likeliest logit is above the next, for each of `ids`.
+        gaps: for each of `ids`, the difference of the largest and the second largest logit.
     """
 
     config: LlamaConfig
@@ -61,7 +61,7 @@ class Truth:
 
 
 def make_truth(config: LlamaConfig, make: MakeParameters, prompt: Sequence[int], n: int) -> Truth:
-    """The truth of a prompt and of the n tokens after it."""
+    """Compute the truth for a prompt and the n tokens after it."""
     ops = Ops(Backend())
     parameters, prompt = make(ops), list(prompt)
     cache = new_cache(ops, config, len(prompt) + max(n, 1), "float64", "float64")
@@ -83,7 +83,7 @@ def make_truth(config: LlamaConfig, make: MakeParameters, prompt: Sequence[int],
 def forward(
     ops: Ops, parameters: Parameters, cache: KVCache, ids: Sequence[int], dtype: str = "float32"
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """What each layer leaves, (1, T, D), and the logits (V,) of the token after `ids`."""
+    """The output of each layer, (1, T, D), and the logits (V,) of the token after `ids`."""
     to_host = ops.backend.to_host
     tokens = ops.backend.to_device(np.array([ids], dtype="int32"))  # (1, T)
     hidden = []
@@ -104,7 +104,7 @@ def forward(
 def new_cache(
     ops: Ops, config: LlamaConfig, context: int, dtype: np.dtype | str, rope_dtype: str = "float32"
 ) -> KVCache:
-    """An empty cache of one row; `rope_dtype` is that of cosines and sines."""
+    """An empty cache with one row. `rope_dtype` is the dtype of cosines and sines."""
     table = ops.rope_table(context, ops.rope_frequencies(config), rope_dtype)
     return KVCache(
         ops.backend,
@@ -120,7 +120,7 @@ def new_cache(
 
 
 def _phase(ops: Ops, parameters: Parameters, cache: KVCache, ids: list[int]) -> Phase:
-    """A forward of `ids` that counts them in the cache."""
+    """Run a forward pass of `ids` and advance the cache."""
     start = cache.lengths[0]
     layers = list(zip(parameters.layers, cache.layers, strict=True))
     past = [(c.k[0, :, :start].copy(), c.v[0, :, :start].copy()) for _, c in layers]
@@ -140,7 +140,7 @@ def _phase(ops: Ops, parameters: Parameters, cache: KVCache, ids: list[int]) -> 
         if len(ids) == 1:
             fused.append(fused_operations(ops, layer, wide, layer_cache, positions))
     made = head(ops, parameters.head, last.astype("float64"))[0, 0]
-    # last, since the operations above wrote to the cache what they made of rounded inputs
+    # runs last, because the operations above wrote keys and values of rounded inputs to the cache
     hidden, logits = forward(ops, parameters, cache, ids, "float64")
     return Phase(ids, past, given, results, fused, hidden, last, made, logits)
 
@@ -150,6 +150,6 @@ def _rounded(x: np.ndarray) -> np.ndarray:
 
 
 def _likeliest(logits: np.ndarray) -> tuple[int, float]:
-    """The id of the largest logit, and how far that is above the next."""
+    """The id of the largest logit, and the difference of that logit and the second largest."""
     second, first = np.partition(logits, -2)[-2:]
     return int(logits.argmax()), float(first - second)

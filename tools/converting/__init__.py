@@ -1,1 +1,1 @@
-"""Modules of tools/convert.py: sources of several formats, and the one thing they become."""
+"""Modules of tools/convert.py: readers of several checkpoint formats, and the common writer."""

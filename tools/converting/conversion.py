@@ -1,4 +1,4 @@
-"""A source becomes a model directory, one tensor at a time."""
+"""Converts a source to a model directory, one tensor at a time."""
 
 import hashlib
 from collections.abc import Iterator
@@ -31,24 +31,27 @@ def convert(
     max_shard_size: int = 4 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Write `source` as the model directory `dest`, one tensor at a time, whole or not at all.
+    """Write `source` as the model directory `dest`, one tensor at a time. The directory appears
+    only when it is complete.
 
     Args:
-        dest: by its real name (atomic.resolved).
-        dtype: of the matrices; None keeps each tensor's own.
-        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin; None takes the one beside
-            the source.
+        dest: the directory by its real name (atomic.resolved).
+        dtype: dtype of the matrices; None keeps the dtype of each tensor.
+        tokenizer: a tokenizer.model, tokenizer.json or tokenizer.bin; None takes the one that
+            comes with the source.
+        max_shard_size: largest size of one weight file, in bytes.
+        overwrite: whether to replace `dest` if it is a model directory.
 
     Raises:
-        NpllamaError: broken weights, a `dest` in the way, too little disk space.
+        NpllamaError: damaged weights, a `dest` that may not be replaced, or too little disk space.
     """
     shards = plan(entries(source, dtype), max_shard_size)
-    others = index_files(shards) | other_files(source, dtype, tokenizer)  # read before any write
+    others = index_files(shards) | other_files(source, dtype, tokenizer)  # before writing anything
     total = sum(shard.nbytes for shard in shards)
     n_bytes = total + sum(len(content) for content in others.values())
     loss = Loss()
     with atomic_directory(dest, n_bytes + 2**24, overwrite) as partial:
-        # None: a bar on a terminal, quiet otherwise
+        # disable=None shows a bar on a terminal only
         numbers = sum(shard.nbytes - len(shard.header) for shard in shards)
         with tqdm(total=numbers, unit="B", unit_scale=True, disable=None) as bar:
             write_shards(partial, shards, converted(source, dtype, loss), bar.update)
@@ -60,9 +63,9 @@ def convert(
         _say(line)
     left_out = [path.name for path in source.copied if path not in _copied(source, tokenizer)]
     if left_out:
-        _say(f"left out, since --tokenizer replaces what they describe: {', '.join(left_out)}")
+        _say(f"not copied, because --tokenizer replaces what they describe: {', '.join(left_out)}")
     if "tokenizer.model" not in others:
-        _say(f"{source.no_tokenizer}; the model takes token ids only; --tokenizer FILE adds one")
+        _say(f"{source.no_tokenizer}; the model takes only token ids; --tokenizer FILE adds one")
 
 
 def _say(line: str) -> None:
@@ -70,18 +73,20 @@ def _say(line: str) -> None:
 
 
 def other_files(source: Source, dtype: str | None, tokenizer: Path | None) -> dict[str, bytes]:
-    """What DEST holds beside tensors, by file name; config.json last, for with it DEST can load.
+    """The files of DEST other than tensors, by name. config.json is last: without it DEST does not
+    load.
 
     Args:
-        tokenizer: as for `convert`; the source's files that describe another are left out.
+        tokenizer: as for `convert`. If it is given, the source's files about its own tokenizer are
+            left out.
 
     Raises:
-        NpllamaError: a file that cannot be read, or a tokenizer of another model.
+        NpllamaError: a file cannot be read, or the tokenizer does not fit the model.
     """
     config = source.config
     copied = _copied(source, tokenizer)
     if source.tokenizer is not None and any(path.name in TOKENIZER_FILES for path in copied):
-        load_tokenizer(source.tokenizer.parent, config)  # refuses what DEST could not load
+        load_tokenizer(source.tokenizer.parent, config)  # refuses what could not be loaded later
     files = {path.name: _content(path) for path in copied}
     tokenizer = tokenizer or source.tokenizer
     if tokenizer is not None:
@@ -108,7 +113,7 @@ def _content(path: Path) -> bytes:
 
 
 def entries(source: Source, dtype: str | None) -> Iterator[Entry]:
-    """What is written, in the order of the file."""
+    """The tensors to write, in the order of the file."""
     for name, shape in tensor_shapes(source.config).items():
         for part, (part_dtype, part_shape) in (
             _target(source, name, dtype).stored(name, shape).items()
@@ -117,7 +122,7 @@ def entries(source: Source, dtype: str | None) -> Iterator[Entry]:
 
 
 def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor of `entries`, read, checked and converted when its turn comes."""
+    """Yield each tensor of `entries`, read, checked and converted on demand."""
     if source.stored_tie is not None:
         _check_tie(source.stored_tie, source.tensors[EMBEDDING])
     for name in tensor_shapes(source.config):
@@ -126,11 +131,15 @@ def converted(source: Source, dtype: str | None, loss: Loss) -> Iterator[tuple[s
 
 
 def _check_tie(head: Tensor, embedding: Tensor) -> None:
-    """Refuse a head that is not the embedding; digests, so that one of them is held at a time."""
+    """Refuse a head that differs from the embedding. Comparing digests holds only one of the two
+    in memory at a time."""
     for tensor in (head, embedding):
         check_finite(tensor.read(), tensor.where)
     if head.shape != embedding.shape or _digest(head) != _digest(embedding):
-        raise WeightsError(f"{head.where} differs from the embedding that config.json ties it to")
+        raise WeightsError(
+            f"{head.where} differs from the embedding, but config.json says that they are equal "
+            "(tie_word_embeddings): get the files again"
+        )
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -140,9 +149,10 @@ def _digest(tensor: Tensor) -> bytes:
 def _converted(
     name: str, tensor: Tensor, target: Format, loss: Loss
 ) -> list[tuple[str, np.ndarray]]:
-    """A function of its own, so that nothing of one tensor lives on while the next is read."""
+    """Convert one tensor. This is a separate function so that all of its arrays are freed before
+    the next tensor is read."""
     parts = target.stored(name, tensor.shape)
-    if target is tensor.format:  # as stored, not rounded again
+    if target is tensor.format:  # copied unchanged, without a second rounding
         arrays = tuple(part.read() for part in tensor.parts)
         check_finite(target.bound(*arrays), tensor.where)
         return list(zip(parts, arrays, strict=True))
@@ -156,9 +166,10 @@ def _converted(
 
 
 def _target(source: Source, name: str, dtype: str | None) -> Format:
-    """As stored unless given (float64 becomes float32); norms beside int8 are float32.
+    """The format to write: the given one, else the stored one. float64 becomes float32, and norms
+    are float32 if matrices are int8.
 
-    int8 with scales of groups, as llama2.c's, is not npllama's int8: it becomes float32.
+    int8 with one scale per group, as in llama2.c, is not npllama's int8, so it becomes float32.
     """
     tensor = source.tensors[name]
     if dtype is None:
@@ -169,11 +180,11 @@ def _target(source: Source, name: str, dtype: str | None) -> Format:
 
 
 def hf_config(source: Source, dtype: str | None) -> dict[str, object]:
-    """config.json: the source's own where it has one, with the dtype that was written."""
+    """The fields of config.json: the source's own if it has one, with the written dtype."""
     written = [_target(source, name, dtype) for name in tensor_shapes(source.config)]
     name = written[0].torch_dtype
     fields = (source.hf_config or source.config.to_hf(name)) | {"torch_dtype": name}
-    fields.pop("dtype", None)  # transformers 5's spelling, which would contradict the other
+    fields.pop("dtype", None)  # transformers 5's name of the field, which could contradict ours
     fields.pop("quantization_config", None)
     for format_ in written:
         if format_.config is not None:

@@ -1,4 +1,4 @@
-"""Changing the dtype of a tensor's numbers, and measuring what that loses."""
+"""Changing the dtype of a tensor, and measuring what that loses."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,16 @@ import numpy as np
 from npllama.errors import WeightsError
 from npllama.weight_formats import Format
 
-_CHUNK = 2**20  # numbers at a time: temporaries stay in the cache, and small
+_CHUNK = 2**20  # elements at a time, so that temporary arrays are small and stay in the cache
 _UNSIGNED = {2: np.dtype("uint16"), 4: np.dtype("uint32"), 8: np.dtype("uint64")}
-_EXPONENT = {  # all ones in these bits is an infinity or not a number
+_EXPONENT = {  # the exponent bits; if all are ones, the element is an infinity or a NaN
     np.dtype("float16"): 0x7C00,
     np.dtype(ml_dtypes.bfloat16): 0x7F80,
     np.dtype("float32"): 0x7F800000,
     np.dtype("float64"): 0x7FF0000000000000,
 }
 FLOATS = tuple(_EXPONENT)
-_WIDE = (np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))  # --dtypes of a large range
+_WIDE = (np.dtype(ml_dtypes.bfloat16), np.dtype("float32"))  # --dtypes with a large range
 
 
 @dataclass
@@ -25,12 +25,12 @@ class Loss:
     """What a conversion lost.
 
     Attributes:
-        relative_error: largest |new - old| / |old| of the numbers that float dtypes rounded to a
+        relative_error: largest |new - old| / |old| among elements that a float dtype rounded to a
             normal number.
-        underflowed: numbers that they changed to 0 or to a subnormal number, of less precision.
-        zeroed: those of them that became 0.
-        int8_error: largest |new - old| of the numbers rounded to int8, as a part of the largest
-            |old| in its row.
+        underflowed: number of elements that became subnormal (and lost precision) or 0.
+        zeroed: number of those that became 0.
+        int8_error: largest |new - old| among elements rounded to int8, as a fraction of the
+            largest |old| in the same row.
     """
 
     relative_error: float = 0.0
@@ -39,28 +39,28 @@ class Loss:
     int8_error: float = 0.0
 
     def lines(self) -> list[str]:
-        """Lines for a user; none where nothing was lost."""
+        """Lines for the user; empty if nothing was lost."""
         lines = []
         if self.relative_error:
             lines.append(f"largest relative error by rounding: {100 * self.relative_error:.3g} %")
         if self.underflowed:
             lines.append(
-                f"numbers too small for the new format's full precision: {self.underflowed:,}, "
+                f"elements too small for the new dtype's full precision: {self.underflowed:,}, "
                 f"of which {self.zeroed:,} became 0"
             )
         if self.int8_error:
             lines.append(
                 f"largest error by rounding to int8: {100 * self.int8_error:.3g} % of the largest "
-                "number in the same row"
+                "element in the same row"
             )
         return lines
 
 
 def check_finite(values: np.ndarray, where: str) -> None:
-    """Refuse infinities and NaNs by their bits, which is as fast as reading them.
+    """Refuse infinities and NaNs. The test of the exponent bits is as fast as reading memory.
 
     Raises:
-        WeightsError: naming the tensor and how many there are.
+        WeightsError: the tensor has some. The message states the tensor and their number.
     """
     mask = _EXPONENT[values.dtype]
     bits = values.reshape(-1).view(_UNSIGNED[values.dtype.itemsize])
@@ -70,14 +70,16 @@ def check_finite(values: np.ndarray, where: str) -> None:
         if exponents.max(initial=0) == mask:
             bad += int((exponents == mask).sum())
     if bad:
-        raise WeightsError(f"{where} holds {bad} infinities or NaNs: the checkpoint is broken")
+        raise WeightsError(
+            f"{where} holds {bad} infinities or NaNs: the checkpoint is damaged, get it again"
+        )
 
 
 def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.ndarray:
-    """`values` in another float dtype, noting in `loss` what this loses.
+    """Convert `values` to another float dtype, and record in `loss` what this loses.
 
     Raises:
-        WeightsError: numbers that would become infinite, and the dtypes that hold them.
+        WeightsError: elements would become infinite. The message names dtypes that can hold them.
     """
     if values.dtype == dtype:
         return values
@@ -96,7 +98,7 @@ def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.
         if np.isinf(after).any():
             n, largest = int(np.isinf(after).sum()), float(ml_dtypes.finfo(dtype).max)
             raise WeightsError(
-                f"{where} holds {n} or more numbers beyond {dtype}'s range of {largest:g}: "
+                f"{where} holds {n} or more elements beyond {dtype}'s range of {largest:g}: "
                 f"{_what_to_do(values)}"
             )
         _note(before, after, smallest, loss)
@@ -104,7 +106,7 @@ def as_dtype(values: np.ndarray, dtype: np.dtype, where: str, loss: Loss) -> np.
 
 
 def quantized(w: np.ndarray, target: Format, loss: Loss) -> tuple[np.ndarray, ...]:
-    """W (O, D) in a float dtype -> the arrays of a quantized format, noting in `loss` what this
+    """W (O, D) in a float dtype -> the arrays of a quantized format. Records in `loss` what this
     loses."""
     arrays = target.from_float(w)
     rows = max(1, _CHUNK // max(1, w.shape[1]))
@@ -121,7 +123,7 @@ def quantized(w: np.ndarray, target: Format, loss: Loss) -> tuple[np.ndarray, ..
 
 
 def _note(before: np.ndarray, after: np.ndarray, smallest: float, loss: Loss) -> None:
-    """Note in `loss` what became of some numbers; `smallest` is the smallest normal one."""
+    """Record in `loss` how elements changed. `smallest` is the smallest normal number."""
     is_normal = np.abs(after) >= smallest
     error = np.abs(after - before)
     loss.underflowed += np.count_nonzero(error[~is_normal])
@@ -135,5 +137,5 @@ def _what_to_do(values: np.ndarray) -> str:
     with np.errstate(over="ignore"):
         holding = [d for d in _WIDE if np.isfinite(extreme.astype(d).astype("float64")).all()]
     if not holding:
-        return "no format here holds them, the checkpoint is broken"
+        return "no --dtype can hold them, so the checkpoint is damaged; get it again"
     return f"use --dtype {' or '.join(d.name for d in holding)}"

@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors or pytorch_model*.bin, single or sharded."""
+"""Reads Hugging Face directories: safetensors or pytorch_model*.bin, in one file or in shards."""
 
 from pathlib import Path
 
@@ -16,29 +16,29 @@ from npllama.weight_formats import FORMATS, scale_name
 from npllama.weight_table import EMBEDDING, LM_HEAD
 from npllama.weights import INDEX, SINGLE, check_index, is_rotary_table, shard_files
 
-_DTYPES = DTYPES | {"F64": np.dtype("float64")}  # which npllama.load does not read
+_DTYPES = DTYPES | {"F64": np.dtype("float64")}  # npllama.load does not read float64
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 COPIED = (*TOKENIZER_FILES, "chat_template.jinja")
 
 
 def is_hugging_face(directory: Path) -> bool:
-    """Whether the directory holds weights of either kind; config.json is asked for later."""
+    """Whether the directory holds weights in one of the two formats."""
     names = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX)
     return directory.is_dir() and any((directory / name).exists() for name in names)
 
 
 def read_hugging_face(directory: Path) -> Source:
-    """Read the config and the headers of all files.
+    """Read the config and the headers of all weight files.
 
     Raises:
-        ConfigError, WeightsError: naming file and tensor.
+        ConfigError, WeightsError: something is missing or wrong. The message names file and tensor.
     """
     config = LlamaConfig.from_directory(directory)
     notes: tuple[str, ...] = ()
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
         kind, single, index, read_file = "safetensors", SINGLE, INDEX, _safetensors
         if (directory / BIN_SINGLE).exists() or (directory / BIN_INDEX).exists():
-            notes = (f"{directory} holds pytorch_model.bin too: the safetensors are read",)
+            notes = (f"{directory} also holds pytorch_model.bin; the safetensors are read",)
     else:
         kind, single, index, read_file = "pytorch_model.bin", BIN_SINGLE, BIN_INDEX, _torch
     paths = shard_files(directory, single, index)
@@ -49,14 +49,14 @@ def read_hugging_face(directory: Path) -> Source:
     for of_file in files.values():
         for name, tensor in of_file.items():
             if name in tensors:
-                raise WeightsError(f"{tensor.where} stands in another shard too")
+                raise WeightsError(f"{tensor.where} is also in another shard: expected it in one")
             if not is_rotary_table(name):
                 tensors[name] = tensor
     tensors = _with_scales(tensors)
     head, embedding = tensors.get(LM_HEAD), tensors.get(EMBEDDING)
     stored_tie = None
     if config.tie_embeddings and head is not None and embedding is not None:
-        del tensors[LM_HEAD]  # the embedding, stored a second time
+        del tensors[LM_HEAD]  # a second copy of the embedding
         if head.place is None or head.place != embedding.place:
             stored_tie = head
     tokenizer, generation = tokenizer_file(directory), directory / "generation_config.json"
@@ -67,7 +67,7 @@ def read_hugging_face(directory: Path) -> Source:
         except OtherTokenizerError as error:
             tokenizer, no_tokenizer = None, str(error)
         except TokenizerError:
-            pass  # refused where it is converted, which --tokenizer prevents
+            pass  # a damaged file is refused only if it is converted; --tokenizer replaces it
     return Source(
         format=f"Hugging Face, {kind}, {len(paths)} {'file' if len(paths) == 1 else 'files'}",
         config=config,
@@ -94,7 +94,7 @@ def _torch(path: Path) -> dict[str, Tensor]:
 
 
 def _with_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Quantized matrices joined with the scales beside them."""
+    """Combine each quantized matrix with its scales."""
     joined = {}
     scales = {scale_name(name) for name in tensors}
     for name, tensor in tensors.items():
@@ -109,14 +109,14 @@ def _quantized(name: str, values: Tensor, scale: Tensor) -> Tensor:
     found = [f for f in FORMATS.values() if not f.is_float and f.dtype == values.dtype]
     if not found or len(values.shape) != 2:
         raise WeightsError(
-            f"{scale.where} is surplus: {name} is {values.dtype} of shape {list(values.shape)}, "
-            "and int8 matrices alone have scales"
+            f"{scale.where} is unexpected: {name} is {values.dtype} of shape "
+            f"{list(values.shape)}, and only int8 matrices have scales"
         )
     stored = found[0].stored(name, found[0].shape(values.shape))
     dtype, shape = stored[scale_name(name)]
     if scale.shape != shape:
         raise WeightsError(
-            f"{scale.where} has shape {list(scale.shape)}: expected {list(shape)}, one a row"
+            f"{scale.where} has shape {list(scale.shape)}: expected {list(shape)}, one per row"
         )
     if scale.dtype != dtype:
         raise WeightsError(f"{scale.where} is stored as {scale.dtype}: expected {dtype}")

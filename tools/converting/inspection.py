@@ -1,4 +1,4 @@
-"""What --inspect and --dry-run print."""
+"""The texts of --inspect and --dry-run."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from npllama.config import LlamaConfig
 
 
 def description(source: Source) -> str:
-    """What --inspect prints: format, config, dtype, parameters, bytes, tensor list."""
+    """The text of --inspect: format, config, dtype, parameters, bytes, and list of tensors."""
     config = source.config
     dtypes = sorted({tensor.stored_dtype.name for tensor in source.tensors.values()})
     lines = [
@@ -38,10 +38,10 @@ def _scaling(config: LlamaConfig) -> str:
 def dry_run(
     source: Source, dest: Path, dtype: str | None, tokenizer: Path | None, max_shard_size: int
 ) -> str:
-    """What --dry-run adds: the files that would be written.
+    """The text of --dry-run: the files that would be written.
 
     Raises:
-        NpllamaError: one of the source's files, or the tokenizer, that a conversion would refuse.
+        NpllamaError: the conversion would refuse a file of the source, or the tokenizer.
     """
     shards = plan(entries(source, dtype), max_shard_size)
     sizes = {shard.file: shard.nbytes for shard in shards}

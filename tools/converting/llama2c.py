@@ -1,4 +1,4 @@
-"""llama2.c's checkpoints: versions 0, 1 and 2 of its .bin files, and .pt files of its training."""
+"""Reads llama2.c's checkpoints: .bin files of versions 0, 1 and 2, and .pt training checkpoints."""
 
 import struct
 from dataclasses import replace
@@ -14,15 +14,15 @@ from npllama.config import LlamaConfig
 from npllama.errors import ConfigError, InputError, WeightsError
 from npllama.weight_table import EMBEDDING, LM_HEAD, NORM, layer_name, tensor_shapes
 
-_MAGIC = 0x616B3432  # "ak42": versions 1 and 2 begin with it, version 0 does not
+_MAGIC = 0x616B3432  # "ak42", the start of versions 1 and 2; version 0 has no magic number
 _SEVEN = struct.Struct("<7i")  # dim, hidden, layers, heads, kv_heads, vocab, seq_len
-_HEADER_BYTES = 256  # of versions 1 and 2
-_MAX_SIZE = 2**24  # no dimension of a real model is larger; a header that says so is none
+_HEADER_BYTES = 256  # header size of versions 1 and 2
+_MAX_SIZE = 2**24  # no dimension of a real model is larger, so larger values are no header
 _FLOAT, _INT8 = np.dtype("<f4"), np.dtype("int8")
 
 
 def is_llama2c_bin(path: Path) -> bool:
-    """Whether the file's header makes a model; version 0 has no magic to go by."""
+    """Whether the header describes a valid model; version 0 has no magic number to check."""
     try:
         _read_header(path)
     except (InputError, ConfigError):
@@ -31,22 +31,23 @@ def is_llama2c_bin(path: Path) -> bool:
 
 
 def read_llama2c_bin(path: Path) -> Source:
-    """A version 0, 1 or 2 file.
+    """Read a file of version 0, 1 or 2.
 
-    All are little-endian. None holds norm eps or rope theta: 1e-5 and 10000. Rows of wq and wk
-    are in Meta's order.
+    All versions are little-endian. None states norm eps or rope theta, so 1e-5 and 10000 are
+    assumed. The rows of wq and wk are in Meta's order.
 
     - Version 0: 7 int32 (a negative vocab means an untied classifier), then float32: embedding;
-      attention norms, wq, wk, wv, wo, ffn norms, w1, w2, w3, each of all layers; final norm;
+      attention norms, wq, wk, wv, wo, ffn norms, w1, w2, w3, each for all layers; final norm;
       cosine and sine tables; classifier if untied.
-    - Version 1: magic, version, 7 int32, uint8 shared classifier, zeros to byte 256, then float32:
-      attention norms, ffn norms, final norm, embedding, wq, wk, wv, wo, w1, w2, w3, classifier
-      if not shared.
-    - Version 2: as version 1 with an int32 group size after the flag; norms float32, every other
-      tensor int8 values and behind them one float32 scale a group of the flattened tensor.
+    - Version 1: magic, version, 7 int32, uint8 shared classifier, zeros up to byte 256, then
+      float32: attention norms, ffn norms, final norm, embedding, wq, wk, wv, wo, w1, w2, w3,
+      classifier if not shared.
+    - Version 2: like version 1, with an int32 group size after the flag. Norms are float32. Every
+      other tensor is stored as int8 values, followed by one float32 scale per group of the
+      flattened tensor.
 
     Raises:
-        InputError, WeightsError: another format, or a file of another size than its header says.
+        InputError, WeightsError: the file has another format, or its size contradicts its header.
     """
     version, config, group, begin = _read_header(path)
     layers = range(config.n_layers)
@@ -72,7 +73,10 @@ def read_llama2c_bin(path: Path) -> Source:
         n = int(np.prod(shape, dtype=np.int64))
         if version == 2 and len(shape) == 2:
             if n % group:
-                raise InputError(f"{path}: its group size {group} does not divide {list(shape)}")
+                raise InputError(
+                    f"{path}: the group size {group} does not divide the shape {list(shape)}: get "
+                    "the file again"
+                )
             values = file_tensor(path, name, _INT8, shape, offset)
             scales = file_tensor(path, name, _FLOAT, (n // group,), offset + n)
             tensors[name] = grouped_int8(values, scales, group)
@@ -84,7 +88,7 @@ def read_llama2c_bin(path: Path) -> Source:
     size = path.stat().st_size
     if size != offset:
         raise WeightsError(
-            f"{path} has {size} bytes and its header describes {offset}: "
+            f"{path} has {size} bytes, but its header describes {offset}: "
             "it is truncated or damaged, get the file again"
         )
     return Source(
@@ -96,16 +100,16 @@ def read_llama2c_bin(path: Path) -> Source:
 
 
 def read_llama2c_training(path: Path) -> Source:
-    """A .pt file of llama2.c's train.py: {"model": tensors, "model_args": ..., ...}.
+    """Read a .pt file of llama2.c's train.py: {"model": tensors, "model_args": ..., ...}.
 
     Raises:
-        ConfigError, WeightsError: naming file and tensor.
+        ConfigError, WeightsError: something is missing or wrong. The message names file and tensor.
     """
     root = read_torch_file(path)
     if not isinstance(root, dict) or not {"model", "model_args"} <= root.keys():
         raise InputError(
-            f"{path} is not a llama2.c training checkpoint: expected 'model' and 'model_args'; "
-            "a directory is read as Meta's or Hugging Face's"
+            f"{path} is not a llama2.c training checkpoint: expected 'model' and 'model_args'; to "
+            "convert a checkpoint of Meta or Hugging Face, give its directory"
         )
     args = root["model_args"]
     if not isinstance(args, dict):
@@ -113,7 +117,7 @@ def read_llama2c_training(path: Path) -> Source:
     state = checked_tensors(root["model"], path)
     plain = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
     if len(plain) != len(state):
-        raise WeightsError(f"{path}: a tensor stands there with and without _orig_mod.")
+        raise WeightsError(f"{path}: a tensor is there both with and without the prefix _orig_mod.")
     tensors = by_hf_name(plain, path)
     config = _training_config(args, tensors, path)
     if _is_tied(tensors):
@@ -128,20 +132,20 @@ def read_llama2c_training(path: Path) -> Source:
 
 
 def tokenizer_beside(path: Path) -> Path | None:
-    """tokenizer.model or tokenizer.bin in the file's folder."""
+    """tokenizer.model or tokenizer.bin in the same folder, if there is one."""
     beside = (path.with_name("tokenizer.model"), path.with_name("tokenizer.bin"))
     return next((file for file in beside if file.exists()), None)
 
 
 def _read_header(path: Path) -> tuple[int, LlamaConfig, int, int]:
-    """(version, config, group size or 0, first byte of the tensors)."""
+    """Read (version, config, group size or 0, first byte of the tensors)."""
     try:
         with open(path, "rb") as file:
             header = file.read(_HEADER_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if len(header) < _SEVEN.size:
-        raise InputError(f"{path} has {len(header)} bytes: it is no checkpoint")
+        raise InputError(f"{path} has {len(header)} bytes: too few for a checkpoint")
     if int.from_bytes(header[:4], "little") != _MAGIC:
         fields = _SEVEN.unpack_from(header)
         return 0, _config(path, fields, tied=fields[5] > 0), 0, _SEVEN.size
@@ -153,29 +157,31 @@ def _read_header(path: Path) -> tuple[int, LlamaConfig, int, int]:
     fields, shared = _SEVEN.unpack_from(header, 8), header[36]
     group = int.from_bytes(header[37:41], "little", signed=True) if version == 2 else 0
     if shared not in (0, 1) or (version == 2 and not 0 < group < _MAX_SIZE):
-        raise WeightsError(f"{path} is damaged: its header's flag or group size makes no sense")
+        raise WeightsError(
+            f"{path} is damaged (its header has an invalid flag or group size): get the file again"
+        )
     return version, _config(path, fields, tied=shared == 1), group, _HEADER_BYTES
 
 
 def _config(path: Path, fields: tuple[int, ...], tied: bool) -> LlamaConfig:
     dim, ffn_dim, n_layers, n_heads, n_kv_heads, vocab, context = fields
     sizes = (dim, ffn_dim, n_layers, n_heads, n_kv_heads, abs(vocab), context)
-    # a float32 of trained weights, read as an integer, is far larger than any dimension
+    # if the file is something else, such as float32 weights, these integers are far larger
     if not all(0 < n < _MAX_SIZE for n in sizes) or n_layers > 2**12:
-        raise InputError(f"{path} is no llama2.c checkpoint: its header makes no model")
+        raise InputError(f"{path} is not a llama2.c checkpoint: its header describes no model")
     try:
         return LlamaConfig(
             dim, n_layers, n_heads, n_kv_heads, ffn_dim, abs(vocab), context, tie_embeddings=tied
         )
     except ConfigError as error:
-        raise InputError(f"{path} is no llama2.c checkpoint: {error}") from None
+        raise InputError(f"{path} is not a llama2.c checkpoint: {error}") from None
 
 
 def _training_config(args: dict[Any, Any], tensors: dict[str, Tensor], path: Path) -> LlamaConfig:
     gate, embedding = tensors.get(layer_name(0, "w_gate")), tensors.get(EMBEDDING)
     for name, tensor in (("feed_forward.w1", gate), ("tok_embeddings", embedding)):
         if tensor is None or len(tensor.shape) != 2:
-            raise WeightsError(f"{path}: tensor {name}.weight is missing or no matrix")
+            raise WeightsError(f"{path}: tensor {name}.weight is missing or is not a matrix")
     return config_from(
         args,
         path,
@@ -186,5 +192,5 @@ def _training_config(args: dict[Any, Any], tensors: dict[str, Tensor], path: Pat
 
 
 def _is_tied(tensors: dict[str, Tensor]) -> bool:
-    """train.py ties the head to the embedding: two names of one tensor in its state dict."""
+    """Whether head and embedding are the same tensor. train.py then stores it under two names."""
     return LM_HEAD not in tensors or tensors[LM_HEAD].place == tensors[EMBEDDING].place

@@ -1,4 +1,4 @@
-"""Meta's checkpoints: params.json and consolidated.NN.pth, one file a model-parallel shard."""
+"""Reads Meta's checkpoints: params.json and one consolidated.NN.pth per model-parallel shard."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from npllama.weight_table import EMBEDDING, find_hf, layer_name
 
 
 def is_meta(directory: Path) -> bool:
-    """Whether the directory holds what Meta's download writes."""
+    """Whether the directory holds files of a Meta checkpoint."""
     return directory.is_dir() and (
         (directory / "params.json").exists() or any(directory.glob("consolidated.*.pth"))
     )
 
 
 def read_meta(directory: Path) -> Source:
-    """Read params.json and every shard's header.
+    """Read params.json and the header of every shard.
 
     Raises:
-        ConfigError, WeightsError: naming file and tensor.
+        ConfigError, WeightsError: something is missing or wrong. The message names file and tensor.
     """
-    missing = "get it from where the shards came from"
+    missing = "copy it from where the shards came from"
     params = read_json(directory / "params.json", missing=missing)
     paths = sorted(directory.glob("consolidated.*.pth"))
     _check_names([path.name for path in paths], directory)
@@ -45,7 +45,7 @@ def read_meta(directory: Path) -> Source:
 
 
 def _check_names(names: list[str], directory: Path) -> None:
-    """Shards are numbered from 00, without gaps."""
+    """Check that the shards are numbered from 00 without gaps."""
     expected = [f"consolidated.{i:02}.pth" for i in range(max(len(names), 1))]
     missing = next((name for name in expected if name not in names), None)
     if missing is not None:
@@ -56,15 +56,15 @@ def _check_names(names: list[str], directory: Path) -> None:
 
 
 def _check_count(params: dict, shards: list[dict[str, Tensor]], directory: Path) -> None:
-    """Shards hold columns of the embedding, so that one of them tells how many there are."""
+    """Check the number of shards. The first shard's columns of the embedding imply this number."""
     embedding, dim = shards[0].get(EMBEDDING), params.get("dim")
     if embedding is None or len(embedding.shape) != 2 or not isinstance(dim, int):
-        return  # refused by name later
+        return  # later checks refuse this and name what is wrong
     columns = embedding.shape[1]
     if columns and dim % columns == 0 and dim // columns > len(shards):
         raise WeightsError(
             f"consolidated.{len(shards):02}.pth is missing: {directory} holds {len(shards)} of "
-            f"{dim // columns} shards, by the {columns} columns of {dim} in its first one's "
+            f"{dim // columns} shards, since its first shard has {columns} of the {dim} columns of "
             "tok_embeddings.weight; get all files of the checkpoint"
         )
 
@@ -77,7 +77,7 @@ def _config(params: dict, shards: list[dict[str, Tensor]], path: Path) -> LlamaC
     return config_from(
         params,
         path,
-        ffn_dim=_rows(shards, layer_name(0, "w_gate"), path),  # params.json has none
+        ffn_dim=_rows(shards, layer_name(0, "w_gate"), path),  # params.json does not state it
         vocab_size=_vocab_size(params, shards, path),
         context_length=16384 if theta == 1e6 else 4096,
         rope_theta=theta,
@@ -86,11 +86,13 @@ def _config(params: dict, shards: list[dict[str, Tensor]], path: Path) -> LlamaC
 
 def _vocab_size(params: dict, shards: list[dict[str, Tensor]], path: Path) -> int:
     given = number(params, "vocab_size", path, -1)
-    if given != -1:  # -1 for unknown
+    if given != -1:  # -1 means unknown
         return given
     if EMBEDDING not in shards[0] or len(shards[0][EMBEDDING].shape) != 2:
-        raise WeightsError(f"{path.parent}: tensor tok_embeddings.weight is missing or no matrix")
-    return shards[0][EMBEDDING].shape[0]  # shards hold columns of it
+        raise WeightsError(
+            f"{path.parent}: tensor tok_embeddings.weight is missing or is not a matrix"
+        )
+    return shards[0][EMBEDDING].shape[0]  # shards split its columns, so each has all rows
 
 
 def _rows(shards: list[dict[str, Tensor]], name: str, path: Path) -> int:
@@ -103,19 +105,19 @@ def _rows(shards: list[dict[str, Tensor]], name: str, path: Path) -> int:
 
 
 def _merged(name: str, shards: list[dict[str, Tensor]], paths: list[Path]) -> Tensor:
-    """One tensor of all shards: norms are equal in each, matrices are split by rows or columns
-    (`split` in npllama.weight_table)."""
+    """Merge one tensor from all shards. Norms are equal in all shards; matrices are split by rows
+    or columns (`split` in npllama.weight_table)."""
     for shard, path in zip(shards, paths, strict=True):
         if shard.keys() != shards[0].keys():
             odd = sorted(shard.keys() ^ shards[0].keys())[0]
             raise WeightsError(
                 f"{path} and {paths[0].name} are shards of different models: tensor {odd} is in "
-                "one of them only"
+                "only one of them"
             )
     parts = [shard[name] for shard in shards]
     if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
         raise WeightsError(
-            f"{parts[0].where} has shape {list(parts[0].shape)} in {parts[0].dtype} and another "
+            f"{parts[0].where} has shape {list(parts[0].shape)} in {parts[0].dtype}, but differs "
             "in another shard: these are shards of different models"
         )
     weight, _layer = find_hf(name)
@@ -133,8 +135,8 @@ def _equal_in_all(parts: list[Tensor]) -> Tensor:
         for part in parts[1:]:
             if part.read().tobytes() != first.tobytes():
                 raise WeightsError(
-                    f"{part.where} differs from the other shards': these are shards of "
-                    "different models"
+                    f"{part.where} differs from the same tensor in another shard: these are shards "
+                    "of different models"
                 )
         return first
 

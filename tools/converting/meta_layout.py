@@ -1,4 +1,4 @@
-"""What Meta's checkpoints and llama2.c's training have in common: names, and their numbers."""
+"""What Meta's checkpoints and llama2.c's training checkpoints share: names and parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from npllama.config import LlamaConfig
 from npllama.errors import ConfigError, WeightsError
 from npllama.weight_table import find_meta
 
-_SKIPPED = ("rope.freqs", "freqs_cos", "freqs_sin")  # rotary tables, computed here instead
+_SKIPPED = ("rope.freqs", "freqs_cos", "freqs_sin")  # rotary tables; this code computes its own
 
 
 def by_hf_name(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same tensors under Hugging Face's names, without rotary tables."""
+    """The same tensors by Hugging Face's names, without rotary tables."""
     named = {}
     for name, tensor in tensors.items():
         if name in _SKIPPED:
@@ -34,14 +34,14 @@ def config_from(
     context_length: int,
     rope_theta: float = 10000.0,
 ) -> LlamaConfig:
-    """The config that `params` describes: Meta's params.json, or llama2.c's model_args.
+    """The config that `params` describes. `params` is Meta's params.json or llama2.c's model_args.
 
     Args:
-        path: where `params` stands, for messages.
-        ffn_dim, vocab_size, context_length, rope_theta: what `params` do not hold, or not surely.
+        path: the file that holds `params`, for messages.
+        ffn_dim, vocab_size, context_length, rope_theta: values that `params` may lack.
 
     Raises:
-        ConfigError: a field that is missing, no number, or out of range.
+        ConfigError: a field is missing, is not a number, or is out of range.
     """
     n_heads = number(params, "n_heads", path)
     fields = {
@@ -51,7 +51,7 @@ def config_from(
         "n_kv_heads": number(params, "n_kv_heads", path, n_heads),
         "norm_eps": number(params, "norm_eps", path, 1e-5),
     }
-    if params.get("head_dim") is not None:  # Meta's own have none: C is D / H
+    if params.get("head_dim") is not None:  # Meta's own models do not state it: C is D / H
         fields["head_dim"] = number(params, "head_dim", path)
     try:
         return LlamaConfig(
@@ -66,11 +66,11 @@ def config_from(
 
 
 def number(params: dict[Any, Any], name: str, path: Path, default: Any = None) -> Any:
-    """A field of `params`; the config checks its range."""
+    """A numeric field of `params`. LlamaConfig checks its range."""
     value = params.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        # a list of a pickle may be too deep to print, or without end
+        # repr of a list from a pickle could recurse too deeply or never end
         shown = repr(value) if isinstance(value, str | None) else f"a {type(value).__name__}"
         raise ConfigError(f"{path}: {name} is {shown}: expected a number")
     return value

@@ -1,4 +1,4 @@
-"""What a path holds: the format is recognized, and every tensor held against the config."""
+"""Recognizes the format of a checkpoint, and checks its tensors against its config."""
 
 from pathlib import Path
 
@@ -18,16 +18,16 @@ def read_source(path: Path) -> Source:
     """Recognize a checkpoint, read its headers, and check its tensors against its config.
 
     Raises:
-        NpllamaError: no checkpoint, one of another kind, or a damaged one.
+        NpllamaError: the path holds no checkpoint, one of an unknown format, or a damaged one.
     """
     try:
         source = _recognized(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    if source.config.n_layers > len(source.tensors):  # before a name is made for each
+    if source.config.n_layers > len(source.tensors):  # before tensor_shapes lists every layer
         raise WeightsError(
-            f"{path}: the config describes {source.config.n_layers} layers and there are "
-            f"{len(source.tensors)} tensors: layers are missing"
+            f"{path}: the config describes {source.config.n_layers} layers, but there are only "
+            f"{len(source.tensors)} tensors: layers are missing, get the files again"
         )
     shapes = tensor_shapes(source.config)
     check_none_missing(path, list(shapes), source.tensors)
@@ -38,10 +38,12 @@ def read_source(path: Path) -> Source:
                 f"{tensor.where} has shape {list(tensor.shape)}: the config asks for {list(shape)}"
             )
         if tensor.dtype not in FLOATS:
-            raise WeightsError(f"{tensor.where} is stored as {tensor.dtype}: expected floats")
+            raise WeightsError(f"{tensor.where} has dtype {tensor.dtype}: expected a float dtype")
     for name in source.tensors:
         if name not in shapes:
-            raise WeightsError(f"{path}: tensor {name} is not part of the model")
+            raise WeightsError(
+                f"{path}: tensor {name} is not part of the model that the config describes"
+            )
     return source
 
 
@@ -53,7 +55,7 @@ def _recognized(path: Path) -> Source:
     if is_hugging_face(path):
         source = read_hugging_face(path)
         if is_meta(path):
-            source.notes += (f"{path} holds Meta's files too: Hugging Face's are read",)
+            source.notes += (f"{path} also holds Meta's files; those of Hugging Face are read",)
         return source
     if is_meta(path):
         return read_meta(path)
@@ -70,6 +72,6 @@ def _recognized(path: Path) -> Source:
     if is_llama2c_bin(path):
         return read_llama2c_bin(path)
     raise InputError(
-        f"{path} is no checkpoint of a known format: expected a llama2.c .bin or .pt file, or the "
-        "directory of Meta's or Hugging Face's files"
+        f"{path} is not a checkpoint of a known format: expected a llama2.c .bin or .pt file, or a "
+        "directory in Meta's or Hugging Face's format"
     )

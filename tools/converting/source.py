@@ -1,7 +1,7 @@
-"""What every format is read as: a config, and tensors that are not read yet.
+"""The common form of all checkpoint formats: a config, and tensors that are read on demand.
 
-A reader looks at headers alone. It gives each tensor's dtype and shape and a function that reads
-it, so that a conversion holds one tensor at a time and an inspection none.
+A reader reads only headers. For each tensor it provides dtype, shape and a function that reads the
+values. A conversion therefore holds one tensor in memory at a time, and an inspection none.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from npllama.weight_table import OF_LAYER
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a source, not read yet.
+    """A tensor of a source, read on demand.
 
     Attributes:
         where: file and name, for messages.
-        dtype: of what `read` gives.
-        read: the values in `dtype` and `shape`; each call reads the file again.
-        format: of a quantized matrix that the file holds as npllama does: that of its `parts`.
-        parts: what the file holds, where `read` makes the values of it: int8 and scales.
-        place: where in a file the numbers lie; two names of one tensor share it.
+        dtype: dtype of what `read` returns.
+        read: returns the values with `dtype` and `shape`. Each call reads the file again.
+        format: the quantized npllama format in which `parts` store the tensor, if there is one.
+        parts: for a quantized matrix, the stored tensors: int8 values and scales.
+        place: location of the data. Two names of one tensor have the same place.
     """
 
     where: str
@@ -40,12 +40,12 @@ class Tensor:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """Of the numbers in the file."""
+        """The dtype of the elements in the file."""
         return self.parts[0].dtype if self.parts else self.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         if self.parts:
             return sum(part.nbytes for part in self.parts)
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
@@ -56,23 +56,23 @@ class Source:
     """A checkpoint of any format.
 
     Attributes:
-        format: its name, for --inspect.
-        config: the model's shape.
+        format: name of the format, for --inspect.
+        config: shape of the model.
         tensors: Hugging Face name -> Tensor.
-        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin beside the weights, if any.
-        no_tokenizer: why the one beside the weights, or None, is not taken.
-        hf_config, generation_config: the source's own files, kept where it has them.
-        copied: further files that DEST gets as they are.
-        notes: what a user should know of the choices that were made.
-        stored_tie: a tied head that is stored beside the embedding all the same, and must be
-            equal to it.
+        tokenizer: tokenizer.model, tokenizer.json or tokenizer.bin that comes with the weights.
+        no_tokenizer: if `tokenizer` is None, the reason.
+        hf_config, generation_config: contents of the source's own files, if it has them.
+        copied: further files that are copied to DEST unchanged.
+        notes: choices that the reader made, for the user.
+        stored_tie: a tied head that the file stores although it should equal the embedding; the
+            conversion compares the two.
     """
 
     format: str
     config: LlamaConfig
     tensors: dict[str, Tensor]
     tokenizer: Path | None = None
-    no_tokenizer: str = "no tokenizer was found beside the source"
+    no_tokenizer: str = "no tokenizer was found with the source"
     hf_config: dict = field(default_factory=dict)
     generation_config: dict = field(default_factory=dict)
     copied: tuple[Path, ...] = ()
@@ -85,12 +85,12 @@ class Source:
 
 
 def read_numbers(path: Path, dtype: np.dtype, count: int, offset: int, where: str) -> np.ndarray:
-    """`count` numbers from byte `offset` of a file, in an array of their own.
+    """Read `count` elements from byte `offset` of a file into a new array.
 
-    They are read rather than mapped: the pages of a map would count as this program's memory.
+    The file is not mapped, because the pages of a map would count as this program's memory.
 
     Raises:
-        WeightsError: the file cannot be read, or ends before.
+        WeightsError: the file cannot be read, or ends too early.
     """
     try:
         values = np.empty(count, dtype=dtype)
@@ -99,14 +99,15 @@ def read_numbers(path: Path, dtype: np.dtype, count: int, offset: int, where: st
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
     except MemoryError:
         n_bytes = count * np.dtype(dtype).itemsize
-        raise WeightsError(f"{where} has {n_bytes:,} bytes, more than the memory holds") from None
+        raise WeightsError(f"{where} has {n_bytes:,} bytes, more than the free memory") from None
     if n_read != values.nbytes:
         raise WeightsError(f"{where} is truncated: get the file again")
     return values
 
 
 def _read_into(values: np.ndarray, path: Path, offset: int) -> int:
-    """Bytes that were read; not by np.fromfile, which takes an error of the disk for the end."""
+    """Read into an array and return the number of bytes. (np.fromfile takes disk errors for the
+    end of the file.)"""
     rest = memoryview(values.view("uint8"))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -118,7 +119,7 @@ def _read_into(values: np.ndarray, path: Path, offset: int) -> int:
 def file_tensor(
     path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], offset: int
 ) -> Tensor:
-    """A tensor that lies in a file as it is, row after row."""
+    """A tensor that is stored in row-major order, without any encoding."""
     where = f"{path}: tensor {name}"
 
     def read() -> np.ndarray:
@@ -129,7 +130,7 @@ def file_tensor(
 
 
 def concatenated(parts: list[Tensor], axis: int) -> Tensor:
-    """The shards of one matrix side by side."""
+    """Concatenate the shards of one matrix along an axis."""
     if len(parts) == 1:
         return parts[0]
     shape = list(parts[0].shape)
@@ -138,7 +139,7 @@ def concatenated(parts: list[Tensor], axis: int) -> Tensor:
     def read() -> np.ndarray:
         whole = np.empty(shape, dtype=parts[0].dtype)
         begin = 0
-        for part in parts:  # one shard's slice at a time
+        for part in parts:  # reads one shard's part at a time
             end = begin + part.shape[axis]
             whole[(slice(None),) * axis + (slice(begin, end),)] = part.read()
             begin = end
@@ -148,8 +149,8 @@ def concatenated(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def in_hf_row_order(w: Tensor, heads: int) -> Tensor:
-    """Rows of wq or wk from Meta's order, where rotation pairs (2i, 2i+1), to Hugging Face's,
-    where it pairs (i, i + C/2).
+    """Reorder rows of wq or wk from Meta's order to Hugging Face's. RoPE pairs rows (2i, 2i+1) in
+    Meta's order and rows (i, i + C/2) in Hugging Face's.
 
     Args:
         w: (heads*C, D).
@@ -165,22 +166,22 @@ def in_hf_row_order(w: Tensor, heads: int) -> Tensor:
 
 
 def from_meta_row_order(tensors: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """All tensors by their Hugging Face names, with every wq and wk in its row order."""
+    """All tensors by their Hugging Face names, with wq and wk in Hugging Face's row order."""
     turned = dict(tensors)
-    for i in range(min(config.n_layers, len(tensors))):  # whatever the config claims
+    for i in range(min(config.n_layers, len(tensors))):  # a damaged config may claim any number
         for weight in OF_LAYER:
             name, heads = weight.hf_name(i), weight.heads(config)
-            # of another shape it is refused
+            # a later check refuses tensors of another shape
             if heads is not None and name in turned and len(turned[name].shape) == 2:
                 turned[name] = in_hf_row_order(turned[name], heads)
     return turned
 
 
 def grouped_int8(values: Tensor, scales: Tensor, group: int) -> Tensor:
-    """int8 values with one scale for each `group` of the flattened tensor, as float32."""
+    """int8 values with one scale per `group` elements of the flattened tensor, read as float32."""
 
     def read() -> np.ndarray:
-        flat = values.read().reshape(-1, group)  # groups may straddle rows
+        flat = values.read().reshape(-1, group)  # a group may span two rows
         return dequantize(flat, scales.read()).reshape(values.shape)
 
     parts = (values, scales)
@@ -188,7 +189,7 @@ def grouped_int8(values: Tensor, scales: Tensor, group: int) -> Tensor:
 
 
 def quantized(format_: Format, parts: tuple[Tensor, ...]) -> Tensor:
-    """A matrix in a quantized format of npllama's, whose arrays are `parts`, as float32."""
+    """A matrix in one of npllama's quantized formats with the arrays `parts`, read as float32."""
 
     def read() -> np.ndarray:
         return format_.to_float(*(part.read() for part in parts))

@@ -1,4 +1,4 @@
-"""Tokenizers: a tokenizer.model as it is; tokenizer.json and llama2.c's tokenizer.bin as one."""
+"""Reads tokenizer.model, tokenizer.json or llama2.c's tokenizer.bin as a sentencepiece model."""
 
 import struct
 from collections.abc import Iterator
@@ -22,18 +22,19 @@ CONFIG = {
     "unk_token": "<unk>",
     "legacy": False,
 }
-"""tokenizer_config.json for transformers, which may encode leading and double spaces otherwise
-than sentencepiece does."""
+"""tokenizer_config.json for transformers. transformers may encode leading and double spaces
+differently from sentencepiece."""
 DESCRIBING = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 DESCRIBING += ("added_tokens.json",)
-"""Files of Hugging Face's beside a tokenizer.model that say what is in it."""
+"""Hugging Face files that describe the tokenizer.model in the same directory."""
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> bytes:
     """The contents of a tokenizer.model for a model of `vocab_size`.
 
     Raises:
-        TokenizerError: none of the formats, or more pieces than the model has embeddings.
+        TokenizerError: the file has none of the formats, or more pieces than the model's
+            vocabulary.
     """
     try:
         content = read_small_file(path, MAX_TOKENIZER)
@@ -46,21 +47,21 @@ def read_tokenizer(path: Path, vocab_size: int) -> bytes:
     elif path.suffix == ".json":
         content = sentencepiece_from_json(path)
     else:
-        Tokenizer(path)  # raises where it is none
+        Tokenizer(path)  # raises an error if it is not a sentencepiece model
     check_size(Tokenizer.from_bytes(content), path, vocab_size)
     return content
 
 
 def tokenizer_config(path: Path) -> dict[str, object]:
-    """tokenizer_config.json for a tokenizer; of a tokenizer.json with its added tokens.
+    """The fields of tokenizer_config.json. From a tokenizer.json they include its added tokens.
 
     Raises:
-        ConfigError, TokenizerError: a damaged tokenizer.json.
+        ConfigError, TokenizerError: tokenizer.json is damaged.
     """
     if path.suffix != ".json":
         return CONFIG
     tokens = added_tokens(read_json(path, MAX_TOKENIZER))
-    for token in tokens:  # DEST could not load it
+    for token in tokens:  # refuse what could not be loaded later
         checked_token(path, token.get("id"), token.get("content"), token.get("special"))
     fields = ("content", "special", "lstrip", "rstrip", "normalized", "single_word")
     decoder = {
@@ -71,7 +72,7 @@ def tokenizer_config(path: Path) -> dict[str, object]:
 
 
 def from_tokenizer_bin(content: bytes, path: Path) -> bytes:
-    """llama2.c's pieces as a sentencepiece model; a plain space becomes sentencepiece's mark."""
+    """llama2.c's pieces as a sentencepiece model. Spaces become U+2581, as in sentencepiece."""
     pieces = [
         (text.decode("utf-8", errors="replace").replace(" ", "\u2581"), score, PieceType.NORMAL)
         for text, score in _pieces(content, path)
@@ -86,7 +87,7 @@ def from_tokenizer_bin(content: bytes, path: Path) -> bytes:
 
 
 def _pieces(content: bytes, path: Path) -> Iterator[tuple[bytes, float]]:
-    """int32 longest length, then for each piece float32 score, int32 length, bytes."""
+    """Parse int32 longest length, then for each piece: float32 score, int32 length, bytes."""
     position = 4
     while position < len(content):
         try:
@@ -95,6 +96,8 @@ def _pieces(content: bytes, path: Path) -> Iterator[tuple[bytes, float]]:
             length = -1
         text = content[position + 8 : position + 8 + max(length, 0)]
         if length < 0 or len(text) != length:
-            raise TokenizerError(f"{path} is truncated or not a llama2.c tokenizer.bin")
+            raise TokenizerError(
+                f"{path} is truncated, or is not a llama2.c tokenizer.bin: get the file again"
+            )
         yield text, score
         position += 8 + length

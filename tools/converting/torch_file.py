@@ -1,10 +1,12 @@
-"""Reading what torch.save wrote, without torch and without trusting it.
+"""Reads files that torch.save wrote, without torch and without trusting them.
 
-A .pth or .bin file is a pickle whose tensors are views of raw storages: in a zip archive (the
-layout since PyTorch 1.6) data.pkl with the storages under data/N, in the older one several
-pickles with the storages behind them. A pickle is a program that may call anything, so this one
-runs with an allow list of the few globals that tensors need, all of them replaced by functions
-of our own that only note what was asked for; any other is refused by name, untouched.
+A .pth or .bin file holds a pickle whose tensors are views of raw storages. In the layout since
+PyTorch 1.6 it is a zip archive with data.pkl and the storages under data/N. In the older (legacy)
+layout, several pickles are followed by the storages.
+
+A pickle is a program that may call anything. Here it runs with an allow list of the few globals
+that tensors need. Each of them is replaced by a function of this module that only records its
+arguments. Any other global is refused by name and never called.
 """
 
 import io
@@ -36,11 +38,11 @@ _STORAGES = {
     "ByteStorage": np.dtype("uint8"),
     "BoolStorage": np.dtype("bool"),
 }
-_MAX_PICKLE = 64 * 2**20  # the largest models' are well under 1 MB; an optimizer's a few
-_MAX_OPCODES = 2**19  # 70B's shards have some 25,000; an optimizer's state a few times as many
+_MAX_PICKLE = 64 * 2**20  # bytes; far more than the largest models' or optimizers' pickles have
+_MAX_OPCODES = 2**19  # per pickle; far more than the shards of a 70B model have
 _MAX_TEXT = 2**16
-_MAX_LEAVES = 256  # of a tuple, counted as often as it holds them
-_MAX_HUGE = 64  # integers beyond 61 bits, of which thousands can have one hash
+_MAX_LEAVES = 256  # of a tuple; a nested tuple counts each time it occurs
+_MAX_HUGE = 64  # integers beyond 61 bits, because thousands of them can share one hash
 _MAX_NAME = 200
 _MAX_AXES = 8
 _REFUSED_OPCODES = {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
@@ -49,20 +51,21 @@ _LEGACY_PROTOCOL = 1001
 
 
 class _Unchangeable:
-    """What a pickle gets of ours; its BUILD would set attributes, even of frozen dataclasses."""
+    """An object that a pickle may receive but not modify. A BUILD opcode would otherwise set
+    attributes, even of a frozen dataclass."""
 
     __slots__ = ()
 
     def __setstate__(self, _state: Any) -> NoReturn:
-        raise pickle.UnpicklingError("a change to something that torch does not change")
+        raise pickle.UnpicklingError("a change to an object that torch does not change")
 
 
 class _Dict(dict):
-    """Stands for OrderedDict, without attributes: those that torch sets (_metadata) are dropped."""
+    """Replaces OrderedDict. Attributes that torch sets on it (_metadata) are dropped."""
 
     __slots__ = ()
 
-    def __init__(self) -> None:  # torch fills it item by item; OrderedDict(d) would copy d
+    def __init__(self) -> None:  # takes no items: torch adds them one by one
         super().__init__()
 
     def __setstate__(self, _state: Any) -> None:
@@ -71,7 +74,7 @@ class _Dict(dict):
 
 @dataclass(frozen=True)
 class _Function(_Unchangeable):
-    """Stands for a function of torch's."""
+    """Replaces a function of torch."""
 
     run: Callable[..., Any]
 
@@ -81,14 +84,14 @@ class _Function(_Unchangeable):
 
 @dataclass(frozen=True)
 class _StorageType(_Unchangeable):
-    """Stands for torch.FloatStorage and its like."""
+    """Replaces torch.FloatStorage and similar classes."""
 
     dtype: np.dtype
 
 
 @dataclass(frozen=True)
 class _Storage(_Unchangeable):
-    """A storage that a tensor refers to: its key in the file, dtype, and length."""
+    """A storage that a tensor refers to: its key in the file, its dtype and its length."""
 
     key: str
     dtype: np.dtype
@@ -105,10 +108,10 @@ class _View(_Unchangeable):
 
 
 def read_torch_file(path: Path) -> Any:
-    """The object that torch.save wrote, each tensor a Tensor that is not read yet.
+    """Read the object that torch.save wrote. Its tensors become Tensors that are read on demand.
 
     Raises:
-        WeightsError: a damaged file, one that would call other globals, or a tensor that
+        WeightsError: the file is damaged, its pickle would call other globals, or a tensor
             reaches outside its storage.
     """
     if (what := content_instead(path)) is not None:
@@ -120,7 +123,7 @@ def read_torch_file(path: Path) -> Any:
             else:
                 file.seek(0)
                 root, storages = _read_legacy(path, file)
-    except zipfile.BadZipFile as error:  # also of is_zipfile, for archives of several disks
+    except zipfile.BadZipFile as error:  # is_zipfile raises it too, for multi-disk archives
         _damaged(path, f"its zip directory cannot be read: {error}")
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -129,23 +132,23 @@ def read_torch_file(path: Path) -> Any:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether the file begins as torch.save's do: a zip archive, or a pickle of the magic."""
+    """Whether the file begins like one of torch.save: a zip archive, or a pickled magic number."""
     with open(path, "rb") as file:
         start = file.read(16)
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and b"\x8a\x0a\x6c\xfc" in start)
 
 
 def checked_tensors(root: Any, path: Path) -> dict[str, Tensor]:
-    """A state dict: names to tensors and nothing else."""
+    """Check that `root` is a state dict, which maps names to tensors and holds nothing else."""
     if not isinstance(root, dict) or not root:
-        raise WeightsError(f"{path} holds a {type(root).__name__}: expected tensors by name")
+        raise WeightsError(f"{path} holds a {type(root).__name__}: expected a dict of tensors")
     for name, value in root.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}: expected a tensor")
     return root
 
 
-# -- the two layouts: the pickle, and where each storage's bytes begin
+# -- the two layouts: read the pickle, and find where the bytes of each storage begin
 
 
 def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -162,7 +165,7 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, tuple
         _damaged(path, f"its zip archive holds {len(pickles)} data.pkl: expected one")
     prefix = pickles[0].filename.removesuffix("data.pkl")
     if pickles[0].file_size > _MAX_PICKLE:
-        _damaged(path, f"its data.pkl claims {pickles[0].file_size} bytes")
+        _damaged(path, f"its data.pkl claims {pickles[0].file_size} bytes, which is too large")
     begin, n = _stored_range(path, file, pickles[0])
     file.seek(begin)
     stream = io.BytesIO(file.read(n))
@@ -181,9 +184,9 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, tuple
 
 
 def _stored_range(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """(first byte, length) of an entry that is stored as it is."""
+    """(first byte, length) of an uncompressed entry."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        _damaged(path, f"its entry {info.filename} is compressed: torch.save stores entries as is")
+        _damaged(path, f"its entry {info.filename} is compressed: torch.save does not compress")
     header = b""
     if 0 <= info.header_offset < file.seek(0, 2):
         file.seek(info.header_offset)
@@ -199,7 +202,7 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, tu
     file.seek(0)
     declared: dict[str, tuple[int, int]] = {}
     if _unpickle(path, file, {}) != _LEGACY_MAGIC:
-        _damaged(path, "it is neither a zip archive nor an older file of torch.save")
+        _damaged(path, "it is neither a zip archive nor a legacy file of torch.save")
     if _unpickle(path, file, {}) != _LEGACY_PROTOCOL:
         _damaged(path, "its protocol is not 1001")
     system = _unpickle(path, file, {})
@@ -258,7 +261,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_unused: Any) -> _View:
-    """torch._utils._rebuild_tensor(_v2): requires_grad, hooks and metadata are of no use here."""
+    """Replaces torch._utils._rebuild_tensor(_v2). requires_grad, hooks and metadata are ignored."""
     integers = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in integers):
         raise pickle.UnpicklingError("a malformed tensor")
@@ -268,7 +271,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_unused
 
 
 def _rebuild_parameter(data: Any, *_unused: Any) -> Any:
-    """torch._utils._rebuild_parameter: the tensor is all there is to a parameter."""
+    """Replaces torch._utils._rebuild_parameter. A parameter is represented by its tensor."""
     return data
 
 
@@ -283,9 +286,10 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 def _unpickle(
     path: Path, stream: Any, storages: dict[str, tuple[int, int]], legacy: bool = False
 ) -> Any:
-    """One pickle of the stream, which is left behind its end.
+    """Load one pickle and leave the stream at its end.
 
-    In a legacy file the storages come later; `storages` then receives (length, item size).
+    In a legacy file the storages follow the pickle. `storages` then receives (length, item size)
+    for each key.
     """
 
     def note(storage: _Storage) -> None:
@@ -304,20 +308,21 @@ def _unpickle(
         return _Unpickler(content, path, note).load()
     except WeightsError:
         raise
-    except (Exception, MemoryError) as error:  # a damaged pickle can raise nearly anything
+    except (Exception, MemoryError) as error:  # a damaged pickle can raise almost any exception
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         _damaged(path, f"its pickle cannot be read: {reason}")
 
 
 def _check_opcodes(content: io.BytesIO) -> None:
-    """Read the pickle without running it, and refuse what would take memory or time without end:
-    lengths that do not hold, a huge memo, huge numbers or texts, and tuples of many leaves, which
-    are hashed leaf by leaf (and without a limit to C's recursion) where they are keys. Tuples as
-    keys are refused, and many huge integers: both can be made to have one hash, and a dict of
-    such takes quadratic time.
+    """Scan a pickle without running it, and refuse what could take unbounded memory or time.
+
+    - Lengths that the file does not have, a huge memo, and huge integers or texts take memory.
+    - Tuples with many leaves take time: hashing visits every leaf, and recurses without a limit.
+    - Tuples as dict keys, and many huge integers, can be made to share one hash. A dict of them
+      takes quadratic time.
     """
-    stack: list[int] = []  # leaves of each value; a mark is 0
-    leaves: dict[int, int] = {}  # of each memo entry
+    stack: list[int] = []  # number of leaves of each value; 0 stands for a mark
+    leaves: dict[int, int] = {}  # number of leaves of each memo entry
     puts = huge = 0
     for count, (opcode, argument, _position) in enumerate(pickletools.genops(content)):
         name = opcode.name
@@ -337,7 +342,7 @@ def _check_opcodes(content: io.BytesIO) -> None:
             puts += 1
             key = len(leaves) if name == "MEMOIZE" else argument
             if key > 16 * puts + 256:
-                raise pickle.UnpicklingError(f"memo entry {key}, far beyond those before it")
+                raise pickle.UnpicklingError(f"memo entry {key}, far beyond the previous ones")
             leaves[key] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(leaves.get(argument, 1))
@@ -380,10 +385,10 @@ def _with_tensors(
     name: str,
     seen: dict[int, Any],
 ) -> Any:
-    """The object with every view replaced by its Tensor; other values as they are.
+    """Replace every view in the object by its Tensor; leave other values unchanged.
 
-    Only dicts are looked into, to the depth that checkpoints have, and each of them once: in a
-    pickle one can stand in many places, itself among them.
+    Only dicts are searched, only to the depth that checkpoints have, and each dict only once. In a
+    pickle the same dict can occur several times, even inside itself.
     """
     if isinstance(value, _View):
         return _tensor(value, path, storages, size, name)
@@ -410,7 +415,7 @@ def _tensor(
         (n - 1) * step for n, step in zip(view.shape, view.stride, strict=True)
     )
     is_empty = 0 in view.shape
-    if is_empty and math.prod(max(n, 1) for n in view.shape) >= 2**59:  # which NumPy cannot
+    if is_empty and math.prod(max(n, 1) for n in view.shape) >= 2**59:  # NumPy cannot make it
         _damaged(path, f"tensor {name} of shape {list(view.shape)} is larger than its storage")
     if not is_empty and (last + 1) * dtype.itemsize > n_bytes:
         _damaged(path, f"tensor {name} of shape {list(view.shape)} reaches outside its storage")
@@ -419,7 +424,7 @@ def _tensor(
     count = 1
     for n in view.shape:
         count *= n
-    if count * dtype.itemsize > n_bytes:  # strides of 0 would make much of little
+    if count * dtype.itemsize > n_bytes:  # strides of 0 would expand a few bytes to a huge array
         _damaged(path, f"tensor {name} of shape {list(view.shape)} is larger than its storage")
 
     where = f"{path}: tensor {name}"

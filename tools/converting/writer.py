@@ -1,9 +1,10 @@
-"""Writing a Hugging Face directory: safetensors a tensor at a time, whole or not at all.
+"""Writes safetensors files, one tensor at a time, and the index of several.
 
-The safetensors library sorts tensors by name and wants them all at once. Here they are written
-one by one, and within a layer q, k, v are neighbours in the file, and gate and up, so that the
-CPU can view each group as one matrix. (A group of two dtypes, which no known checkpoint has and
-no --dtype makes, is separated: wider ones come first in a file.)
+The safetensors library sorts tensors by name, and needs all of them in memory at once. This module
+writes them one by one. Within a layer it writes q, k and v contiguously, and likewise gate and up,
+so that the CPU can view each group as one matrix. (A group with two dtypes is not contiguous,
+because wider dtypes come first in a file. No known checkpoint has such a group, and --dtype makes
+none.)
 """
 
 import json
@@ -21,7 +22,7 @@ from npllama.weights import INDEX, SINGLE
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: name, dtype, shape."""
+    """A tensor to write: name, dtype, shape."""
 
     name: str
     dtype: np.dtype
@@ -34,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, its header, and where in it each tensor begins."""
+    """One file: name, header, and the position of each tensor."""
 
     file: str
     header: bytes
@@ -43,7 +44,8 @@ class Shard:
 
 
 def plan(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
-    """Divide tensors into files of at most `max_shard_size` bytes, but at least one group each."""
+    """Distribute tensors over files of at most `max_shard_size` bytes. Joined matrices stay in
+    one file, even if that exceeds the size."""
     groups: list[list[Entry]] = []
     for entry in entries:
         if groups and _belongs_to_the_one_before(entry.name):
@@ -68,16 +70,16 @@ def plan(entries: Iterable[Entry], max_shard_size: int) -> list[Shard]:
 
 
 def _belongs_to_the_one_before(name: str) -> bool:
-    """Whether a tensor stays in the file of the one before it: a scale does, and all but the
-    first of the matrices that are joined."""
+    """Whether a tensor must be in the same file as the previous one: a scale, or a joined matrix
+    other than the first of its group."""
     found = find_hf(name)
     return found is None or found[0].follows
 
 
 def _shard(file: str, entries: list[Entry]) -> Shard:
-    # wider dtypes first: every tensor then begins at a multiple of its item size
+    # wider dtypes first, so that every tensor is aligned to its item size
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    # transformers asks for the metadata
+    # transformers requires the metadata
     header = header_of({e.name: (e.dtype, e.shape) for e in entries}, {"format": "pt"})
     *begins, end = accumulate((entry.nbytes for entry in entries), initial=len(header))
     offsets = {entry.name: begin for entry, begin in zip(entries, begins, strict=True)}
@@ -90,11 +92,11 @@ def write_shards(
     tensors: Iterable[tuple[str, np.ndarray]],
     written: Callable[[int], object],
 ) -> None:
-    """Write each (name, values) at its place; one file is open at a time.
+    """Write each (name, values) to its place. Only one file is open at a time.
 
     Args:
-        tensors: those of the first shard, then those of the next; in any order within one.
-        written: called with the bytes of each tensor once it is in its file.
+        tensors: those of the first shard, then those of the next, in any order within a shard.
+        written: called with the number of bytes after each tensor.
     """
     tensors = iter(tensors)
     for shard in shards:
@@ -102,14 +104,14 @@ def write_shards(
             file.write(shard.header)
             for name, values in islice(tensors, len(shard.offsets)):
                 file.seek(shard.offsets[name])
-                # not tofile, which forgets why it failed, such as for a full disk
+                # tofile would not report the reason of a failure, such as a full disk
                 file.write(np.ascontiguousarray(values).reshape(-1).view("uint8"))
                 written(values.nbytes)
-                del values  # before the next is read
+                del values  # frees the array before the next one is read
 
 
 def index_files(shards: list[Shard]) -> dict[str, bytes]:
-    """The index, by its file name, where there is more than one shard."""
+    """The index file by its name; empty if there is only one shard."""
     if len(shards) == 1:
         return {}
     total = sum(shard.nbytes - len(shard.header) for shard in shards)
@@ -118,5 +120,5 @@ def index_files(shards: list[Shard]) -> dict[str, bytes]:
 
 
 def to_json(value: object) -> bytes:
-    """JSON that a person can read."""
+    """Indented JSON."""
     return (json.dumps(value, indent=2) + "\n").encode()

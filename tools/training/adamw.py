@@ -1,4 +1,4 @@
-"""AdamW in place on named arrays, and the clipping of gradients."""
+"""AdamW, in-place on named arrays, and gradient clipping."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,13 +11,13 @@ Map = Callable[[Callable[[str], Any], Iterable[str]], Iterable[Any]]
 
 
 class AdamW:
-    """With g the gradient of w at step t = 1, 2, ..., elementwise:
+    """The AdamW optimizer. With g the gradient of w at step t = 1, 2, ..., elementwise:
 
         m = b1 m + (1 - b1) g
         v = b2 v + (1 - b2) g^2
         w = w - rate * ( (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + decay * w )
 
-    `decay` is that of matrices; norm weights, which are vectors, do not decay.
+    `decay` applies to matrices only. Norm weights, which are vectors, do not decay.
 
     Source: Loshchilov & Hutter 2019, algorithm 2; Kingma & Ba 2015.
     """
@@ -39,7 +39,7 @@ class AdamW:
         self.v = {name: xp.zeros_like(w) for name, w in weights.items()}
 
     def update(self, gradients: Arrays, rate: float, t: int, each: Map = map) -> None:
-        """One step, in place; the gradients' arrays are used up. `each` may be a pool's map."""
+        """One step, in-place. It overwrites the gradients. `each` may be a thread pool's map."""
 
         def update_one(name: str) -> None:
             w, g, m, v = self.weights[name], gradients[name], self.m[name], self.v[name]
@@ -63,8 +63,8 @@ class AdamW:
 
 
 def clip(gradients: Arrays, max_grad_norm: float, xp: Any) -> Array:
-    """Scale all gradients, in place, to a joint norm of at most `max_grad_norm`; the norm before,
-    an array of shape ().
+    """Scale all gradients in-place so that their joint norm is at most `max_grad_norm`. Returns
+    the norm before scaling, an array of shape ().
 
     Source: Pascanu et al. 2013, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""What each step of training reads: a pure function of (seed, step), so that a run can resume."""
+"""The batches of each training step, a pure function of (seed, step) so that a run can resume."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ from npllama.errors import InputError
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model together.
+    """Rows of one forward pass.
 
     Attributes:
         tokens: (B, T) int32.
-        targets: (B, T) int32, the token after each.
-        weights: (B, T) float32, 1 / (targets of the whole step), and 0 where a row has ended.
+        targets: (B, T) int32, the token that follows each token.
+        weights: (B, T) float32, 1 / (number of targets in the whole step), or 0 after the end of
+            a row.
     """
 
     tokens: np.ndarray
@@ -23,16 +24,16 @@ class MicroBatch:
 
 
 class Batches:
-    """Sequences in an order that is new each epoch, cut into steps of `batch` rows.
+    """Shuffles sequences in each epoch and cuts them into steps of `batch` rows.
 
-    Story-wise, each row is a sequence and ends with it; one longer than the context becomes
-    several rows. Packed, all sequences of an epoch follow one another and are cut into rows that
-    fill the context: no padding, but rows begin and end in the middle of a story.
+    If not packed, each row is one sequence, or a part of one that exceeds the context. If packed,
+    all sequences of an epoch are concatenated and cut into rows that fill the context. Packed rows
+    need no padding, but begin and end in the middle of a story.
 
-    Rows that are left over at an epoch's end, fewer than a step's, are not read in that epoch.
+    Rows left at the end of an epoch that do not fill a step are skipped in that epoch.
 
-    A step's rows are sorted by length before they are cut into micro-batches, so that little of
-    these is padding. All its targets weigh the same, whichever micro-batch they are in.
+    The rows of a step are sorted by length before they are cut into micro-batches, which reduces
+    padding. All targets of a step have the same weight, whatever their micro-batch.
     """
 
     def __init__(
@@ -52,21 +53,21 @@ class Batches:
         self.packed = packed
         self.seed = seed
         self._epoch: tuple[int, list[np.ndarray]] | None = None
-        # the first epoch says how many rows one has: its order changes where packed rows are
-        # cut, not how many there are
+        # the number of rows is the same in every epoch: the order affects only where packed rows
+        # are cut
         self.rows_per_epoch = len(self.rows(0))
         if self.rows_per_epoch < batch:
             raise InputError(
-                f"the text has {self.rows_per_epoch} rows and a step reads {batch}: "
+                f"the text has {self.rows_per_epoch} rows, but a step reads {batch}: "
                 "choose a smaller --batch or a longer text"
             )
         self.steps_per_epoch = self.rows_per_epoch // batch
 
     def rows(self, epoch: int) -> list[np.ndarray]:
-        """The rows of an epoch in their order, each of 2 to context + 1 ids."""
+        """The rows of an epoch in order, each with 2 to context + 1 ids."""
         if self._epoch is None or self._epoch[0] != epoch:
             generator = np.random.default_rng([self.seed, epoch])
-            size = self.context + 1  # a row's last id is only a target
+            size = self.context + 1  # the last id of a row is only a target
             if self.packed:
                 order = generator.permutation(len(self.sequences))
                 stream = np.concatenate([self.sequences[i] for i in order])
@@ -75,11 +76,11 @@ class Batches:
             else:
                 rows = [row for sequence in self.sequences for row in _windows(sequence, size)]
                 rows = [rows[i] for i in generator.permutation(len(rows))]
-            self._epoch = epoch, [row for row in rows if len(row) > 1]  # one id predicts none
+            self._epoch = epoch, [row for row in rows if len(row) > 1]  # one id has no target
         return self._epoch[1]
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of step 0, 1, ..., the longest rows first."""
+        """The micro-batches of step 0, 1, ..., with the longest rows first."""
         epoch, i = divmod(step, self.steps_per_epoch)
         rows = self.rows(epoch)[i * self.batch : (i + 1) * self.batch]
         rows = sorted(rows, key=len, reverse=True)
@@ -91,8 +92,8 @@ class Batches:
 
 
 def _windows(ids: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut into pieces of at most `size` ids that share one: a piece's last target is the next
-    one's first token."""
+    """Cut ids into pieces of at most `size`. Consecutive pieces share one id: the last target of
+    one is the first token of the next."""
     return [ids[i : i + size] for i in range(0, max(len(ids) - 1, 1), size - 1)]
 
 

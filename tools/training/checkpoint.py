@@ -1,4 +1,4 @@
-"""Where a run stands: weights, optimizer state and position, whole or not at all."""
+"""Checkpoints of a run: weights, optimizer state and position, written atomically."""
 
 import json
 import zipfile
@@ -12,21 +12,21 @@ from npllama.errors import InputError
 
 
 def save_checkpoint(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write all of it, or leave the old file.
+    """Write a checkpoint. If writing fails, the old file is kept.
 
     Args:
-        arrays: by name, float32.
-        facts: what JSON can hold, such as the step.
+        arrays: float32 arrays by name.
+        facts: JSON values by name, such as the step.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     with atomic_file(path) as partial, open(partial, "wb") as file:
         np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """The facts alone, without reading the arrays.
+    """Read only the facts of a checkpoint, not its arrays.
 
     Raises:
         InputError: as for load_checkpoint.
@@ -37,10 +37,10 @@ def load_facts(path: Path) -> dict[str, Any]:
 def load_checkpoint(
     path: Path, with_arrays: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What save_checkpoint wrote.
+    """Read what save_checkpoint wrote: (arrays, facts).
 
     Raises:
-        InputError: the file is damaged or of another kind.
+        InputError: the file is damaged or is not a checkpoint.
     """
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -49,5 +49,5 @@ def load_checkpoint(
             return {name: file[name] for name in names}, facts
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{path} is no checkpoint of a training run ({error}): remove it to begin anew"
+            f"{path} is not a checkpoint of a training run ({error}): remove it to start over"
         ) from None

@@ -1,4 +1,4 @@
-"""Which run a checkpoint is of: what its numbers follow from, and what of it may change."""
+"""Decides whether a run can resume from a checkpoint: which options must be the same."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -10,18 +10,18 @@ from training import schedules
 from training.schedules import Schedule
 
 _LENGTH = ("steps", "decay")
-"""They may change where no step that is done would have had another rate."""
+"""Options that may change if no step already done would have had another learning rate."""
 _BEFORE = {"schedule": "cosine", "decay": None, "start": None}
-"""What a checkpoint means that was written before these had a choice."""
+"""Values of options that older checkpoints do not have."""
 
 _WHY = {
-    "cosine": "a cosine falls from its warm-up to the last step",
-    "wsd": "its decay has begun, or would have",
+    "cosine": "the cosine schedule depends on the number of steps",
+    "wsd": "the decay has already begun, or would have",
 }
 
 
 def schedule_of(identity: Mapping[str, Any]) -> Schedule:
-    """The schedule of a run with these options."""
+    """The learning rate schedule of a run with these options."""
     settings = {"peak": identity["lr"], "warmup": identity["warmup"]}
     if identity["schedule"] == "constant":
         return partial(schedules.constant, **settings)
@@ -34,17 +34,18 @@ def schedule_of(identity: Mapping[str, Any]) -> Schedule:
 def check_identity(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], steps_done: int, checkpoint: Path
 ) -> None:
-    """Refuse a checkpoint from which the run `ours` cannot go on.
+    """Refuse a checkpoint from which the run `ours` cannot resume.
 
-    It goes on where all is the same, or where only the number of steps (or that of the decay)
-    differs and every step that is done had the rate that it has in the new run. Then the result
-    is that of the new run from its beginning.
+    It can resume if all options are the same. It can also resume if only the number of steps (or of
+    decay steps) differs, and each step already done had the same learning rate as in the new run.
+    In both cases the result equals that of the new run without interruption.
 
     Args:
-        ours: the run that is asked for; `theirs`: the one that wrote the checkpoint.
+        ours: options of the requested run.
+        theirs: options of the run that wrote the checkpoint.
 
     Raises:
-        InputError: it is of another run, or cannot get this length.
+        InputError: the checkpoint is of another run, or its run cannot be changed to this length.
     """
     theirs = _BEFORE | dict(theirs)
     for name, value in ours.items():
@@ -53,11 +54,11 @@ def check_identity(
             what = "" if is_long else f" ({theirs.get(name)}, now {value})"
             raise InputError(
                 f"{checkpoint} is of a run with another {name}{what}: "
-                "give what it was begun with, or choose another --out"
+                "give the option that the run was started with, or choose another --out"
             )
     if ours["steps"] < steps_done:
         raise InputError(
-            f"{checkpoint} has {steps_done} steps done and --steps is {ours['steps']}: give at "
+            f"{checkpoint} has {steps_done} steps done, but --steps is {ours['steps']}: give at "
             "least as many, or choose another --out"
         )
     if all(ours[name] == theirs[name] for name in _LENGTH):
@@ -66,7 +67,7 @@ def check_identity(
     if any(old(step) != new(step) for step in range(steps_done)):
         changed = next(name for name in _LENGTH if ours[name] != theirs[name])
         raise InputError(
-            f"{checkpoint} was begun with --{changed} {theirs[changed]}, and with "
-            f"{ours[changed]} the steps that are done would have had other learning rates, since "
-            f"{_WHY[ours['schedule']]}: give what it was begun with, or choose another --out"
+            f"{checkpoint} is of a run started with --{changed} {theirs[changed]}: with "
+            f"{ours[changed]}, the steps already done would have had other learning rates, since "
+            f"{_WHY[ours['schedule']]}; give what it was started with, or choose another --out"
         )

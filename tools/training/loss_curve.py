@@ -1,4 +1,4 @@
-"""The loss over the steps of a run, as CSV and as a picture."""
+"""The loss over the steps of a run, as CSV and as a plot."""
 
 import csv
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +10,7 @@ from npllama.errors import InputError
 
 @dataclass(frozen=True)
 class Point:
-    """One line of the CSV: losses in nats a token, validation only where it was measured."""
+    """One line of the CSV file. Losses are in nats per token. Validation may be missing."""
 
     step: int
     tokens: int
@@ -26,10 +26,10 @@ _COLUMNS = [field.name for field in fields(Point)]
 
 
 def write_curve(path: Path, points: list[Point]) -> None:
-    """The points as CSV, all of them or the old file.
+    """Write the points as CSV. If writing fails, the old file is kept.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     with atomic_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS)
@@ -44,21 +44,21 @@ def write_curve(path: Path, points: list[Point]) -> None:
 
 
 def check_matplotlib() -> None:
-    """Raise InputError where a picture cannot be drawn, before hours are spent."""
+    """Raise InputError if matplotlib is missing. Called before the training, which takes hours."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError(
-            "--plot needs matplotlib: install npllama's extra [plot], or leave --plot out; "
-            "the loss curve is in loss.csv all the same"
+            "--plot needs matplotlib: install npllama's extra [plot], or leave out --plot; "
+            "loss.csv holds the loss curve in any case"
         ) from None
 
 
 def draw_curve(csv_path: Path, png_path: Path) -> None:
-    """Train and validation loss over tokens."""
+    """Plot training and validation loss over tokens."""
     import matplotlib
 
-    matplotlib.use("Agg")  # a file, not a window
+    matplotlib.use("Agg")  # draws to a file, not to a window
     from matplotlib import pyplot
 
     with open(csv_path, newline="", encoding="utf-8") as file:
@@ -69,7 +69,7 @@ def draw_curve(csv_path: Path, png_path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
     axes.set_xlabel("million tokens")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

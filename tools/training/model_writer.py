@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face directory."""
+"""Writes a trained model as a Hugging Face directory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ _MAX_SHARD_SIZE = 4 * 10**9
 
 
 def check_model_place(config: LlamaConfig, dest: Path) -> None:
-    """Refuse a `dest` that `write_model` could not write, before hours are spent.
+    """Refuse a `dest` that `write_model` could not write. Called before the training.
 
     Raises:
         InputError: as for `write_model`.
@@ -27,21 +27,21 @@ def check_model_place(config: LlamaConfig, dest: Path) -> None:
 def write_model(
     llama: Llama, tokenizer: bytes, dest: Path, files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write weights in float32, config and tokenizer to `dest`, whole or not at all; an older
-    `dest` is replaced.
+    """Write float32 weights, config and tokenizer to `dest`. An existing `dest` is
+    replaced when the new directory is complete.
 
     Args:
-        files: more of them by name, such as a tokenizer_config.json in place of the usual one.
+        files: further files by name, which replace the defaults, such as tokenizer_config.json.
 
     Raises:
-        InputError: `dest` cannot be written, or too little disk space.
+        InputError: `dest` cannot be written, or the disk has too little space.
     """
     arrays = named_arrays(llama.parameters, llama.config)
     entries = [Entry(name, np.dtype("float32"), array.shape) for name, array in arrays.items()]
     shards = plan(entries, _MAX_SHARD_SIZE)
     others = index_files(shards) | {"tokenizer_config.json": to_json(TOKENIZER_CONFIG)}
     others |= {**(files or {}), "tokenizer.model": tokenizer}
-    others["config.json"] = to_json(llama.config.to_hf())  # last: now it can load
+    others["config.json"] = to_json(llama.config.to_hf())  # last: without it nothing loads
     n_bytes = sum(shard.nbytes for shard in shards) + sum(map(len, others.values()))
     to_host = llama.backend.to_host
     with atomic_directory(resolved(dest), n_bytes, overwrite=True) as partial:

@@ -1,4 +1,4 @@
-"""What a run shows as it goes: a bar, a line now and then, the loss curve, and its speed."""
+"""Shows a run's progress: a progress bar, report lines, the loss curve, and the speed."""
 
 import sys
 import time
@@ -16,10 +16,11 @@ from training.run import Run, StepResult
 
 
 class Progress:
-    """Takes the steps of a run and reports them.
+    """Performs the steps of a run and reports them.
 
-    Speed is that of the steps alone, in useful FLOPs: 6 a parameter and token (2 forward, 4
-    backward), whatever else is computed, as a part of the machine's rate of plain sgemm.
+    The speed counts only the time of the steps. Its FLOPs are 6 per parameter and token (2 forward,
+    4 backward), whatever else is computed. It is also shown as a fraction of the machine's speed in
+    float32 matrix products (sgemm).
     """
 
     def __init__(self, run: Run, curve: Path, steps: int) -> None:
@@ -34,7 +35,7 @@ class Progress:
         self._clear()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: the curve so far, and the losses that its next point is the mean of."""
+        """The state for a checkpoint: the curve so far, and the losses since its last point."""
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -43,20 +44,20 @@ class Progress:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         self.tokens, self.seconds_before = state["tokens"], state["seconds"]
         self.points = [Point(**point) for point in state["points"]]
         self._losses = list(state["losses"])
 
     @property
     def seconds(self) -> float:
-        """Since the run began, all its tries together."""
+        """Seconds that the run has taken, summed over all its sessions."""
         return self.seconds_before + time.perf_counter() - self._began
 
     def __enter__(self) -> "Progress":
         write_curve(self.curve, self.points)
         self._began = time.perf_counter()
-        # None: a bar on a terminal, lines alone elsewhere
+        # disable=None shows a bar on a terminal only
         self.bar = tqdm(total=self.steps, initial=self.run.steps_done, unit="step", disable=None)
         return self
 
@@ -65,7 +66,7 @@ class Progress:
             self.bar.close()
 
     def step(self) -> None:
-        """Take one step of the run."""
+        """Perform one step of the run."""
         began = time.perf_counter()
         self._last = self.run.step()
         self._busy += time.perf_counter() - began
@@ -73,12 +74,12 @@ class Progress:
         self._losses.append(self._last.loss)
         self._targets += self._last.n_targets
         self.tokens += self._last.n_targets
-        with suppress(OSError):  # the terminal may be gone, and the run is not to end with it
+        with suppress(OSError):  # the run should continue even if the terminal is gone
             self.bar.update()
             self.bar.set_postfix_str(f"loss {self._last.loss:.3f}, {self._speed()}")
 
     def report(self, score: Score | None = None) -> None:
-        """A line, and a point of the curve, of the steps since the last one."""
+        """Print a line and add a point to the curve, for the steps since the last report."""
         assert self._last is not None
         point = Point(
             step=self.run.steps_done,
@@ -94,14 +95,14 @@ class Progress:
         write_curve(self.curve, self.points)
         line = f"step {point.step:,}/{self.steps:,}, loss {point.train_loss:.4f}"
         if score is not None:
-            line += f", validation {point.valid_loss:.4f} nats a token"
+            line += f", validation {point.valid_loss:.4f} nats per token"
             line += f" = {point.valid_bits_per_byte:.4f} bits per byte"
         left = (self.steps - point.step) * self._busy / self._steps
         self.write(f"{line}, {self._speed()}, {tqdm.format_interval(left)} left")
         self._clear()
 
     def write(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         with suppress(OSError):
             self.bar.write(line, file=sys.stderr)
 
@@ -119,12 +120,12 @@ class Progress:
 
 
 def sgemm_rate(run: Run) -> float:
-    """FLOP/s of plain float32 products on all that the run's workers use; the best of three."""
+    """FLOP/s of float32 matrix products on all workers of the run; the best of three attempts."""
     xp, to_host, n = run.xp, run.model.backend.to_host, 2048
     a = xp.ones((n, n), dtype="float32")
 
     def product(_: int) -> float:
-        return float(to_host((a @ a)[0, 0]))  # reading one number waits for all
+        return float(to_host((a @ a)[0, 0]))  # reading one element waits for the whole product
 
     def rate() -> float:
         began = time.perf_counter()

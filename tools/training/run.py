@@ -1,4 +1,4 @@
-"""A training run: its state, and one step of it."""
+"""A training run: its state, and its steps."""
 
 import math
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from training.schedules import Schedule
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step showed: its loss in nats a token, the gradient's norm, targets, rate."""
+    """Results of a step: loss in nats per token, norm of the gradient, targets, learning rate."""
 
     loss: float
     gradient_norm: float
@@ -32,10 +32,10 @@ class StepResult:
 
 
 def check_training_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_workers: int) -> None:
-    """Raise OutOfMemoryError where a run of such a model does not fit, before it is made.
+    """Raise OutOfMemoryError if a run of such a model does not fit, before it is allocated.
 
-    Weights, the optimizer's m and v, the sum of the gradients and one gradient a worker; and for
-    each worker the inputs of all blocks, and one block's or the head's own arrays.
+    A run needs the weights, the optimizer's m and v, the sum of gradients, and per worker: one
+    gradient, the inputs of all blocks, and the temporary arrays of one block or of the head.
     """
     weights = 4 * config.n_parameters * (4 + n_workers)
     n_tokens = micro_batch * config.context_length
@@ -49,18 +49,19 @@ def check_training_memory(config: LlamaConfig, ops: Ops, micro_batch: int, n_wor
         raise OutOfMemoryError(
             f"training needs {(weights + activations) / 1e9:.2f} GB of "
             f"{ops.backend.memory_name()} (weights, gradients and optimizer "
-            f"{weights / 1e9:.2f} GB, activations {activations / 1e9:.2f} GB) and "
-            f"{free / 1e9:.2f} GB are free: use a smaller --micro-batch, fewer --threads or a "
+            f"{weights / 1e9:.2f} GB, activations {activations / 1e9:.2f} GB), but "
+            f"only {free / 1e9:.2f} GB are free: use a smaller --micro-batch, fewer --threads or a "
             "smaller model"
         )
 
 
 class WorkerThreads:
-    """Threads that each compute a micro-batch's gradient, with one BLAS thread each.
+    """Threads that each compute the gradient of one micro-batch, with one BLAS thread.
 
-    Half of a small model's step is elementwise, which NumPy computes on one core, so a core a
-    micro-batch is faster than all cores for one. The number of threads changes no result: each
-    product is computed by one. A device has its own parallelism and takes one worker.
+    Half of a small model's step is elementwise, which NumPy computes on one core. One core per
+    micro-batch is therefore faster than all cores for one micro-batch. The number of threads does
+    not change results, because each product runs in one thread. A device is parallel itself and
+    has one worker.
     """
 
     def __init__(self, n: int) -> None:
@@ -72,7 +73,7 @@ class WorkerThreads:
         return self
 
     def map(self, function: Any, items: Iterable[Any]) -> Iterable[Any]:
-        """function(item) for each, in order."""
+        """function(item) for each item, in order."""
         return map(function, items) if self.n == 1 else self._pool.map(function, items)
 
     def __exit__(self, *_: object) -> None:
@@ -81,10 +82,10 @@ class WorkerThreads:
 
 
 class Run:
-    """Weights, optimizer and position; `step` takes one step.
+    """Weights, optimizer state and position of a run.
 
-    The gradients of the micro-batches are added in their order, whatever the number of
-    workers, so a run is reproducible to the bit.
+    The gradients of micro-batches are added in their order, whatever the number of workers, so a
+    run is reproducible bit by bit.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class Run:
         self.steps_done = 0
 
     def step(self) -> StepResult:
-        """One step of the schedule; the weights change in place.
+        """Perform one step of the schedule. The weights change in-place.
 
         Raises:
-            InputError: a loss or gradient that is not finite; the weights are as they were.
+            InputError: the loss or gradient is not finite. The weights are unchanged.
         """
         micro_batches = self.batches.step(self.steps_done)
         loss, gradients = self._gradients(micro_batches)
@@ -121,7 +122,7 @@ class Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(
                 f"the loss became {loss} and its gradient's norm {norm} at step "
-                f"{self.steps_done + 1}: use a smaller --lr; checkpoints so far are kept"
+                f"{self.steps_done + 1}: use a smaller --lr; earlier checkpoints are kept"
             )
         rate = self.schedule(self.steps_done)
         self.steps_done += 1
@@ -132,7 +133,7 @@ class Run:
     def _gradients(self, micro_batches: list[MicroBatch]) -> tuple[Array, dict[str, Array]]:
         n = self.workers.n
         total_loss, total = None, {}
-        for begin in range(0, len(micro_batches), n):  # n at a time: n gradients in memory
+        for begin in range(0, len(micro_batches), n):  # limits memory to n gradients
             for loss, gradients in self.workers.map(
                 self._gradient, micro_batches[begin : begin + n]
             ):
@@ -147,14 +148,14 @@ class Run:
     def _gradient(self, part: MicroBatch) -> tuple[Array, dict[str, Array]]:
         move = self.model.backend.to_device
         tokens, targets, weights = (move(a) for a in (part.tokens, part.targets, part.weights))
-        with np.errstate(all="ignore"):  # what is not finite is found in `step`
+        with np.errstate(all="ignore"):  # `step` checks that loss and gradient are finite
             loss, gradients = loss_and_gradients(self.model, tokens, targets, weights)
         return loss, named_arrays(gradients, self.model.config)
 
     # -- the state, for checkpoints
 
     def state(self) -> dict[str, np.ndarray]:
-        """Weights and optimizer state by name, on the host."""
+        """Weights and optimizer state by name, as host arrays."""
         to_host = self.model.backend.to_host
         kinds = {"w": self.weights, "m": self.optimizer.m, "v": self.optimizer.v}
         return {
@@ -164,7 +165,7 @@ class Run:
         }
 
     def restore(self, state: dict[str, np.ndarray], steps_done: int) -> None:
-        """Go on from where `state` was taken."""
+        """Restore the state returned by `state` after `steps_done` steps."""
         kinds = {"w": self.weights, "m": self.optimizer.m, "v": self.optimizer.v}
         for kind, arrays in kinds.items():
             for name, array in arrays.items():

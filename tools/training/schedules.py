@@ -1,6 +1,6 @@
-"""Learning rates: each schedule is a function of the step, 0 .. steps - 1.
+"""Learning rate schedules: functions of the step, 0 .. steps - 1.
 
-All of them rise in a line over `warmup` steps: step 0 has peak / warmup, step warmup - 1 has peak.
+All of them rise linearly over `warmup` steps: step 0 has peak / warmup, step warmup - 1 has peak.
 """
 
 import math
@@ -11,7 +11,7 @@ SCHEDULES = ("cosine", "wsd", "constant")
 
 
 def cosine(step: int, *, peak: float, warmup: int, steps: int, final: float) -> float:
-    """After the warm-up half a cosine, from `peak` to `final` * peak at the last step:
+    """Half a cosine after the warm-up, from `peak` to `final` * peak at the last step:
 
         rate = peak * (final + (1 - final) * (1 + cos(pi * done)) / 2)
         done = (step - warmup) / (steps - 1 - warmup)
@@ -25,13 +25,13 @@ def cosine(step: int, *, peak: float, warmup: int, steps: int, final: float) -> 
 
 
 def wsd(step: int, *, peak: float, warmup: int, steps: int, decay: int, final: float) -> float:
-    """Warmup-stable-decay: `peak` after the warm-up, but for the last `decay` steps, which fall
-    to `final` * peak:
+    """Warmup-stable-decay: `peak` after the warm-up, except for the last `decay` steps, in which
+    the rate falls to `final` * peak:
 
         rate = peak * (final + (1 - final) * (1 - sqrt(done)))
         done = (step + 1 - (steps - decay)) / decay
 
-    Until the decay begins the rate does not depend on `steps`.
+    Before the decay the rate does not depend on `steps`.
 
     Source: Hu et al. 2024 (MiniCPM), section 4; the decay is Hägele et al. 2024's "1-sqrt".
     """
@@ -46,7 +46,7 @@ def wsd(step: int, *, peak: float, warmup: int, steps: int, decay: int, final: f
 def constant(step: int, *, peak: float, warmup: int) -> float:
     """`peak` after the warm-up: rate = peak * min(1, (step + 1) / warmup).
 
-    Source: Goyal et al. 2017, section 2.2 (gradual warm-up), without the later steps down.
+    Source: Goyal et al. 2017, section 2.2 (gradual warm-up), without its later decreases.
     """
     return _rising(step, peak, warmup) if step < warmup else peak
 

@@ -1,4 +1,4 @@
-"""Training that starts from a checkpoint: a model directory's weights, config and tokenizer."""
+"""Starts training from the weights, config and tokenizer of a model directory."""
 
 import hashlib
 import warnings
@@ -28,8 +28,8 @@ class Start:
     """A checkpoint to start from.
 
     Attributes:
-        tokenizer: the contents of a tokenizer.model.
-        files: what stands beside weights and config.json in the trained model, by name.
+        tokenizer: contents of a tokenizer.model.
+        files: further files of the trained model by name, apart from weights and config.json.
     """
 
     directory: Path
@@ -38,7 +38,7 @@ class Start:
     files: dict[str, bytes]
 
     def digest(self) -> str:
-        """SHA-256 of the files of weights: a run goes on only with those it was begun with."""
+        """SHA-256 of the weight files. A run can resume only with the weights it started from."""
         digest = hashlib.sha256()
         paths = shard_files(self.directory)
         with work("checking the weights", sum(path.stat().st_size for path in paths)) as checked:
@@ -50,7 +50,7 @@ class Start:
         return digest.hexdigest()
 
     def copy_weights(self, run: Llama) -> None:
-        """Make `run`'s weights, which are float32, those of the checkpoint."""
+        """Copy the checkpoint's weights to the float32 weights of `run`."""
         weights = named_arrays(run.parameters, self.config)
         views = Checkpoint(self.directory, self.config).parameters(Ops(Backend()))
         stored = named_arrays(views, self.config)
@@ -61,26 +61,26 @@ class Start:
 
 
 def read_start(directory: Path) -> Start:
-    """Look at a model directory; weights are read by `copy_weights`.
+    """Read a model directory except its weights, which `copy_weights` reads.
 
     Raises:
-        NpllamaError: as `npllama.load`; weights in int8, or no tokenizer.
+        NpllamaError: as for `npllama.load`; also if weights are int8 or there is no tokenizer.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
+        warnings.simplefilter("ignore", TokenizerWarning)  # llama.notes has its text
         llama = npllama.load(directory, "numpy", threads=1)
     for note in llama.notes:
         tell(f"train: {note}")
     if any(a.dtype == np.int8 for a in named_arrays(llama.parameters, llama.config).values()):
         raise InputError(
-            f"--from {directory} holds int8 weights, which have lost what training needs: give "
-            "the float weights that they were made of"
+            f"--from {directory} holds int8 weights, which are too coarse for training: give the "
+            "float weights from which they were made"
         )
     path = tokenizer_file(directory)
     if path is None:
         raise TokenizerError(
-            f"--from {directory} has no tokenizer.model or tokenizer.json: put the checkpoint's "
-            "there"
+            f"--from {directory} has no tokenizer.model or tokenizer.json: copy the tokenizer of "
+            "the checkpoint to this directory"
         )
     tokenizer = read_tokenizer(path, llama.config.vocab_size)
     try:

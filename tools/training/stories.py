@@ -1,4 +1,4 @@
-"""A text file as stories, and stories as sequences of token ids."""
+"""Reads a text file as stories, and encodes stories as token ids."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,8 @@ _CLOSING = "\"'\u201d\u2019)"
 
 
 def read_stories(path: Path) -> list[str]:
-    """The stories of a UTF-8 text file, separated by lines of SEPARATOR; a file without one is a
-    single story. Line ends around a story are not part of it; empty stories are left out.
+    """The stories of a UTF-8 text file, separated by lines of SEPARATOR. A file without such lines
+    is one story. Line ends around a story are removed; empty stories are left out.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or holds no text.
@@ -40,18 +40,18 @@ def read_stories(path: Path) -> list[str]:
 
 
 def is_complete(story: str) -> bool:
-    """Whether a story ends as a sentence does; one that was cut off has no end to learn."""
+    """Whether a story ends like a sentence, rather than being cut off."""
     return story.rstrip().rstrip(_CLOSING).endswith(_SENTENCE_ENDS)
 
 
 def encode_stories(stories: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """BOS, the story's ids, and EOS where the story is complete; int32 each.
+    """Encode each story as BOS, its ids and, if the story is complete, EOS; int32.
 
     Raises:
         InputError: the tokenizer has no EOS.
     """
     if tokenizer.eos_id < 0:
-        raise InputError("the tokenizer has no EOS id: expected one of Llama's kind")
+        raise InputError("the tokenizer has no EOS id: expected a Llama tokenizer, which has one")
     sequences = []
     with work("encoding the text", len(stories)) as encoding:
         for story in stories:

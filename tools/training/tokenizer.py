@@ -1,4 +1,4 @@
-"""A tokenizer of Llama's kind, trained by sentencepiece."""
+"""Trains a tokenizer of Llama's kind with sentencepiece."""
 
 import io
 import re
@@ -9,7 +9,8 @@ import sentencepiece
 from npllama.errors import InputError
 
 _LONGEST = 2**16
-"""Bytes beyond which a line is cut, at a space: sentencepiece leaves out what is too long."""
+"""Longer lines, in bytes, are split at spaces, because sentencepiece ignores lines that are too
+long."""
 
 
 def _parts(line: str) -> Iterator[str]:
@@ -24,12 +25,12 @@ def _parts(line: str) -> Iterator[str]:
 
 
 def train_tokenizer(stories: Iterable[str], vocab_size: int) -> bytes:
-    """A sentencepiece model with the settings of Llama 2's: BPE, byte fallback, digits apart,
-    no normalization, all white space kept; ids 0 unknown, 1 BOS, 2 EOS, 3 .. 258 the bytes.
+    """Train a sentencepiece model with the settings of Llama 2's: BPE, byte fallback, separate
+    digits, no normalization, all white space kept. Ids: 0 unknown, 1 BOS, 2 EOS, 3 .. 258 bytes.
 
     Raises:
-        InputError: the text has too few different pieces for `vocab_size`, or the size has no
-            room for the bytes.
+        InputError: the text has too few different pieces for `vocab_size`, or `vocab_size` is
+            too small for the special tokens and bytes.
     """
     model = io.BytesIO()
     lines = (part for story in stories for line in story.split("\n") for part in _parts(line))
