@@ -124,6 +124,21 @@ def write(text: str) -> None:
         raise kind(f"standard output cannot be written: {error.strerror or error}") from None
 
 
+# Control characters but for tab and newline
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+def show(text: str) -> None:
+    """Write `text` to standard output at once; on a terminal without its control characters,
+    which a terminal would obey and a file keeps.
+
+    Raises:
+        ReaderLeftError, InputError: as `write`.
+    """
+    if text:
+        write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+
+
 def tell(line: str) -> None:
     """Write a line to standard error; a line that cannot be written is lost."""
     if sys.stderr is not None:
