@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npllama.completion import Completion
+    from npllama.conversation import Chat
     from npllama.errors import NpllamaError
     from npllama.llama import Llama, load
     from npllama.sampling_options import Sampling
 
-__all__ = ["Completion", "Llama", "NpllamaError", "Sampling", "load"]
+__all__ = ["Chat", "Completion", "Llama", "NpllamaError", "Sampling", "load"]
 __version__ = "0.1.0"
 
 
@@ -24,7 +25,7 @@ def __getattr__(name: str) -> object:
     imports this file before any line of its own can run (see npllama.early_interrupt)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in ("completion", "errors", "llama", "sampling_options"):
+    for module in ("completion", "conversation", "errors", "llama", "sampling_options"):
         exports = vars(importlib.import_module(f"{__name__}.{module}"))
         globals().update({name: exports[name] for name in __all__ if name in exports})
     return globals()[name]

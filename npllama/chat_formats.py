@@ -71,6 +71,14 @@ def vicuna(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> Pa
     return [*parts, f"USER: {turns[-1]['content']} ASSISTANT:{begun}"]
 
 
+def story(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> Parts:
+    """For a model that cannot chat: the last message is a text, and the answer continues it.
+
+    Earlier messages are left out.
+    """
+    return [_checked_roles(messages)[-1]["content"] + answer]
+
+
 FORMATS: dict[str, ChatFormat] = {
     "llama-2": llama_2,
     "codellama": llama_2,

@@ -4,7 +4,7 @@ The format is the checkpoint's own template (npllama.chat_template), or one that
 (npllama.chat_formats).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from npllama.chat_formats import FORMATS, llama_2
@@ -41,18 +41,28 @@ def encode_chat(
         InputError: messages that are none, or roles that the format does not know.
         TokenizerError: a model without a tokenizer has None; a template cannot be rendered.
     """
-    try:
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-    except (KeyError, TypeError):
-        turns = [{"role": None}]
-    if not all(isinstance(text, str) for turn in turns for text in turn.values()):
-        raise InputError('messages are not a list of {"role": "user", "content": "..."}')
+    turns = checked_messages(messages)
     if tokenizer is None:
         raise TokenizerError(
             "the model has no tokenizer: a dialogue needs its tokenizer.model or tokenizer.json"
         )
     begun = answer if answer.strip() else ""
     return encode_parts(tokenizer, chat_format(tokenizer, turns, begun))
+
+
+def checked_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """Copies of messages, each with a role and a content alone.
+
+    Raises:
+        InputError: messages that are none.
+    """
+    try:
+        copies = [{"role": m["role"], "content": m["content"]} for m in messages]
+    except (KeyError, TypeError, IndexError):
+        copies = [{"role": None}]
+    if not all(isinstance(text, str) for copy in copies for text in copy.values()):
+        raise InputError('messages are not a list of {"role": "user", "content": "..."}')
+    return copies
 
 
 def find_chat_format(

@@ -220,20 +220,55 @@ class KVCache:
         self.lengths = [0] * len(self.lengths)
         self.ids = [[] for _ in self.ids]
 
+    def keep(self, row: int, ids: Sequence[int]) -> int:
+        """Forget what a row holds beyond the first ids that it has in common with a prompt.
+
+        The last id of the prompt is never kept: it is read in any case, since the next token
+        follows from it. `check_prefix` then accepts the prompt.
+
+        Returns:
+            The number of positions that the row keeps.
+
+        Raises:
+            InputError: there is no such row, the prompt has no ids, or a generation uses the
+                cache.
+
+        >>> from npllama import load
+        >>> llama = load()
+        >>> cache = llama.new_cache()
+        >>> _ = llama.prefill([1, 5, 6, 7], cache)
+        >>> cache.keep(0, [1, 5, 8, 9])
+        2
+        """
+        if self.user is not None:
+            raise InputError("a generation uses the cache: nothing in it can be forgotten now")
+        if not 0 <= row < len(self.lengths):
+            raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
+        if len(ids) == 0:
+            raise InputError("the prompt has no ids: expected at least one")
+        kept = self._common_length(row, ids)
+        self.truncate(row, kept)
+        return kept
+
+    def _common_length(self, row: int, ids: Sequence[int]) -> int:
+        """The number of first ids that a row and a prompt have in common, without the prompt's
+        last id."""
+        most = min(self.lengths[row], len(self.ids[row]), len(ids) - 1)
+        pairs = zip(self.ids[row][:most], ids, strict=False)
+        return next((i for i, (held, new) in enumerate(pairs) if held != new), most)
+
     def check_prefix(self, row: int, ids: Sequence[int]) -> None:
         """Raise InputError unless a row holds some first ids of a prompt, not all of them: the
         last one is read in any case, since the next follows from it."""
-        held, length = self.ids[row], self.lengths[row]
+        n_known, length = len(self.ids[row]), self.lengths[row]
         if len(ids) > self.context:
             raise InputError(f"{len(ids)} tokens do not fit the cache's room for {self.context}")
-        if len(held) != length:
+        if n_known != length:
             raise InputError(
                 f"row {row} of the cache holds {length} positions, of which the ids of "
-                f"{len(held)} are known: cache.truncate({row}, {len(held)}) keeps those"
+                f"{n_known} are known: cache.truncate({row}, {n_known}) keeps those"
             )
-        pairs = enumerate(zip(held, ids, strict=False))
-        same = next((i for i, (one, other) in pairs if one != other), length)
-        keep = min(same, len(ids) - 1)
+        keep = self._common_length(row, ids)
         if keep < length:
             raise InputError(
                 f"row {row} of the cache holds {length} ids and the prompt begins with {keep} of "

@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from npllama.backend import Array, get_backend
+from npllama.chat_formats import FORMATS as CHAT_FORMATS
 from npllama.completion import Completion
 from npllama.config import LlamaConfig
+from npllama.dialogue import encode_chat, find_chat_format
+from npllama.dialogue_parts import ChatFormat, Message
 from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
@@ -45,6 +48,10 @@ DEFAULT_SAMPLING = Sampling()
 NO_TOKENIZER = (
     "{} has no tokenizer.model or tokenizer.json: put the checkpoint's there to work with text, "
     "or pass token ids"
+)
+SHIPPED_CANNOT_CHAT = (
+    "the model that ships with npllama tells stories and cannot chat: load a chat model, or name "
+    "a format with chat_format= (--chat-format)"
 )
 SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
@@ -105,6 +112,7 @@ class Llama(Transformer):
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.format.name
         self._loaded: tuple[tuple, Parameters] | None = None  # arguments of load, what it read
+        self._chat_format: ChatFormat | None = None
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         """How it is pickled: the arguments with which `load` makes it again.
@@ -212,7 +220,7 @@ class Llama(Transformer):
         if isinstance(prompts, str | bytes) or len(prompts) == 0:
             raise InputError("prompts is not a list of at least one prompt")
         if cache is not None:
-            self._check_cache(cache, len(prompts))
+            self.checked_cache(cache, len(prompts))
         context = self.context if cache is None else cache.context
         rows = []
         for number, prompt in enumerate(prompts):
@@ -263,7 +271,12 @@ class Llama(Transformer):
         self.check_own_memory(most, longest)
         return most
 
-    def _check_cache(self, cache: KVCache, n_prompts: int) -> None:
+    def checked_cache(self, cache: KVCache, n_prompts: int) -> KVCache:
+        """The cache, which must be this model's and have a row for each prompt.
+
+        Raises:
+            InputError: it is another model's, or has another number of rows.
+        """
         if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
             raise InputError("the cache is not this model's: expected one from its new_cache")
         if len(cache.lengths) != n_prompts:
@@ -271,6 +284,7 @@ class Llama(Transformer):
                 f"the cache has {len(cache.lengths)} rows and there are {n_prompts} prompts: "
                 "expected a row for each"
             )
+        return cache
 
     @_shows_keywords_of(new_generation)
     def generate(self, prompt: Prompt | None = "", **options: Any) -> Completion:
@@ -334,6 +348,100 @@ class Llama(Transformer):
         generation = self.new_generation(prompts, **options)
         generation.run()
         return generation.completions()
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The chat format that the model was trained on, from its directory.
+
+        A directory without a chat template has Llama-2-chat's format, and a TokenizerWarning
+        says so: Meta's files have no template.
+
+        Raises:
+            InputError: the model was not loaded from a directory, or is the one that ships with
+                the package, which cannot chat.
+            TokenizerError: a chat template that is damaged.
+        """
+        if self._chat_format is None:
+            if self._loaded is None:
+                raise InputError(
+                    "the model was not loaded from a directory, so its chat format is unknown: "
+                    "name one with chat_format="
+                )
+            directory = self._loaded[0][0]
+            if directory is None or Path(directory) == SHIPPED:
+                raise InputError(SHIPPED_CANNOT_CHAT)
+            self._chat_format, note = find_chat_format(directory)
+            if note is not None:
+                warnings.warn(note, TokenizerWarning, stacklevel=2)
+        return self._chat_format
+
+    def resolved_chat_format(self, chat_format: str | ChatFormat | None) -> ChatFormat:
+        """A chat format, by its name too; None is the model's own.
+
+        Raises:
+            InputError, TokenizerError: see `chat_format`; a name that is unknown.
+        """
+        if chat_format is None:
+            return self.chat_format
+        if isinstance(chat_format, str):
+            return find_chat_format(None, chat_format)[0]
+        if not callable(chat_format):
+            raise InputError(
+                f"chat_format is {chat_format!r:.60}: expected a name of "
+                f"{', '.join(CHAT_FORMATS)}, or a format of npllama.chat_formats"
+            )
+        return chat_format
+
+    @_shows_keywords_of(new_generation)
+    def chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        answer: str = "",
+        chat_format: str | ChatFormat | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Answer a dialogue; npllama.Chat keeps one and its cache.
+
+        Args:
+            messages: {"role": ..., "content": ...} each; the roles are an optional "system", then
+                "user" and "assistant" in turn, "user" last.
+            answer: how the answer begins, which the model continues; it is not part of the
+                completion.
+            chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is
+                `chat_format`, the model's own.
+            options: keywords of `new_generation`, which explains them and what it raises.
+
+        Raises:
+            InputError: messages that are none, roles that the format does not know, or a model
+                without a chat format.
+            TokenizerError: a model without a tokenizer, or a chat template that cannot be
+                rendered.
+
+        >>> hello = [{"role": "user", "content": "Hello!"}]
+        >>> len(load().chat(hello, chat_format="llama-2", max_new_tokens=3, ignore_eos=True).ids)
+        3
+        """
+        stream = self.stream_chat(messages, answer=answer, chat_format=chat_format, **options)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    @_shows_keywords_of(new_generation)
+    def stream_chat(
+        self,
+        messages: Iterable[Message],
+        *,
+        answer: str = "",
+        chat_format: str | ChatFormat | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """As `chat`, yielding the text in pieces as they become certain; see `stream`."""
+        self.encode("")  # says what is missing where there is no tokenizer
+        chosen = self.resolved_chat_format(chat_format)
+        ids = encode_chat(self.tokenizer, messages, chosen, answer)
+        options = {"fresh_text": not answer.strip(), **options}
+        return TextStream(self.new_generation([ids], **options))
 
     def server(self, batch_size: int = 8, context: int | None = None) -> Server:
         """An object that decodes the requests of many threads together; see Server.

@@ -64,7 +64,7 @@ FLOORS = [
     ["generation", "gradients"],
     ["serving", "text_stream"],
     ["llama"],
-    ["options", "report"],
+    ["conversation", "options", "report"],
     ["__init__", "generate", "plain"],
     ["__main__"],
 ]
