@@ -22,7 +22,11 @@ from npllama.errors import InputError, NpllamaError, exhausted
 WRONG_INPUT, INTERRUPTED = 2, 130
 
 
-class ReaderLeftError(InputError):
+class OutputError(InputError):
+    """Standard output cannot be written."""
+
+
+class ReaderLeftError(OutputError):
     """Who read standard output has closed it, as `head` does once it has its lines."""
 
 
@@ -112,7 +116,8 @@ def write(text: str) -> None:
 
     Raises:
         ReaderLeftError: the other end of a pipe is closed.
-        InputError: it cannot be written: closed, or a full disk.
+        InputError: standard output is closed.
+        OutputError: it cannot be written, as on a full disk.
     """
     check_output()
     try:
@@ -120,7 +125,7 @@ def write(text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         _drop_stdout()
-        kind = ReaderLeftError if isinstance(error, BrokenPipeError) else InputError
+        kind = ReaderLeftError if isinstance(error, BrokenPipeError) else OutputError
         raise kind(f"standard output cannot be written: {error.strerror or error}") from None
 
 
@@ -133,7 +138,7 @@ def show(text: str) -> None:
     which a terminal would obey and a file keeps.
 
     Raises:
-        ReaderLeftError, InputError: as `write`.
+        ReaderLeftError, OutputError: as `write`.
     """
     if text:
         write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
