@@ -56,7 +56,7 @@ from npllama.options import (
     unescape_texts,
 )
 from npllama.progress_line import progress_shown
-from npllama.report import describe_context, print_rows, stats
+from npllama.report import print_rows, stats
 
 STORIES = (
     "the model that ships with npllama tells stories and knows no dialogue: it continues each "
@@ -250,7 +250,7 @@ def serve(session: "Session", source: Source) -> None:
             session.do(entry)
         except OutputError:
             raise
-        except InputError as error:
+        except NpllamaError as error:
             raise InputError(f"{source.where()}{error}") from None
 
 
@@ -344,8 +344,8 @@ class Session:
         llama = self.chat.llama
         rows = stats(llama, completion.timings, completion.finish_reason, completion.seed)
         prompt = f"{turn.n_prompt} tokens: {turn.n_kept} kept in the cache, {turn.n_read} read"
-        used = f"{self.chat.cache.lengths[0]} used; {describe_context(llama)}"
-        print_rows({"prompt": prompt, **rows, "context": used})
+        used = f"{self.chat.cache.lengths[0]} of {llama.context} tokens"
+        print_rows({"prompt": prompt, "context used": used, **rows})
 
     def _answer(self, begin: Callable[[], ChatStream]) -> None:
         """Write an answer to standard output as it is made."""

@@ -44,7 +44,7 @@ def run_command(session: "Session", line: str) -> None:
         raise InputError(_unknown(word))
     command = COMMANDS[name]
     if rest and not command.takes:
-        raise InputError(f"/{name} takes nothing, and {rest!r:.60} follows it")
+        raise InputError(f"/{name} takes no argument: found {rest!r:.60}")
     if not rest and command.takes and not command.takes.startswith("["):
         raise InputError(f"/{name} needs the name of a file: /{name} {command.takes}")
     command.run(session, rest)

@@ -1,5 +1,6 @@
 """A program at a terminal of its own, typed at by a test."""
 
+import codecs
 import os
 import pty
 import select
@@ -34,6 +35,7 @@ class Terminal:
             env=os.environ | {"TERM": "xterm", "COLUMNS": "80"} | environment,
         )
         os.close(end)
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.shown = ""
         self._read = 0
 
@@ -71,5 +73,5 @@ class Terminal:
             content = os.read(self._end, 65536)
         except OSError:  # the program has ended
             return False
-        self.shown += content.decode("utf-8", "replace")
+        self.shown += self._decode(content)
         return bool(content)
