@@ -1,33 +1,41 @@
 """A conversation: messages, and a KV cache that follows them.
 
 The messages are the truth. Each turn renders all of them to ids, keeps the first ids that the
-cache has in common with them, and reads the rest.
+cache has in common with them, and reads the rest. Nothing else is remembered of earlier turns but
+the ids with which the model wrote its answers (npllama.own_answers).
 """
 
+import threading
 import weakref
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from npllama.completion import Completion
-from npllama.dialogue import checked_messages, encode_chat
-from npllama.dialogue_parts import ChatFormat, Message
+from npllama.dialogue import checked_messages, dialogue_parts
+from npllama.dialogue_parts import ChatFormat, Message, encode_parts
 from npllama.errors import InputError
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
-from npllama.llama import Llama
+from npllama.llama import MAX_NEW_TOKENS, Llama, shows_keywords_of
+from npllama.own_answers import OwnAnswer, own_answer
+from npllama.sampling_options import is_integer
 from npllama.text_stream import TextStream
+
+_GIVEN = ("cache", "batch_size")  # a Chat gives these itself
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How an answer's prompt was read.
+    """How the prompt of an answer was read.
 
     Attributes:
         n_prompt: ids of the prompt, which is the whole dialogue.
         n_kept: its first ids, which the cache held.
-        n_read: the other ids, which were read.
-        n_dropped: whole old turns that were left out of the prompt from this answer on.
+        n_read: the other ids, which are read.
+        n_dropped: old turns that are left out of the prompt from this answer on.
     """
 
     n_prompt: int
@@ -36,33 +44,74 @@ class Turn:
     n_dropped: int = 0
 
     def note(self) -> str | None:
-        """One line that says what was left out; None where nothing was."""
+        """One line that says how many turns were left out; None where none was."""
         if self.n_dropped == 0:
             return None
-        turns = "turn does" if self.n_dropped == 1 else f"{self.n_dropped} turns do"
-        return f"the context is full: the oldest {turns} not stand in the prompt any more"
+        turns = "turn is" if self.n_dropped == 1 else f"{self.n_dropped} turns are"
+        return f"the context is full: from now on the oldest {turns} left out of the prompt"
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A dialogue as the model reads it.
+
+    Attributes:
+        begun: the beginning of the answer, at the end of `ids`.
+        space: the white space at the end of its text.
+        n_left_out: old turns that are not in it.
+    """
+
+    ids: list[int]
+    begun: str
+    space: str
+    n_left_out: int
 
 
 class Chat:
-    """A dialogue with a model, in the model's chat format.
+    """A dialogue with a model, in the chat format of the model.
+
+    A user's message and the answer to it are a turn. Where the prompt and the room for the answer
+    (max_new_tokens, at most a quarter of the context) do not fit the context, the oldest turns are
+    left out of the prompt: so many that a quarter of the context is free, since each time the rest
+    is read again. They stay in `messages`, and stay left out until `undo`, `clear` or an edit of
+    earlier messages. The system prompt is never left out.
 
     Args:
         llama: a chat model.
-        messages: {"role": ..., "content": ...} each; copied.
-        system: the system prompt; it replaces that of `messages`.
+        messages: {"role": ..., "content": ...} each, which are copied.
+        system: the system prompt. It replaces the one in `messages`.
         chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the model's own.
-        cache: of one row, from `llama.new_cache` (default: a new one).
-        drop_old_turns: whether whole old turns are left out of the prompt where the context is
-            full; False raises InputError there.
-        options: keywords of `Llama.new_generation` for every answer.
+        cache: from `llama.new_cache`, with one row, which may hold ids already; None is a new one.
+        drop_old_turns: False raises InputError where a dialogue does not fit the context, and
+            leaves nothing out.
+        options: keywords of `Llama.new_generation`, for all answers. `fresh_text` is true where
+            the answer is not begun by the caller.
 
     Attributes:
-        messages: the dialogue. It may be edited freely while no answer runs.
+        messages: the dialogue, a list of dictionaries that may be edited while no answer is being
+            written. An answer that is edited loses the ids that the model wrote.
         options: may be changed as well.
-        turn: how the prompt of the latest answer was read.
-        cache: its row holds the ids of the dialogue.
+        turn: how the prompt of the latest answer was read; None before the first.
+        cache: holds the dialogue without the last id of the latest answer.
+
+    Raises:
+        InputError: messages that are none, a model without a chat format, a format that is
+            unknown, or a cache that is not the model's.
+        OutOfMemoryError: the cache does not fit the memory.
+
+    >>> from npllama import load
+    >>> chat = Chat(load(), chat_format="llama-2", max_new_tokens=5, ignore_eos=True)
+    >>> len(chat.say("Hello!").ids)
+    5
+    >>> for piece in chat.stream("Tell me more.", max_new_tokens=3):
+    ...     pass
+    >>> [message["role"] for message in chat.messages]
+    ['user', 'assistant', 'user', 'assistant']
+    >>> chat.turn.n_prompt == chat.turn.n_kept + chat.turn.n_read
+    True
     """
 
+    @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def __init__(
         self,
         llama: Llama,
@@ -76,134 +125,277 @@ class Chat:
     ) -> None:
         self.llama = llama
         self.chat_format = llama.resolved_chat_format(chat_format)
+        self.drop_old_turns = drop_old_turns
+        self.options = options
+        self.turn: Turn | None = None
+        self._lock = threading.RLock()
+        self._stream: weakref.ref[ChatStream] | None = None
+        self._own_answers: dict[int, tuple[Message, OwnAnswer]] = {}  # by id() of the message
+        self._read: list[tuple[str, str]] = []  # the dialogue of the latest prompt
+        self._n_left_out = 0  # of its oldest turns
         self.messages = checked_messages(messages)
         if system is not None:
             self.system = system
-        self.options = options
-        self.drop_old_turns = drop_old_turns
         self.cache = llama.new_cache() if cache is None else llama.checked_cache(cache, 1)
-        self.turn: Turn | None = None
-        self._stream: weakref.ref[ChatStream] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Chat of {len(self.messages)} messages, {self.cache.lengths[0]} of "
+            f"{self.cache.context} positions filled>"
+        )
 
     @property
     def system(self) -> str | None:
-        """The system prompt: the first message, where its role is system."""
-        return self.messages[0]["content"] if self._has_system() else None
+        """The system prompt: the content of the first message where its role is system.
+
+        A text set here becomes the first message or replaces it; None takes it away.
+        """
+        n_system = _n_system(self.messages)
+        return self.messages[0]["content"] if n_system else None
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._check_idle()
-        first = [] if text is None else [{"role": "system", "content": text}]
-        self.messages[: int(self._has_system())] = first
+        first = [] if text is None else checked_messages([{"role": "system", "content": text}])
+        with self._idle():
+            self.messages[: _n_system(self.messages)] = first
 
-    def _has_system(self) -> bool:
-        return bool(self.messages) and self.messages[0]["role"] == "system"
-
+    @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def stream(self, text: str, *, answer: str = "", **options: Any) -> "ChatStream":
-        """Say something; the answer in pieces of text."""
-        self._check_idle()
-        self.messages.append({"role": "user", "content": text})
-        return self._answer([self.messages[-1]], [], answer, options)
+        """Say something; the answer in pieces of text as they become certain.
 
+        The message stands in `messages` from now on, and the answer when the stream has ended.
+        Where not one token could be answered, the message is taken back.
+
+        Args:
+            text: the user's message.
+            answer: how the answer begins, which the model continues. The pieces do not contain it,
+                and the message does.
+            options: keywords of `Llama.new_generation`, which count before the chat's `options`.
+
+        Raises:
+            InputError: the last answer is still being written, the prompt does not fit the
+                context, or roles that the format does not know.
+            TokenizerError: a model without a tokenizer, or a chat template that cannot be
+                rendered.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"the message is {text!r:.60}: expected a text")
+        with self._idle():
+            message = {"role": "user", "content": text}
+            self.messages.append(message)
+            return self._answered(message, [], answer, options)
+
+    @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def say(self, text: str, *, answer: str = "", **options: Any) -> Completion:
-        """Say something; the whole answer."""
-        stream = self.stream(text, answer=answer, **options)
-        for _ in stream:
-            pass
-        return stream.completion
+        """As `stream`; the whole answer at once."""
+        return self.stream(text, answer=answer, **options).read()
 
+    @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def stream_again(self, **options: Any) -> "ChatStream":
-        """Take back the last answer and answer again."""
-        self._check_idle()
-        at = self._last_user()
-        if at is None:
-            raise InputError("there is no message to answer again: say something first")
-        taken_back = self.messages[at + 1 :]
-        del self.messages[at + 1 :]
-        return self._answer([], taken_back, "", options)
+        """As `stream`, answering the user's last message again.
+
+        The old answer is taken back. It is put back where not one token could be answered.
+        """
+        with self._idle():
+            at = self._last_user()
+            if at is None:
+                raise InputError("there is no message to answer again: say something first")
+            old = self.messages[at + 1 :]
+            del self.messages[at + 1 :]
+            return self._answered(None, old, "", options)
 
     def undo(self) -> bool:
         """Take back the last message of the user and what follows it; whether there was one."""
-        self._check_idle()
-        at = self._last_user()
-        if at is None:
-            return False
-        del self.messages[at:]
-        return True
+        with self._idle():
+            at = self._last_user()
+            if at is None:
+                return False
+            del self.messages[at:]
+            self._read, self._n_left_out = [], 0
+            return True
 
     def clear(self) -> None:
         """Take back all messages but the system prompt."""
-        self._check_idle()
-        del self.messages[int(self._has_system()) :]
+        with self._idle():
+            del self.messages[_n_system(self.messages) :]
+            self._read, self._n_left_out = [], 0
 
     def _last_user(self) -> int | None:
-        users = (i for i, message in enumerate(self.messages) if message["role"] == "user")
-        return max(users, default=None)
+        return max(_users(checked_messages(self.messages)), default=None)
 
-    def _check_idle(self) -> None:
-        stream = None if self._stream is None else self._stream()
-        if stream is not None and stream.completion is None:
-            raise InputError(
-                "the chat's last answer still runs: read its stream to the end, or close() it"
-            )
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """For one thread, while no answer is being written."""
+        with self._lock:
+            stream = None if self._stream is None else self._stream()
+            if stream is not None and stream.completion is None:
+                raise InputError(
+                    "the last answer of the chat is still being written: read its stream to the "
+                    "end, or close() it"
+                )
+            yield
 
-    def _answer(
-        self, added: list[Message], taken_back: list[Message], begun: str, options: dict[str, Any]
+    def _answered(
+        self,
+        added: Message | None,
+        taken_back: list[Message],
+        begun: str,
+        options: Mapping[str, Any],
     ) -> "ChatStream":
-        """Answer the messages.
+        """The answer to the messages.
 
         Args:
-            added: the last messages, which are taken back where nothing could be answered.
-            taken_back: messages that are put back there.
+            added, taken_back: what has changed in them, and changes back without an answer.
         """
-        begun = begun if begun.strip() else ""
+        given = {**self.options, **options}.items()
+        options = {name: value for name, value in given if value is not None}
         try:
-            self.llama.encode("")  # says what is missing where there is no tokenizer
-            ids = encode_chat(self.llama.tokenizer, self.messages, self.chat_format, begun)
-            n_kept = self.cache.keep(0, ids)
-            turn = Turn(len(ids), n_kept, len(ids) - n_kept)
-            options = {"fresh_text": not begun, **self.options, **options}
-            generation = self.llama.new_generation([ids], cache=self.cache, **options)
+            messages = checked_messages(self.messages)
+            prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
+            n_kept = self.cache.keep(0, prompt.ids)
+            options = {"fresh_text": not prompt.begun, **options}
+            generation = self.llama.new_generation([prompt.ids], cache=self.cache, **options)
         except BaseException:
-            self._take_back(added, taken_back)
+            self._restore(added, taken_back)
             raise
-        self.turn = turn
-        stream = ChatStream(self, generation, begun, added, taken_back)
+        n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
+        self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
+        self._n_left_out, self._read = prompt.n_left_out, _contents(messages)
+        stream = ChatStream(self, generation, prompt, added, taken_back)
         self._stream = weakref.ref(stream)
         return stream
 
-    def _take_back(self, added: list[Message], taken_back: list[Message]) -> None:
-        del self.messages[len(self.messages) - len(added) :]
+    def _prompt(self, messages: list[Message], begun: str, max_new_tokens: object) -> _Prompt:
+        """The prompt of a dialogue, with as many old turns left out as do not fit."""
+        n_turns, context = len(_users(messages)), self.cache.context
+        prompt = self._prompt_without(self._n_still_left_out(messages), messages, begun)
+        n_new = max_new_tokens if is_integer(max_new_tokens) else MAX_NEW_TOKENS
+        room = min(max(int(n_new), 1), max(context // 4, 1))
+        if self.drop_old_turns and len(prompt.ids) + room > context:
+            # fewest turns whose absence leaves a quarter of the context free
+            choices = range(prompt.n_left_out, max(n_turns, 1))
+            most = context - context // 4
+            at = bisect_left(
+                choices,
+                -most,
+                key=lambda n: -len(self._prompt_without(n, messages, begun).ids),
+            )
+            prompt = self._prompt_without(choices[min(at, len(choices) - 1)], messages, begun)
+        if len(prompt.ids) >= context:
+            what = "dialogue" if n_turns - prompt.n_left_out > 1 else "message"
+            do = "undo() or clear() some of it" if what == "dialogue" else "shorten it"
+            raise InputError(
+                f"the {what} has {len(prompt.ids)} tokens with what its format adds, and the "
+                f"context has room for {context}, answer included: {do}"
+            )
+        return prompt
+
+    def _prompt_without(self, n_turns: int, messages: list[Message], begun: str) -> _Prompt:
+        """The prompt without the oldest turns."""
+        first = _n_system(messages)
+        begin = _users(messages)[n_turns] if n_turns else first
+        kept = [*range(first), *range(begin, len(messages))]
+        own = {
+            place: found
+            for place, i in enumerate(kept)
+            if (found := self._own_answer(self.messages[i])) is not None
+        }
+        self.llama.encode("")  # says what is missing where there is no tokenizer
+        parts = dialogue_parts(
+            self.llama.tokenizer, [messages[i] for i in kept], self.chat_format, begun, own
+        )
+        end = parts[-1] if parts and isinstance(parts[-1], str) else ""
+        return _Prompt(
+            ids=encode_parts(self.llama.tokenizer, parts),
+            begun=begun if begun.strip() else "",
+            space=end[len(end.rstrip()) :],
+            n_left_out=n_turns,
+        )
+
+    def _n_still_left_out(self, messages: list[Message]) -> int:
+        """The old turns that stay left out: those of the latest prompt, if these messages go on
+        from its own."""
+        goes_on = _contents(messages[: len(self._read)]) == self._read
+        return self._n_left_out if goes_on else 0
+
+    def _own_answer(self, message: Message) -> OwnAnswer | None:
+        """The ids of an answer that the model wrote; None where it is another's, or edited."""
+        known, own = self._own_answers.get(id(message), (None, None))
+        return own if known is message and own.content == message["content"] else None
+
+    def _take(self, completion: Completion, prompt: _Prompt) -> None:
+        """Append an answer to the messages, and keep its ids."""
+        message = {"role": "assistant", "content": prompt.begun + completion.text}
+        own = own_answer(
+            self.llama.tokenizer,
+            prompt.ids,
+            completion.ids,
+            completion.text,
+            begun=prompt.begun,
+            space=prompt.space,
+            end_ids=self.llama.config.eos_ids,
+        )
+        present = {id(message) for message in self.messages}
+        self._own_answers = {i: v for i, v in self._own_answers.items() if i in present}
+        if own is not None:
+            self._own_answers[id(message)] = message, own
+        self.messages.append(message)
+
+    def _restore(self, added: Message | None, taken_back: list[Message]) -> None:
+        """Undo a change of the messages to which nothing was answered."""
+        self.messages[:] = [message for message in self.messages if message is not added]
         self.messages += taken_back
 
 
 class ChatStream(TextStream):
-    """The answer in pieces of text; when it has ended, it stands in the chat's messages."""
+    """The answer of a Chat in pieces of text, none of them empty.
+
+    When it has ended (by itself, `close`, Ctrl-C or an error), its text stands in the chat's
+    messages and `completion` is known; see TextStream. One that nobody holds any more is closed.
+    """
 
     def __init__(
         self,
         chat: Chat,
         generation: Generation,
-        begun: str,
-        added: list[Message],
+        prompt: _Prompt,
+        added: Message | None,
         taken_back: list[Message],
     ) -> None:
         super().__init__(generation)
         self._chat = chat
-        self._begun = begun
-        self._added = added
-        self._taken_back = taken_back
+        self._prompt = prompt
+        self._change = added, taken_back
+
+    def read(self) -> Completion:
+        """Read it to the end."""
+        for _piece in self:
+            pass
+        return self.completion
 
     def close(self) -> None:
-        """End the answer here, if it has not ended, and put it into the messages."""
+        """End it here, if it has not ended, and put the answer so far into the messages."""
         if self.completion is not None:
             return
         super().close()
         if self.completion.ids:
-            content = self._begun + self.completion.text
-            self._chat.messages.append({"role": "assistant", "content": content})
+            self._chat._take(self.completion, self._prompt)
         else:
-            self._chat._take_back(self._added, self._taken_back)
+            self._chat._restore(*self._change)
 
     def __del__(self) -> None:
-        self.close()  # a stream that nobody reads any more
+        self.close()
+
+
+def _n_system(messages: list[Message]) -> int:
+    """The number of system prompts in front, 1 or 0."""
+    return int(bool(messages) and checked_messages(messages[:1])[0]["role"] == "system")
+
+
+def _users(messages: list[Message]) -> list[int]:
+    """The indices of the user's messages, where turns begin."""
+    return [i for i, message in enumerate(messages) if message["role"] == "user"]
+
+
+def _contents(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]

@@ -4,14 +4,15 @@ The format is the checkpoint's own template (npllama.chat_template), or one that
 (npllama.chat_formats).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from npllama.chat_formats import FORMATS, llama_2
 from npllama.chat_template import ChatTemplate, read_template
 from npllama.config import read_json
-from npllama.dialogue_parts import ChatFormat, Message, encode_parts
+from npllama.dialogue_parts import ChatFormat, Message, Parts, encode_parts
 from npllama.errors import InputError, TokenizerError
+from npllama.own_answers import OwnAnswer, parts_with_own_ids
 from npllama.tokenizer import Tokenizer
 
 
@@ -20,6 +21,7 @@ def encode_chat(
     messages: Sequence[Message],
     chat_format: ChatFormat = llama_2,
     answer: str = "",
+    own_answers: Mapping[int, OwnAnswer] | None = None,
 ) -> list[int]:
     """The prompt of a dialogue that ends with a user's message.
 
@@ -32,6 +34,8 @@ def encode_chat(
         chat_format: of `find_chat_format`, or one of npllama.chat_formats.
         answer: how the assistant's answer begins, which the model continues; white space alone
             is no beginning.
+        own_answers: answers that the model wrote, by the index of the message: their own ids take
+            the place of the ids of their text.
 
     Returns:
         Ids, with exactly one BOS in front. Those of Llama-2-chat: each past turn BOS .. EOS, the
@@ -41,13 +45,28 @@ def encode_chat(
         InputError: messages that are none, or roles that the format does not know.
         TokenizerError: a model without a tokenizer has None; a template cannot be rendered.
     """
+    return encode_parts(
+        tokenizer, dialogue_parts(tokenizer, messages, chat_format, answer, own_answers)
+    )
+
+
+def dialogue_parts(
+    tokenizer: Tokenizer | None,
+    messages: Iterable[Message],
+    chat_format: ChatFormat = llama_2,
+    answer: str = "",
+    own_answers: Mapping[int, OwnAnswer] | None = None,
+) -> Parts:
+    """The parts that `encode_chat` encodes; it explains the arguments and the errors."""
     turns = checked_messages(messages)
+    if not isinstance(answer, str):
+        raise InputError(f"the beginning of the answer is {answer!r:.60}: expected a text")
     if tokenizer is None:
         raise TokenizerError(
             "the model has no tokenizer: a dialogue needs its tokenizer.model or tokenizer.json"
         )
     begun = answer if answer.strip() else ""
-    return encode_parts(tokenizer, chat_format(tokenizer, turns, begun))
+    return parts_with_own_ids(tokenizer, turns, chat_format, begun, own_answers or {})
 
 
 def checked_messages(messages: Iterable[Message]) -> list[dict[str, str]]:

@@ -57,14 +57,14 @@ SHIPPED = Path(__file__).parent / "assets" / "stories"
 """The model that ships with the package."""
 
 
-def _shows_keywords_of(source: Callable) -> Callable[[Method], Method]:
+def shows_keywords_of(source: Callable, but: Sequence[str] = ()) -> Callable[[Method], Method]:
     """A decorator: the method's signature, as help() and notebooks show it, has the keywords and
-    defaults of `source` in place of its own `**`. So they are written once.
+    defaults of `source` in place of its own `**`, except those in `but`. So they are written once.
     """
     passed_on = [
         parameter.replace(kind=parameter.KEYWORD_ONLY)
         for parameter in inspect.signature(source).parameters.values()
-        if parameter.default is not parameter.empty
+        if parameter.default is not parameter.empty and parameter.name not in but
     ]
 
     def decorate(method: Method) -> Method:
@@ -147,7 +147,7 @@ class Llama(Transformer):
             f"{self.backend.name}>"
         )
 
-    @_shows_keywords_of(Sampling)
+    @shows_keywords_of(Sampling)
     def new_generation(
         self,
         prompts: Sequence[Prompt],
@@ -217,8 +217,8 @@ class Llama(Transformer):
         stops = _checked_stops(() if stop is None else stop)
         if stops and self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
-        if isinstance(prompts, str | bytes) or len(prompts) == 0:
-            raise InputError("prompts is not a list of at least one prompt")
+        if _n_prompts(prompts) == 0:
+            raise InputError(f"prompts is {prompts!r:.60}: expected a list of at least one prompt")
         if cache is not None:
             self.checked_cache(cache, len(prompts))
         context = self.context if cache is None else cache.context
@@ -286,7 +286,7 @@ class Llama(Transformer):
             )
         return cache
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def generate(self, prompt: Prompt | None = "", **options: Any) -> Completion:
         """Continue a prompt; `generate_batch` continues several.
 
@@ -313,7 +313,7 @@ class Llama(Transformer):
         """
         return self.generate_batch([_one_prompt(prompt)], **options)[0]
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def stream(self, prompt: Prompt | None = "", **options: Any) -> TextStream:
         """As `generate`, yielding the text in pieces as they become certain.
 
@@ -335,7 +335,7 @@ class Llama(Transformer):
             raise TokenizerError(self._no_tokenizer)
         return TextStream(self.new_generation([_one_prompt(prompt)], **options))
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
         """Continue several prompts at once, each as long as it is; keywords are `generate`'s.
 
@@ -392,7 +392,7 @@ class Llama(Transformer):
             )
         return chat_format
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def chat(
         self,
         messages: Iterable[Message],
@@ -405,12 +405,15 @@ class Llama(Transformer):
 
         Args:
             messages: {"role": ..., "content": ...} each; the roles are an optional "system", then
-                "user" and "assistant" in turn, "user" last.
+                "user" and "assistant" in turn, "user" last. A checkpoint's template may allow
+                others.
             answer: how the answer begins, which the model continues; it is not part of the
                 completion.
             chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is
                 `chat_format`, the model's own.
-            options: keywords of `new_generation`, which explains them and what it raises.
+            options: keywords of `new_generation`, which explains them and what it raises, with
+                two differences: `fresh_text` is true where `answer` is not given, and of a
+                `cache` the first ids that it has in common with the dialogue are kept.
 
         Raises:
             InputError: messages that are none, roles that the format does not know, or a model
@@ -422,12 +425,10 @@ class Llama(Transformer):
         >>> len(load().chat(hello, chat_format="llama-2", max_new_tokens=3, ignore_eos=True).ids)
         3
         """
-        stream = self.stream_chat(messages, answer=answer, chat_format=chat_format, **options)
-        for _ in stream:
-            pass
-        return stream.completion
+        prompt, options = self._chat_prompt(messages, answer, chat_format, options)
+        return self.generate(prompt, **options)
 
-    @_shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation)
     def stream_chat(
         self,
         messages: Iterable[Message],
@@ -436,12 +437,31 @@ class Llama(Transformer):
         chat_format: str | ChatFormat | None = None,
         **options: Any,
     ) -> TextStream:
-        """As `chat`, yielding the text in pieces as they become certain; see `stream`."""
+        """As `chat`, yielding the text in pieces as they become certain; see `stream`.
+
+        >>> hello = [{"role": "user", "content": "Hello!"}]
+        >>> stream = load().stream_chat(hello, chat_format="vicuna", temperature=0)
+        >>> "".join(stream) == stream.completion.text
+        True
+        """
+        prompt, options = self._chat_prompt(messages, answer, chat_format, options)
+        return self.stream(prompt, **options)
+
+    def _chat_prompt(
+        self,
+        messages: Iterable[Message],
+        answer: str,
+        chat_format: str | ChatFormat | None,
+        options: Mapping[str, Any],
+    ) -> tuple[list[int], dict[str, Any]]:
+        """The ids of a dialogue, and the options with which they are continued."""
         self.encode("")  # says what is missing where there is no tokenizer
         chosen = self.resolved_chat_format(chat_format)
         ids = encode_chat(self.tokenizer, messages, chosen, answer)
-        options = {"fresh_text": not answer.strip(), **options}
-        return TextStream(self.new_generation([ids], **options))
+        given = {name: value for name, value in options.items() if value is not None}
+        if "cache" in given:
+            self.checked_cache(given["cache"], 1).keep(0, ids)
+        return ids, {"fresh_text": not answer.strip(), **given}
 
     def server(self, batch_size: int = 8, context: int | None = None) -> Server:
         """An object that decodes the requests of many threads together; see Server.
@@ -499,7 +519,7 @@ class Llama(Transformer):
         if not isinstance(prompt, str):
             is_scalar = isinstance(prompt, np.ndarray) and prompt.ndim == 0
             if isinstance(prompt, bytes) or is_scalar or not isinstance(prompt, Iterable):
-                raise InputError(f"the prompt is {prompt!r}: expected a text or token ids")
+                raise InputError(f"the prompt is {prompt!r:.60}: expected a text or token ids")
             return list(prompt)
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
@@ -537,7 +557,7 @@ class Llama(Transformer):
 
 def load(
     path: str | Path | None = None,
-    backend: str = "auto",
+    backend: str | None = "auto",
     dtype: str | None = None,
     context: int | None = None,
     threads: int | None = None,
@@ -554,7 +574,7 @@ def load(
     Args:
         path: the directory, as Hugging Face lays it out; None is the model that ships with the
             package, which tells little stories (npllama/assets/stories/README.md).
-        backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are.
+        backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are. None is "auto".
         dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
             (see npllama.quantization); None keeps them as stored (on the CPU as views of the
             memory-mapped file).
@@ -589,6 +609,7 @@ def load(
     if not isinstance(path, str | os.PathLike | None):
         raise InputError(f"path is {path!r}: expected a model directory")
     directory = SHIPPED if path is None else _checked_directory(as_given(path))
+    backend = "auto" if backend is None else backend
     config = LlamaConfig.from_directory(directory, rope_scaling)
     context = _checked_context(context, config)
     ops = ops_for(get_backend(backend, _checked_threads(threads), device), graph)
@@ -637,6 +658,15 @@ def _checked_directory(given: str) -> Path:
         what = f"has no config.json: expected a model directory; {HOW_TO_GET_ONE}"
         raise InputError(f"{path} {directory_instead(path) or what}")
     return path
+
+
+def _n_prompts(prompts: Sequence[Prompt]) -> int:
+    """The number of prompts of a batch; 0 for one text, and for what has no length, such as a
+    generator."""
+    try:
+        return 0 if isinstance(prompts, str | bytes) else len(prompts)
+    except TypeError:
+        return 0
 
 
 def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:

@@ -16,6 +16,7 @@ from npllama.memory import mapped_nbytes, require_free_memory
 from npllama.ops import Ops
 from npllama.parameters import Layer, Parameters
 from npllama.progress import Work, advance, work
+from npllama.sampling_options import is_integer
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,18 @@ class Transformer:
         model's.
 
         Raises:
-            InputError: no rows, or a context of none or of more positions than the model's.
+            InputError: no rows, or a context of none or of more positions than the model's; numbers
+                that are not whole.
         """
         sizes = self.sizes
         context = self.context if context is None else context
-        if not 1 <= context <= self.context or batch < 1:
+        are_whole = is_integer(context) and is_integer(batch)
+        if not are_whole or not 1 <= context <= self.context or batch < 1:
             raise InputError(
-                f"a cache of {batch} rows and {context} positions: expected at least 1 row, and 1 "
-                f"to {self.context} positions"
+                f"a cache of {batch!r:.60} rows and {context!r:.60} positions: expected at least 1 "
+                f"row, and 1 to {self.context} positions"
             )
+        batch, context = int(batch), int(context)  # not NumPy's, which may be narrow
         chunk = min(self.ops.prefill_chunk(), context)
         self.backend.use()
         return KVCache(
@@ -315,7 +319,10 @@ class Transformer:
         """
         if isinstance(ids, str | bytes):
             raise InputError("a text was given: expected token ids; llama.encode(text) makes them")
-        n = len(ids)
+        try:
+            n = len(ids)
+        except TypeError:
+            raise InputError(f"the token ids are {ids!r:.60}: expected a list of them") from None
         if n == 0:
             raise InputError("there are no token ids: expected at least one, such as BOS")
         for i, id_ in enumerate(ids):

@@ -14,6 +14,9 @@ from npllama.tokenizer_json import sentencepiece_from_json
 
 _SPACE = "\u2581"  # how a piece writes a space
 _REPLACEMENT = "\ufffd"
+_NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
+"""ModelProto.normalizer_spec.add_dummy_prefix = false. A field that follows a serialized message
+replaces the same field of the message."""
 
 
 class Lost(Enum):
@@ -94,6 +97,7 @@ class Tokenizer:
                 "came with the checkpoint"
             ) from None
         self.processor = processor
+        self._continuing: sentencepiece.SentencePieceProcessor | None = None
         self.leading_spaces_lost = _leading_spaces_lost(processor, pieces)
         self.vocab_size: int = processor.vocab_size()
         self.n_ids = self.vocab_size
@@ -147,15 +151,32 @@ class Tokenizer:
         Raises:
             InputError: text that is not valid Unicode (a lone surrogate).
         """
+        ids = self._encode(self.processor, text)
+        return [self.bos_id, *ids] if bos else ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that continues another one: without the space that `encode` puts before
+        a text.
+
+        Raises:
+            InputError: text that is not valid Unicode (a lone surrogate).
+        """
+        if self._continuing is None:
+            self._continuing = sentencepiece.SentencePieceProcessor()
+            self._continuing.LoadFromSerializedProto(
+                self.processor.serialized_model_proto() + _NO_DUMMY_PREFIX
+            )
+        return self._encode(self._continuing, text)
+
+    def _encode(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InputError("the text is not valid UTF-8: pass it in UTF-8") from None
         try:
-            ids = self.processor.encode(text)
+            return processor.encode(text)
         except UnicodeDecodeError:
             raise self._damaged() from None
-        return [self.bos_id, *ids] if bos else ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to continue, with BOS and EOS as `add_bos` and `add_eos` say.

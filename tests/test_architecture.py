@@ -34,7 +34,7 @@ FLOORS = [
     ["tokenizer", "ops.tiles", "ops.rope_frequencies"],
     ["special_tokens"],
     ["dialogue_parts"],
-    ["chat_formats", "chat_template"],
+    ["chat_formats", "chat_template", "own_answers"],
     ["ops.equations", "dialogue", "tokenizer_files", "safetensors_file", "row", "decode_step"],
     [
         "ops.sampling",
