@@ -200,7 +200,7 @@ def new_session(
         llama,
         system=args.system,
         chat_format=chat_format,
-        drop_old_turns=args.drop,
+        drop_old_turns=args.drop or chat_format is story,
         **options,
     )
     session = Session(chat, shows_stats=args.stats, has_escapes=args.escapes)
@@ -352,7 +352,8 @@ class Session:
         n_shown = 0
         stream = begin()
         try:
-            if (note := self.chat.turn.note()) is not None:
+            note = self.chat.turn.note()
+            if note is not None and self.chat.chat_format is not story:  # which has one turn
                 tell(f"npllama: {note}")
             for piece in stream:
                 show(piece)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npllama.chat_settings import changed, quoted, setting_names, shown
+from npllama.chat_settings import changed, quoted, setting_name, setting_names, shown
 from npllama.console import tell
 from npllama.errors import InputError
 from npllama.saved_dialogue import load_dialogue, save_dialogue
@@ -51,8 +51,9 @@ def run_command(session: "Session", line: str) -> None:
 
 
 def command_words() -> list[str]:
-    """What Tab completes: each command, and each setting behind /set."""
-    return [f"/{name}" for name in (*COMMANDS, *_OTHER_NAMES)]
+    """What Tab completes: the commands, and behind /set the settings."""
+    names = [f"/{name}" for name in (*COMMANDS, *_OTHER_NAMES)]
+    return [*names, *(f"/set {name}" for name in setting_names())]
 
 
 def _unknown(word: str) -> str:
@@ -108,13 +109,11 @@ def _load(session: "Session", name: str) -> None:
 
 
 def _set(session: "Session", rest: str) -> None:
-    options = session.chat.options
     name, _, value = rest.partition(" ")
+    names = [setting_name(name)] if name else setting_names()
     if value.strip():
-        session.change_options(
-            changed(options, name, session.unescaped(value.strip(), f"/set {name}"))
-        )
-    names = [name] if rest else setting_names()
+        value = session.unescaped(value.strip(), f"/set {name}")
+        session.change_options(changed(session.chat.options, name, value))
     width = max(map(len, names))
     for name in names:
         tell(f"  {name:<{width}}  {shown(session.chat.options, name)}")

@@ -19,6 +19,19 @@ def setting_names() -> list[str]:
     return [flag(name).removeprefix("--") for name in (*names, *_OTHERS)]
 
 
+def setting_name(name: str) -> str:
+    """A setting's name as `setting_names` has it, where it is given in another spelling.
+
+    Raises:
+        InputError: there is no such setting.
+    """
+    known = setting_names()
+    plain = name.lower().removeprefix("--").replace("_", "-")
+    if plain not in known:
+        raise InputError(f"there is no setting {name!r:.60}: expected one of {', '.join(known)}")
+    return plain
+
+
 def shown(options: Mapping[str, Any], name: str) -> str:
     """The value of a setting, as `changed` reads it.
 
@@ -74,11 +87,8 @@ def quoted(text: str) -> str:
 
 
 def _key(name: str) -> str:
-    known = setting_names()
-    plain = name.lower().removeprefix("--").replace("_", "-")
-    if plain not in known:
-        raise InputError(f"there is no setting {name!r:.60}: expected one of {', '.join(known)}")
-    return plain.replace("-", "_")
+    """The keyword or the field of Sampling behind a name."""
+    return setting_name(name).replace("-", "_")
 
 
 def _number(key: str, value: str, kind: type, expected: str) -> float:

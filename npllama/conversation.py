@@ -283,7 +283,7 @@ class Chat:
             prompt = self._prompt_without(choices[min(at, len(choices) - 1)], messages, begun)
         if len(prompt.ids) >= context:
             what = "dialogue" if n_turns - prompt.n_left_out > 1 else "message"
-            do = "undo() or clear() some of it" if what == "dialogue" else "shorten it"
+            do = "undo or clear some of it" if what == "dialogue" else "shorten it"
             raise InputError(
                 f"the {what} has {len(prompt.ids)} tokens with what its format adds, and the "
                 f"context has room for {context}, answer included: {do}"

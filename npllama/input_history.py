@@ -17,8 +17,11 @@ def history_file() -> Path | None:
     ~/.local/state; None where there is no home."""
     state = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(state):  # the specification says to ignore a relative one
-        state = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(state, "npllama", "chat_history") if os.path.isabs(state) else None
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home) or home == os.sep:  # "/" where HOME is empty
+            return None
+        state = os.path.join(home, ".local", "state")
+    return Path(state, "npllama", "chat_history")
 
 
 class History:

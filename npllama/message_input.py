@@ -134,7 +134,7 @@ class TypedInput:
 
     Args:
         history: of the arrow keys.
-        words: that Tab completes where they begin a line.
+        words: beginnings of lines that Tab completes, word by word.
     """
 
     is_typed = True
@@ -200,14 +200,14 @@ class TypedInput:
 
     def _completion(self, text: str, state: int) -> str | None:
         """The completion number `state` of the word `text`, for readline."""
-        line = self._readline.get_line_buffer().lstrip()
-        if line == text:
-            found = [word for word in self._words if word.startswith(text)] if text else []
-        elif line.startswith(("/save ", "/load ")):
+        line = self._readline.get_line_buffer()
+        if line.startswith(("/save ", "/load ")):
             names = glob.glob(f"{glob.escape(os.path.expanduser(text))}*")
             found = sorted(f"{name}/" if os.path.isdir(name) else name for name in names)
         else:
-            found = []
+            begun = line.removesuffix(text)  # the words before it
+            rests = [w.removeprefix(begun) for w in self._words if line and w.startswith(line)]
+            found = [rest for rest in rests if " " not in rest]
         return found[state] if state < len(found) else None
 
     def _keeps_a_paste_together(self) -> bool:

@@ -60,14 +60,23 @@ class Terminal:
         self._read += len(part)
         return part
 
+    def interrupt_until(self, text):
+        """Type Ctrl-C and wait for `text`; again where nothing happens, since readline misses one
+        that comes just before it waits for a key."""
+        while self.shown.find(text, self._read) < 0:
+            self.type("\x03")
+            while self._receive(seconds=1) and self.shown.find(text, self._read) < 0:
+                pass
+        return self.wait_for(text)
+
     def exit_code(self):
         """Its exit code, once it has ended by itself."""
         while self._receive():
             pass
         return self._process.wait(_SECONDS)
 
-    def _receive(self):
-        if not select.select([self._end], [], [], _SECONDS)[0]:
+    def _receive(self, seconds=_SECONDS):
+        if not select.select([self._end], [], [], seconds)[0]:
             return False
         try:
             content = os.read(self._end, 65536)
