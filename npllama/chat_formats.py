@@ -112,4 +112,6 @@ def _checked_roles(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _roles(messages: Sequence[Message]) -> str:
-    return ", ".join(message["role"] for message in messages) or "none"
+    roles = [message["role"] for message in messages]
+    more = f", ... ({len(roles)} messages)" if len(roles) > 12 else ""
+    return ", ".join(roles[:12]) + more or "none"

@@ -181,9 +181,8 @@ class Chat:
         if not isinstance(text, str):
             raise InputError(f"the message is {text!r:.60}: expected a text")
         with self._idle():
-            message = {"role": "user", "content": text}
-            self.messages.append(message)
-            return self._answered(message, [], answer, options)
+            messages = [*self.messages, {"role": "user", "content": text}]
+            return self._answered(messages, answer, options)
 
     @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def say(self, text: str, *, answer: str = "", **options: Any) -> Completion:
@@ -200,9 +199,7 @@ class Chat:
             at = self._last_user()
             if at is None:
                 raise InputError("there is no message to answer again: say something first")
-            old = self.messages[at + 1 :]
-            del self.messages[at + 1 :]
-            return self._answered(None, old, "", options)
+            return self._answered(self.messages[: at + 1], "", options)
 
     def undo(self) -> bool:
         """Take back the last message of the user and what follows it; whether there was one."""
@@ -228,7 +225,7 @@ class Chat:
         """For one thread, while no answer is being written."""
         with self._lock:
             stream = None if self._stream is None else self._stream()
-            if stream is not None and stream.completion is None:
+            if stream is not None and not stream.has_ended:
                 raise InputError(
                     "the last answer of the chat is still being written: read its stream to the "
                     "end, or close() it"
@@ -236,37 +233,27 @@ class Chat:
             yield
 
     def _answered(
-        self,
-        added: Message | None,
-        taken_back: list[Message],
-        begun: str,
-        options: Mapping[str, Any],
+        self, messages: list[Message], begun: str, options: Mapping[str, Any]
     ) -> "ChatStream":
-        """The answer to the messages.
-
-        Args:
-            added, taken_back: what has changed in them, and changes back without an answer.
-        """
+        """The answer to a dialogue, which takes the place of the messages."""
         given = {**self.options, **options}.items()
         options = {name: value for name, value in given if value is not None}
-        try:
-            messages = checked_messages(self.messages)
-            prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
-            n_kept = self.cache.keep(0, prompt.ids)
-            options = {"fresh_text": not prompt.begun, **options}
-            generation = self.llama.new_generation([prompt.ids], cache=self.cache, **options)
-        except BaseException:
-            self._restore(added, taken_back)
-            raise
+        prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
+        n_kept = self.cache.keep(0, prompt.ids)
+        options = {"fresh_text": not prompt.begun, **options}
+        generation = self.llama.new_generation([prompt.ids], cache=self.cache, **options)
         n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
         self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
         self._n_left_out, self._read = prompt.n_left_out, _contents(messages)
-        stream = ChatStream(self, generation, prompt, added, taken_back)
+        before = list(self.messages)
+        self.messages[:] = messages
+        stream = ChatStream(self, generation, prompt, before)
         self._stream = weakref.ref(stream)
         return stream
 
     def _prompt(self, messages: list[Message], begun: str, max_new_tokens: object) -> _Prompt:
         """The prompt of a dialogue, with as many old turns left out as do not fit."""
+        checked_messages(messages)
         n_turns, context = len(_users(messages)), self.cache.context
         prompt = self._prompt_without(self._n_still_left_out(messages), messages, begun)
         n_new = max_new_tokens if is_integer(max_new_tokens) else MAX_NEW_TOKENS
@@ -298,7 +285,7 @@ class Chat:
         own = {
             place: found
             for place, i in enumerate(kept)
-            if (found := self._own_answer(self.messages[i])) is not None
+            if (found := self._own_answer(messages[i])) is not None
         }
         self.llama.encode("")  # says what is missing where there is no tokenizer
         parts = dialogue_parts(
@@ -323,7 +310,7 @@ class Chat:
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
-    def _take(self, completion: Completion, prompt: _Prompt) -> None:
+    def _append(self, completion: Completion, prompt: _Prompt) -> None:
         """Append an answer to the messages, and keep its ids."""
         message = {"role": "assistant", "content": prompt.begun + completion.text}
         own = own_answer(
@@ -341,11 +328,6 @@ class Chat:
             self._own_answers[id(message)] = message, own
         self.messages.append(message)
 
-    def _restore(self, added: Message | None, taken_back: list[Message]) -> None:
-        """Undo a change of the messages to which nothing was answered."""
-        self.messages[:] = [message for message in self.messages if message is not added]
-        self.messages += taken_back
-
 
 class ChatStream(TextStream):
     """The answer of a Chat in pieces of text, none of them empty.
@@ -355,17 +337,14 @@ class ChatStream(TextStream):
     """
 
     def __init__(
-        self,
-        chat: Chat,
-        generation: Generation,
-        prompt: _Prompt,
-        added: Message | None,
-        taken_back: list[Message],
+        self, chat: Chat, generation: Generation, prompt: _Prompt, before: list[Message]
     ) -> None:
+        """before: the messages where not one token is answered."""
         super().__init__(generation)
         self._chat = chat
         self._prompt = prompt
-        self._change = added, taken_back
+        self._before = before
+        self.has_ended = False
 
     def read(self) -> Completion:
         """Read it to the end."""
@@ -374,14 +353,15 @@ class ChatStream(TextStream):
         return self.completion
 
     def close(self) -> None:
-        """End it here, if it has not ended, and put the answer so far into the messages."""
-        if self.completion is not None:
-            return
+        """End the answer here, if it has not ended, and put it into the messages."""
         super().close()
+        if self.has_ended:
+            return
+        self.has_ended = True
         if self.completion.ids:
-            self._chat._take(self.completion, self._prompt)
+            self._chat._append(self.completion, self._prompt)
         else:
-            self._chat._restore(*self._change)
+            self._chat.messages[:] = self._before
 
     def __del__(self) -> None:
         self.close()

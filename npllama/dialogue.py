@@ -113,6 +113,6 @@ def find_chat_format(
         return ChatTemplate(*found, read_json(path) if path.exists() else {}).parts, None
     return llama_2, (
         f"{directory or 'the model'} has no chat template (in chat_template.jinja or "
-        "tokenizer_config.json): the prompt is put into Llama-2-chat's format; name another with "
-        "--chat-format, or leave out --chat if it is no chat model"
+        "tokenizer_config.json): Llama-2-chat's format is used; name another with --chat-format "
+        "(chat_format= in Python), or give a model that was not trained to chat a text to continue"
     )

@@ -365,7 +365,8 @@ class Llama(Transformer):
             if self._loaded is None:
                 raise InputError(
                     "the model was not loaded from a directory, so its chat format is unknown: "
-                    "name one with chat_format="
+                    "name one with chat_format=, one "
+                    f"of {', '.join(CHAT_FORMATS)}"
                 )
             directory = self._loaded[0][0]
             if directory is None or Path(directory) == SHIPPED:

@@ -69,7 +69,7 @@ def own_answer(
     made, n_ids = "", 0 if not text else None
     for i, id_ in enumerate(ids):
         made += decoder.push(id_)
-        if made == text:
+        if made == text and decoder.is_whole:
             n_ids = i + 1
     if made + decoder.flush() == text:
         n_ids = len(ids)

@@ -266,6 +266,11 @@ class StreamDecoder:
             self._at_start = lost is Lost.OF_EVERY_PIECE  # until one has text
         return text + self._started(piece.replace(_SPACE, " "))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was pushed has become text: no bytes are held."""
+        return not self._bytes
+
     def flush(self) -> str:
         """The end of the text: bytes still held can no longer become a character."""
         return self._whole_characters(final=True)

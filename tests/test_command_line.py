@@ -560,8 +560,8 @@ def test_chat_without_a_template_says_so_and_on_the_shipped_model_is_refused(mod
     assert code == 0 and out.startswith("Hi\n")
     assert err == (
         f"npllama: {model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
-        "the prompt is put into Llama-2-chat's format; name another with --chat-format, or leave "
-        "out --chat if it is no chat model\n"
+        "Llama-2-chat's format is used; name another with --chat-format (chat_format= in Python), "
+        "or give a model that was not trained to chat a text to continue\n"
     )
     line = error_line(capsys, *args)
     assert "--chat needs a chat model, and the one that ships with npllama tells stories" in line

@@ -1,0 +1,650 @@
+"""Chat: what is read each turn, what is kept, and what stands in the messages."""
+
+import gc
+import inspect
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import npllama
+from chat_templates import TEMPLATES, assistant, need_jinja2, system, user
+from conftest import TINY, make_llama, make_ops
+from npllama import Chat
+from npllama.chat_formats import FORMATS, llama_2, story, vicuna, zephyr
+from npllama.chat_template import ChatTemplate
+from npllama.conversation import Turn
+from npllama.dialogue import encode_chat
+from npllama.dialogue_parts import encode_parts
+from npllama.errors import InputError, TokenizerError
+from npllama.generation import Generation
+from npllama.llama import SHIPPED, Llama
+from npllama.tokenizer import Tokenizer
+
+GREEDY = {"temperature": 0, "max_new_tokens": 5, "ignore_eos": True}
+CONFIG = replace(TINY, context_length=512)
+VICUNA = vicuna(None, [user("")], "")[0].split("USER")[0]
+WORDS = ["Hi", "Who?", "Tell me", "So"]
+
+
+@pytest.fixture(scope="module")
+def plain_llama():
+    """A model with random weights: nearly all that it writes is encoded otherwise afresh."""
+    return make_llama(make_ops("numpy"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def piece_llama():
+    """The same, with a tokenizer of words."""
+    config = replace(CONFIG, vocab_size=1024)
+    return make_llama(make_ops("numpy"), config, tokenizer=Tokenizer(SHIPPED / "tokenizer.model"))
+
+
+def template(name):
+    need_jinja2()
+    return ChatTemplate(TEMPLATES[name], Path("chat_template.jinja"), {}).parts
+
+
+def dialogue_ids(tokenizer, name, texts, answers):
+    """A dialogue's ids, written out: the users' texts, the answers' ids between them."""
+    around = {
+        "llama-2": ([1], "[INST] ", " [/INST]", [" ", 2]),
+        "zephyr": ([], "<|user|>\n", [2, "\n<|assistant|>\n"], [2, "\n"]),
+        "vicuna": ([], "USER: ", " ASSISTANT:", [2]),
+    }[name]
+    begin, before, after, end = around
+    parts = [VICUNA] if name == "vicuna" else []
+    for i, text in enumerate(texts):
+        parts += [*begin, before, text, *([after] if isinstance(after, str) else after)]
+        if i < len(answers):
+            parts += [tuple(answers[i]), *end]
+    return encode_parts(tokenizer, parts)
+
+
+def common(one, other):
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def prompt_ids(monkeypatch):
+    """A list that gets each prompt's ids."""
+    seen, made = [], Llama.new_generation
+
+    def new_generation(self, prompts, **options):
+        seen.append(list(prompts[0]))
+        return made(self, prompts, **options)
+
+    monkeypatch.setattr(Llama, "new_generation", new_generation)
+    return seen
+
+
+# -- what is read
+
+
+@pytest.mark.array_calls
+@pytest.mark.parametrize("name", ["llama-2", "zephyr", "vicuna"])
+def test_each_turn_reads_only_the_new_ids_and_answers_as_without_a_cache(ops, name):
+    llama = make_llama(ops, CONFIG)
+    chat = Chat(llama, chat_format=name, **GREEDY)
+    texts, answers = [], []
+    for word in WORDS:
+        texts.append(word)
+        want = dialogue_ids(llama.tokenizer, name, texts, answers)
+        held = list(chat.cache.ids[0])
+        completion = chat.say(word)
+        assert completion.ids == llama.generate(want, **GREEDY).ids
+        assert held == want[: len(held)]
+        assert chat.turn == Turn(len(want), len(held), len(want) - len(held))
+        assert chat.cache.ids[0] == want + completion.ids[:-1]
+        answers.append(completion.ids)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "zephyr", "vicuna"])
+def test_what_a_turn_reads_does_not_grow_with_the_dialogue(plain_llama, name):
+    chat = Chat(plain_llama, chat_format=name, **GREEDY)
+    n_read = []
+    for _ in range(8):
+        chat.say("Hi")
+        n_read.append(chat.turn.n_read)
+    last_id, controls = 1, {"llama-2": 3, "zephyr": 4, "vicuna": 1}[name]
+    tags = {"llama-2": "[INST] Hi [/INST]", "zephyr": "<|user|>\nHi<|assistant|>\n"}
+    text = len(plain_llama.tokenizer.encode(tags.get(name, "USER: Hi ASSISTANT:"), bos=False))
+    # zephyr's two newlines behind EOS, each with a space before it
+    assert {*n_read[1:]} == {last_id + controls + text + (1 if name == "zephyr" else 0)}
+
+
+def test_the_models_own_ids_are_not_those_of_the_text(plain_llama):
+    """Else the tests above would show nothing."""
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    ids = [chat.say(word).ids for word in WORDS]
+    afresh = [plain_llama.tokenizer.encode(m["content"], bos=False) for m in chat.messages[1::2]]
+    assert all(one != other for one, other in zip(ids, afresh, strict=True))
+
+
+def test_an_end_of_text_is_written_by_the_format(piece_llama):
+    tokenizer = piece_llama.tokenizer
+    prompt = tokenizer.encode("[INST] Hi [/INST]")
+    ids = piece_llama.generate(prompt, **GREEDY).ids
+    at = next(i for i in range(1, 5) if ids[i] not in ids[:i])
+    config = replace(piece_llama.config, eos_ids=frozenset({ids[at]}))
+    llama = make_llama(make_ops("numpy"), config, tokenizer=tokenizer)
+    chat = Chat(llama, chat_format="llama-2", temperature=0)
+    completion = chat.say("Hi")
+    assert (completion.finish_reason, completion.ids) == ("eos", ids[: at + 1])
+    chat.say("Bye", max_new_tokens=1)
+    space = tokenizer.encode(" ", bos=False)[1:]  # without the one before a text
+    bye = tokenizer.encode("[INST] Bye [/INST]")
+    assert chat.cache.ids[0] == [*prompt, *ids[:at], *space, tokenizer.eos_id, *bye]
+    assert chat.turn.n_kept == len(prompt) + at
+
+
+@pytest.mark.parametrize("name", sorted({*FORMATS} & {*TEMPLATES}))
+def test_a_checkpoints_template_keeps_the_own_ids_as_well(plain_llama, monkeypatch, name):
+    chats = [Chat(plain_llama, chat_format=f, **GREEDY) for f in (template(name), name)]
+    prompts = prompt_ids(monkeypatch)
+    for chat in chats:
+        for word in WORDS:
+            held = len(chat.cache.ids[0])
+            chat.say(word)
+            assert chat.turn.n_kept == held
+    assert prompts[: len(WORDS)] == prompts[len(WORDS) :]
+
+
+def test_a_format_that_rewrites_answers_has_them_as_text(plain_llama, monkeypatch):
+    def loud(tokenizer, messages, answer):
+        raised = [
+            m | {"content": m["content"].upper()} if m["role"] == "assistant" else m
+            for m in messages
+        ]
+        return llama_2(tokenizer, raised, answer)
+
+    chat = Chat(plain_llama, [user("a"), assistant("b")], chat_format=loud, **GREEDY)
+    prompts = prompt_ids(monkeypatch)
+    chat.say("Hi")
+    chat.messages[-1]["content"] = "abc"  # what the model wrote may have nothing to raise
+    chat._own_answers[id(chat.messages[-1])] = (
+        chat.messages[-1],
+        replace(chat._own_answers[id(chat.messages[-1])][1], text="abc"),
+    )
+    chat.say("Bye")
+    want = [user("a"), assistant("B"), user("Hi"), assistant("ABC"), user("Bye")]
+    assert prompts[-1] == encode_chat(plain_llama.tokenizer, want)
+
+
+def test_golden_ids_stay_with_the_models_own(llama_tokenizer):
+    config = replace(TINY, vocab_size=32000, n_layers=1)
+    llama = make_llama(make_ops("numpy"), config, tokenizer=llama_tokenizer)
+    chat = Chat(llama, [system("S"), user("Hi")], chat_format="llama-2", max_new_tokens=1)
+    likely = {"temperature": 0, "ignore_eos": True}
+    stream = chat.stream_again(**likely)
+    stream._generation.rows[0].accept(15043, 0.0)  # "▁Hello", as Llama-2-chat answers
+    stream.close()
+    assert chat.messages[-1] == assistant("Hello")
+    assert chat.say("Bye", **likely).prompt_tokens == chat.turn.n_prompt
+    golden = [
+        *(1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 29903, 13),
+        *(29966, 829, 14816, 29903, 6778, 13, 13, 18567, 518, 29914, 25580, 29962, 15043, 29871),
+        *(2, 1, 518, 25580, 29962, 2648, 29872, 518, 29914, 25580, 29962),
+    ]
+    assert chat.cache.ids[0] == golden
+
+
+@pytest.mark.array_calls
+def test_after_any_change_reading_begins_at_the_first_difference(ops):
+    llama = make_llama(ops, CONFIG)
+    tokenizer = llama.tokenizer
+    chat = Chat(llama, system="Be.", chat_format="llama-2", **GREEDY)
+    for word in WORDS:
+        chat.say(word)
+
+    def again():
+        list(chat.stream_again())
+
+    def undo():
+        assert chat.undo() and chat.undo()
+        chat.say("No")
+
+    def edit_user():
+        chat.messages[1]["content"] = "Ho"
+        chat.say("x")
+
+    def edit_answer():
+        chat.messages[2]["content"] += "!"
+        chat.say("x")
+
+    def replace_system():
+        chat.system = "Be?"
+        chat.say("x")
+
+    def remove_system():
+        chat.system = None
+        chat.say("x")
+
+    def insert():
+        chat.messages[2:2] = [user("b"), assistant("a")]
+        chat.say("x")
+
+    n_lost = 0  # answers without ids of their own
+    for change in (again, undo, edit_user, edit_answer, replace_system, remove_system, insert):
+        held = list(chat.cache.ids[0])
+        change()
+        own = {
+            i: own
+            for i, m in enumerate(chat.messages[:-1])
+            if (own := chat._own_answer(m)) is not None
+        }
+        want = encode_chat(tokenizer, chat.messages[:-1], llama_2, own_answers=own)
+        assert chat.turn.n_prompt == len(want)
+        assert chat.turn.n_kept == min(common(held, want), len(want) - 1), change
+        answer = llama.generate(want, **GREEDY)
+        assert chat.cache.ids[0] == want + answer.ids[:-1]
+        n_lost += change in (edit_answer, insert)
+        assert len(own) == sum(m["role"] == "assistant" for m in chat.messages[:-1]) - n_lost
+
+
+def test_an_edited_answer_loses_its_ids_and_one_edited_back_has_them_again(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    chat.say("Hi")
+    answer = chat.messages[-1]
+    text = answer["content"]
+    answer["content"] = "Hello"
+    assert chat._own_answer(answer) is None
+    answer["content"] = text
+    assert chat._own_answer(answer) is not None
+    assert chat._own_answer(dict(answer)) is None
+
+
+@pytest.mark.parametrize("name", ["llama-2", "zephyr"])
+@pytest.mark.parametrize("begun", ["Sure,", "Sure, ", " Sure", "   "])
+def test_a_begun_answer_is_whole_in_the_messages_and_kept_in_the_cache(plain_llama, name, begun):
+    chat = Chat(plain_llama, chat_format=name, **GREEDY)
+    completion = chat.say("Hi", answer=begun)
+    whole = (begun if begun.strip() else "") + completion.text
+    assert chat.messages[-1] == assistant(whole)
+    held = list(chat.cache.ids[0])
+    chat.say("Bye")
+    assert chat.turn.n_kept == len(held)
+
+
+def test_a_stop_text_is_no_part_of_the_answer(plain_llama):
+    chat = Chat(plain_llama, chat_format="zephyr", **GREEDY)
+    whole = chat.say("Hi")
+    texts = [plain_llama.tokenizer.decode(whole.ids[: i + 1]) for i in range(5)]
+    assert len(texts[3]) > len(texts[2]) > len(texts[1])  # so the stop text is of its own ids
+    chat.undo()
+    stopped = chat.say("Hi", stop=[texts[3][len(texts[1]) :]])
+    assert (stopped.finish_reason, stopped.text) == ("stop", texts[1])
+    assert chat.messages[-1] == assistant(texts[1])
+    chat.say("Bye")
+    assert chat.turn.n_kept == len(encode_chat(plain_llama.tokenizer, [user("Hi")], zephyr)) + 2
+
+
+# -- streams
+
+
+def test_a_stream_puts_the_answer_so_far_into_the_messages(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    stream = chat.stream("Hi")
+    assert chat.messages == [user("Hi")] and chat.turn.n_kept == 0
+    piece = next(stream)
+    stream.close()
+    stream.close()
+    assert stream.completion.finish_reason == "interrupted"
+    assert chat.messages == [user("Hi"), assistant(stream.completion.text)]
+    assert stream.completion.text.startswith(piece)
+    held = list(chat.cache.ids[0])
+    chat.say("Bye")
+    assert chat.turn.n_kept == len(held)
+
+
+def test_a_stream_that_nobody_holds_is_closed(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    for _piece in chat.stream("Hi"):
+        break
+    gc.collect()
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+    chat.say("Bye")
+    assert len(chat.messages) == 4
+
+
+def test_a_chat_with_a_running_answer_is_not_to_be_used(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    stream = chat.stream("Hi")
+    for begun in (False, True):
+        if begun:
+            next(stream)
+        for use in (
+            lambda: chat.say("x"),
+            lambda: chat.stream("x"),
+            chat.stream_again,
+            chat.undo,
+            chat.clear,
+            lambda: setattr(chat, "system", "s"),
+        ):
+            with pytest.raises(InputError, match=r"still being written: .* or close\(\) it"):
+                use()
+    assert chat.messages == [user("Hi")]
+    assert stream.read().text == "".join(m["content"] for m in chat.messages[1:])
+
+
+def test_of_two_threads_one_is_refused(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    barrier, streams, errors = threading.Barrier(4), [], []
+
+    def ask():
+        barrier.wait()
+        try:
+            streams.append(chat.stream("Hi"))
+        except InputError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(streams), len(errors)) == (1, 3)
+    streams[0].read()
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_ctrl_c_ends_the_answer_and_leaves_the_chat_usable(plain_llama, monkeypatch, at):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    chat.say("Hi")
+    n_called, read = 0, Generation._read
+
+    def interrupted(self):
+        nonlocal n_called
+        n_called += 1
+        if n_called == at:
+            raise KeyboardInterrupt
+        return read(self)
+
+    monkeypatch.setattr(Generation, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("Bye")
+    roles = [m["role"] for m in chat.messages]
+    assert roles == (["user", "assistant"] if at == 1 else ["user", "assistant"] * 2)
+    completion = chat.say("So")
+    want = Chat(plain_llama, chat.messages[:-2], chat_format="llama-2", **GREEDY)
+    want._own_answers = {
+        id(mine): (mine, chat._own_answer(its))
+        for mine, its in zip(want.messages, chat.messages, strict=False)
+        if chat._own_answer(its) is not None
+    }
+    assert want.say("So").ids == completion.ids
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda chat: chat.say("x" * 600), InputError),
+        (lambda chat: chat.say("x", temperature=-1), InputError),
+        (lambda chat: chat.say("x", tempature=1), TypeError),
+        (lambda chat: chat.say("a\udcff"), InputError),
+        (lambda chat: chat.say("x", answer=5), InputError),
+        (lambda chat: chat.say(5), InputError),
+        (lambda chat: chat.stream_again(temperature=-1), InputError),
+    ],
+)
+def test_where_nothing_is_answered_the_messages_are_as_before(plain_llama, call, error):
+    chat = Chat(plain_llama, system="Be.", chat_format="llama-2", **GREEDY)
+    chat.say("Hi")
+    before = [dict(m) for m in chat.messages]
+    with pytest.raises(error) as raised:
+        call(chat)
+    assert "\n" not in str(raised.value)
+    assert chat.messages == before
+    chat.say("Bye")
+    assert len(chat.messages) == 5
+
+
+def test_no_new_token_is_no_answer(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    assert chat.say("Hi", max_new_tokens=0).ids == []
+    assert chat.messages == []
+
+
+# -- a full context
+
+SHORT = replace(TINY, context_length=200)
+"""llama-2's tags have 16 ids, here with BOS, EOS and spaces: a turn of "Hi" has some 30."""
+
+
+@pytest.fixture(scope="module")
+def short_llama():
+    return make_llama(make_ops("numpy"), SHORT)
+
+
+def test_the_oldest_turns_are_left_out_of_a_full_prompt(short_llama, monkeypatch):
+    chat = Chat(short_llama, system="Be.", chat_format="llama-2", **GREEDY)
+    prompts = prompt_ids(monkeypatch)
+    tokenizer = short_llama.tokenizer
+    head = tokenizer.encode("[INST] <<SYS>>\nBe.\n<</SYS>>\n\n")
+    n_turn = len(tokenizer.encode("[INST] u10. [/INST]")) + GREEDY["max_new_tokens"] + 2
+    n_left_out = n_times = 0
+    for turn in range(20):
+        held = list(chat.cache.ids[0])
+        chat.say(f"u{turn}.")
+        n_left_out += chat.turn.n_dropped
+        prompt = prompts[-1]
+        assert len(prompt) + 5 <= 200
+        assert prompt[: len(head)] == head
+        first = tokenizer.decode(prompt[len(head) :]).split("[/INST]")[0]
+        assert first.strip() == f"u{n_left_out}."
+        if chat.turn.n_dropped:
+            n_times += 1
+            assert len(prompt) <= 150  # a quarter is free
+            assert len(prompt) + n_turn > 150  # no turn more than it needs
+            assert len(head) < chat.turn.n_kept == common(held, prompt)
+            assert "left out" in chat.turn.note() and "\n" not in chat.turn.note()
+        else:
+            assert chat.turn.n_kept == len(held)
+            assert chat.turn.note() is None
+    assert len(chat.messages) == 41  # nothing of it is lost
+    assert 3 < n_times < 12
+
+
+def test_notes_count_the_turns():
+    assert Turn(5, 0, 5, 1).note().endswith("the oldest turn is left out of the prompt")
+    assert Turn(5, 0, 5, 3).note().endswith("the oldest 3 turns are left out of the prompt")
+
+
+def full(llama, **options):
+    chat = Chat(llama, system="Be.", chat_format="llama-2", **{**GREEDY, **options})
+    while chat.turn is None or not chat.turn.n_dropped:
+        chat.say("Hi")
+    return chat
+
+
+@pytest.mark.parametrize("change", ["undo", "edit", "system"])
+def test_turns_that_are_left_out_come_back_where_there_is_room(short_llama, change):
+    chat = full(short_llama)
+    n_before, n_prompt = len(chat.messages), chat.turn.n_prompt
+    list(chat.stream_again())
+    assert chat.turn.n_dropped == 0 and chat.turn.n_prompt == n_prompt  # they stay left out
+    if change == "undo":
+        chat.undo()
+        chat.undo()
+        chat.say("Hi")
+        assert chat.turn.n_dropped == 0 and chat.turn.n_prompt > n_prompt
+        assert len(chat.messages) == n_before - 2
+    elif change == "edit":
+        chat.messages[-4]["content"] = "Ho"
+        chat.say("Hi")
+        assert chat.turn.n_dropped > 0
+    else:
+        chat.system = None
+        chat.say("Hi")
+        assert chat.turn.n_dropped > 0
+    chat.clear()
+    chat.say("Hi")
+    assert chat.turn.n_dropped == 0 and chat.turn.note() is None
+    assert len(chat.messages) == (2 if change == "system" else 3)
+
+
+def test_the_room_for_an_answer_is_its_most_tokens_up_to_a_quarter(short_llama):
+    for n_new, room in ((5, 5), (40, 40), (None, 50), (1000, 50)):
+        chat = Chat(short_llama, chat_format=story, max_new_tokens=n_new, temperature=0)
+        chat.messages = [user("a"), assistant("b")]
+        text = "x" * (200 - room - 2)  # with BOS and a space it fits exactly
+        chat.chat_format = lambda tokenizer, messages, answer: [
+            "".join(m["content"] for m in messages)
+        ]
+        chat.stream(text[:-2]).close()
+        assert chat.turn == Turn(200 - room, 0, 200 - room)
+        chat.clear()
+        chat.messages = [user("a"), assistant("b")]
+        chat.stream(text[:-1]).close()
+        assert chat.turn.n_dropped == 1
+
+
+def test_without_leaving_out_a_full_context_is_refused(short_llama):
+    chat = Chat(short_llama, chat_format="llama-2", drop_old_turns=False, **GREEDY)
+    with pytest.raises(InputError, match=r"the dialogue has 2\d\d tokens .* room for 200, answer"):
+        for _ in range(20):
+            chat.say("Hi")
+    assert chat.messages[-1]["role"] == "assistant" and chat.turn.n_dropped == 0
+    n_messages = len(chat.messages)
+    assert chat.undo()
+    chat.say("Hi")
+    assert len(chat.messages) == n_messages
+
+
+def test_a_message_that_does_not_fit_alone_is_refused(short_llama):
+    chat = full(short_llama)
+    before = [dict(m) for m in chat.messages]
+    with pytest.raises(InputError, match=r"the message has \d+ tokens with .*: shorten it") as e:
+        chat.say("x" * 190)
+    assert "\n" not in str(e.value) and chat.messages == before
+    chat.say("x" * 140)  # which leaves less room than usual
+    assert chat.turn.n_prompt > 150
+
+
+# -- settings
+
+
+def test_the_system_prompt_is_the_first_message(plain_llama):
+    chat = Chat(plain_llama, [system("a"), user("u"), assistant("v")], chat_format="llama-2")
+    assert chat.system == "a"
+    chat.system = "b"
+    assert chat.messages[0] == system("b") and len(chat.messages) == 3
+    chat.system = None
+    assert chat.system is None and chat.messages[0] == user("u")
+    chat.clear()
+    assert chat.messages == [] and not chat.undo()
+    chat.system = "c"
+    chat.clear()
+    assert chat.messages == [system("c")]
+    given = [system("a")]
+    other = Chat(plain_llama, given, system="b", chat_format="llama-2")
+    assert other.system == "b" and given == [system("a")]
+    with pytest.raises(InputError, match="messages are not a list"):
+        chat.system = 5
+
+
+def test_options_of_an_answer_count_before_the_chats(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    assert len(chat.say("Hi").ids) == 5
+    assert len(chat.say("Hi", max_new_tokens=2).ids) == 2
+    chat.options["max_new_tokens"] = 3
+    assert len(chat.say("Hi").ids) == 3
+    assert len(chat.stream_again(max_new_tokens=4).read().ids) == 4
+
+
+def test_signatures_show_the_keywords_that_a_chat_passes_on():
+    for function in (Chat, Chat.stream, Chat.say, Chat.stream_again):
+        names = [*inspect.signature(function).parameters]
+        assert len(names) == len({*names}) and {"temperature", "stop"} < {*names}
+        assert "batch_size" not in names and ("cache" in names) == (function is Chat)
+
+
+def test_a_caches_first_ids_are_kept(plain_llama):
+    cache = plain_llama.new_cache()
+    ids = encode_chat(plain_llama.tokenizer, [user("Hi")], zephyr)
+    plain_llama.prefill(ids[:-3] + [9], cache)
+    chat = Chat(plain_llama, chat_format="zephyr", cache=cache, **GREEDY)
+    chat.say("Hi")
+    assert chat.turn == Turn(len(ids), len(ids) - 3, 3)
+    with pytest.raises(InputError, match="2 rows"):
+        Chat(plain_llama, chat_format="zephyr", cache=plain_llama.new_cache(2))
+    stream = chat.stream("x")
+    next(stream)
+    with pytest.raises(InputError, match="a generation uses the cache"):
+        Chat(plain_llama, chat_format="zephyr", cache=cache).say("y")
+    stream.close()
+
+
+def test_a_story_goes_on_from_the_last_message_alone():
+    llama = npllama.load()
+    chat = Chat(llama, chat_format=story, fresh_text=False, max_new_tokens=6, temperature=0)
+    for text in ("Once", "One day"):
+        want = llama.generate(text, max_new_tokens=6, temperature=0)
+        assert chat.say(text).text == want.text
+    assert len(chat.messages) == 4
+
+
+# -- without a Chat
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_llama_chat_continues_a_dialogues_ids(plain_llama, name):
+    messages = [system("Be."), user("Hi"), assistant("Ho"), user("Bye")]
+    ids = encode_chat(plain_llama.tokenizer, messages, FORMATS[name])
+    want = plain_llama.generate(ids, fresh_text=True, **GREEDY)
+    got = plain_llama.chat(messages, chat_format=name, **GREEDY)
+    assert (got.ids, got.text) == (want.ids, want.text)
+    stream = plain_llama.stream_chat(iter(messages), chat_format=FORMATS[name], **GREEDY)
+    assert "".join(stream) == want.text == stream.completion.text
+    begun = plain_llama.chat(messages, chat_format=name, answer="Sure,", **GREEDY)
+    ids = encode_chat(plain_llama.tokenizer, messages, FORMATS[name], "Sure,")
+    assert begun.text == plain_llama.generate(ids, **GREEDY).text
+
+
+def test_llama_chat_keeps_what_a_cache_has_in_common(plain_llama):
+    cache = plain_llama.new_cache()
+    for word in WORDS:
+        got = plain_llama.chat([user(word)], chat_format="llama-2", cache=cache, **GREEDY)
+        assert got.ids == plain_llama.chat([user(word)], chat_format="llama-2", **GREEDY).ids
+    assert got.timings.prompt_tokens < got.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        ("Hi", {}, "messages are not a list"),
+        (None, {}, "messages are not a list"),
+        ([user("Hi"), {"role": "user"}], {}, "messages are not a list"),
+        ([user("Hi"), assistant("Ho")], {}, "end with user"),
+        ([user("Hi")], {"chat_format": "gpt"}, "'gpt' is unknown: expected one of llama-2"),
+        ([user("Hi")], {"chat_format": 5}, "chat_format is 5: expected a name of llama-2"),
+        (
+            [user("Hi")],
+            {"chat_format": None},
+            "not loaded from a directory.*name one with chat_format=",
+        ),
+        ([user("Hi")], {"answer": 5}, "beginning of the answer is 5"),
+    ],
+)
+def test_wrong_dialogues_have_one_line(plain_llama, messages, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        plain_llama.chat(messages, **{"chat_format": "llama-2", **options})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_tokenizer_cannot_chat(plain_llama):
+    llama = Llama(CONFIG, plain_llama.parameters, plain_llama.ops)
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        llama.chat([user("Hi")], chat_format="llama-2")
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        Chat(llama, chat_format="llama-2").say("Hi")
+
+
+@pytest.mark.parametrize("path", [None, SHIPPED])
+def test_the_shipped_model_says_that_it_cannot_chat(path):
+    llama = npllama.load(path)
+    for call in (lambda: llama.chat_format, lambda: llama.chat([user("Hi")]), lambda: Chat(llama)):
+        with pytest.raises(InputError, match=r"tells stories and cannot chat: .* chat_format="):
+            call()
