@@ -14,28 +14,26 @@ if __name__ == "__main__":  # first of all, since the imports take a while
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from npllama.chat_commands import command_words, run_command
 from npllama.chat_formats import story
-from npllama.completion import Completion
+from npllama.chat_session import Session
 from npllama.console import (
     OutputError,
     ReaderLeftError,
     check_output,
     exit_code,
     open_streams,
-    show,
     started_as,
     tell,
 )
-from npllama.conversation import Chat, ChatStream
+from npllama.conversation import Chat
 from npllama.dialogue import find_chat_format
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, NpllamaError, exhausted
-from npllama.escapes import unescape
 from npllama.input_history import History, history_file
 from npllama.interrupts import Interrupts
 from npllama.llama import Llama
@@ -56,7 +54,6 @@ from npllama.options import (
     unescape_texts,
 )
 from npllama.progress_line import progress_shown
-from npllama.report import print_rows, stats
 
 STORIES = (
     "the model that ships with npllama tells stories and knows no dialogue: it continues each "
@@ -187,7 +184,7 @@ def open_source(args: argparse.Namespace) -> Source:
 
 def new_session(
     llama: Llama, chat_format: ChatFormat, options: dict[str, Any], args: argparse.Namespace
-) -> "Session":
+) -> Session:
     """A session without messages.
 
     Raises:
@@ -208,7 +205,15 @@ def new_session(
     return session
 
 
-def talk(session: "Session", source: Source) -> None:
+def do(session: Session, entry: Entry) -> None:
+    """Answer a message, or run a command."""
+    if entry.is_command:
+        run_command(session, entry.text)
+    else:
+        session.say(entry.text)
+
+
+def talk(session: Session, source: Source) -> None:
     """A dialogue at a terminal: nothing but its end ends it."""
     with Interrupts() as interrupts:
         while not session.is_over:
@@ -226,7 +231,7 @@ def talk(session: "Session", source: Source) -> None:
                 return
             try:
                 with interrupts.heard():
-                    session.do(entry)
+                    do(session, entry)
             except KeyboardInterrupt:
                 continue
             except OutputError:
@@ -239,7 +244,7 @@ def talk(session: "Session", source: Source) -> None:
                 tell(f"npllama: out of {memory}: /clear or /undo makes the dialogue shorter")
 
 
-def serve(session: "Session", source: Source) -> None:
+def serve(session: Session, source: Source) -> None:
     """A dialogue through a pipe: the first line that cannot be served ends it.
 
     Raises:
@@ -247,140 +252,11 @@ def serve(session: "Session", source: Source) -> None:
     """
     while not session.is_over and (entry := read_entry(source)) is not None:
         try:
-            session.do(entry)
+            do(session, entry)
         except OutputError:
             raise
         except NpllamaError as error:
             raise InputError(f"{source.where()}{error}") from None
-
-
-class Session:
-    """A dialogue, and what the command line does with it.
-
-    Attributes:
-        chat: the dialogue.
-        is_over: whether the user has left.
-    """
-
-    def __init__(self, chat: Chat, shows_stats: bool = False, has_escapes: bool = False) -> None:
-        self.chat = chat
-        self.is_over = False
-        self._shows_stats = shows_stats
-        self._has_escapes = has_escapes
-        self._completion: Completion | None = None
-        self._n_again = 0
-
-    def do(self, entry: Entry) -> None:
-        """Answer a message, or run a command.
-
-        Raises:
-            NpllamaError: it cannot be done; the dialogue is as before.
-            KeyboardInterrupt: Ctrl-C; the answer so far is in the dialogue.
-        """
-        if entry.is_command:
-            run_command(self, entry.text)
-            return
-        self._n_again = 0
-        self._answer(lambda: self.chat.stream(entry.text))
-
-    def answer_again(self) -> None:
-        """Another answer to the last message. A seed that is set would give the same one, so that
-        each time the next seed is taken."""
-        self._n_again += 1
-        seed = self.chat.options["seed"]
-        options = {} if seed is None else {"seed": (seed + self._n_again) % 2**64}
-        self._answer(lambda: self.chat.stream_again(**options))
-
-    def set_system(self, prompt: str | None) -> None:
-        """Another system prompt, None for none.
-
-        Raises:
-            InputError: the model knows none.
-        """
-        self._check_has_roles("a system prompt")
-        self.chat.system = prompt
-
-    def replace_messages(self, messages: list[dict[str, str]]) -> None:
-        """Go on with another dialogue.
-
-        Raises:
-            InputError: it has a system prompt, and the model knows none.
-        """
-        if messages and messages[0]["role"] == "system":
-            self._check_has_roles("its system prompt")
-        self.chat.messages[:] = messages
-
-    def _check_has_roles(self, what: str) -> None:
-        if self.chat.chat_format is story:
-            raise InputError(f"the model knows no dialogue: {what} has no place")
-
-    def change_options(self, options: dict[str, Any]) -> None:
-        """Other options for the next answers.
-
-        Raises:
-            InputError: a value out of range.
-        """
-        self.check_options(options)
-        self.chat.options = options
-
-    def check_options(self, options: dict[str, Any]) -> None:
-        """Raise InputError for options that no answer could be made with."""
-        bos = self.chat.llama.encode("")
-        self.chat.llama.new_generation([bos], **options)
-
-    def unescaped(self, text: str, name: str) -> str:
-        """A command's text, with -e its escapes read."""
-        return unescape(text, name) if self._has_escapes else text
-
-    def print_stats(self) -> None:
-        """Write to standard error how the latest answer was made.
-
-        Raises:
-            InputError: there is none.
-        """
-        completion, turn = self._completion, self.chat.turn
-        if completion is None or turn is None:
-            raise InputError("there was no answer yet: say something first")
-        llama = self.chat.llama
-        rows = stats(llama, completion.timings, completion.finish_reason, completion.seed)
-        prompt = f"{turn.n_prompt} tokens: {turn.n_kept} kept in the cache, {turn.n_read} read"
-        used = f"{self.chat.cache.lengths[0]} of {llama.context} tokens"
-        print_rows({"prompt": prompt, "context used": used, **rows})
-
-    def _answer(self, begin: Callable[[], ChatStream]) -> None:
-        """Write an answer to standard output as it is made."""
-        n_shown = 0
-        stream = begin()
-        try:
-            note = self.chat.turn.note()
-            if note is not None and self.chat.chat_format is not story:  # which has one turn
-                tell(f"npllama: {note}")
-            for piece in stream:
-                show(piece)
-                n_shown += len(piece)
-        finally:
-            stream.close()
-            self._completion = stream.completion
-            show(stream.completion.text[n_shown:] + "\n")  # what Ctrl-C found held back
-            if stream.completion.finish_reason == "interrupted" and not stream.completion.ids:
-                tell("npllama: the message is taken back, since its answer had not begun")
-        self._note_end(stream.completion)
-        if self._shows_stats:
-            self.print_stats()
-
-    def _note_end(self, completion: Completion) -> None:
-        """Say where an answer ended before the model would have ended it."""
-        limit = self.chat.options["max_new_tokens"]
-        if completion.finish_reason != "length" or limit == 0:
-            return
-        if completion.new_tokens < limit:
-            context = self.chat.llama.context
-            tell(f"npllama: the answer ends here because the context of {context} tokens is full")
-        else:
-            tell(
-                f"npllama: the answer ends here because it has {limit} tokens (--max-new-tokens, "
-                "/set max-new-tokens)"
-            )
 
 
 if __name__ == "__main__":

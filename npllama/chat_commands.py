@@ -5,15 +5,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from npllama.chat_session import Session
 from npllama.chat_settings import changed, quoted, setting_name, setting_names, shown
 from npllama.console import tell
 from npllama.errors import InputError
 from npllama.saved_dialogue import load_dialogue, save_dialogue
-
-if TYPE_CHECKING:
-    from npllama.chat import Session
 
 
 @dataclass(frozen=True)
@@ -26,12 +23,12 @@ class Command:
         takes: how /help shows what follows the name; "" where nothing may follow.
     """
 
-    run: Callable[["Session", str], None]
+    run: Callable[[Session, str], None]
     about: str
     takes: str = ""
 
 
-def run_command(session: "Session", line: str) -> None:
+def run_command(session: Session, line: str) -> None:
     """Do what a line asks for, without its "/".
 
     Raises:
@@ -65,14 +62,14 @@ def _unknown(word: str) -> str:
     )
 
 
-def _help(session: "Session", _rest: str) -> None:
+def _help(session: Session, _rest: str) -> None:
     rows = [(f"/{name} {command.takes}", command.about) for name, command in COMMANDS.items()]
     width = max(len(usage) for usage, _ in rows)
     for usage, about in (*rows, *_TYPING):
         tell(f"  {usage:<{width}}  {about}")
 
 
-def _system(session: "Session", text: str) -> None:
+def _system(session: Session, text: str) -> None:
     if not text:
         prompt = session.chat.system
         tell("there is no system prompt" if prompt is None else f"system prompt: {prompt}")
@@ -81,34 +78,34 @@ def _system(session: "Session", text: str) -> None:
     tell("the system prompt is " + ("set" if session.chat.system is not None else "taken away"))
 
 
-def _regen(session: "Session", _rest: str) -> None:
+def _regen(session: Session, _rest: str) -> None:
     session.answer_again()
 
 
-def _undo(session: "Session", _rest: str) -> None:
+def _undo(session: Session, _rest: str) -> None:
     users = [m["content"] for m in session.chat.messages if m["role"] == "user"]
     if not session.chat.undo():
         raise InputError("there is no message to take back")
     tell(f"taken back with its answer: {_short(users[-1])}")
 
 
-def _clear(session: "Session", _rest: str) -> None:
+def _clear(session: Session, _rest: str) -> None:
     session.chat.clear()
     kept = "" if session.chat.system is None else " but for the system prompt"
     tell(f"the dialogue is empty{kept}")
 
 
-def _save(session: "Session", name: str) -> None:
+def _save(session: Session, name: str) -> None:
     save_dialogue(_path(name), session.chat.messages)
     tell(f"saved {_messages(session)} to {name}")
 
 
-def _load(session: "Session", name: str) -> None:
+def _load(session: Session, name: str) -> None:
     session.replace_messages(load_dialogue(_path(name)))
     tell(f"loaded {_messages(session)} from {name}")
 
 
-def _set(session: "Session", rest: str) -> None:
+def _set(session: Session, rest: str) -> None:
     name, _, value = rest.partition(" ")
     names = [setting_name(name)] if name else setting_names()
     if value.strip():
@@ -119,11 +116,11 @@ def _set(session: "Session", rest: str) -> None:
         tell(f"  {name:<{width}}  {shown(session.chat.options, name)}")
 
 
-def _stats(session: "Session", _rest: str) -> None:
+def _stats(session: Session, _rest: str) -> None:
     session.print_stats()
 
 
-def _bye(session: "Session", _rest: str) -> None:
+def _bye(session: Session, _rest: str) -> None:
     session.is_over = True
 
 
@@ -149,10 +146,12 @@ _OTHER_NAMES = {"exit": "bye", "quit": "bye", "?": "help"}
 
 
 def _path(name: str) -> Path:
+    if "\0" in name:
+        raise InputError("the name of the file holds a zero byte")
     return Path(os.path.expanduser(name))
 
 
-def _messages(session: "Session") -> str:
+def _messages(session: Session) -> str:
     n = len(session.chat.messages)
     return f"{n} message" + ("" if n == 1 else "s")
 

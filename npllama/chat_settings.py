@@ -60,10 +60,9 @@ def changed(options: Mapping[str, Any], name: str, value: str) -> dict[str, Any]
         InputError: there is no such setting, or it does not take the value.
     """
     key = _key(name)
-    kinds = {field.name: field.type for field in fields(Sampling)}
-    if key in kinds:
-        about = Sampling.__dataclass_fields__[key].metadata["option"]
-        number = _number(key, value, kinds[key], about.expected)
+    field = {field.name: field for field in fields(Sampling)}.get(key)
+    if field is not None:
+        number = _number(key, value, field.type, field.metadata["option"].expected)
         return {**options, "sampling": replace(options["sampling"], **{key: number})}
     if key == "ignore_eos":
         if value not in _SWITCH:
@@ -78,12 +77,27 @@ def changed(options: Mapping[str, Any], name: str, value: str) -> dict[str, Any]
 
 
 def quoted(text: str) -> str:
-    """The text, or what stands in quotation marks around the whole of it, as JSON reads it."""
+    """The text, or what stands in quotation marks around the whole of it, as JSON reads it.
+
+    Raises:
+        InputError: half of a character that JSON writes as two.
+    """
     try:
         value = json.loads(text) if text.startswith('"') else text
     except ValueError:
         return text
-    return value if isinstance(value, str) else text
+    return _whole(value) if isinstance(value, str) else text
+
+
+def _whole(text: str) -> str:
+    """The text, which must have no halves of characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            r"the text holds one \uXXXX from D800 to DFFF: expected two, a high and a low one"
+        ) from None
+    return text
 
 
 def _key(name: str) -> str:
@@ -107,6 +121,6 @@ def _texts(value: str) -> list[str]:
             text, end = decode(rest)
         except ValueError:
             return [value]
-        texts.append(text)
+        texts.append(_whole(text))
         rest = rest[end:].lstrip()
     return [text for text in texts if text] if texts and not rest else [value]

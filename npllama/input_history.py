@@ -1,5 +1,6 @@
 """What was typed at a prompt, kept in a file from one session to the next."""
 
+import io
 import os
 import stat
 from contextlib import suppress
@@ -52,7 +53,7 @@ class History:
         return True
 
     def _read(self, path: Path) -> None:
-        with _opened(path) as file:
+        with _opened(path, 0) as file:
             if os.fstat(file.fileno()).st_size > _MOST_BYTES:
                 self.path = None
                 return
@@ -74,18 +75,19 @@ class History:
 
     def _append(self, path: Path, entries: list[str]) -> None:
         content = "".join(f"{_line(entry)}\n" for entry in entries)
-        with _opened(path) as file:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _opened(path, os.O_CREAT) as file:
             file.write(content.encode("utf-8", "replace"))
 
 
-def _opened(path: Path):
+def _opened(path: Path, more_flags: int) -> io.FileIO:
     """The file, to be read or appended to; its owner's alone.
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)  # a pipe is no wait
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
+    flags = os.O_RDWR | os.O_APPEND | no_wait | more_flags
     file = os.fdopen(os.open(path, flags, 0o600), "a+b", buffering=0)
     try:
         status = os.fstat(file.fileno())

@@ -88,6 +88,8 @@ def _problem(messages: object) -> str | None:
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 return f"message {number} has no text as {name}"
+            if any("\ud800" <= c <= "\udfff" for c in message[name]):
+                return f"message {number} holds half of a character"
         role = message["role"]
         if role not in _ROLES:
             return f"the role of message {number} is {role!r:.40}"

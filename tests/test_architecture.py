@@ -66,7 +66,7 @@ FLOORS = [
     ["serving", "text_stream"],
     ["llama"],
     ["conversation", "options", "report"],
-    ["chat_settings"],
+    ["chat_settings", "chat_session"],
     ["chat_commands"],
     ["__init__", "generate", "chat", "plain"],
     ["__main__"],

@@ -160,8 +160,11 @@ def test_a_wrong_line_ends_a_program_in_a_pipe(call, dialogue, tmp_path):
     assert "there is no command '/': /help lists them, and // begins a message" in line(b"/")
     assert "/clear takes no argument: found 'all'" in line(b"/clear all")
     assert "/save needs the name of a file: /save FILE" in line(b"/save  \n")
+    assert "the name of the file holds a zero byte" in line(b"/save a\0b")
     assert "cannot be read: No such file" in line(f"/load {tmp_path}/none".encode())
     assert "temperature is -1.0: expected 0 or above" in line(b"/set temperature -1")
+    for command in (b"/system", b"/set stop"):
+        assert r"the text holds one \uXXXX from D800" in line(command + rb' "\ud83e"')
     code, out, err = call("/clear\n/undo\n/bye\n")
     assert (code, out, err) == (
         2,
@@ -409,13 +412,15 @@ def test_ctrl_c_keeps_the_answer_so_far_and_the_program_goes_on(talk, monkeypatc
     assert err == "\n(Ctrl-D or /bye leaves)\n\n"
 
 
-def test_ctrl_c_before_the_answer_takes_the_message_back(talk, monkeypatch):
+def test_ctrl_c_before_the_answer_leaves_the_dialogue_as_it_was(talk, monkeypatch):
+    before = talk("Hi")[0].chat.messages.copy()
+    assert len(before) == 2
     monkeypatch.setattr(
         Generation, "_read_prompts", lambda self: os.kill(os.getpid(), signal.SIGINT)
     )
-    session, _, err = talk("Hi", "/stats", "/bye")
-    assert session.chat.messages == [] and session.is_over
-    assert "the message is taken back, since its answer had not begun" in err
+    session, _, err = talk("You", "/regen", "/bye")
+    assert session.chat.messages == before and session.is_over
+    assert err == 2 * "npllama: no answer had begun: the dialogue is as before\n"
 
 
 def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch):

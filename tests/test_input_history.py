@@ -14,6 +14,7 @@ ENTRIES = ["one", "two\nlines", r"C:\new", "größe 🦙\ttab", r'"""\\' + "\n\n
 def test_entries_come_back_in_order_and_are_their_owners_alone(tmp_path):
     path = tmp_path / "state" / "npllama" / "chat_history"
     history = History(path)
+    assert not path.parent.exists()  # before something is typed
     assert [history.add(entry) for entry in [*ENTRIES, ENTRIES[-1]]] == [*[True] * 5, False]
     assert History(path).entries == history.entries == ENTRIES
     assert path.read_text(encoding="utf-8").count("\n") == 5

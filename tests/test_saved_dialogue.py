@@ -75,6 +75,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         ([1], "message 1 is no object"),
         ([{"role": "user"}], "message 1 has no text as content"),
         ([{"role": "user", "content": ["a"]}], "message 1 has no text as content"),
+        ([{"role": "user", "content": "\ud83e"}], "message 1 holds half of a character"),
         ([{"role": "tool", "content": ""}], "the role of message 1 is 'tool'"),
         ([*MESSAGES[1:], MESSAGES[0]], "the role of message 3 is system, expected user"),
         ([MESSAGES[2]], "the role of message 1 is assistant, expected user"),
