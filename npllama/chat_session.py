@@ -119,22 +119,22 @@ class Session:
             for piece in stream:
                 show(piece)
                 n_shown += len(piece)
-        finally:
+        finally:  # after Ctrl-C too
             stream.close()
             self._completion = stream.completion
             show(stream.completion.text[n_shown:] + "\n")  # what Ctrl-C found held back
-            if stream.completion.finish_reason == "interrupted" and not stream.completion.ids:
-                tell("npllama: no answer had begun: the dialogue is as before")
-        self._note_end(stream.completion)
-        if self._shows_stats:
-            self.print_stats()
+            self._note_end(stream.completion)
+            if self._shows_stats:
+                self.print_stats()
 
     def _note_end(self, completion: Completion) -> None:
         """Say where an answer ended before the model would have ended it."""
         limit = self.chat.options.get("max_new_tokens", MAX_NEW_TOKENS)
-        if completion.finish_reason != "length" or limit == 0:
+        if completion.finish_reason == "interrupted" and not completion.ids:
+            tell("npllama: no answer had begun: the dialogue is as before")
+        elif completion.finish_reason != "length" or limit == 0:
             return
-        if completion.new_tokens < limit:
+        elif completion.new_tokens < limit:
             context = self.chat.llama.context
             tell(f"npllama: the answer ends here because the context of {context} tokens is full")
         else:

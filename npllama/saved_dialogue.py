@@ -27,9 +27,13 @@ def save_dialogue(path: Path, messages: Sequence[Message]) -> None:
     new = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
     try:
         try:
-            new.write_bytes(content.encode("utf-8", "replace"))
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o666
+            with open(new, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.write(content.encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
             if path.exists():
-                new.chmod(path.stat().st_mode & 0o777)
+                new.chmod(mode)  # without the umask
             os.replace(new, path)
         except BaseException:
             with suppress(OSError):

@@ -404,12 +404,13 @@ def test_ctrl_c_keeps_the_answer_so_far_and_the_program_goes_on(talk, monkeypatc
     whole = dialogue.say("Hi").text
     dialogue.clear()
     interrupt_generations(monkeypatch, after=8)
-    session, out, err = talk("Hi", KeyboardInterrupt(), "You", None)
+    session, out, err = talk("Hi", KeyboardInterrupt(), "You", "/stats", None)
     answers = [m["content"] for m in session.chat.messages if m["role"] == "assistant"]
     assert len(answers) == 2 and out == "".join(f"{answer}\n" for answer in answers)
     assert 0 < len(answers[0].rstrip("\ufffd")) < len(whole)
     assert whole.startswith(answers[0].rstrip("\ufffd"))
-    assert err == "\n(Ctrl-D or /bye leaves)\n\n"
+    assert err.startswith("\n(Ctrl-D or /bye leaves)\nprompt ") and err.endswith("\n\n")
+    assert "finish               interrupted\n" in err
 
 
 def test_ctrl_c_before_the_answer_leaves_the_dialogue_as_it_was(talk, monkeypatch):
