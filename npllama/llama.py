@@ -180,7 +180,7 @@ class Llama(Transformer):
                 at first), which are not read again, and afterwards the prompt and the completion
                 without its last id (a prompt that is to get no new token is not read; after Ctrl-C
                 as much of them as was read).
-                `cache.truncate(row, length)` takes back what the next prompt does not have.
+                `cache.keep(row, ids)` removes what the next prompt does not have.
             batch_size: prompts that are decoded together at most; the next one begins where one
                 has ended. None is all of them, or as many as fit the memory.
             top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` has
@@ -393,12 +393,12 @@ class Llama(Transformer):
             )
         return chat_format
 
-    @shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation, but=("fresh_text",))
     def chat(
         self,
         messages: Iterable[Message],
         *,
-        answer: str = "",
+        answer: str | None = "",
         chat_format: str | ChatFormat | None = None,
         **options: Any,
     ) -> Completion:
@@ -429,12 +429,12 @@ class Llama(Transformer):
         prompt, options = self._chat_prompt(messages, answer, chat_format, options)
         return self.generate(prompt, **options)
 
-    @shows_keywords_of(new_generation)
+    @shows_keywords_of(new_generation, but=("fresh_text",))
     def stream_chat(
         self,
         messages: Iterable[Message],
         *,
-        answer: str = "",
+        answer: str | None = "",
         chat_format: str | ChatFormat | None = None,
         **options: Any,
     ) -> TextStream:
@@ -451,13 +451,14 @@ class Llama(Transformer):
     def _chat_prompt(
         self,
         messages: Iterable[Message],
-        answer: str,
+        answer: str | None,
         chat_format: str | ChatFormat | None,
         options: Mapping[str, Any],
     ) -> tuple[list[int], dict[str, Any]]:
         """The ids of a dialogue, and the options with which they are continued."""
         self.encode("")  # says what is missing where there is no tokenizer
         chosen = self.resolved_chat_format(chat_format)
+        answer = "" if answer is None else answer
         ids = encode_chat(self.tokenizer, messages, chosen, answer)
         given = {name: value for name, value in options.items() if value is not None}
         if "cache" in given:

@@ -1,18 +1,18 @@
 """The token ids with which a model wrote its answers, in place of the ids of their text.
 
 Several sequences of ids decode to one text, and a model may write another one than the tokenizer
-makes of the text. The KV cache holds those that the model wrote. A later prompt that has them as
-well needs no second reading.
+makes of the text. The KV cache holds those that the model wrote. A later prompt with the same ids
+need not be read again.
 """
 
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from npllama.dialogue_parts import ChatFormat, Message, Parts, merged
+from npllama.dialogue_parts import ChatFormat, Message, Part, Parts, merged
 from npllama.tokenizer import StreamDecoder, Tokenizer
 
-_FIRST_MARK = 0x100000  # private characters, which no text has by chance
+_FIRST_MARK = 0x100000  # private characters, which texts hardly ever contain
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class OwnAnswer:
     """An answer that a model wrote.
 
     Attributes:
-        begun: the beginning that the prompt gave it.
-        text: what the model wrote after that.
+        begun: the beginning of the answer, which was part of the prompt.
+        text: the text that the model wrote after it.
         ids: the ids of `text`.
-        space: the white space at the end of the prompt. A format may strip an answer, or put a
-            space before it that belongs to its first id.
+        space: the white space at the end of the prompt. It stands before the ids in later prompts,
+            where the format may put another: the space of "[/INST] Hello" belongs to the id of
+            " Hello".
     """
 
     begun: str
@@ -48,32 +49,36 @@ def own_answer(
     space: str,
     end_ids: Collection[int],
 ) -> OwnAnswer | None:
-    """An answer with the longest part of its ids that decodes to its text.
+    """An answer with the ids that the model wrote, as far as they decode to its text.
 
     Args:
-        ids: of the completion. Those behind a text end, as `end_ids`, are no part of the answer:
-            the chat format writes them.
-        text: of the completion, which has no stop text.
+        ids: ids of the completion. `end_ids` at its end are no part of the answer, since the chat
+            format writes them.
+        text: text of the completion, without a stop text.
         begun, space: see OwnAnswer.
 
     Returns:
-        None where no part of the ids decodes to the text: a stop text began within a token.
+        None if no id decodes to a part of the text.
     """
     ids = list(ids)
     while ids and ids[-1] in end_ids:
         ids.pop()
     decoder = StreamDecoder(tokenizer)
-    if begun:  # the text goes on, and keeps the space that a text loses where it begins
+    if begun:  # a text that continues another keeps its first space
         for id_ in prompt_ids:
             decoder.push(id_)
-    made, n_ids = "", 0 if not text else None
+    made, common, n_ids = "", "", 0
     for i, id_ in enumerate(ids):
         made += decoder.push(id_)
-        if made == text and decoder.is_whole:
-            n_ids = i + 1
+        if decoder.is_whole and text.startswith(made):
+            common, n_ids = made, i + 1
     if made + decoder.flush() == text:
-        n_ids = len(ids)
-    return None if n_ids is None else OwnAnswer(begun, text, tuple(ids[:n_ids]), space)
+        return OwnAnswer(begun, text, tuple(ids), space)
+    if n_ids == 0 and not begun:
+        return None
+    # the stop text began within a token
+    rest = tokenizer.encode_continuation(text[len(common) :])
+    return OwnAnswer(begun, text, (*ids[:n_ids], *rest), space)
 
 
 def parts_with_own_ids(
@@ -85,28 +90,29 @@ def parts_with_own_ids(
 ) -> Parts:
     """The parts of a dialogue, with the model's own ids where a chat format puts its answers.
 
-    The format is asked twice. The second time each answer is a character of no meaning, which
-    shows the place of the answer. Where a format does more with an answer than to strip it, the
-    characters put back do not give the first result, and all answers are text.
+    The format renders the dialogue twice. The second time each answer is a private character,
+    which marks the place of the answer. The two results must differ in nothing else, except for
+    white space around an answer that the format strips. An answer for which they do stays text.
 
     Args:
         own_answers: by the index of the message.
     """
     plain = merged(chat_format(tokenizer, messages, answer))
-    marks = {chr(_FIRST_MARK + n): own for n, own in enumerate(own_answers.values())}
-    if not marks or any(mark in message["content"] for message in messages for mark in marks):
+    left = {chr(_FIRST_MARK + i): (i, own) for i, own in own_answers.items()}
+    if any(mark in message["content"] for message in messages for mark in left):
         return plain
-    marked_messages = [dict(message) for message in messages]
-    for mark, (i, own) in zip(marks, own_answers.items(), strict=True):
-        marked_messages[i]["content"] = own.begun + mark
-    marked = merged(chat_format(tokenizer, marked_messages, answer))
-    between = re.compile(f"([{''.join(marks)}])")
-    if not _is_the_same(_spelled(plain), between.split(_spelled(marked)), marks):
-        return plain
-    parts: Parts = []
-    for part in marked:
-        parts += _spliced(between.split(part), marks) if isinstance(part, str) else [part]
-    return parts
+    while left:
+        marks = {mark: own for mark, (_i, own) in left.items()}
+        marked_messages = [dict(message) for message in messages]
+        for mark, (i, own) in left.items():
+            marked_messages[i]["content"] = own.begun + mark
+        marked = merged(chat_format(tokenizer, marked_messages, answer))
+        between = re.compile(f"([{''.join(marks)}])")
+        changed = _first_changed(_spelled(plain), between.split(_spelled(marked)), marks)
+        if changed is None:
+            return [one for part in marked for one in _spliced(part, between, marks)]
+        left.pop(changed)
+    return plain
 
 
 def _spelled(parts: Parts) -> str:
@@ -114,34 +120,34 @@ def _spelled(parts: Parts) -> str:
     return "".join(part if isinstance(part, str) else f"\0{part}\0" for part in parts)
 
 
-def _is_the_same(plain: str, marked: Sequence[str], marks: Mapping[str, OwnAnswer]) -> bool:
-    """Whether a marked text, with the answers put back, is the plain one.
-
-    An answer is put back as it is or stripped, whichever the plain text goes on with.
+def _first_changed(plain: str, marked: Sequence[str], marks: Mapping[str, OwnAnswer]) -> str | None:
+    """The mark of the first answer that the format does more to than strip it.
 
     Args:
-        marked: text, mark, text, ..., text; no mark stands twice.
+        marked: text, mark, text, ..., text.
+
+    Returns:
+        None if the marked text with the answers in place of the marks is the plain text.
     """
-    if len({*marked[1::2]}) < len(marked) // 2 or not plain.startswith(marked[0]):
-        return False
-    at = len(marked[0])
+    at = len(marked[0]) if plain.startswith(marked[0]) else -1
+    mark, seen = next(iter(marks)), set()
     for mark, after in zip(marked[1::2], marked[2::2], strict=True):
         text = marks[mark].text
         choices = (choice + after for choice in (text, text.strip(), text.rstrip(), text.lstrip()))
         found = next((choice for choice in choices if plain.startswith(choice, at)), None)
-        if found is None:
-            return False
+        if at < 0 or found is None or mark in seen:
+            return mark
         at += len(found)
-    return at == len(plain)
+        seen.add(mark)
+    return None if at == len(plain) else mark
 
 
-def _spliced(marked: Sequence[str], marks: Mapping[str, OwnAnswer]) -> Parts:
-    """A marked text with ids for the marks, and before them the white space of their prompts.
-
-    Args:
-        marked: text, mark, text, ..., text.
-    """
+def _spliced(part: Part, between: re.Pattern, marks: Mapping[str, OwnAnswer]) -> Parts:
+    """A marked part with ids for the marks, and before them the white space of their prompts."""
+    if not isinstance(part, str):
+        return [part]
+    *pairs, end = between.split(part)  # text, mark, text, mark, ..., text
     parts: Parts = []
-    for text, mark in zip(marked[::2], marked[1::2], strict=False):
+    for text, mark in zip(pairs[::2], pairs[1::2], strict=True):
         parts += [text.rstrip() + marks[mark].space, marks[mark].ids]
-    return [*parts, marked[-1]]
+    return [*parts, end]

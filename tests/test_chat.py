@@ -437,7 +437,7 @@ def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch
     assert out.count("\n") >= 1 and session.chat.messages == []
     lines = err.replace(CUT, "").splitlines()
     assert lines[0].startswith("npllama: there is no command '/nothing'")
-    assert "npllama: the message has 6" in lines[1]
+    assert "npllama: the message, its system prompt and the markup" in lines[1]
     assert lines[2] == "npllama: out of memory: /clear or /undo makes the dialogue shorter"
     assert lines[3:] == [
         "taken back with its answer: Hi", "npllama: there is no message to take back", "",

@@ -1,8 +1,11 @@
 """Chat: what is read each turn, what is kept, and what stands in the messages."""
 
+import copy
 import gc
 import inspect
+import pickle
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +14,14 @@ import pytest
 import npllama
 from chat_templates import TEMPLATES, assistant, need_jinja2, system, user
 from conftest import TINY, make_llama, make_ops
+from model_directory import write_model
 from npllama import Chat
 from npllama.chat_formats import FORMATS, llama_2, story, vicuna, zephyr
 from npllama.chat_template import ChatTemplate
 from npllama.conversation import Turn
 from npllama.dialogue import encode_chat
 from npllama.dialogue_parts import encode_parts
-from npllama.errors import InputError, TokenizerError
+from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import SHIPPED, Llama
 from npllama.tokenizer import Tokenizer
@@ -151,43 +155,15 @@ def test_a_checkpoints_template_keeps_the_own_ids_as_well(plain_llama, monkeypat
     assert prompts[: len(WORDS)] == prompts[len(WORDS) :]
 
 
-def test_a_format_that_rewrites_answers_has_them_as_text(plain_llama, monkeypatch):
-    def loud(tokenizer, messages, answer):
-        raised = [
-            m | {"content": m["content"].upper()} if m["role"] == "assistant" else m
-            for m in messages
-        ]
-        return llama_2(tokenizer, raised, answer)
-
-    chat = Chat(plain_llama, [user("a"), assistant("b")], chat_format=loud, **GREEDY)
-    prompts = prompt_ids(monkeypatch)
-    chat.say("Hi")
-    chat.messages[-1]["content"] = "abc"  # what the model wrote may have nothing to raise
-    chat._own_answers[id(chat.messages[-1])] = (
-        chat.messages[-1],
-        replace(chat._own_answers[id(chat.messages[-1])][1], text="abc"),
-    )
-    chat.say("Bye")
-    want = [user("a"), assistant("B"), user("Hi"), assistant("ABC"), user("Bye")]
-    assert prompts[-1] == encode_chat(plain_llama.tokenizer, want)
-
-
-def test_golden_ids_stay_with_the_models_own(llama_tokenizer):
-    config = replace(TINY, vocab_size=32000, n_layers=1)
-    llama = make_llama(make_ops("numpy"), config, tokenizer=llama_tokenizer)
-    chat = Chat(llama, [system("S"), user("Hi")], chat_format="llama-2", max_new_tokens=1)
-    likely = {"temperature": 0, "ignore_eos": True}
-    stream = chat.stream_again(**likely)
-    stream._generation.rows[0].accept(15043, 0.0)  # "▁Hello", as Llama-2-chat answers
-    stream.close()
-    assert chat.messages[-1] == assistant("Hello")
-    assert chat.say("Bye", **likely).prompt_tokens == chat.turn.n_prompt
-    golden = [
-        *(1, 518, 25580, 29962, 3532, 14816, 29903, 6778, 13, 29903, 13),
-        *(29966, 829, 14816, 29903, 6778, 13, 13, 18567, 518, 29914, 25580, 29962, 15043, 29871),
-        *(2, 1, 518, 25580, 29962, 2648, 29872, 518, 29914, 25580, 29962),
-    ]
-    assert chat.cache.ids[0] == golden
+def test_words_go_on_from_the_cache_in_every_format(piece_llama):
+    """Begun answers, answers that end within a token, control tokens' names and white space."""
+    for name in FORMATS:
+        chat = Chat(piece_llama, chat_format=name, max_new_tokens=4, ignore_eos=True)
+        for word, begun in (("a ", ""), ("</s>", "So"), ("\n", ""), (" x", "I ")):
+            held = list(chat.cache.ids[0])
+            completion = chat.say(word, answer=begun, seed=len(held))
+            assert chat.turn.n_kept == len(held), (name, word)
+            assert chat.messages[-1]["content"] == begun + completion.text
 
 
 @pytest.mark.array_calls
@@ -448,8 +424,8 @@ def test_the_oldest_turns_are_left_out_of_a_full_prompt(short_llama, monkeypatch
 
 
 def test_notes_count_the_turns():
-    assert Turn(5, 0, 5, 1).note().endswith("the oldest turn is left out of the prompt")
-    assert Turn(5, 0, 5, 3).note().endswith("the oldest 3 turns are left out of the prompt")
+    assert Turn(5, 0, 5, 1).note().endswith("the oldest turn is left out of the prompt from now on")
+    assert Turn(5, 0, 5, 3).note().endswith("oldest 3 turns are left out of the prompt from now on")
 
 
 def full(llama, **options):
@@ -503,7 +479,9 @@ def test_the_room_for_an_answer_is_its_most_tokens_up_to_a_quarter(short_llama):
 
 def test_without_leaving_out_a_full_context_is_refused(short_llama):
     chat = Chat(short_llama, chat_format="llama-2", drop_old_turns=False, **GREEDY)
-    with pytest.raises(InputError, match=r"the dialogue has 2\d\d tokens .* room for 200, answer"):
+    with pytest.raises(
+        InputError, match=r"the dialogue and .* have 2\d\d tokens, .* for 200, answer"
+    ):
         for _ in range(20):
             chat.say("Hi")
     assert chat.messages[-1]["role"] == "assistant" and chat.turn.n_dropped == 0
@@ -516,7 +494,7 @@ def test_without_leaving_out_a_full_context_is_refused(short_llama):
 def test_a_message_that_does_not_fit_alone_is_refused(short_llama):
     chat = full(short_llama)
     before = [dict(m) for m in chat.messages]
-    with pytest.raises(InputError, match=r"the message has \d+ tokens with .*: shorten it") as e:
+    with pytest.raises(InputError, match=r"have \d+ tokens, .*: shorten the message$") as e:
         chat.say("x" * 190)
     assert "\n" not in str(e.value) and chat.messages == before
     chat.say("x" * 140)  # which leaves less room than usual
@@ -555,10 +533,36 @@ def test_options_of_an_answer_count_before_the_chats(plain_llama):
 
 
 def test_signatures_show_the_keywords_that_a_chat_passes_on():
-    for function in (Chat, Chat.stream, Chat.say, Chat.stream_again):
+    for function in (Chat, Chat.stream, Chat.say, Chat.stream_again, Llama.chat):
         names = [*inspect.signature(function).parameters]
         assert len(names) == len({*names}) and {"temperature", "stop"} < {*names}
-        assert "batch_size" not in names and ("cache" in names) == (function is Chat)
+        assert "fresh_text" not in names
+        assert ("cache" in names) == (function in (Chat, Llama.chat))
+        assert ("batch_size" in names) == (function is Llama.chat)
+
+
+def test_none_is_the_default_of_every_optional_argument(plain_llama):
+    chats = []
+    for given in (
+        {"chat_format": "zephyr"},
+        dict.fromkeys([*inspect.signature(Chat).parameters][1:]),
+    ):
+        chat = Chat(plain_llama, **{**given, "chat_format": "zephyr", "drop_old_turns": True})
+        nothing = dict.fromkeys([*inspect.signature(Chat.say).parameters][2:])
+        options = (
+            {**nothing, "max_new_tokens": 3, "seed": 5}
+            if chats
+            else {"max_new_tokens": 3, "seed": 5}
+        )
+        chat.say("Hi", **options)
+        chats.append(chat)
+    assert chats[0].messages == chats[1].messages
+    messages = [user("Hi")]
+    nothing = dict.fromkeys([*inspect.signature(Llama.chat).parameters][2:])
+    given = {"chat_format": "zephyr", "seed": 5, "max_new_tokens": 3}
+    want = plain_llama.chat(messages, **given)
+    assert plain_llama.chat(messages, **{**nothing, **given}).ids == want.ids
+    assert want.text == chats[0].messages[-1]["content"]
 
 
 def test_a_caches_first_ids_are_kept(plain_llama):
@@ -578,12 +582,15 @@ def test_a_caches_first_ids_are_kept(plain_llama):
 
 
 def test_a_story_goes_on_from_the_last_message_alone():
-    llama = npllama.load()
+    llama = npllama.load(backend="numpy")
     chat = Chat(llama, chat_format=story, fresh_text=False, max_new_tokens=6, temperature=0)
     for text in ("Once", "One day"):
         want = llama.generate(text, max_new_tokens=6, temperature=0)
         assert chat.say(text).text == want.text
     assert len(chat.messages) == 4
+    chat.cache = llama.new_cache(context=20)
+    chat.say("Once upon a time there was a little girl named Lily. She loved to")
+    assert chat.turn.n_dropped == 0  # which would gain nothing
 
 
 # -- without a Chat
@@ -625,6 +632,7 @@ def test_llama_chat_keeps_what_a_cache_has_in_common(plain_llama):
             {"chat_format": None},
             "not loaded from a directory.*name one with chat_format=",
         ),
+        ([user("Hi"), assistant("Ho")] * 20, {}, r"user, assistant, ... \(40 messages\)"),
         ([user("Hi")], {"answer": 5}, "beginning of the answer is 5"),
     ],
 )
@@ -644,7 +652,36 @@ def test_a_model_without_a_tokenizer_cannot_chat(plain_llama):
 
 @pytest.mark.parametrize("path", [None, SHIPPED])
 def test_the_shipped_model_says_that_it_cannot_chat(path):
-    llama = npllama.load(path)
+    llama = npllama.load(path, backend="numpy")
     for call in (lambda: llama.chat_format, lambda: llama.chat([user("Hi")]), lambda: Chat(llama)):
         with pytest.raises(InputError, match=r"tells stories and cannot chat: .* chat_format="):
             call()
+
+
+def test_the_chat_format_is_found_in_the_directory_once(tmp_path):
+    need_jinja2()
+    model = write_model(tmp_path / "with", CONFIG)
+    (model / "chat_template.jinja").write_text(TEMPLATES["zephyr"])
+    llama = npllama.load(model, backend="numpy")
+    (model / "chat_template.jinja").write_text("{{ damaged")
+    want = llama.chat([user("Hi")], chat_format="zephyr", **GREEDY)
+    (model / "chat_template.jinja").write_text(TEMPLATES["zephyr"])
+    assert llama.chat([user("Hi")], **GREEDY).ids == want.ids
+    (model / "chat_template.jinja").write_text("{{ damaged")
+    assert Chat(llama, **GREEDY).say("Hi").ids == want.ids
+    assert copy.copy(llama).chat_format is llama.chat_format
+    other = pickle.loads(pickle.dumps(llama))
+    with pytest.raises(TokenizerError, match="cannot be rendered"):
+        other.chat([user("Hi")])
+
+
+def test_a_directory_without_a_template_is_warned_of_once(tmp_path):
+    llama = npllama.load(write_model(tmp_path, CONFIG), backend="numpy")
+    with pytest.warns(
+        TokenizerWarning, match=r"has no chat template .* \(chat_format= in Python\)"
+    ):
+        got = llama.chat([user("Hi")], **GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert llama.chat([user("Hi")], **GREEDY).ids == got.ids
+        assert llama.chat([user("Hi")], chat_format="llama-2", **GREEDY).ids == got.ids

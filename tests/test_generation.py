@@ -366,8 +366,9 @@ def test_arguments_out_of_range_are_refused(llama, options, message):
 
 
 def test_prompts_of_another_kind_are_refused(llama):
-    for prompts in ([], "abc", b"abc"):
-        with pytest.raises(InputError, match="not a list of at least one prompt"):
+    generator = (prompt for prompt in "ab")
+    for prompts in ([], "abc", b"abc", generator, iter([[1]]), np.array(3), 5, None):
+        with pytest.raises(InputError, match=r"^prompts is .* a list of at least one prompt$"):
             llama.generate_batch(prompts)
     for prompt in (5, b"abc", np.array(5)):
         with pytest.raises(InputError, match="expected a text or token ids"):
@@ -385,6 +386,16 @@ def test_prompts_of_another_kind_are_refused(llama):
 def test_several_prompts_are_pointed_to_the_method_that_takes_them(llama, method, prompts):
     with pytest.raises(InputError, match=r"^several prompts .* generate_batch\(prompts\) contin"):
         getattr(llama, method)(prompts)
+
+
+@pytest.mark.array_calls
+def test_one_prompt_may_be_a_generator_of_ids(llama):
+    want = llama.generate(PROMPT, **OPTIONS).ids
+    assert llama.generate((id_ for id_ in PROMPT), **OPTIONS).ids == want
+    with pytest.raises(InputError, match="token id 'a' at position 0 is not an integer"):
+        llama.generate(p for p in "ab")
+    with pytest.raises(InputError, match=r"^the token ids are <generator .*: expected a list"):
+        llama.logits(id_ for id_ in PROMPT)
 
 
 def test_none_is_the_default_of_every_optional_argument(llama):

@@ -120,3 +120,62 @@ def test_nbytes_is_what_the_buffers_take(llama):
     c = TINY
     promised = cache.nbytes(c.n_layers, c.n_kv_heads, c.head_dim, 2, 10, 4)
     assert promised == sum(layer.k.nbytes + layer.v.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("held", "prompt", "kept"),
+    [
+        ([1, 5, 6], [1, 5, 6, 7], 3),
+        ([1, 5, 6], [1, 5, 6], 2),  # the last id is read in any case
+        ([1, 5, 6], [1, 5], 1),
+        ([1, 5, 6], [1, 7, 6, 8], 1),
+        ([1, 5, 6], [7, 5, 6], 0),
+        ([1, 5, 6], [1], 0),
+        ([], [1, 5], 0),
+    ],
+)
+def test_a_row_keeps_what_it_has_in_common_with_a_prompt(llama, held, prompt, kept):
+    cache = llama.new_cache(batch=2, context=16)
+    if held:
+        llama.prefill(held, cache, row=1)
+    llama.prefill([9, 9], cache, row=0)
+    assert cache.keep(1, prompt) == kept
+    assert cache.lengths == [2, kept] and cache.ids == [[9, 9], prompt[:kept]]
+    cache.check_prefix(1, prompt)
+
+
+def test_ids_that_are_not_known_are_not_kept(llama, to_device):
+    cache = llama.new_cache()
+    llama.prefill([1, 5], cache)
+    llama.forward(to_device(np.array([[6, 7]], dtype="int32")), cache)
+    assert cache.keep(0, [1, 5, 6, 7, 8]) == 2
+    assert cache.lengths == [2] and cache.ids == [[1, 5]]
+
+
+def test_nothing_is_kept_of_no_row_for_no_prompt_or_under_a_generation(llama):
+    cache = llama.new_cache()
+    for row in (-1, 1):
+        with pytest.raises(InputError, match=f"there is no row {row}"):
+            cache.keep(row, [1])
+    with pytest.raises(InputError, match="the prompt has no ids"):
+        cache.keep(0, [])
+    running = iter(llama.new_generation([[1, 5]], cache=cache, temperature=0, ignore_eos=True))
+    next(running)
+    with pytest.raises(InputError, match="a generation uses the cache"):
+        cache.keep(0, [1])
+    running.close()
+    assert cache.keep(0, [1, 5, 9]) == 2
+
+
+@pytest.mark.parametrize(
+    "size", [{"batch": "a"}, {"context": "a"}, {"batch": 1.5}, {"batch": None}, {"context": 2.0}]
+)
+def test_sizes_of_a_cache_are_whole_numbers(llama, size):
+    (value,) = size.values()
+    with pytest.raises(InputError, match=rf"{value!r} (rows|positions).*expected at least 1 row"):
+        llama.new_cache(**size)
+
+
+def test_sizes_of_a_cache_may_be_numpys(llama):
+    cache = llama.new_cache(np.int8(2), np.uint8(60))
+    assert (len(cache.lengths), cache.context) == (2, 60)

@@ -35,6 +35,12 @@ def test_it_has_grouped_queries_and_room_for_a_story(llama):
     assert llama.dtype == "int8"
 
 
+def test_no_backend_is_the_default_one(llama):
+    default, none = npllama.load(backend="auto"), npllama.load(backend=None)
+    assert none.backend.name == default.backend.name
+    assert none.generate("a", max_new_tokens=2, seed=1).ids
+
+
 def test_it_takes_at_most_4_mb_of_the_package():
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 4 * 10**6
 
