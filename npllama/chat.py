@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,11 @@ def do(session: Session, entry: Entry) -> None:
 
 
 def talk(session: Session, source: Source) -> None:
-    """A dialogue at a terminal: nothing but its end ends it."""
+    """A dialogue at a terminal, until the user leaves it.
+
+    Raises:
+        OutputError: standard output is gone.
+    """
     with Interrupts() as interrupts:
         while not session.is_over:
             try:
@@ -229,19 +234,26 @@ def talk(session: Session, source: Source) -> None:
             if entry is None:
                 tell("")  # the prompt's line ends
                 return
-            try:
-                with interrupts.heard():
-                    do(session, entry)
-            except KeyboardInterrupt:
-                continue
-            except OutputError:
-                raise
-            except NpllamaError as error:
-                tell(f"npllama: {error}")
-            except (MemoryError, RuntimeError) as error:
-                if (memory := exhausted(error)) is None:
-                    raise
-                tell(f"npllama: out of {memory}: /clear or /undo makes the dialogue shorter")
+            with suppress(KeyboardInterrupt), interrupts.heard():
+                try_to_do(session, entry)
+
+
+def try_to_do(session: Session, entry: Entry) -> None:
+    """As `do`, with a line on standard error where that is not possible.
+
+    Raises:
+        OutputError: standard output is gone.
+    """
+    try:
+        do(session, entry)
+    except OutputError:
+        raise
+    except NpllamaError as error:
+        tell(f"npllama: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if (memory := exhausted(error)) is None:
+            raise
+        tell(f"npllama: out of {memory}: /clear or /undo makes the dialogue shorter")
 
 
 def serve(session: Session, source: Source) -> None:
