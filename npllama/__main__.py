@@ -16,6 +16,7 @@ from npllama.early_interrupt import end_at_once, handle_again
 
 PROGRAMS = {
     "generate": "continue a text",
+    "chat": "talk with a chat model",
     "convert": "make a model directory of a checkpoint of Meta's, Hugging Face's or llama2.c's",
     "train": "train a model on a text file",
     "perplexity": "measure how well a model predicts a text",
@@ -23,7 +24,7 @@ PROGRAMS = {
     "equivalence": "compare each backend with float64, operation by operation",
     "plain": "continue a text by the model on one page of NumPy",
 }
-_IN_PACKAGE = ("generate", "plain")  # the others are in tools/
+_IN_PACKAGE = ("generate", "chat", "plain")  # the others are in tools/
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

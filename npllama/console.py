@@ -20,7 +20,11 @@ from npllama.errors import InputError, NpllamaError, exhausted
 WRONG_INPUT, INTERRUPTED = 2, 130
 
 
-class ReaderLeftError(InputError):
+class OutputError(InputError):
+    """Standard output cannot be written."""
+
+
+class ReaderLeftError(OutputError):
     """The reader of standard output has closed it, as `head` does once it has enough lines."""
 
 
@@ -111,7 +115,8 @@ def write(text: str) -> None:
 
     Raises:
         ReaderLeftError: the reader has closed its end of the pipe.
-        InputError: standard output is closed or cannot be written, for example on a full disk.
+        InputError: standard output is closed.
+        OutputError: it cannot be written, for example on a full disk.
     """
     check_output()
     try:
@@ -119,8 +124,23 @@ def write(text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         _drop_stdout()
-        kind = ReaderLeftError if isinstance(error, BrokenPipeError) else InputError
+        kind = ReaderLeftError if isinstance(error, BrokenPipeError) else OutputError
         raise kind(f"standard output cannot be written: {error.strerror or error}") from None
+
+
+# Control characters but for tab and newline
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+def show(text: str) -> None:
+    """Write `text` to standard output at once; on a terminal without its control characters,
+    which a terminal would obey and a file keeps.
+
+    Raises:
+        ReaderLeftError, OutputError: as `write`.
+    """
+    if text:
+        write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
 
 
 def tell(line: str) -> None:

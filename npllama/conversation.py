@@ -1,8 +1,8 @@
 """A conversation: messages, and a KV cache that follows them.
 
 The messages are the truth. Each turn renders all of them to ids, keeps the first ids that the
-cache has in common with them, and reads the rest. Nothing else is remembered of earlier turns but
-the ids with which the model wrote its answers (npllama.own_answers).
+cache has in common with them, and reads the rest. The answers of the model keep the ids with
+which it wrote them (npllama.own_answers).
 """
 
 import threading
@@ -29,13 +29,13 @@ _GIVEN = ("cache", "batch_size", "fresh_text")  # a Chat gives these itself
 
 @dataclass(frozen=True)
 class Turn:
-    """How the prompt of an answer was read.
+    """How the prompt of an answer is read.
 
     Attributes:
-        n_prompt: ids of the prompt, which is the whole dialogue.
-        n_kept: its first ids, which the cache held.
-        n_read: the other ids, which are read.
-        n_dropped: old turns that are left out of the prompt from this answer on.
+        n_prompt: number of ids of the prompt.
+        n_kept: number of its first ids that the cache held.
+        n_read: number of the other ids, which the model reads.
+        n_dropped: number of old turns that this prompt and the next ones leave out.
     """
 
     n_prompt: int
@@ -44,11 +44,11 @@ class Turn:
     n_dropped: int = 0
 
     def note(self) -> str | None:
-        """One line that says how many turns were left out; None where none was."""
+        """One line that says how many turns were left out; None if none was."""
         if self.n_dropped == 0:
             return None
         turns = "turn is" if self.n_dropped == 1 else f"{self.n_dropped} turns are"
-        return f"the context is full: from now on the oldest {turns} left out of the prompt"
+        return f"the context is full: the oldest {turns} left out of the prompt from now on"
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,12 @@ class _Prompt:
 class Chat:
     """A dialogue with a model, in the chat format of the model.
 
-    A user's message and the answer to it are a turn. Where the prompt and the room for the answer
-    (max_new_tokens, at most a quarter of the context) do not fit the context, the oldest turns are
-    left out of the prompt: so many that a quarter of the context is free, since each time the rest
-    is read again. They stay in `messages`, and stay left out until `undo`, `clear` or an edit of
-    earlier messages. The system prompt is never left out.
+    A message of the user and the answer to it are a turn. The context must have room for the
+    prompt and max_new_tokens, of which at most a quarter of the context counts. If it has not, the
+    prompt leaves out the oldest turns, as few as free a quarter of the context. The rest of the
+    dialogue is then read again, so this should happen rarely. The turns stay in `messages`, and
+    the prompts leave them out until `undo`, `clear` or an edit of an earlier message. The system
+    prompt is never left out.
 
     Args:
         llama: a chat model.
@@ -82,17 +83,18 @@ class Chat:
         system: the system prompt. It replaces the one in `messages`.
         chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the model's own.
         cache: from `llama.new_cache`, with one row, which may hold ids already; None is a new one.
-        drop_old_turns: False raises InputError where a dialogue does not fit the context, and
-            leaves nothing out.
-        options: keywords of `Llama.new_generation`, for all answers. `fresh_text` is true where
-            the answer is not begun by the caller.
+        drop_old_turns: False leaves no turn out, and raises InputError for a dialogue that leaves
+            the context no room for an answer.
+        options: keywords of `Llama.new_generation` for all answers. The default of `fresh_text` is
+            True, except for an answer that the caller begins.
 
     Attributes:
-        messages: the dialogue, a list of dictionaries that may be edited while no answer is being
-            written. An answer that is edited loses the ids that the model wrote.
-        options: may be changed as well.
+        messages: the dialogue, a list of dictionaries. The caller may edit it while no answer is
+            being written. An edited answer loses the ids that the model wrote, and is encoded as
+            text.
+        options: the caller may change them.
         turn: how the prompt of the latest answer was read; None before the first.
-        cache: holds the dialogue without the last id of the latest answer.
+        cache: its row holds the ids of the dialogue without the last id of the latest answer.
 
     Raises:
         InputError: messages that are none, a model without a chat format, a format that is
@@ -120,18 +122,18 @@ class Chat:
         system: str | None = None,
         chat_format: str | ChatFormat | None = None,
         cache: KVCache | None = None,
-        drop_old_turns: bool = True,
+        drop_old_turns: bool | None = True,
         **options: Any,
     ) -> None:
         self.llama = llama
         self.chat_format = llama.resolved_chat_format(chat_format)
-        self.drop_old_turns = drop_old_turns
+        self.drop_old_turns = drop_old_turns is None or bool(drop_old_turns)
         self.options = options
         self.turn: Turn | None = None
         self._lock = threading.RLock()
         self._stream: weakref.ref[ChatStream] | None = None
         self._own_answers: dict[int, tuple[Message, OwnAnswer]] = {}  # by id() of the message
-        self._read: list[tuple[str, str]] = []  # the dialogue of the latest prompt
+        self._rendered: list[tuple[str, str]] = []  # of the latest prompt
         self._n_left_out = 0  # of its oldest turns
         self.messages = checked_messages(() if messages is None else messages)
         if system is not None:
@@ -161,20 +163,20 @@ class Chat:
 
     @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def stream(self, text: str, *, answer: str | None = "", **options: Any) -> "ChatStream":
-        """Say something; the answer in pieces of text as they become certain.
+        """Send a message of the user, and yield the answer in pieces of text.
 
-        The message stands in `messages` from now on, and the answer when the stream has ended.
-        Where not one token could be answered, the message is taken back.
+        `messages` contains the message when this method returns, and the answer when the stream
+        has ended. If the stream ends before the first token, the message is removed again.
 
         Args:
-            text: the user's message.
-            answer: how the answer begins, which the model continues. The pieces do not contain it,
-                and the message does.
-            options: keywords of `Llama.new_generation`, which count before the chat's `options`.
+            text: the message.
+            answer: the beginning of the answer, which the model continues. It is part of the
+                answer in `messages`, and not of the pieces.
+            options: keywords of `Llama.new_generation`, which override the chat's `options`.
 
         Raises:
             InputError: the last answer is still being written, the prompt does not fit the
-                context, or roles that the format does not know.
+                context, or the format does not know the roles.
             TokenizerError: a model without a tokenizer, or a chat template that cannot be
                 rendered.
         """
@@ -186,14 +188,14 @@ class Chat:
 
     @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def say(self, text: str, *, answer: str | None = "", **options: Any) -> Completion:
-        """As `stream`; the whole answer at once."""
+        """As `stream`, returning the whole answer at once."""
         return self.stream(text, answer=answer, **options).read()
 
     @shows_keywords_of(Llama.new_generation, but=_GIVEN)
     def stream_again(self, **options: Any) -> "ChatStream":
-        """As `stream`, answering the user's last message again.
+        """As `stream`, answering the last message of the user again.
 
-        The old answer is taken back. It is put back where not one token could be answered.
+        The old answer is removed. If the stream ends before the first token, it is restored.
         """
         with self._idle():
             at = self._last_user()
@@ -202,27 +204,27 @@ class Chat:
             return self._answered(self.messages[: at + 1], "", options)
 
     def undo(self) -> bool:
-        """Take back the last message of the user and what follows it; whether there was one."""
+        """Remove the last message of the user and all that follows it; False if there is none."""
         with self._idle():
             at = self._last_user()
             if at is None:
                 return False
             del self.messages[at:]
-            self._read, self._n_left_out = [], 0
+            self._rendered, self._n_left_out = [], 0
             return True
 
     def clear(self) -> None:
-        """Take back all messages but the system prompt."""
+        """Remove all messages but the system prompt."""
         with self._idle():
             del self.messages[_n_system(self.messages) :]
-            self._read, self._n_left_out = [], 0
+            self._rendered, self._n_left_out = [], 0
 
     def _last_user(self) -> int | None:
         return max(_users(checked_messages(self.messages)), default=None)
 
     @contextmanager
     def _idle(self) -> Iterator[None]:
-        """For one thread, while no answer is being written."""
+        """A context for one thread at a time, entered only while no answer is being written."""
         with self._lock:
             stream = None if self._stream is None else self._stream()
             if stream is not None and not stream.has_ended:
@@ -235,7 +237,7 @@ class Chat:
     def _answered(
         self, messages: list[Message], begun: str, options: Mapping[str, Any]
     ) -> "ChatStream":
-        """The answer to a dialogue, which takes the place of the messages."""
+        """Replace the messages by a dialogue, and begin its answer."""
         given = {**self.options, **options}.items()
         options = {name: value for name, value in given if value is not None}
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
@@ -244,7 +246,7 @@ class Chat:
         generation = self.llama.new_generation([prompt.ids], cache=self.cache, **options)
         n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
         self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
-        self._n_left_out, self._read = prompt.n_left_out, _contents(messages)
+        self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
         before = list(self.messages)
         self.messages[:] = messages
         stream = ChatStream(self, generation, prompt, before)
@@ -252,33 +254,32 @@ class Chat:
         return stream
 
     def _prompt(self, messages: list[Message], begun: str, max_new_tokens: object) -> _Prompt:
-        """The prompt of a dialogue, with as many old turns left out as do not fit."""
+        """The prompt of a dialogue, without the turns for which the context has no room."""
         checked_messages(messages)
         n_turns, context = len(_users(messages)), self.cache.context
         prompt = self._prompt_without(self._n_still_left_out(messages), messages, begun)
-        n_new = max_new_tokens if is_integer(max_new_tokens) else MAX_NEW_TOKENS
-        room = min(max(int(n_new), 1), max(context // 4, 1))
+        n_new = int(max_new_tokens) if is_integer(max_new_tokens) else MAX_NEW_TOKENS
+        room = max(min(n_new, context // 4), 1)
         if self.drop_old_turns and len(prompt.ids) + room > context:
-            # fewest turns whose absence leaves a quarter of the context free
-            choices = range(prompt.n_left_out, max(n_turns, 1))
+            choices = range(prompt.n_left_out, max(n_turns, 1))  # the last turn always stays
             most = context - context // 4
             at = bisect_left(
-                choices,
-                -most,
-                key=lambda n: -len(self._prompt_without(n, messages, begun).ids),
+                choices, -most, key=lambda n: -len(self._prompt_without(n, messages, begun).ids)
             )
-            prompt = self._prompt_without(choices[min(at, len(choices) - 1)], messages, begun)
+            shorter = self._prompt_without(choices[min(at, len(choices) - 1)], messages, begun)
+            prompt = min(prompt, shorter, key=lambda prompt: len(prompt.ids))
         if len(prompt.ids) >= context:
-            what = "dialogue" if n_turns - prompt.n_left_out > 1 else "message"
-            do = "undo() or clear() some of it" if what == "dialogue" else "shorten it"
+            is_one = n_turns - prompt.n_left_out <= 1
+            found = "message, its system prompt and" if is_one else "dialogue and"
+            action = "shorten the message" if is_one else "remove turns with undo() or clear()"
             raise InputError(
-                f"the {what} has {len(prompt.ids)} tokens with what its format adds, and the "
-                f"context has room for {context}, answer included: {do}"
+                f"the {found} the markup of the chat format have {len(prompt.ids)} tokens, and the "
+                f"context has room for {context}, answer included: {action}"
             )
         return prompt
 
     def _prompt_without(self, n_turns: int, messages: list[Message], begun: str) -> _Prompt:
-        """The prompt without the oldest turns."""
+        """The prompt of a dialogue without its oldest turns."""
         first = _n_system(messages)
         begin = _users(messages)[n_turns] if n_turns else first
         kept = [*range(first), *range(begin, len(messages))]
@@ -300,13 +301,14 @@ class Chat:
         )
 
     def _n_still_left_out(self, messages: list[Message]) -> int:
-        """The old turns that stay left out: those of the latest prompt, if these messages go on
-        from its own."""
-        goes_on = _contents(messages[: len(self._read)]) == self._read
+        """The number of old turns that the latest prompt left out, if the messages continue its
+        dialogue; else 0."""
+        goes_on = _contents(messages[: len(self._rendered)]) == self._rendered
         return self._n_left_out if goes_on else 0
 
     def _own_answer(self, message: Message) -> OwnAnswer | None:
-        """The ids of an answer that the model wrote; None where it is another's, or edited."""
+        """The answer with its ids; None for a message that the model did not write, or that was
+        edited."""
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
@@ -330,16 +332,21 @@ class Chat:
 
 
 class ChatStream(TextStream):
-    """The answer of a Chat in pieces of text, none of them empty.
+    """The answer of a Chat in pieces of text, none of them empty; see TextStream.
 
-    When it has ended (by itself, `close`, Ctrl-C or an error), its text stands in the chat's
-    messages and `completion` is known; see TextStream. One that nobody holds any more is closed.
+    When the stream has ended (by itself, by `close`, by Ctrl-C or by an error), the messages of
+    the chat contain the answer so far. A stream without a reference to it is closed.
+
+    Args:
+        before: the messages to restore if the stream ends before the first token.
+
+    Attributes:
+        has_ended: whether the chat can be used again.
     """
 
     def __init__(
         self, chat: Chat, generation: Generation, prompt: _Prompt, before: list[Message]
     ) -> None:
-        """before: the messages where not one token is answered."""
         super().__init__(generation)
         self._chat = chat
         self._prompt = prompt
@@ -347,13 +354,13 @@ class ChatStream(TextStream):
         self.has_ended = False
 
     def read(self) -> Completion:
-        """Read it to the end."""
+        """Read the stream to its end, and return the completion."""
         for _piece in self:
             pass
         return self.completion
 
     def close(self) -> None:
-        """End the answer here, if it has not ended, and put it into the messages."""
+        """End the answer here, if it has not ended, and append it to the messages."""
         super().close()
         if self.has_ended:
             return

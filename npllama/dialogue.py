@@ -34,8 +34,8 @@ def encode_chat(
         chat_format: of `find_chat_format`, or one of npllama.chat_formats.
         answer: how the assistant's answer begins, which the model continues; white space alone
             is no beginning.
-        own_answers: answers that the model wrote, by the index of the message: their own ids take
-            the place of the ids of their text.
+        own_answers: answers that the model wrote, by the index of the message. Their own ids
+            replace the ids of their text.
 
     Returns:
         Ids, with exactly one BOS in front. Those of Llama-2-chat: each past turn BOS .. EOS, the
@@ -70,10 +70,10 @@ def dialogue_parts(
 
 
 def checked_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
-    """Copies of messages, each with a role and a content alone.
+    """Copies of messages, each with a role and a content.
 
     Raises:
-        InputError: messages that are none.
+        InputError: something else than messages.
     """
     try:
         copies = [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -26,7 +26,7 @@ def markup_of(tokenizer: Tokenizer) -> Callable[[str], Parts]:
 
 
 def merged(parts: Iterable[Part]) -> Parts:
-    """The same parts, no text beside another and none empty."""
+    """The same parts, with adjacent texts joined and without empty ones."""
     together: Parts = []
     for part in parts:
         if isinstance(part, str) and together and isinstance(together[-1], str):
@@ -42,11 +42,11 @@ def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:
     The text between two control tokens is encoded as a text of its own, so it gets the space
     that the tokenizer puts before a text. That is what Meta's code, llama.cpp and Hugging Face's
     tokenizer.json of these models do, and what the models were trained on. transformers 5 leaves
-    the space out where tokenizer_config.json says `legacy` false. A text behind the ids of a text
-    continues it, and gets no such space.
+    the space out where tokenizer_config.json says `legacy` false. A text that follows the ids of a
+    text continues it, and gets no such space.
     """
     ids: list[int] = []
-    continues = False  # the text before, of which there are ids
+    continues = False  # whether the part before is a text that is given as ids
     for part in merged(parts):
         if isinstance(part, int):
             ids.append(part)

@@ -14,15 +14,11 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
-from npllama.backend import BACKENDS
-from npllama.chat_formats import FORMATS as CHAT_FORMATS
 from npllama.completion import Completion
 from npllama.console import (
     INTERRUPTED,
@@ -31,6 +27,7 @@ from npllama.console import (
     exit_code,
     open_streams,
     reason,
+    show,
     started_as,
     tell,
     utf8,
@@ -38,29 +35,43 @@ from npllama.console import (
 )
 from npllama.dialogue import encode_chat, find_chat_format
 from npllama.dialogue_parts import ChatFormat
-from npllama.errors import InputError, TokenizerWarning
-from npllama.escapes import unescape
+from npllama.errors import InputError
 from npllama.generation import Generation
-from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.llama import Llama
+from npllama.options import (
+    Once,
+    Parser,
+    add_chat_format,
+    add_choice,
+    add_escapes,
+    add_length,
+    add_machine,
+    add_model,
+    add_prompt_cache,
+    add_stats,
+    add_system,
+    check_model,
+    generation_options,
+    load_model,
+    unescape_texts,
+)
 from npllama.progress_line import progress_shown
 from npllama.prompt_cache_file import PromptCacheFile, check_options
-from npllama.sampling_options import Sampling
+from npllama.report import print_rows, stats
 from npllama.special_tokens import encode_special
-from npllama.weight_formats import FORMATS
 
 STANDARD_INPUT = "standard input"
 BATCH_SIZE = 32
 """Prompts that are decoded together by default. More gain little: see tools/README.md."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line.
-
-    Attributes:
-        text: the options of which one is required. argparse would check that before it finds
-            words that belong to no option, so `parse_args` does.
+class _Parser(Parser):
+    """The options, of which a text is required: argparse would check that before it finds words
+    that belong to no option, so `parse_args` does.
     """
 
+    texts = "--prompt"
+    stray = "give the text with --prompt, in quotation marks"
     text: argparse._MutuallyExclusiveGroup
 
     def format_help(self) -> str:
@@ -73,40 +84,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        options, rest = self.parse_known_args(args, namespace)
-        if any(argument.startswith("-") for argument in rest):
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
-        if rest:
-            self.error(
-                f"{rest[0][:60]!r} belongs to no option: give the text with --prompt, in quotation "
-                "marks"
-            )
+        options = super().parse_args(args, namespace)
         if options.prompt is None and options.prompt_file is None:
             self.error("a text is required: give --prompt TEXT or --prompt-file FILE")
         return options
-
-    def error(self, message: str) -> NoReturn:
-        if "expected one argument" in message:
-            message += "; a text that begins with a dash is given as --prompt=TEXT"
-        self.exit(2, f"npllama: error: {message} (--help lists all options)\n")
-
-
-class _Once(argparse.Action):
-    """Store a value, and refuse a second one rather than forget the first."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        if getattr(namespace, self.dest) is not None:
-            hint = "; --prompt-file takes several prompts, one a line"
-            raise argparse.ArgumentError(
-                self, f"it is given twice: expected one{hint if self.dest == 'prompt' else ''}"
-            )
-        setattr(namespace, self.dest, values)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,34 +99,23 @@ def parser() -> argparse.ArgumentParser:
         "what takes long.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
     )
-    p.add_argument(
-        "--model",
-        metavar="DIR",
-        help="directory with config.json, safetensors and tokenizer.model or tokenizer.json "
-        "(default: the story model that ships with npllama)",
-    )
+    add_model(p)
     source = p.text = p.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt",
-        action=_Once,
+        action=Once,
         type=utf8,
         metavar="TEXT",
         help='the text to continue; "" starts from nothing, "-" reads all of standard input',
     )
     source.add_argument(
         "--prompt-file",
-        action=_Once,
+        action=Once,
         metavar="FILE",
         help="a file with one prompt a line, continued together; an empty line starts from "
         'nothing, "-" reads the lines of standard input',
     )
-    p.add_argument(
-        "-e",
-        dest="escapes",
-        action="store_true",
-        help="\\n, \\t, \\\\ and \\uXXXX in --prompt, --system, --answer and --stop are a line "
-        "end, a tab, a backslash and the character with that number; without it they are text",
-    )
+    add_escapes(p, "--prompt, --system, --answer and --stop")
     p.add_argument(
         "--special",
         action="store_true",
@@ -161,57 +131,8 @@ def parser() -> argparse.ArgumentParser:
         f"has ended (default: {BATCH_SIZE}, or as many as fit the memory)",
     )
 
-    length = p.add_argument_group("how long")
-    length.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help="stop after N tokens; a token is a word or a part of one (default: %(default)s)",
-    )
-    length.add_argument(
-        "--stop",
-        type=utf8,
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="stop before this text appears; may be given several times",
-    )
-    length.add_argument(
-        "--ignore-eos", action="store_true", help="go on where the model would end the text"
-    )
-    length.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="room for N tokens of prompt and completion together; less needs less memory "
-        "(default: all that the model was trained for)",
-    )
-    length.add_argument(
-        "--rope-scaling",
-        action=_Once,
-        metavar="TYPE:FACTOR",
-        help="for a model of a longer context whose config.json does not say how: linear, dynamic "
-        "or yarn and how many times longer, such as linear:4; dynamic changes nothing unless "
-        "--context asks for more than the model's own",
-    )
-
-    choice = p.add_argument_group("how the next token is chosen")
-    for field in fields(Sampling):
-        about = field.metadata["option"]
-        choice.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=field.type,
-            default=field.default,
-            metavar=about.metavar,
-            help=f"{about.help} (default: %(default)s)",
-        )
-    choice.add_argument(
-        "--seed",
-        type=int,
-        metavar="S",
-        help="the same seed gives the same text again (default: a random one; --stats shows it)",
-    )
+    add_length(p)
+    add_choice(p)
 
     chat = p.add_argument_group(
         "chat, for models that are made for it",
@@ -221,73 +142,18 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
     )
-    chat.add_argument(
-        "--system",
-        action=_Once,
-        type=utf8,
-        metavar="TEXT",
-        help="how the assistant should behave",
-    )
+    add_system(chat)
     chat.add_argument(
         "--answer",
-        action=_Once,
+        action=Once,
         type=utf8,
         metavar="TEXT",
         help="how the assistant's answer begins; the model continues it",
     )
-    chat.add_argument(
-        "--chat-format",
-        choices=tuple(CHAT_FORMATS),
-        help="the format that the model was trained on (default: the checkpoint's own chat "
-        "template, which needs the extra [chat]; llama-2 where it has none)",
-    )
+    add_chat_format(chat)
 
-    reuse = p.add_argument_group("what is not computed again")
-    reuse.add_argument(
-        "--prompt-cache",
-        action=_Once,
-        metavar="FILE",
-        help="keep what was computed for prompt and completion in this file (about 1 MB per token "
-        "for a model of 7 billion parameters); a later prompt that begins with the same tokens "
-        "reads only the rest; the file is made where there is none, and replaced in one step at "
-        "the end",
-    )
-    reuse.add_argument(
-        "--prompt-cache-read-only",
-        action="store_true",
-        help="use the file of --prompt-cache and leave it as it is",
-    )
-
-    machine = p.add_argument_group("how it is computed")
-    machine.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="numpy on the CPU, cupy on an NVIDIA GPU, auto takes the GPU if there is one",
-    )
-    machine.add_argument(
-        "--device",
-        type=int,
-        metavar="N",
-        help="which GPU where there are several, counted from 0 (default: the first)",
-    )
-    machine.add_argument(
-        "--dtype",
-        choices=tuple(FORMATS),
-        help="number format of the weights in memory (default: as stored)",
-    )
-    machine.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="processor cores to compute on (default: all that no other program uses)",
-    )
-    machine.add_argument(
-        "--no-graph",
-        dest="graph",
-        action="store_false",
-        help="on a GPU, launch every kernel of a step anew instead of replaying it as a CUDA graph",
-    )
+    add_prompt_cache(p)
+    add_machine(p)
 
     output = p.add_argument_group("what is shown")
     output.add_argument(
@@ -302,9 +168,7 @@ def parser() -> argparse.ArgumentParser:
         help="show each token's log-probability, on standard error or in --json, and with a number "
         "the N tokens, up to 20, that were likeliest in its place",
     )
-    output.add_argument(
-        "--stats", action="store_true", help="show speed, memory and seed on standard error"
-    )
+    add_stats(output)
     output.add_argument(
         "--json",
         action="store_true",
@@ -337,9 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """What the parsed arguments ask for; the exit code."""
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    if args.model == "":
-        raise InputError("--model is empty: expected a model directory")
+    check_model(args)
     if args.system is not None and not args.chat:
         raise InputError("--system is for --chat: give both, or neither")
     if (args.answer is not None or args.chat_format is not None) and not args.chat:
@@ -348,27 +210,12 @@ def run(args: argparse.Namespace) -> int:
     if args.special and args.chat:
         raise InputError("--special is for a text, not for --chat's messages: give one of them")
     if args.escapes:
-        unescape_texts(args)
+        unescape_texts(args, ("prompt", "system", "answer"))
+    options = generation_options(args)
     prompts = read_prompts(args)
     check_options(args.prompt_cache, args.prompt_cache_read_only, len(prompts))
     chat_format, chat_note = chat_format_of(args) if args.chat else (None, None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
-        llama = load(
-            args.model,
-            args.backend,
-            args.dtype,
-            args.context,
-            args.threads,
-            args.device,
-            graph=args.graph,
-            rope_scaling=args.rope_scaling,
-        )
-    for note in llama.notes:
-        tell(f"npllama: {note}")
-    if llama.dtype in llama.backend.slow_dtypes:
-        hint = llama.backend.slow_dtypes[llama.dtype]
-        tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
+    llama = load_model(args)
     ids = encode_prompts(llama, prompts, args, chat_format)
     prompt_cache = open_prompt_cache(llama, ids[0], args)
     generation = llama.new_generation(
@@ -376,11 +223,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=default_batch_size(llama, ids, args.max_new_tokens)
         if args.batch_size is None
         else args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        seed=args.seed,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
+        **options,
         fresh_text=args.chat and not (args.answer or "").strip(),
         top_logprobs=args.logprobs,
         cache=None if prompt_cache is None else prompt_cache.cache,
@@ -420,14 +263,6 @@ def run(args: argparse.Namespace) -> int:
     if prompt_cache is not None:  # last: an error ends the program
         prompt_cache.save()
     return INTERRUPTED if interrupted else 0
-
-
-def unescape_texts(args: argparse.Namespace) -> None:
-    """Put the characters that escapes stand for into --prompt, --system, --answer and --stop."""
-    for name in ("prompt", "system", "answer"):
-        if (text := getattr(args, name)) is not None:
-            setattr(args, name, unescape(text, f"--{name}"))
-    args.stop = [unescape(text, "--stop") for text in args.stop]
 
 
 def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
@@ -614,30 +449,21 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
     try:
         for row, text in generation:
             progress.update()
-            _write(head)
+            show(head)
             head = ""
             if row == turn:
-                _write(text)
+                show(text)
             else:
                 waiting[row] += text
             while turn < len(waiting) - 1 and generation.rows[turn].finish_reason is not None:
                 turn += 1
-                _write("\n" + waiting[turn])
+                show("\n" + waiting[turn])
     finally:  # all that was said, also after Ctrl-C
         progress.close()
-        _write(head + generation.rows[turn].interrupt())
+        show(head + generation.rows[turn].interrupt())
         for row in filter(generation.has_begun, generation.rows[turn + 1 :]):
-            _write("\n" + waiting[row.number] + row.interrupt())
-        _write("\n")
-
-
-# Control characters but for tab and newline. A terminal obeys them; a file keeps them.
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
-
-
-def _write(text: str) -> None:
-    if text:
-        write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+            show("\n" + waiting[row.number] + row.interrupt())
+        show("\n")
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
@@ -694,52 +520,18 @@ def finish_reasons(completions: Sequence[Completion]) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
 
-def describe_context(llama: Llama) -> str:
-    """Room for how many tokens, of how many the model is good for, and how that came about."""
-    config, scaling = llama.config, llama.config.rope_scaling
-    text = f"{llama.context} of the model's {config.longest_context} tokens"
-    if scaling is None:
-        return text
-    off = scaling.kind == "dynamic" and llama.context <= config.context_length
-    state = f"not used up to {config.context_length}" if off else f"factor {scaling.factor:g}"
-    return f"{text}; RoPE scaling {scaling.kind}, {state}"
-
-
 def print_stats(
     llama: Llama, generation: Generation, prompt_cache: PromptCacheFile | None = None
 ) -> None:
     """Speed, memory, and what is needed to have the same text again."""
-    t = generation.timings
-    gb_per_forward = llama.bytes_per_forward / 1e9  # GB/s: weights read, once for all rows
-    peak = llama.backend.peak_bytes()
-    memory = f"weights {llama.parameters.nbytes / 1e6:.1f} MB"
-    if peak is not None:
-        memory += f", peak {peak / 1e6:.1f} MB"
-        if peak < llama.parameters.nbytes:  # mapped, such as the embedding's other rows
-            memory += " (some weights were never read)"
-    backend = [llama.backend.device_name()]
-    if llama.backend.no_gpu is not None:
-        backend.append(llama.backend.no_gpu)
-    rows = {
-        "time to first token": f"{t.first_token_seconds * 1e3:.1f} ms",
-        "prefill": f"{t.prompt_tokens} tokens, {t.prefill_tokens_per_second:.1f} tokens/s, "
-        f"{t.prefill_forwards * gb_per_forward / max(t.prefill_seconds, 1e-9):.2f} GB/s",
-        "decode": f"{t.decode_tokens} tokens, {t.decode_tokens_per_second:.1f} tokens/s, "
-        f"{t.decode_steps * gb_per_forward / max(t.decode_seconds, 1e-9):.2f} GB/s",
-        "memory": memory,
-        "context": describe_context(llama),
-        "backend": f"{llama.backend.name} ({'; '.join(backend)})",
-        "dtype": llama.dtype,
-        "finish": finish_reasons(generation.completions()),
-        "seed": str(generation.seed),
-    }
+    finish = finish_reasons(generation.completions())
+    rows = stats(llama, generation.timings, finish, generation.seed)
     if prompt_cache is not None:
         n_ids = len(generation.rows[0].prompt_ids)
         rows["prompt cache"] = f"{prompt_cache.n_kept} of {n_ids} ids kept"
     if (report := generation.steps_report()) is not None:
         rows["decode steps"] = report
-    for name, value in rows.items():
-        tell(f"{name:<20} {value}")
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -256,10 +256,10 @@ class KVCache:
         self.ids = [[] for _ in self.ids]
 
     def keep(self, row: int, ids: Sequence[int]) -> int:
-        """Forget what a row holds beyond the first ids that it has in common with a prompt.
+        """Truncate a row to the first ids that it has in common with a prompt.
 
-        The last id of the prompt is never kept: it is read in any case, since the next token
-        follows from it. `check_prefix` then accepts the prompt.
+        The last id of the prompt is never kept. The model reads it in any case, since it predicts
+        the next token. A generation then accepts the prompt with this cache.
 
         Returns:
             The number of positions that the row keeps.
@@ -276,7 +276,7 @@ class KVCache:
         2
         """
         if self.user is not None:
-            raise InputError("a generation uses the cache: nothing in it can be forgotten now")
+            raise InputError("a generation uses the cache: end it before its rows are truncated")
         self.check_row(row)
         if len(ids) == 0:
             raise InputError("the prompt has no ids: expected at least one")

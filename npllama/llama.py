@@ -181,7 +181,7 @@ class Llama(Transformer):
                 prompt (none at first), which are not read again, and afterwards the prompt and the
                 completion without its last id (a prompt that is to get no new token is not
                 read; after Ctrl-C as much of them as was read).
-                `cache.truncate(row, length)` takes back what the next prompt does not have.
+                `cache.keep(row, ids)` removes what the next prompt does not have.
             batch_size: prompts that are decoded together at most; the next one begins where one
                 has ended. None is all of them, or as many as fit the memory.
             top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` has

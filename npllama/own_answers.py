@@ -1,8 +1,8 @@
 """The token ids with which a model wrote its answers, in place of the ids of their text.
 
 Several sequences of ids decode to one text, and a model may write another one than the tokenizer
-makes of the text. The KV cache holds those that the model wrote. A later prompt that has them as
-well needs no second reading.
+makes of the text. The KV cache holds those that the model wrote. A later prompt with the same ids
+need not be read again.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from npllama.dialogue_parts import ChatFormat, Message, Part, Parts, merged
 from npllama.tokenizer import StreamDecoder, Tokenizer
 
-_FIRST_MARK = 0x100000  # private characters, which no text has by chance
+_FIRST_MARK = 0x100000  # private characters, which texts hardly ever contain
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class OwnAnswer:
     """An answer that a model wrote.
 
     Attributes:
-        begun: the beginning that the prompt gave it.
-        text: what the model wrote after that.
+        begun: the beginning of the answer, which was part of the prompt.
+        text: the text that the model wrote after it.
         ids: the ids of `text`.
-        space: the white space at the end of the prompt. A format may strip an answer, or put a
-            space before it that belongs to its first id.
+        space: the white space at the end of the prompt. It stands before the ids in later prompts,
+            where the format may put another: the space of "[/INST] Hello" belongs to the id of
+            " Hello".
     """
 
     begun: str
@@ -51,19 +52,19 @@ def own_answer(
     """An answer with the ids that the model wrote, as far as they decode to its text.
 
     Args:
-        ids: of the completion. Those behind a text end, as `end_ids`, are no part of the answer:
-            the chat format writes them.
-        text: of the completion, which has no stop text.
+        ids: ids of the completion. `end_ids` at its end are no part of the answer, since the chat
+            format writes them.
+        text: text of the completion, without a stop text.
         begun, space: see OwnAnswer.
 
     Returns:
-        None where no id decodes to a part of the text.
+        None if no id decodes to a part of the text.
     """
     ids = list(ids)
     while ids and ids[-1] in end_ids:
         ids.pop()
     decoder = StreamDecoder(tokenizer)
-    if begun:  # the text goes on, and keeps the space that a text loses where it begins
+    if begun:  # a text that continues another keeps its first space
         for id_ in prompt_ids:
             decoder.push(id_)
     made, common, n_ids = "", "", 0
@@ -75,7 +76,7 @@ def own_answer(
         return OwnAnswer(begun, text, tuple(ids), space)
     if n_ids == 0 and not begun:
         return None
-    # a stop text began within a token
+    # the stop text began within a token
     rest = tokenizer.encode_continuation(text[len(common) :])
     return OwnAnswer(begun, text, (*ids[:n_ids], *rest), space)
 
@@ -89,9 +90,9 @@ def parts_with_own_ids(
 ) -> Parts:
     """The parts of a dialogue, with the model's own ids where a chat format puts its answers.
 
-    The format is asked again with a character of no meaning for each answer, which shows the place
-    of the answer. With the answers put back, the result must be the first one: an answer with
-    which a format does more than to strip it stays text.
+    The format renders the dialogue twice. The second time each answer is a private character,
+    which marks the place of the answer. The two results must differ in nothing else, except for
+    white space around an answer that the format strips. An answer for which they do stays text.
 
     Args:
         own_answers: by the index of the message.
@@ -120,13 +121,13 @@ def _spelled(parts: Parts) -> str:
 
 
 def _first_changed(plain: str, marked: Sequence[str], marks: Mapping[str, OwnAnswer]) -> str | None:
-    """The mark of the first answer with which the format does more than to strip it.
+    """The mark of the first answer that the format does more to than strip it.
 
     Args:
         marked: text, mark, text, ..., text.
 
     Returns:
-        None where the marked text, with the answers put back, is the plain one.
+        None if the marked text with the answers in place of the marks is the plain text.
     """
     at = len(marked[0]) if plain.startswith(marked[0]) else -1
     mark, seen = next(iter(marks)), set()

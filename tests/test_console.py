@@ -16,7 +16,7 @@ import perplexity
 from conftest import ROOT, TINY
 from interruption import Interrupted
 from model_directory import write_model
-from npllama import console, generate
+from npllama import console, generate, options
 from npllama.console import ReaderLeftError, open_streams, reason, tell, utf8, write
 from npllama.errors import InputError
 
@@ -141,7 +141,7 @@ def test_an_error_of_the_system_is_reported_as_what_it_is(capsys, monkeypatch):
     def fail(*_args, **_options):
         raise OSError(errno.EIO, "Input/output error", "model.safetensors")
 
-    monkeypatch.setattr(generate, "load", fail)
+    monkeypatch.setattr(options, "load", fail)
     assert generate.main(["--prompt", "a"]) == 2
     line = "error: model.safetensors: Input/output error\n"
     assert capsys.readouterr() == ("", f"npllama: {line}")
@@ -221,7 +221,7 @@ def test_a_broken_pipe_that_is_not_standard_output_is_an_error(capsys, monkeypat
     def fail(*_args, **_options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(generate, "load", fail)
+    monkeypatch.setattr(options, "load", fail)
     assert generate.main(["--prompt", "a"]) == 2
     assert capsys.readouterr().err == "npllama: error: Broken pipe\n"
 

@@ -65,7 +65,7 @@ def test_each_word_starts_a_program_whose_help_has_that_name(capsys, monkeypatch
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: npllama {word} ")
     alone = f"python tools/{word}.py"
-    if word in ("generate", "plain"):
+    if word in ("generate", "chat", "plain"):
         alone = f"python -m npllama.{word}"
     monkeypatch.setattr(sys, "argv", [f"/somewhere/{word}.py"])
     assert call(capsys, word, "--help")[1].startswith(f"usage: {alone} ")
@@ -104,10 +104,11 @@ def test_importing_the_package_is_quick_and_its_names_are_there():
     "command",
     [
         ["-m", "npllama.generate", "--prompt", "x"],
+        ["-m", "npllama.chat"],
         ["-m", "npllama", "perplexity", "--text", "x"],
         [str(ROOT / "tools" / "convert.py"), "x", "y"],
     ],
-    ids=["module", "word", "tool"],
+    ids=["generate", "chat", "word", "tool"],
 )
 def test_ctrl_c_while_importing_ends_without_a_traceback(tmp_path, command):
     """It comes while NumPy is imported, from a module that stands in front of it."""

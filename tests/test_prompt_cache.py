@@ -605,7 +605,7 @@ def test_where_the_reader_leaves_what_was_read_is_kept(model, path, capsys, monk
     def left(_text):
         raise ReaderLeftError("left")
 
-    monkeypatch.setattr("npllama.generate.write", left)
+    monkeypatch.setattr("npllama.console.write", left)
     code, out, err = call(capsys, model, "--prompt", "Once", "--prompt-cache", path)
     monkeypatch.undo()
     assert (code, out, err) == (0, "", "")

@@ -1,0 +1,42 @@
+"""Ctrl-C in a program that goes on after it: it stops an answer, not the program."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupts:
+    """While it is entered, Ctrl-C raises KeyboardInterrupt inside `heard` blocks alone.
+
+    A block hears one Ctrl-C. Later ones, and those between two blocks, are ignored: they would
+    end the program while it cleans up. Where Ctrl-C is ignored already (nohup), it stays so.
+    """
+
+    def __init__(self) -> None:
+        self._is_heard = False
+        self._before: object = None
+
+    def __enter__(self) -> "Interrupts":
+        is_main = threading.current_thread() is threading.main_thread()  # it alone sets handlers
+        if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """A block that the first Ctrl-C ends by a KeyboardInterrupt."""
+        self._is_heard = True
+        try:
+            yield
+        finally:
+            self._is_heard = False
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        if self._is_heard:
+            self._is_heard = False
+            raise KeyboardInterrupt

@@ -1,0 +1,237 @@
+"""Messages and commands as they are typed at a terminal, or come line by line through a pipe."""
+
+import contextlib
+import glob
+import os
+import select
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+from npllama.console import reason
+from npllama.errors import InputError
+from npllama.input_history import History
+
+SIGN, SIGN_INSIDE = ">>> ", "... "
+QUOTES = '"""'
+"""They begin and end a message of several lines."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the user wants.
+
+    Attributes:
+        text: a message; of a command what follows the "/".
+        is_command: it is a command.
+    """
+
+    text: str
+    is_command: bool = False
+
+
+class Source(Protocol):
+    """Where units of input come from: lines, or what was pasted at once."""
+
+    is_typed: bool
+
+    def read(self, sign: str) -> str | None:
+        """The next unit, without a line end at its end; None where there is none."""
+
+    def where(self) -> str:
+        """What an error's message begins with."""
+
+    def remember(self, entry: str) -> None:
+        """Keep an entry for the arrow keys."""
+
+
+def read_entry(source: Source) -> Entry | None:
+    """The next message or command; None at the end of input.
+
+    A line that begins with "/" is a command, one that begins with "//" a message that begins with
+    "/". Several lines that were pasted at once are one message.
+
+    Raises:
+        InputError: input ends inside a message, or is not UTF-8.
+    """
+    while (unit := source.read(SIGN)) is not None:
+        if unit.startswith(QUOTES):
+            unit = _quoted(source, unit)
+            if unit is None:
+                return None
+            source.remember(f"{QUOTES}{unit}{QUOTES}")
+            entry = Entry(unit)
+        else:
+            if unit.strip():
+                source.remember(unit)
+            entry = _entry(unit)
+        if entry.text.strip() or entry.is_command:
+            return entry
+    return None
+
+
+def _entry(unit: str) -> Entry:
+    if not unit.startswith("/") or "\n" in unit:
+        return Entry(unit)
+    if unit.startswith("//"):
+        return Entry(unit[1:])
+    return Entry(unit[1:], is_command=True)
+
+
+def _quoted(source: Source, unit: str) -> str | None:
+    """The message that begins with a unit in quotes; None where input ends before it."""
+    where = source.where()
+    units = [unit.removeprefix(QUOTES)]
+    while not units[-1].rstrip().endswith(QUOTES):
+        unit = source.read(SIGN_INSIDE)
+        if unit is None:
+            if source.is_typed:
+                return None
+            raise InputError(f"{where}input ends inside a message: expected {QUOTES} at its end")
+        units.append(unit)
+    units[-1] = units[-1].rstrip().removesuffix(QUOTES)
+    return "\n".join(units).strip("\n")
+
+
+class PipedInput:
+    """Lines of standard input, each as soon as it is there."""
+
+    is_typed = False
+
+    def __init__(self) -> None:
+        if sys.stdin is None:
+            raise InputError("standard input is closed: expected messages, one per line")
+        self._line = 0
+
+    def read(self, sign: str) -> str | None:
+        try:
+            content = sys.stdin.buffer.readline()
+        except OSError as error:
+            raise InputError(f"standard input cannot be read: {reason(error)}") from None
+        if not content:
+            return None
+        self._line += 1
+        try:
+            text = content.decode("utf-8-sig" if self._line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.where()}it is not UTF-8 (byte {error.start} of the line): save it as "
+                "UTF-8 and try again"
+            ) from None
+        return text.removesuffix("\n").removesuffix("\r")
+
+    def where(self) -> str:
+        return f"standard input, line {self._line}: "
+
+    def remember(self, entry: str) -> None:
+        pass
+
+
+class TypedInput:
+    """What is typed at a terminal, with line editing and a history where there is readline.
+
+    Args:
+        history: of the arrow keys.
+        words: beginnings of lines that Tab completes, word by word.
+    """
+
+    is_typed = True
+
+    def __init__(self, history: History, words: Iterable[str] = ()) -> None:
+        self._history = history
+        self._words = sorted(words)
+        self._shows_prompt = sys.stdout.isatty()
+        self._readline = _readline() if self._shows_prompt else None
+        if self._readline is not None:
+            self._prepare(self._readline)
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+    def read(self, sign: str) -> str | None:
+        unit = self._line(sign)
+        while unit is not None and not self._keeps_a_paste_together() and _more_is_there():
+            more = self._line("")
+            if more is None:
+                break
+            unit = f"{unit}\n{more}"
+        if unit is None:
+            return None
+        try:
+            unit.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(
+                "the line is not UTF-8: set the terminal's encoding to UTF-8"
+            ) from None
+        return unit.removesuffix("\n")  # a paste's last one
+
+    def _line(self, sign: str) -> str | None:
+        if self._shows_prompt:
+            with contextlib.suppress(EOFError):
+                return input(sign)
+            return None
+        with contextlib.suppress(OSError):  # standard output is somewhere else
+            sys.stderr.write(sign if sys.stderr.isatty() else "")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
+
+    def where(self) -> str:
+        return ""
+
+    def remember(self, entry: str) -> None:
+        if self._history.add(entry) and self._readline is not None:
+            with contextlib.suppress(UnicodeError):  # a locale that cannot write it
+                self._readline.add_history(entry)
+
+    def _prepare(self, readline: ModuleType) -> None:
+        readline.set_auto_history(False)
+        readline.set_completer(self._completion)
+        readline.set_completer_delims(" ")
+        if _is_libedit(readline):
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("set enable-bracketed-paste on")
+        readline.clear_history()
+        for entry in self._history.entries:
+            with contextlib.suppress(UnicodeError):
+                readline.add_history(entry)
+
+    def _completion(self, text: str, state: int) -> str | None:
+        """The completion number `state` of the word `text`, for readline."""
+        line = self._readline.get_line_buffer()
+        if line.startswith(("/save ", "/load ")):
+            names = glob.glob(f"{glob.escape(os.path.expanduser(text))}*")
+            found = sorted(f"{name}/" if os.path.isdir(name) else name for name in names)
+        else:
+            begun = line.removesuffix(text)  # the words before it
+            rests = [w.removeprefix(begun) for w in self._words if line and w.startswith(line)]
+            found = [rest for rest in rests if " " not in rest]
+        return found[state] if state < len(found) else None
+
+    def _keeps_a_paste_together(self) -> bool:
+        """Whether what is pasted arrives as one unit, by the terminal's bracketed paste."""
+        readline = self._readline
+        is_dumb = os.environ.get("TERM", "dumb") == "dumb"
+        return readline is not None and not is_dumb and not _is_libedit(readline)
+
+
+def _readline() -> ModuleType | None:
+    try:
+        import readline
+    except ImportError:  # Windows, or a Python that was built without it
+        return None
+    return readline
+
+
+def _is_libedit(readline: ModuleType) -> bool:
+    return "libedit" in (readline.__doc__ or "")
+
+
+def _more_is_there() -> bool:
+    """Whether a further line waits at the terminal: of a paste, since nobody types so fast."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0)[0])
+    except (OSError, ValueError):  # Windows, which selects among sockets alone
+        return False

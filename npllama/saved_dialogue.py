@@ -1,0 +1,108 @@
+"""Dialogues in files: a JSON list of messages."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from npllama.dialogue_parts import Message
+from npllama.errors import InputError
+from npllama.small_file import MAX_JSON, parse_json, read_small_file
+
+_ROLES = ("system", "user", "assistant")
+
+
+def save_dialogue(path: Path, messages: Sequence[Message]) -> None:
+    """Write messages to a file, whole or not at all.
+
+    A dialogue that stands there is replaced, another kind of file is not.
+
+    Raises:
+        InputError: something else stands there, or the file cannot be written.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    _check_replaceable(path)
+    content = json.dumps(list(messages), ensure_ascii=False, indent=1) + "\n"
+    new = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
+    try:
+        try:
+            mode = path.stat().st_mode & 0o777 if path.exists() else 0o666
+            with open(new, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.write(content.encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                new.chmod(mode)  # without the umask
+            os.replace(new, path)
+        except BaseException:
+            with suppress(OSError):
+                new.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: expected the name of a file")
+    try:
+        load_dialogue(path)
+    except InputError:
+        raise InputError(
+            f"{path} exists and is no saved dialogue: expected the name of a new file, or of a "
+            "dialogue to be replaced"
+        ) from None
+
+
+def load_dialogue(path: Path) -> list[dict[str, str]]:
+    """The messages of a file that `save_dialogue` or another program wrote.
+
+    Raises:
+        InputError: it cannot be read, or is not a dialogue: an optional system prompt, then the
+            user's messages and the assistant's answers in turn.
+    """
+    try:
+        content = read_small_file(path, MAX_JSON)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        messages = parse_json(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON: expected a dialogue that /save wrote") from None
+    problem = _problem(messages)
+    if problem is not None:
+        raise InputError(
+            f'{path} is no dialogue: {problem}; expected [{{"role": "user", "content": "..."}}, '
+            '{"role": "assistant", ...}, ...]'
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _problem(messages: object) -> str | None:
+    """What is wrong with messages from a file."""
+    if not isinstance(messages, list):
+        return "it is no list"
+    n_system = 0
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            return f"message {number} is no object"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"message {number} has no text as {name}"
+            if any("\ud800" <= c <= "\udfff" for c in message[name]):
+                return f"message {number} holds half of a character"
+        role = message["role"]
+        if role not in _ROLES:
+            return f"the role of message {number} is {role!r:.40}"
+        if number == 1 and role == "system":
+            n_system = 1
+            continue
+        turn = _ROLES[1 + (number - 1 - n_system) % 2]
+        if role != turn:
+            return f"the role of message {number} is {role}, expected {turn}"
+    if (len(messages) - n_system) % 2:
+        return "its last message has no answer"
+    return None
