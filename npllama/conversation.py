@@ -74,8 +74,8 @@ class Chat:
     prompt and max_new_tokens, of which at most a quarter of the context counts. If it has not, the
     prompt leaves out the oldest turns, as few as free a quarter of the context. The rest of the
     dialogue is then read again, so this should happen rarely. The turns stay in `messages`, and
-    the prompts leave them out until `undo`, `clear` or an edit of an earlier message. The system
-    prompt is never left out.
+    the prompts leave them out until an earlier message is edited or removed. The system prompt is
+    never left out.
 
     Args:
         llama: a chat model.
@@ -210,14 +210,12 @@ class Chat:
             if at is None:
                 return False
             del self.messages[at:]
-            self._rendered, self._n_left_out = [], 0
             return True
 
     def clear(self) -> None:
         """Remove all messages but the system prompt."""
         with self._idle():
             del self.messages[_n_system(self.messages) :]
-            self._rendered, self._n_left_out = [], 0
 
     def _last_user(self) -> int | None:
         return max(_users(checked_messages(self.messages)), default=None)
@@ -238,8 +236,7 @@ class Chat:
         self, messages: list[Message], begun: str, options: Mapping[str, Any]
     ) -> "ChatStream":
         """Replace the messages by a dialogue, and begin its answer."""
-        given = {**self.options, **options}.items()
-        options = {name: value for name, value in given if value is not None}
+        options = _given(self.options) | _given(options)
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
         n_kept = self.cache.keep(0, prompt.ids)
         options = {"fresh_text": not prompt.begun, **options}
@@ -377,6 +374,11 @@ class ChatStream(TextStream):
 def _n_system(messages: list[Message]) -> int:
     """The number of system prompts in front, 1 or 0."""
     return int(bool(messages) and checked_messages(messages[:1])[0]["role"] == "system")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that are None, which stands for the default."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _users(messages: list[Message]) -> list[int]:

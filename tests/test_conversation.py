@@ -304,6 +304,28 @@ def test_a_chat_with_a_running_answer_is_not_to_be_used(plain_llama):
     assert stream.read().text == "".join(m["content"] for m in chat.messages[1:])
 
 
+def test_only_answers_among_the_messages_are_remembered(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    for _ in range(3):
+        chat.say("Hi")
+        chat.stream_again().read()
+        chat.clear()
+    assert len(chat._own_answers) == 1
+
+
+def test_an_end_of_text_behind_an_answer_is_the_formats(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", temperature=0, max_new_tokens=3)
+    stream = chat.stream("Hi")
+    for id_ in (100, 2):
+        stream._generation.rows[0].accept(id_, 0.0)
+    stream.close()
+    assert stream.completion.finish_reason == "eos"
+    chat.say("Hi", max_new_tokens=1)
+    encode = plain_llama.tokenizer.encode
+    turn = encode("[INST] Hi [/INST]")
+    assert chat.cache.ids[0] == [*turn, 100, 259, 2, *turn]
+
+
 def test_of_two_threads_one_is_refused(plain_llama):
     chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
     barrier, streams, errors = threading.Barrier(4), [], []
@@ -497,6 +519,11 @@ def test_a_message_that_does_not_fit_alone_is_refused(short_llama):
     with pytest.raises(InputError, match=r"have \d+ tokens, .*: shorten the message$") as e:
         chat.say("x" * 190)
     assert "\n" not in str(e.value) and chat.messages == before
+    chat = Chat(short_llama, chat_format=story, **GREEDY)
+    with pytest.raises(InputError, match=r"have 200 tokens"):
+        chat.say("x" * 198)
+    assert len(chat.say("x" * 197).ids) == 1
+    chat = full(short_llama)
     chat.say("x" * 140)  # which leaves less room than usual
     assert chat.turn.n_prompt > 150
 
@@ -530,6 +557,9 @@ def test_options_of_an_answer_count_before_the_chats(plain_llama):
     chat.options["max_new_tokens"] = 3
     assert len(chat.say("Hi").ids) == 3
     assert len(chat.stream_again(max_new_tokens=4).read().ids) == 4
+    assert len(chat.say("Hi", max_new_tokens=None).ids) == 3  # as if it was not given
+    chat.options["fresh_text"] = None
+    assert chat.say("Hi", seed=1).text == chat.stream_again(fresh_text=True, seed=1).read().text
 
 
 def test_signatures_show_the_keywords_that_a_chat_passes_on():
