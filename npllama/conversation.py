@@ -244,10 +244,9 @@ class Chat:
         n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
         self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
         self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
-        before = list(self.messages)
-        self.messages[:] = messages
-        stream = ChatStream(self, generation, prompt, before)
+        stream = ChatStream(self, generation, prompt, messages)
         self._stream = weakref.ref(stream)
+        self.messages[:] = messages
         return stream
 
     def _prompt(self, messages: list[Message], begun: str, max_new_tokens: object) -> _Prompt:
@@ -309,8 +308,8 @@ class Chat:
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
-    def _append(self, completion: Completion, prompt: _Prompt) -> None:
-        """Append an answer to the messages, and keep its ids."""
+    def _message(self, completion: Completion, prompt: _Prompt) -> Message:
+        """An answer as a message, whose ids the chat keeps."""
         message = {"role": "assistant", "content": prompt.begun + completion.text}
         own = own_answer(
             self.llama.tokenizer,
@@ -325,7 +324,7 @@ class Chat:
         self._own_answers = {i: v for i, v in self._own_answers.items() if i in present}
         if own is not None:
             self._own_answers[id(message)] = message, own
-        self.messages.append(message)
+        return message
 
 
 class ChatStream(TextStream):
@@ -335,19 +334,23 @@ class ChatStream(TextStream):
     the chat contain the answer so far. A stream without a reference to it is closed.
 
     Args:
-        before: the messages to restore if the stream ends before the first token.
+        messages: the dialogue to answer. If the stream ends before the first token, those of the
+            chat that it replaces are restored.
 
     Attributes:
         has_ended: whether the chat can be used again.
     """
 
+    has_ended = True  # until all of it is made
+
     def __init__(
-        self, chat: Chat, generation: Generation, prompt: _Prompt, before: list[Message]
+        self, chat: Chat, generation: Generation, prompt: _Prompt, messages: list[Message]
     ) -> None:
         super().__init__(generation)
         self._chat = chat
         self._prompt = prompt
-        self._before = before
+        self._messages = messages
+        self._before = list(chat.messages)
         self.has_ended = False
 
     def read(self) -> Completion:
@@ -358,14 +361,14 @@ class ChatStream(TextStream):
 
     def close(self) -> None:
         """End the answer here, if it has not ended, and append it to the messages."""
-        super().close()
         if self.has_ended:
             return
-        self.has_ended = True
+        super().close()
+        messages = self._before
         if self.completion.ids:
-            self._chat._append(self.completion, self._prompt)
-        else:
-            self._chat.messages[:] = self._before
+            messages = [*self._messages, self._chat._message(self.completion, self._prompt)]
+        self._chat.messages[:] = messages  # as a whole, whenever Ctrl-C comes
+        self.has_ended = True
 
     def __del__(self) -> None:
         self.close()

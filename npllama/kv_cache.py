@@ -230,8 +230,7 @@ class KVCache:
             The number of positions that the row keeps.
 
         Raises:
-            InputError: there is no such row, the prompt has no ids, or a generation uses the
-                cache.
+            InputError: there is no such row, or the prompt has no ids.
 
         >>> from npllama import load
         >>> llama = load()
@@ -240,8 +239,6 @@ class KVCache:
         >>> cache.keep(0, [1, 5, 8, 9])
         2
         """
-        if self.user is not None:
-            raise InputError("a generation uses the cache: end it before its rows are truncated")
         if not 0 <= row < len(self.lengths):
             raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
         if len(ids) == 0:

@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import pytest
 import npllama
 from chat_templates import TEMPLATES, assistant, need_jinja2, system, user
 from conftest import TINY, make_llama, make_ops
+from interrupted_lines import interrupted_at_line
 from model_directory import write_model
-from npllama import Chat
+from npllama import Chat, threads
 from npllama.chat_formats import FORMATS, llama_2, story, vicuna, zephyr
 from npllama.chat_template import ChatTemplate
 from npllama.conversation import Turn
@@ -376,6 +378,35 @@ def test_ctrl_c_ends_the_answer_and_leaves_the_chat_usable(plain_llama, monkeypa
 
 
 @pytest.mark.parametrize(
+    ("modules", "stride"),
+    [
+        (("conversation.py", "text_stream.py"), 1),
+        (("own_answers.py", "kv_cache.py", "generation.py", "row.py"), 29),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within __del__
+def test_ctrl_c_at_any_line_leaves_whole_turns(plain_llama, monkeypatch, modules, stride, again):
+    # the end of a `with` is traced as a line, before `__exit__` is called: the turn stays taken
+    monkeypatch.setattr("npllama.threads._turn", threads._Turn())
+    options = {**GREEDY, "max_new_tokens": 2}
+    hello = [user("Hi"), assistant("Ho")]
+    fresh = Chat(plain_llama, hello, chat_format="llama-2", **options)
+    want = fresh.say("So").text
+    at, was_interrupted = 1, True
+    while was_interrupted:
+        chat = Chat(plain_llama, hello, chat_format="llama-2", **options)
+        ask = (lambda c=chat: c.stream_again().read()) if again else partial(chat.say, "So")
+        was_interrupted = interrupted_at_line(at, ask, modules)
+        roles = [m["role"] for m in chat.messages]
+        assert roles in (["user", "assistant"], ["user", "assistant"] * 2), at
+        chat.messages[:] = [dict(m) for m in hello]  # and the cache as it is
+        assert chat.say("So").text == want, at
+        at += stride
+    assert at > 50
+
+
+@pytest.mark.parametrize(
     ("call", "error"),
     [
         (lambda chat: chat.say("x" * 600), InputError),
@@ -606,9 +637,12 @@ def test_a_caches_first_ids_are_kept(plain_llama):
         Chat(plain_llama, chat_format="zephyr", cache=plain_llama.new_cache(2))
     stream = chat.stream("x")
     next(stream)
-    with pytest.raises(InputError, match="a generation uses the cache"):
-        Chat(plain_llama, chat_format="zephyr", cache=cache).say("y")
-    stream.close()
+    other = Chat(plain_llama, chat_format="zephyr", cache=cache, **GREEDY).stream("y")
+    next(other)
+    with pytest.raises(InputError, match="another generation uses the cache"):
+        stream.read()
+    want = plain_llama.chat([user("y")], chat_format="zephyr", **GREEDY)
+    assert other.read().ids == want.ids
 
 
 def test_a_story_goes_on_from_the_last_message_alone():
