@@ -97,8 +97,8 @@ class Chat:
         cache: its row holds the ids of the dialogue without the last id of the latest answer.
 
     Raises:
-        InputError: messages that are none, a model without a chat format, a format that is
-            unknown, or a cache that is not the model's.
+        InputError: something else than messages, a model without a chat format, an unknown format,
+            or a cache of another model.
         OutOfMemoryError: the cache does not fit the memory.
 
     >>> from npllama import load
@@ -177,8 +177,7 @@ class Chat:
         Raises:
             InputError: the last answer is still being written, the prompt does not fit the
                 context, or the format does not know the roles.
-            TokenizerError: a model without a tokenizer, or a chat template that cannot be
-                rendered.
+            TokenizerError: the model has no tokenizer, or its chat template cannot be rendered.
         """
         if not isinstance(text, str):
             raise InputError(f"the message is {text!r:.60}: expected a text")

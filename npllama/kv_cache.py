@@ -250,7 +250,7 @@ class KVCache:
     def _common_length(self, row: int, ids: Sequence[int]) -> int:
         """The number of first ids that a row and a prompt have in common, without the prompt's
         last id."""
-        most = min(self.lengths[row], len(self.ids[row]), len(ids) - 1)
+        most = min(self.lengths[row], len(self.ids[row]), max(len(ids) - 1, 0))
         pairs = zip(self.ids[row][:most], ids, strict=False)
         return next((i for i, (held, new) in enumerate(pairs) if held != new), most)
 

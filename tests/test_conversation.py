@@ -694,7 +694,7 @@ def test_llama_chat_keeps_what_a_cache_has_in_common(plain_llama):
         (
             [user("Hi")],
             {"chat_format": None},
-            "not loaded from a directory.*name one with chat_format=",
+            "not loaded from a directory.*give chat_format=, one of",
         ),
         ([user("Hi"), assistant("Ho")] * 20, {}, r"user, assistant, ... \(40 messages\)"),
         ([user("Hi")], {"answer": 5}, "beginning of the answer is 5"),
