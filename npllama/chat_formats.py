@@ -72,9 +72,9 @@ def vicuna(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> Pa
 
 
 def story(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> Parts:
-    """For a model that cannot chat: the last message is a text, and the answer continues it.
+    """For a model that cannot chat: the last message is a text, which the answer continues.
 
-    Earlier messages are left out.
+    The prompt does not contain earlier messages.
     """
     return [_checked_roles(messages)[-1]["content"] + answer]
 

@@ -74,8 +74,8 @@ class Chat:
     prompt and max_new_tokens, of which at most a quarter of the context counts. If it has not, the
     prompt leaves out the oldest turns, as few as free a quarter of the context. The rest of the
     dialogue is then read again, so this should happen rarely. The turns stay in `messages`, and
-    the prompts leave them out until `undo`, `clear` or an edit of an earlier message. The system
-    prompt is never left out.
+    the prompts leave them out until an earlier message is edited or removed. The system prompt is
+    never left out.
 
     Args:
         llama: a chat model.
@@ -97,8 +97,8 @@ class Chat:
         cache: its row holds the ids of the dialogue without the last id of the latest answer.
 
     Raises:
-        InputError: messages that are none, a model without a chat format, a format that is
-            unknown, or a cache that is not the model's.
+        InputError: something else than messages, a model without a chat format, an unknown format,
+            or a cache of another model.
         OutOfMemoryError: the cache does not fit the memory.
 
     >>> from npllama import load
@@ -177,8 +177,7 @@ class Chat:
         Raises:
             InputError: the last answer is still being written, the prompt does not fit the
                 context, or the format does not know the roles.
-            TokenizerError: a model without a tokenizer, or a chat template that cannot be
-                rendered.
+            TokenizerError: the model has no tokenizer, or its chat template cannot be rendered.
         """
         if not isinstance(text, str):
             raise InputError(f"the message is {text!r:.60}: expected a text")
@@ -210,14 +209,12 @@ class Chat:
             if at is None:
                 return False
             del self.messages[at:]
-            self._rendered, self._n_left_out = [], 0
             return True
 
     def clear(self) -> None:
         """Remove all messages but the system prompt."""
         with self._idle():
             del self.messages[_n_system(self.messages) :]
-            self._rendered, self._n_left_out = [], 0
 
     def _last_user(self) -> int | None:
         return max(_users(checked_messages(self.messages)), default=None)
@@ -238,8 +235,7 @@ class Chat:
         self, messages: list[Message], begun: str, options: Mapping[str, Any]
     ) -> "ChatStream":
         """Replace the messages by a dialogue, and begin its answer."""
-        given = {**self.options, **options}.items()
-        options = {name: value for name, value in given if value is not None}
+        options = _given(self.options) | _given(options)
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
         n_kept = self.cache.keep(0, prompt.ids)
         options = {"fresh_text": not prompt.begun, **options}
@@ -247,10 +243,9 @@ class Chat:
         n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
         self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
         self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
-        before = list(self.messages)
-        self.messages[:] = messages
-        stream = ChatStream(self, generation, prompt, before)
+        stream = ChatStream(self, generation, prompt, messages)
         self._stream = weakref.ref(stream)
+        self.messages[:] = messages
         return stream
 
     def _prompt(self, messages: list[Message], begun: str, max_new_tokens: object) -> _Prompt:
@@ -312,8 +307,8 @@ class Chat:
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
-    def _append(self, completion: Completion, prompt: _Prompt) -> None:
-        """Append an answer to the messages, and keep its ids."""
+    def _message(self, completion: Completion, prompt: _Prompt) -> Message:
+        """An answer as a message, whose ids the chat keeps."""
         message = {"role": "assistant", "content": prompt.begun + completion.text}
         own = own_answer(
             self.llama.tokenizer,
@@ -328,7 +323,7 @@ class Chat:
         self._own_answers = {i: v for i, v in self._own_answers.items() if i in present}
         if own is not None:
             self._own_answers[id(message)] = message, own
-        self.messages.append(message)
+        return message
 
 
 class ChatStream(TextStream):
@@ -338,19 +333,23 @@ class ChatStream(TextStream):
     the chat contain the answer so far. A stream without a reference to it is closed.
 
     Args:
-        before: the messages to restore if the stream ends before the first token.
+        messages: the dialogue to answer. If the stream ends before the first token, those of the
+            chat that it replaces are restored.
 
     Attributes:
         has_ended: whether the chat can be used again.
     """
 
+    has_ended = True  # until all of it is made
+
     def __init__(
-        self, chat: Chat, generation: Generation, prompt: _Prompt, before: list[Message]
+        self, chat: Chat, generation: Generation, prompt: _Prompt, messages: list[Message]
     ) -> None:
         super().__init__(generation)
         self._chat = chat
         self._prompt = prompt
-        self._before = before
+        self._messages = messages
+        self._before = list(chat.messages)
         self.has_ended = False
 
     def read(self) -> Completion:
@@ -361,14 +360,14 @@ class ChatStream(TextStream):
 
     def close(self) -> None:
         """End the answer here, if it has not ended, and append it to the messages."""
-        super().close()
         if self.has_ended:
             return
-        self.has_ended = True
+        super().close()
+        messages = self._before
         if self.completion.ids:
-            self._chat._append(self.completion, self._prompt)
-        else:
-            self._chat.messages[:] = self._before
+            messages = [*self._messages, self._chat._message(self.completion, self._prompt)]
+        self._chat.messages[:] = messages  # as a whole, whenever Ctrl-C comes
+        self.has_ended = True
 
     def __del__(self) -> None:
         self.close()
@@ -377,6 +376,11 @@ class ChatStream(TextStream):
 def _n_system(messages: list[Message]) -> int:
     """The number of system prompts in front, 1 or 0."""
     return int(bool(messages) and checked_messages(messages[:1])[0]["role"] == "system")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that are None, which stands for the default."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _users(messages: list[Message]) -> list[int]:

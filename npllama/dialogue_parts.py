@@ -56,6 +56,6 @@ def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:
             ids += tokenizer.encode_continuation(part)
         else:
             ids += tokenizer.encode(part, bos=False)
-        continues = isinstance(part, tuple) or (continues and isinstance(part, str))
+        continues = isinstance(part, tuple)
     begin = next((i for i, id_ in enumerate(ids) if id_ != tokenizer.bos_id), len(ids))
     return [tokenizer.bos_id, *ids[begin:]]

@@ -26,7 +26,7 @@ def whole_buckets(length: int) -> int:
 def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
     """The number of first ids that a list and a prompt have in common, without the prompt's last
     id."""
-    most = min(len(held), len(ids) - 1)
+    most = min(len(held), max(len(ids) - 1, 0))
     pairs = enumerate(zip(held[:most], ids, strict=False))
     return next((i for i, (one, other) in pairs if one != other), most)
 
@@ -265,8 +265,7 @@ class KVCache:
             The number of positions that the row keeps.
 
         Raises:
-            InputError: there is no such row, the prompt has no ids, or a generation uses the
-                cache.
+            InputError: there is no such row, or the prompt has no ids.
 
         >>> from npllama import load
         >>> llama = load()
@@ -275,8 +274,6 @@ class KVCache:
         >>> cache.keep(0, [1, 5, 8, 9])
         2
         """
-        if self.user is not None:
-            raise InputError("a generation uses the cache: end it before its rows are truncated")
         self.check_row(row)
         if len(ids) == 0:
             raise InputError("the prompt has no ids: expected at least one")

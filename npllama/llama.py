@@ -352,22 +352,21 @@ class Llama(Transformer):
 
     @property
     def chat_format(self) -> ChatFormat:
-        """The chat format that the model was trained on, from its directory.
+        """The chat format that the model was trained on, read from its directory once.
 
-        A directory without a chat template has Llama-2-chat's format, and a TokenizerWarning
-        says so: Meta's files have no template.
+        It is the directory's chat template. Without one it is the format of Llama-2-chat, whose
+        original files have no template, and a TokenizerWarning says so.
 
         Raises:
-            InputError: the model was not loaded from a directory, or is the one that ships with
+            InputError: the model was not loaded from a directory, or it is the one that ships with
                 the package, which cannot chat.
-            TokenizerError: a chat template that is damaged.
+            TokenizerError: the chat template is damaged.
         """
         if self._chat_format is None:
             if self._loaded is None:
                 raise InputError(
                     "the model was not loaded from a directory, so its chat format is unknown: "
-                    "name one with chat_format=, one "
-                    f"of {', '.join(CHAT_FORMATS)}"
+                    f"give chat_format=, one of {', '.join(CHAT_FORMATS)}"
                 )
             directory = self._loaded[0][0]
             if directory is None or Path(directory) == SHIPPED:
@@ -378,10 +377,11 @@ class Llama(Transformer):
         return self._chat_format
 
     def resolved_chat_format(self, chat_format: str | ChatFormat | None) -> ChatFormat:
-        """A chat format, by its name too; None is the model's own.
+        """The chat format of a name, or the format given; None is the model's own.
 
         Raises:
-            InputError, TokenizerError: see `chat_format`; a name that is unknown.
+            InputError: the name is unknown, or see `chat_format`.
+            TokenizerError: see `chat_format`.
         """
         if chat_format is None:
             return self.chat_format
@@ -403,25 +403,26 @@ class Llama(Transformer):
         chat_format: str | ChatFormat | None = None,
         **options: Any,
     ) -> Completion:
-        """Answer a dialogue; npllama.Chat keeps one and its cache.
+        """Answer the last message of a dialogue.
+
+        Each call reads the whole dialogue. `npllama.Chat` reads only what is new.
 
         Args:
-            messages: {"role": ..., "content": ...} each; the roles are an optional "system", then
-                "user" and "assistant" in turn, "user" last. A checkpoint's template may allow
-                others.
-            answer: how the answer begins, which the model continues; it is not part of the
-                completion.
-            chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is
-                `chat_format`, the model's own.
-            options: keywords of `new_generation`, which explains them and what it raises, with
-                two differences: `fresh_text` is true where `answer` is not given, and of a
-                `cache` the first ids that it has in common with the dialogue are kept.
+            messages: {"role": ..., "content": ...} each. The roles are an optional "system", then
+                "user" and "assistant" in turn, and "user" last. The template of a checkpoint may
+                allow others.
+            answer: the beginning of the answer, which the model continues. The completion does not
+                contain it.
+            chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the property
+                `chat_format`.
+            options: keywords of `new_generation`, which explains them and their errors. The default
+                of `fresh_text` is True, except with `answer`. A `cache` is truncated to the first
+                ids that it has in common with the dialogue.
 
         Raises:
-            InputError: messages that are none, roles that the format does not know, or a model
-                without a chat format.
-            TokenizerError: a model without a tokenizer, or a chat template that cannot be
-                rendered.
+            InputError: something else than messages, roles that the format does not know, or a
+                model without a chat format.
+            TokenizerError: the model has no tokenizer, or its chat template cannot be rendered.
 
         >>> hello = [{"role": "user", "content": "Hello!"}]
         >>> len(load().chat(hello, chat_format="llama-2", max_new_tokens=3, ignore_eos=True).ids)
@@ -442,7 +443,7 @@ class Llama(Transformer):
         """As `chat`, yielding the text in pieces as they become certain; see `stream`.
 
         >>> hello = [{"role": "user", "content": "Hello!"}]
-        >>> stream = load().stream_chat(hello, chat_format="vicuna", temperature=0)
+        >>> stream = load().stream_chat(hello, chat_format="vicuna", max_new_tokens=5)
         >>> "".join(stream) == stream.completion.text
         True
         """

@@ -99,8 +99,6 @@ def parts_with_own_ids(
     """
     plain = merged(chat_format(tokenizer, messages, answer))
     left = {chr(_FIRST_MARK + i): (i, own) for i, own in own_answers.items()}
-    if any(mark in message["content"] for message in messages for mark in left):
-        return plain
     while left:
         marks = {mark: own for mark, (_i, own) in left.items()}
         marked_messages = [dict(message) for message in messages]

@@ -158,17 +158,16 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos else ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that continues another one: without the space that `encode` puts before
-        a text.
+        """Ids of a text that continues another one, without the space that `encode` puts first.
 
         Raises:
             InputError: text that is not valid Unicode (a lone surrogate).
         """
         if self._continuing is None:
-            self._continuing = sentencepiece.SentencePieceProcessor()
-            self._continuing.LoadFromSerializedProto(
-                self.processor.serialized_model_proto() + _NO_DUMMY_PREFIX
-            )
+            processor = sentencepiece.SentencePieceProcessor()
+            model = self.processor.serialized_model_proto() + _NO_DUMMY_PREFIX
+            processor.LoadFromSerializedProto(model)
+            self._continuing = processor  # loaded, for other threads
         return self._encode(self._continuing, text)
 
     def _encode(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
@@ -276,7 +275,7 @@ class StreamDecoder:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was pushed has become text: no bytes are held."""
+        """Whether `push` has returned the text of all ids, and holds no bytes back."""
         return not self._bytes
 
     def flush(self) -> str:

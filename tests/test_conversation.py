@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import pytest
 import npllama
 from chat_templates import TEMPLATES, assistant, need_jinja2, system, user
 from conftest import TINY, make_llama, make_ops
+from interrupted_lines import interrupted_at_line
 from model_directory import write_model
-from npllama import Chat
+from npllama import Chat, threads
 from npllama.chat_formats import FORMATS, llama_2, story, vicuna, zephyr
 from npllama.chat_template import ChatTemplate
 from npllama.conversation import Turn
@@ -304,6 +306,28 @@ def test_a_chat_with_a_running_answer_is_not_to_be_used(plain_llama):
     assert stream.read().text == "".join(m["content"] for m in chat.messages[1:])
 
 
+def test_only_answers_among_the_messages_are_remembered(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    for _ in range(3):
+        chat.say("Hi")
+        chat.stream_again().read()
+        chat.clear()
+    assert len(chat._own_answers) == 1
+
+
+def test_an_end_of_text_behind_an_answer_is_the_formats(plain_llama):
+    chat = Chat(plain_llama, chat_format="llama-2", temperature=0, max_new_tokens=3)
+    stream = chat.stream("Hi")
+    for id_ in (100, 2):
+        stream._generation.rows[0].accept(id_, 0.0)
+    stream.close()
+    assert stream.completion.finish_reason == "eos"
+    chat.say("Hi", max_new_tokens=1)
+    encode = plain_llama.tokenizer.encode
+    turn = encode("[INST] Hi [/INST]")
+    assert chat.cache.ids[0] == [*turn, 100, 259, 2, *turn]
+
+
 def test_of_two_threads_one_is_refused(plain_llama):
     chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
     barrier, streams, errors = threading.Barrier(4), [], []
@@ -351,6 +375,35 @@ def test_ctrl_c_ends_the_answer_and_leaves_the_chat_usable(plain_llama, monkeypa
         if chat._own_answer(its) is not None
     }
     assert want.say("So").ids == completion.ids
+
+
+@pytest.mark.parametrize(
+    ("modules", "stride"),
+    [
+        (("conversation.py", "text_stream.py"), 1),
+        (("own_answers.py", "kv_cache.py", "generation.py", "row.py"), 29),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within __del__
+def test_ctrl_c_at_any_line_leaves_whole_turns(plain_llama, monkeypatch, modules, stride, again):
+    # the end of a `with` is traced as a line, before `__exit__` is called: the turn stays taken
+    monkeypatch.setattr("npllama.threads._turn", threads._Turn())
+    options = {**GREEDY, "max_new_tokens": 2}
+    hello = [user("Hi"), assistant("Ho")]
+    fresh = Chat(plain_llama, hello, chat_format="llama-2", **options)
+    want = fresh.say("So").text
+    at, was_interrupted = 1, True
+    while was_interrupted:
+        chat = Chat(plain_llama, hello, chat_format="llama-2", **options)
+        ask = (lambda c=chat: c.stream_again().read()) if again else partial(chat.say, "So")
+        was_interrupted = interrupted_at_line(at, ask, modules)
+        roles = [m["role"] for m in chat.messages]
+        assert roles in (["user", "assistant"], ["user", "assistant"] * 2), at
+        chat.messages[:] = [dict(m) for m in hello]  # and the cache as it is
+        assert chat.say("So").text == want, at
+        at += stride
+    assert at > 50
 
 
 @pytest.mark.parametrize(
@@ -497,6 +550,11 @@ def test_a_message_that_does_not_fit_alone_is_refused(short_llama):
     with pytest.raises(InputError, match=r"have \d+ tokens, .*: shorten the message$") as e:
         chat.say("x" * 190)
     assert "\n" not in str(e.value) and chat.messages == before
+    chat = Chat(short_llama, chat_format=story, **GREEDY)
+    with pytest.raises(InputError, match=r"have 200 tokens"):
+        chat.say("x" * 198)
+    assert len(chat.say("x" * 197).ids) == 1
+    chat = full(short_llama)
     chat.say("x" * 140)  # which leaves less room than usual
     assert chat.turn.n_prompt > 150
 
@@ -530,6 +588,9 @@ def test_options_of_an_answer_count_before_the_chats(plain_llama):
     chat.options["max_new_tokens"] = 3
     assert len(chat.say("Hi").ids) == 3
     assert len(chat.stream_again(max_new_tokens=4).read().ids) == 4
+    assert len(chat.say("Hi", max_new_tokens=None).ids) == 3  # as if it was not given
+    chat.options["fresh_text"] = None
+    assert chat.say("Hi", seed=1).text == chat.stream_again(fresh_text=True, seed=1).read().text
 
 
 def test_signatures_show_the_keywords_that_a_chat_passes_on():
@@ -576,9 +637,12 @@ def test_a_caches_first_ids_are_kept(plain_llama):
         Chat(plain_llama, chat_format="zephyr", cache=plain_llama.new_cache(2))
     stream = chat.stream("x")
     next(stream)
-    with pytest.raises(InputError, match="a generation uses the cache"):
-        Chat(plain_llama, chat_format="zephyr", cache=cache).say("y")
-    stream.close()
+    other = Chat(plain_llama, chat_format="zephyr", cache=cache, **GREEDY).stream("y")
+    next(other)
+    with pytest.raises(InputError, match="another generation uses the cache"):
+        stream.read()
+    want = plain_llama.chat([user("y")], chat_format="zephyr", **GREEDY)
+    assert other.read().ids == want.ids
 
 
 def test_a_story_goes_on_from_the_last_message_alone():
@@ -630,7 +694,7 @@ def test_llama_chat_keeps_what_a_cache_has_in_common(plain_llama):
         (
             [user("Hi")],
             {"chat_format": None},
-            "not loaded from a directory.*name one with chat_format=",
+            "not loaded from a directory.*give chat_format=, one of",
         ),
         ([user("Hi"), assistant("Ho")] * 20, {}, r"user, assistant, ... \(40 messages\)"),
         ([user("Hi")], {"answer": 5}, "beginning of the answer is 5"),

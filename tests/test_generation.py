@@ -6,14 +6,13 @@ import pickle
 import re
 import shutil
 import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import TINY, make_llama, make_ops
+from interrupted_lines import interrupted_at_line
 from model_directory import BYTE_PIECES, write_model
 from npllama import threads
 from npllama.config import LlamaConfig
@@ -703,6 +702,10 @@ def test_after_ctrl_c_a_stream_and_a_generation_keep_what_was_said(llama, monkey
         assert len(completion.log_probs) == len(completion.ids)
 
 
+MODULES = ("generation.py", "model.py", "kv_cache.py", "decode_step.py", "row.py")
+"""Those that write to a cache."""
+
+
 @pytest.mark.parametrize(("on", "stride"), [("numpy", 7), ("strict", 97)])
 def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, monkeypatch):
     """At one line in `stride`. In the last lines, which write down what it holds, it may not know
@@ -717,7 +720,7 @@ def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, m
     while was_interrupted:
         cache = llama.new_cache(batch=2, context=30)
         generation = llama.new_generation(prompts, cache=cache, **options)
-        was_interrupted = interrupted_at_line(at, generation.run)
+        was_interrupted = interrupted_at_line(at, generation.run, MODULES)
         for row, prompt in enumerate(prompts):
             assert cache.ids[row] == (prompt + want[row])[: len(cache.ids[row])]
         for _ in range(4):
@@ -730,35 +733,6 @@ def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, m
         assert [c.ids for c in got] == want, f"after Ctrl-C at line {at}"
         at += stride
     assert at > 600
-
-
-def interrupted_at_line(at, run):
-    """Run, with a KeyboardInterrupt at the at-th line of the modules that write to a cache;
-    whether there are so many."""
-    modules = ("generation.py", "model.py", "kv_cache.py", "decode_step.py", "row.py")
-    n_lines = 0
-
-    def trace_lines(frame, event, arg):
-        nonlocal n_lines
-        n_lines += event == "line"
-        if event == "line" and n_lines == at:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace_lines
-
-    def trace_calls(frame, event, arg):
-        path = Path(frame.f_code.co_filename)
-        return trace_lines if path.parent.name == "npllama" and path.name in modules else None
-
-    before = sys.gettrace()
-    sys.settrace(trace_calls)
-    try:
-        run()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 @pytest.mark.parametrize(

@@ -152,19 +152,13 @@ def test_ids_that_are_not_known_are_not_kept(llama, to_device):
     assert cache.lengths == [2] and cache.ids == [[1, 5]]
 
 
-def test_nothing_is_kept_of_no_row_for_no_prompt_or_under_a_generation(llama):
+def test_nothing_is_kept_of_no_row_or_for_no_prompt(llama):
     cache = llama.new_cache()
     for row in (-1, 1):
         with pytest.raises(InputError, match=f"there is no row {row}"):
             cache.keep(row, [1])
     with pytest.raises(InputError, match="the prompt has no ids"):
         cache.keep(0, [])
-    running = iter(llama.new_generation([[1, 5]], cache=cache, temperature=0, ignore_eos=True))
-    next(running)
-    with pytest.raises(InputError, match="a generation uses the cache"):
-        cache.keep(0, [1])
-    running.close()
-    assert cache.keep(0, [1, 5, 9]) == 2
 
 
 @pytest.mark.parametrize(

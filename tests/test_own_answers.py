@@ -179,6 +179,12 @@ def twice(tokenizer, messages, answer):
     return ["".join(texts), 2, *llama_2(tokenizer, messages, answer)]
 
 
+def counted(tokenizer, messages, answer):
+    """A format that looks into the answers without changing them."""
+    n = sum(len(m["content"]) for m in messages if m["role"] == "assistant")
+    return [*llama_2(tokenizer, messages, answer), "." * n]
+
+
 def silent(tokenizer, messages, answer):
     """A format that leaves answers out."""
     return [m["content"] for m in messages if m["role"] == "user"]
@@ -191,7 +197,7 @@ def test_an_answer_that_a_format_changes_is_text():
     ids = encode_chat(BYTES, messages, loud, own_answers=kept)
     plain = [m | {"content": m["content"].replace("ax", "AX")} for m in messages]
     assert ids == encode_chat(BYTES, plain, llama_2, own_answers={3: kept[3]})
-    for chat_format in (twice, silent):
+    for chat_format in (twice, silent, counted):
         want = encode_chat(BYTES, messages, chat_format)
         assert encode_chat(BYTES, messages, chat_format, own_answers=kept) == want
 
