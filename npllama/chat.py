@@ -47,6 +47,7 @@ from npllama.options import (
     add_length,
     add_machine,
     add_model,
+    add_prompt_cache,
     add_stats,
     add_system,
     check_model,
@@ -55,6 +56,7 @@ from npllama.options import (
     unescape_texts,
 )
 from npllama.progress_line import progress_shown
+from npllama.prompt_cache_file import PromptCacheFile, check_options
 
 STORIES = (
     "the model that ships with npllama tells stories and knows no dialogue: it continues each "
@@ -104,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_false",
         help="keep nothing of what is typed for the arrow keys of the next session",
     )
+    add_prompt_cache(p)
     add_machine(p)
     output = p.add_argument_group("what is shown")
     add_stats(output)
@@ -143,17 +146,22 @@ def run(args: argparse.Namespace) -> int:
     if args.escapes:
         unescape_texts(args, ("system",))
     options = generation_options(args)
+    check_options(args.prompt_cache, args.prompt_cache_read_only)
     chat_format, note = chat_format_of(args)
     source = open_source(args)
     llama = load_model(args)
     session = new_session(llama, chat_format, options, args)
     if note is not None:
         tell(f"npllama: {note}")
-    if source.is_typed:
-        tell(f"npllama: {HINT}")
-        talk(session, source)
-    else:
-        serve(session, source)
+    try:
+        if source.is_typed:
+            tell(f"npllama: {HINT}")
+            talk(session, source)
+        else:
+            serve(session, source)
+    finally:  # after Ctrl-C and errors too
+        if session.prompt_cache is not None:
+            session.prompt_cache.save()
     return 0
 
 
@@ -189,19 +197,24 @@ def new_session(
     """A session without messages.
 
     Raises:
-        InputError: an option out of range.
-        TokenizerError: a model without a tokenizer.
+        InputError: an option is out of range, or the file of --prompt-cache cannot be used.
+        TokenizerError: the model has no tokenizer.
     """
     if chat_format is story:
         options = {**options, "fresh_text": False}
+    prompt_cache = None
+    if args.prompt_cache is not None:
+        read_only = args.prompt_cache_read_only
+        prompt_cache = PromptCacheFile(llama, args.prompt_cache, read_only=read_only)
     chat = Chat(
         llama,
         system=args.system,
         chat_format=chat_format,
+        cache=None if prompt_cache is None else prompt_cache.cache,
         drop_old_turns=args.drop or chat_format is story,
         **options,
     )
-    session = Session(chat, shows_stats=args.stats, has_escapes=args.escapes)
+    session = Session(chat, args.stats, args.escapes, prompt_cache)
     session.check_options(options)
     return session
 

@@ -10,19 +10,33 @@ from npllama.conversation import Chat, ChatStream
 from npllama.errors import InputError
 from npllama.escapes import unescape
 from npllama.llama import MAX_NEW_TOKENS
+from npllama.prompt_cache_file import PromptCacheFile
 from npllama.report import print_rows, stats
 
 
 class Session:
     """A dialogue whose answers go to standard output, and notes to standard error.
 
-    Attributes:
+    Args:
         chat: the dialogue.
+        shows_stats: whether statistics follow each answer, as with --stats.
+        has_escapes: whether the texts of commands may hold escapes, as with -e.
+        prompt_cache: the file whose cache the chat uses, if there is one.
+
+    Attributes:
+        chat, prompt_cache: the arguments.
         is_over: whether the user has left.
     """
 
-    def __init__(self, chat: Chat, shows_stats: bool = False, has_escapes: bool = False) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        shows_stats: bool = False,
+        has_escapes: bool = False,
+        prompt_cache: PromptCacheFile | None = None,
+    ) -> None:
         self.chat = chat
+        self.prompt_cache = prompt_cache
         self.is_over = False
         self._shows_stats = shows_stats
         self._has_escapes = has_escapes
@@ -106,6 +120,8 @@ class Session:
         rows = stats(llama, completion.timings, completion.finish_reason, completion.seed)
         prompt = f"{turn.n_prompt} tokens: {turn.n_kept} kept in the cache, {turn.n_read} read"
         used = f"{self.chat.cache.lengths[0]} of {llama.context} tokens"
+        if self.prompt_cache is not None:
+            rows["prompt cache"] = f"{self.prompt_cache.n_kept} tokens loaded"
         print_rows({"prompt": prompt, "context used": used, **rows})
 
     def _answer(self, begin: Callable[[], ChatStream]) -> None:

@@ -175,10 +175,10 @@ def add_prompt_cache(p: argparse.ArgumentParser) -> None:
         "--prompt-cache",
         action=Once,
         metavar="FILE",
-        help="keep what was computed for prompt and completion in this file (about 1 MB per token "
-        "for a model of 7 billion parameters); a later prompt that begins with the same tokens "
-        "reads only the rest; the file is made where there is none, and replaced in one step at "
-        "the end",
+        help="save what was computed for the prompt and the completion, or for the dialogue, to "
+        "this file (about 1 MB per token for a model of 7 billion parameters); a later run "
+        "computes only what follows the tokens that both begin with; the file is created if there "
+        "is none, and replaced in one step at the end",
     )
     reuse.add_argument(
         "--prompt-cache-read-only",

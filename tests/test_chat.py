@@ -14,8 +14,10 @@ from model_directory import write_model
 from npllama import Chat, chat, load
 from npllama.chat import main, parser
 from npllama.chat_commands import COMMANDS, command_words
+from npllama.chat_formats import zephyr
 from npllama.config import LlamaConfig
 from npllama.console import ReaderLeftError
+from npllama.dialogue import encode_chat
 from npllama.errors import InputError
 from npllama.generation import Generation
 from npllama.interrupts import Interrupts
@@ -449,6 +451,70 @@ def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch
     monkeypatch.setattr(Chat, "stream", leave)
     with pytest.raises(ReaderLeftError):
         talk("Hi", "You")
+
+
+# -- a prompt cache
+
+
+def first_turn(err):
+    """The rows of the first --stats."""
+    rows = [line for line in err.splitlines() if line[:20].strip() in ("prompt", "prompt cache")]
+    return {line[:20].strip(): line[21:] for line in rows[:2]}
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_resumed_chat_reads_only_what_its_file_lacks(call, dialogue, tmp_path, loads):
+    file, saved = tmp_path / "cache", tmp_path / "saved.json"
+    options = ("--system", "S" * 30, "--prompt-cache", str(file), "--stats")
+    code, _, err = call(f"Hi\n/save {saved}\n", *options)
+    assert code == 0 and first_turn(err)["prompt cache"] == "0 tokens loaded"
+    stored = dialogue.llama.load_cache(file).ids[0]
+    lines = f"/load {saved}\nYou\nAnd\n" if loads else "Other\nAnd\n"
+    plain = call(lines, "--system", "S" * 30)
+    code, out, err = call(lines, *options)
+    assert (code, out) == plain[:2] and out.count("\n") >= 2
+
+    messages = [{"role": "system", "content": "S" * 30}, {"role": "user", "content": "Other"}]
+    if loads:
+        messages = [*json.loads(saved.read_text()), {"role": "user", "content": "You"}]
+    ids = encode_chat(dialogue.llama.tokenizer, messages, zephyr)
+    n_kept = next(i for i, id_ in enumerate(ids) if stored[i : i + 1] != [id_])
+    assert n_kept > (60 if loads else 30)
+    assert first_turn(err) == {
+        "prompt": f"{len(ids)} tokens: {n_kept} kept in the cache, {len(ids) - n_kept} read",
+        "prompt cache": f"{len(stored)} tokens loaded",
+    }
+    now = dialogue.llama.load_cache(file).ids[0]
+    assert now[: len(ids)] == ids and len(now) > len(ids) + 20  # both turns
+
+
+def test_the_cache_is_saved_however_a_chat_ends(call, dialogue, tmp_path, monkeypatch):
+    dialogue.say("Hi")
+    kept = dialogue.cache.ids[0]
+
+    def stored(lines, code):
+        file = tmp_path / f"cache {len(os.listdir(tmp_path))}"
+        assert call(lines, "--prompt-cache", str(file))[0] == code
+        return dialogue.llama.load_cache(file).ids[0]
+
+    assert stored("Hi\n", 0) == stored("Hi\n/bye\nYou\n", 0) == stored("Hi\n/nothing\n", 2) == kept
+    interrupt_generations(monkeypatch, after=8)
+    assert len(kept) > len(stored("Hi\n", 130)) > len(kept) - 12
+
+
+def test_the_cache_is_read_only_or_refused_before_the_first_message(call, model, tmp_path):
+    file = tmp_path / "cache"
+    wrong = ("--prompt-cache", str(file), "--prompt-cache-read-only")
+    assert "does not exist" in error_line(call, "Hi\n", *wrong)
+    assert "give both" in error_line(call, "Hi\n", wrong[-1])
+    assert call("/help\n", *wrong[:2])[0] == 0 and not file.exists()  # there is nothing to save
+    answers = call("Hi\n", *wrong[:2])[1]
+    content = file.read_bytes()
+    assert call("Hi\nYou\n", *wrong)[1].startswith(answers)
+    assert file.read_bytes() == content
+    other = str(write_model(tmp_path / "other", CONFIG, seed=1))
+    line = error_line(call, "Hi\n", *wrong, "--model", other)
+    assert "prompt cache of another model" in line
 
 
 # -- what a message is
