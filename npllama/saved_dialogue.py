@@ -1,11 +1,11 @@
-"""Dialogues in files: a JSON list of messages."""
+"""Dialogues in files: each is a JSON list of messages."""
 
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from npllama.atomic_file import atomic_file
 from npllama.dialogue_parts import Message
 from npllama.errors import InputError
 from npllama.small_file import MAX_JSON, parse_json, read_small_file
@@ -16,31 +16,16 @@ _ROLES = ("system", "user", "assistant")
 def save_dialogue(path: Path, messages: Sequence[Message]) -> None:
     """Write messages to a file, whole or not at all.
 
-    A dialogue that stands there is replaced, another kind of file is not.
+    A saved dialogue at `path` is replaced; another file is not. A link is followed.
 
     Raises:
-        InputError: something else stands there, or the file cannot be written.
+        InputError: another file is at `path`, or it cannot be written.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(path))
     _check_replaceable(path)
     content = json.dumps(list(messages), ensure_ascii=False, indent=1) + "\n"
-    new = path.with_name(f".{path.name[:200]}.{os.getpid()}.partial")
-    try:
-        try:
-            mode = path.stat().st_mode & 0o777 if path.exists() else 0o666
-            with open(new, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-                file.write(content.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            if path.exists():
-                new.chmod(mode)  # without the umask
-            os.replace(new, path)
-        except BaseException:
-            with suppress(OSError):
-                new.unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode("utf-8"))
 
 
 def _check_replaceable(path: Path) -> None:
