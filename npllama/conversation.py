@@ -264,14 +264,22 @@ class Chat:
             shorter = self._prompt_without(choices[min(at, len(choices) - 1)], messages, begun)
             prompt = min(prompt, shorter, key=lambda prompt: len(prompt.ids))
         if len(prompt.ids) >= context:
-            is_one = n_turns - prompt.n_left_out <= 1
-            found = "message, its system prompt and" if is_one else "dialogue and"
-            action = "shorten the message" if is_one else "remove turns with undo() or clear()"
-            raise InputError(
-                f"the {found} the markup of the chat format have {len(prompt.ids)} tokens, and the "
-                f"context has room for {context}, answer included: {action}"
-            )
+            raise InputError(self._too_long(prompt, messages))
         return prompt
+
+    def _too_long(self, prompt: _Prompt, messages: list[Message]) -> str:
+        """What to say if a prompt leaves the context no room for an answer."""
+        found, action = "the dialogue has", "undo turns, clear the dialogue, or drop old turns"
+        if len(_users(messages)) - prompt.n_left_out <= 1:
+            found, action = "the message has", "shorten the message"
+            if _n_system(messages):
+                found, action = "the message and the system prompt have", "shorten one of them"
+        if self.cache.context < self.llama.config.longest_context:
+            action += ", or give a larger context"
+        return (
+            f"{found} {len(prompt.ids)} tokens in the chat format, and the context has room for "
+            f"{self.cache.context} tokens of prompt and answer: {action}"
+        )
 
     def _prompt_without(self, n_turns: int, messages: list[Message], begun: str) -> _Prompt:
         """The prompt of a dialogue without its oldest turns."""

@@ -313,7 +313,13 @@ def test_a_full_context_leaves_old_turns_out_or_is_an_error(call):
     assert code == 2
     error = err.replace(CUT, "")
     assert error.startswith("npllama: error: standard input, line ") and error.count("\n") == 1
-    assert "the context has room for 512" in error
+    assert "the dialogue has 5" in error and error.endswith(
+        " tokens in the chat format, and the context has room for 512 tokens of prompt and "
+        "answer: undo turns, clear the dialogue, or drop old turns\n"
+    )
+    line = error_line(call, "a" * 300, "--system", "S", "--context", "300")
+    assert "line 1: the message and the system prompt have 3" in line
+    assert line.endswith("answer: shorten one of them, or give a larger context\n")
 
 
 def test_an_answer_that_the_context_ends_says_so(call):
@@ -439,7 +445,7 @@ def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch
     assert out.count("\n") >= 1 and session.chat.messages == []
     lines = err.replace(CUT, "").splitlines()
     assert lines[0].startswith("npllama: there is no command '/nothing'")
-    assert "npllama: the message, its system prompt and the markup" in lines[1]
+    assert lines[1].endswith("tokens of prompt and answer: shorten the message")
     assert lines[2] == "npllama: out of memory: /clear or /undo makes the dialogue shorter"
     assert lines[3:] == [
         "taken back with its answer: Hi", "npllama: there is no message to take back", "",

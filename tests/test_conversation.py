@@ -532,9 +532,7 @@ def test_the_room_for_an_answer_is_its_most_tokens_up_to_a_quarter(short_llama):
 
 def test_without_leaving_out_a_full_context_is_refused(short_llama):
     chat = Chat(short_llama, chat_format="llama-2", drop_old_turns=False, **GREEDY)
-    with pytest.raises(
-        InputError, match=r"the dialogue and .* have 2\d\d tokens, .* for 200, answer"
-    ):
+    with pytest.raises(InputError, match=r"^the dialogue has 2\d\d tokens .* for 200 tokens of"):
         for _ in range(20):
             chat.say("Hi")
     assert chat.messages[-1]["role"] == "assistant" and chat.turn.n_dropped == 0
@@ -547,11 +545,11 @@ def test_without_leaving_out_a_full_context_is_refused(short_llama):
 def test_a_message_that_does_not_fit_alone_is_refused(short_llama):
     chat = full(short_llama)
     before = [dict(m) for m in chat.messages]
-    with pytest.raises(InputError, match=r"have \d+ tokens, .*: shorten the message$") as e:
+    with pytest.raises(InputError, match=r"have \d+ tokens .*: shorten one of them$") as e:
         chat.say("x" * 190)
     assert "\n" not in str(e.value) and chat.messages == before
     chat = Chat(short_llama, chat_format=story, **GREEDY)
-    with pytest.raises(InputError, match=r"have 200 tokens"):
+    with pytest.raises(InputError, match=r"^the message has 200 tokens .*: shorten the message$"):
         chat.say("x" * 198)
     assert len(chat.say("x" * 197).ids) == 1
     chat = full(short_llama)
