@@ -5,7 +5,7 @@ from collections import Counter
 
 import npllama
 from conftest import ROOT
-from npllama.generate import parser
+from npllama import chat, generate
 from npllama.ops import Ops
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,7 +57,8 @@ def test_the_readme_is_short():
 
 
 def test_every_option_of_the_command_line_is_named():
-    options = {option for action in parser()._actions for option in action.option_strings}
+    parsers = (chat.parser(), generate.parser())
+    options = {o for parser in parsers for action in parser._actions for o in action.option_strings}
     assert not [o for o in options - {"-h", "--help", "--model"} if f"`{o}" not in README]
 
 
