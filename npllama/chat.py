@@ -1,12 +1,13 @@
 """python -m npllama.chat: a dialogue with a model, at a terminal or through pipes.
 
-Answers go to stdout as they are made, everything else to stderr. Exit codes: 0 at the end of
-input, 2 for input that cannot be served (one line says why), 130 after Ctrl-C in a pipe. At a
-terminal Ctrl-C stops the answer, and what cannot be served is a line, after which the dialogue
-goes on.
+Answers go to standard output as they are generated, and everything else to standard error.
+
+At a terminal, Ctrl-C stops the answer. Wrong input is reported in one line, and the dialogue
+continues. Through a pipe, Ctrl-C and wrong input end the program, with exit code 130 and 2. The
+exit code at the end of input is 0.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -24,9 +25,6 @@ from npllama.chat_formats import story
 from npllama.chat_session import Session
 from npllama.console import (
     OutputError,
-    ReaderLeftError,
-    check_output,
-    exit_code,
     open_streams,
     started_as,
     tell,
@@ -40,6 +38,7 @@ from npllama.interrupts import Interrupts
 from npllama.llama import Llama
 from npllama.message_input import Entry, PipedInput, Source, TypedInput, read_entry
 from npllama.options import (
+    CONTROL_TOKENS,
     Parser,
     add_chat_format,
     add_choice,
@@ -53,14 +52,14 @@ from npllama.options import (
     check_model,
     generation_options,
     load_model,
+    run_program,
     unescape_texts,
 )
-from npllama.progress_line import progress_shown
 from npllama.prompt_cache_file import PromptCacheFile, check_options
 
 STORIES = (
-    "the model that ships with npllama tells stories and knows no dialogue: it continues each "
-    "line as a story of its own; --model DIR takes a chat model"
+    "the model that ships with npllama tells stories and cannot chat: it continues each line as a "
+    "separate story; load a chat model with --model DIR"
 )
 HINT = "/help lists the commands; Ctrl-D leaves"
 
@@ -76,9 +75,9 @@ def parser() -> argparse.ArgumentParser:
         prog=started_as("chat", "python -m npllama.chat"),
         description="Talk with a LLaMA-2 chat model. At a terminal, Ctrl-C stops an answer, "
         'Ctrl-D leaves, """ begins and ends a message of several lines, and /help lists the '
-        "commands. Through a pipe, each line of standard input is a message, or a command where "
-        "it begins with / (// begins a message with /), and each answer goes to standard output "
-        "with a line end behind it; the first line that cannot be served ends the program.",
+        "commands. Through a pipe, each line of standard input is a message, or a command if it "
+        "begins with / (write // for a message that begins with /). Each answer is written to "
+        "standard output with a line end. The first line with an error ends the program.",
         epilog='Example: python -m npllama.chat --model ./llama-2-7b-chat --system "Be brief."',
     )
     add_model(p)
@@ -88,8 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
     chat = p.add_argument_group(
         "the dialogue",
-        "A message can make no control token, whatever it says. Tags that are plain text, such as "
-        "[INST], stay text in a message, and the model may take them for tags.",
+        CONTROL_TOKENS,
     )
     add_system(chat)
     add_chat_format(chat)
@@ -97,14 +95,14 @@ def parser() -> argparse.ArgumentParser:
         "--no-drop",
         dest="drop",
         action="store_false",
-        help="where the context is full, refuse the message; without it the oldest messages are "
-        "left out with their answers, and a line says so",
+        help="refuse a message if the context is full; without this option, the oldest messages "
+        "and their answers are left out, and a line reports it",
     )
     chat.add_argument(
         "--no-history",
         dest="history",
         action="store_false",
-        help="keep nothing of what is typed for the arrow keys of the next session",
+        help="do not save what you type for the arrow keys of the next session",
     )
     add_prompt_cache(p)
     add_machine(p)
@@ -117,31 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
     args = parser().parse_args(argv)
-
-    def work() -> int:
-        check_output()
-        try:
-            with progress_shown("npllama"):
-                return run(args)
-        except ReaderLeftError:
-            return 0
-
-    return exit_code(
-        "npllama",
-        work,
-        interrupted=lambda: None,  # what was said until then is there
-        out_of_memory="use a shorter --context or a narrower --dtype",
-    )
+    advice = "use a shorter --context or a narrower --dtype"
+    return run_program(lambda: run(args), out_of_memory=advice)
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the parsed arguments ask for; the exit code."""
+    """Do what the parsed arguments ask for, and return the exit code."""
     check_model(args)
     for option, value in (("--system", args.system), ("--chat-format", args.chat_format)):
         if value is not None and args.model is None:
             raise InputError(
-                f"{option} is for a chat model, and the one that ships with npllama tells "
-                f"stories: give --model DIR, or leave out {option}"
+                f"{option} needs a chat model, and the model that ships with npllama cannot "
+                f"chat: give --model DIR, or leave out {option}"
             )
     if args.escapes:
         unescape_texts(args, ("system",))
@@ -166,26 +151,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
-    """The model's chat format, and what to say of it where it has none.
+    """The model's chat format, and a note if the model may have another one, or none.
 
     Raises:
-        TokenizerError: a chat template that is damaged.
+        TokenizerError: the chat template is damaged.
     """
     if args.model is None:
         return story, STORIES
-    directory = Path(args.model) if os.path.isdir(args.model) else None  # load says what it is
+    directory = Path(args.model) if os.path.isdir(args.model) else None  # load reports others
     chat_format, note = find_chat_format(directory, args.chat_format)
     if note is not None:
         note = (
             f"{args.model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
-            "messages are put into Llama-2-chat's format; name another with --chat-format, or use "
-            "npllama generate if it is no chat model"
+            "Llama-2-chat's format is used; name another with --chat-format, or use npllama "
+            "generate if it is no chat model"
         )
     return chat_format, note
 
 
 def open_source(args: argparse.Namespace) -> Source:
-    """Where messages come from: a terminal, or a pipe or file."""
+    """The source of the messages: a terminal, or a pipe or file."""
     if sys.stdin is None or not sys.stdin.isatty():
         return PipedInput()
     return TypedInput(History(history_file() if args.history else None), command_words())
@@ -228,10 +213,10 @@ def do(session: Session, entry: Entry) -> None:
 
 
 def talk(session: Session, source: Source) -> None:
-    """A dialogue at a terminal, until the user leaves it.
+    """Hold a dialogue at a terminal, until the user leaves.
 
     Raises:
-        OutputError: standard output is gone.
+        OutputError: standard output cannot be written.
     """
     with Interrupts() as interrupts:
         while not session.is_over:
@@ -245,17 +230,17 @@ def talk(session: Session, source: Source) -> None:
                 tell(f"npllama: {error}")
                 continue
             if entry is None:
-                tell("")  # the prompt's line ends
+                tell("")  # a line end after the prompt sign
                 return
             with suppress(KeyboardInterrupt), interrupts.heard():
                 try_to_do(session, entry)
 
 
 def try_to_do(session: Session, entry: Entry) -> None:
-    """As `do`, with a line on standard error where that is not possible.
+    """As `do`; an error is one line on standard error.
 
     Raises:
-        OutputError: standard output is gone.
+        OutputError: standard output cannot be written.
     """
     try:
         do(session, entry)
@@ -266,14 +251,14 @@ def try_to_do(session: Session, entry: Entry) -> None:
     except (MemoryError, RuntimeError) as error:
         if (memory := exhausted(error)) is None:
             raise
-        tell(f"npllama: out of {memory}: /clear or /undo makes the dialogue shorter")
+        tell(f"npllama: out of {memory}: shorten the dialogue with /undo or /clear")
 
 
 def serve(session: Session, source: Source) -> None:
-    """A dialogue through a pipe: the first line that cannot be served ends it.
+    """Hold a dialogue through a pipe, until the input ends.
 
     Raises:
-        InputError: such a line; the message names it.
+        InputError: a line has an error; the message has its number.
     """
     while not session.is_over and (entry := read_entry(source)) is not None:
         try:

@@ -1,10 +1,10 @@
 """python -m npllama.generate: continue a prompt from the command line.
 
-The text goes to stdout as it is made, everything else to stderr. Exit codes: 0, 2 for input
-that cannot be served (one line says why), 130 after Ctrl-C.
+Text goes to standard output as it is generated, and everything else to standard error. Exit codes:
+0, 2 for wrong input (with one line that says why), and 130 after Ctrl-C.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the other imports, which take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -23,8 +23,6 @@ from npllama.completion import Completion
 from npllama.console import (
     INTERRUPTED,
     ReaderLeftError,
-    check_output,
-    exit_code,
     open_streams,
     reason,
     show,
@@ -39,6 +37,7 @@ from npllama.errors import InputError
 from npllama.generation import Generation
 from npllama.llama import Llama
 from npllama.options import (
+    CONTROL_TOKENS,
     Once,
     Parser,
     add_chat_format,
@@ -51,23 +50,29 @@ from npllama.options import (
     add_stats,
     add_system,
     check_model,
+    flag,
     generation_options,
     load_model,
+    run_program,
     unescape_texts,
 )
-from npllama.progress_line import progress_shown
 from npllama.prompt_cache_file import PromptCacheFile, check_options
 from npllama.report import print_rows, stats
 from npllama.special_tokens import encode_special
 
 STANDARD_INPUT = "standard input"
 BATCH_SIZE = 32
-"""Prompts that are decoded together by default. More gain little: see tools/README.md."""
+"""Prompts that are decoded together by default. More prompts gain little: see tools/README.md."""
 
 
 class _Parser(Parser):
-    """The options, of which a text is required: argparse would check that before it finds words
-    that belong to no option, so `parse_args` does.
+    """The parser of generate, which requires --prompt or --prompt-file.
+
+    argparse checks a required group first, and would report it as missing instead of a word that
+    belongs to no option. `parse_args` therefore checks the words first.
+
+    Attributes:
+        text: the group of the two options.
     """
 
     texts = "--prompt"
@@ -75,7 +80,7 @@ class _Parser(Parser):
     text: argparse._MutuallyExclusiveGroup
 
     def format_help(self) -> str:
-        self.text.required = True  # as the usage shows it
+        self.text.required = True  # for the usage
         try:
             return super().format_help()
         finally:
@@ -119,16 +124,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--special",
         action="store_true",
-        help="control tokens written in the prompt count: </s>, say, and the added tokens of "
-        "tokenizer.json; without it they are text like any other",
+        help="read the names of control tokens, such as </s>, and of the added tokens of "
+        "tokenizer.json in the prompt as these tokens; without it they are plain text",
     )
 
     p.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help="prompts of --prompt-file that are decoded together; the next one begins where one "
-        f"has ended (default: {BATCH_SIZE}, or as many as fit the memory)",
+        help="number of prompts of --prompt-file that are decoded together; when one ends, the "
+        f"next one begins (default: {BATCH_SIZE}, or as many as fit the memory)",
     )
 
     add_length(p)
@@ -136,11 +141,10 @@ def parser() -> argparse.ArgumentParser:
 
     chat = p.add_argument_group(
         "chat, for models that are made for it",
-        "A message can make no control token, whatever it says. Tags that are plain text, such as "
-        "[INST], stay text in a message, and the model may take them for tags.",
+        CONTROL_TOKENS,
     )
     chat.add_argument(
-        "--chat", action="store_true", help="the prompt is a message to be answered, not a text"
+        "--chat", action="store_true", help="answer the prompt as a message, not as a text"
     )
     add_system(chat)
     chat.add_argument(
@@ -165,14 +169,14 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         const=0,
         metavar="N",
-        help="show each token's log-probability, on standard error or in --json, and with a number "
-        "the N tokens, up to 20, that were likeliest in its place",
+        help="show the log-probability of each token, on standard error or in --json; with N (up "
+        "to 20), also the N most likely tokens at each position",
     )
     add_stats(output)
     output.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object a prompt instead of text; "
+        help="print one line of JSON per prompt instead of text; "
         'its "timings" are those of all "rows" of the batch together',
     )
     return p
@@ -182,33 +186,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     open_streams()
     args = parser().parse_args(argv)
-
-    def work() -> int:
-        check_output()
-        try:
-            with progress_shown("npllama"):
-                return run(args)
-        except ReaderLeftError:
-            return 0
-
-    return exit_code(
-        "npllama",
-        work,
-        interrupted=lambda: None,  # it came before there was any text
-        out_of_memory="use a shorter --context, a narrower --dtype or fewer prompts",
-    )
+    advice = "use a shorter --context, a narrower --dtype or fewer prompts"
+    return run_program(lambda: run(args), out_of_memory=advice)
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the parsed arguments ask for; the exit code."""
+    """Do what the parsed arguments ask for, and return the exit code."""
     check_model(args)
-    if args.system is not None and not args.chat:
-        raise InputError("--system is for --chat: give both, or neither")
-    if (args.answer is not None or args.chat_format is not None) and not args.chat:
-        option = "--chat-format" if args.answer is None else "--answer"
-        raise InputError(f"{option} is for --chat: give both, or neither")
-    if args.special and args.chat:
-        raise InputError("--special is for a text, not for --chat's messages: give one of them")
+    check_combinations(args)
     if args.escapes:
         unescape_texts(args, ("prompt", "system", "answer"))
     options = generation_options(args)
@@ -230,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if chat_note is not None:
         tell(f"npllama: {chat_note}")
-    interrupted = reader_left = False
+    interrupted = False
     try:
         if args.json:
             print_json(generation, prompts, llama, args.logprobs is not None)
@@ -243,13 +228,11 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     except ReaderLeftError:
-        reader_left = True
-    if reader_left:
         if prompt_cache is not None:
             prompt_cache.save()
         return 0
     if args.logprobs is not None and not args.json:
-        # first those that were begun, since `completion` ends a row
+        # a list, because `completion` ends a row
         begun = [row for row in generation.rows if generation.has_begun(row)]
         for row in begun:
             if len(prompts) > 1:
@@ -265,24 +248,33 @@ def run(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def check_combinations(args: argparse.Namespace) -> None:
+    """Raise InputError for options that need another option, or exclude one."""
+    for name in ("system", "answer", "chat_format"):
+        if getattr(args, name) is not None and not args.chat:
+            raise InputError(f"{flag(name)} is for --chat: give both, or neither")
+    if args.special and args.chat:
+        raise InputError("--special is for a text, not for --chat's messages: give one of them")
+
+
 def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
-    """The model's chat format, and what to say of it where it is not known for sure.
+    """The model's chat format, and a note if the model may have another one.
 
     Raises:
-        InputError: the model that ships, which knows none.
-        TokenizerError: a chat template that is damaged.
+        InputError: the model is the one that ships with npllama, which cannot chat.
+        TokenizerError: the chat template is damaged.
     """
     if args.model is None:
         raise InputError(
             "--chat needs a chat model, and the one that ships with npllama tells stories: give "
             "--model DIR, or leave out --chat"
         )
-    directory = Path(args.model) if os.path.isdir(args.model) else None  # load says what it is
+    directory = Path(args.model) if os.path.isdir(args.model) else None  # load reports others
     return find_chat_format(directory, args.chat_format)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt or of --prompt-file's lines; "-" for standard input."""
+    """The prompt of --prompt, or the lines of --prompt-file; "-" is standard input."""
     if args.prompt_file is None:
         if args.prompt != "-":
             return [args.prompt]
@@ -301,7 +293,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def file_name(args: argparse.Namespace) -> str:
-    """What messages call the file of --prompt-file."""
+    """The name of --prompt-file in messages."""
     return STANDARD_INPUT if args.prompt_file == "-" else args.prompt_file
 
 
@@ -315,7 +307,7 @@ def _standard_input() -> bytes:
 
 
 def _decoded(content: bytes, name: str) -> str:
-    """UTF-8, with or without a byte order mark, its line ends made "\\n"."""
+    """The text of UTF-8 bytes, without a byte order mark and with "\\n" as line ends."""
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -330,10 +322,11 @@ def encode_prompts(
     args: argparse.Namespace,
     chat_format: ChatFormat | None = None,
 ) -> list:
-    """Each prompt's ids.
+    """The ids of each prompt.
 
     Raises:
-        InputError: a prompt that cannot be served; of --prompt-file its line is named.
+        InputError: a prompt cannot be encoded or does not fit; the message has its line in
+            --prompt-file.
     """
     if args.prompt_file is None:
         return [encode_prompt(llama, prompt, args, chat_format) for prompt in prompts]
@@ -350,11 +343,11 @@ def encode_prompts(
 def encode_prompt(
     llama: Llama, prompt: str, args: argparse.Namespace, chat_format: ChatFormat | None = None
 ) -> list[int]:
-    """A prompt's ids: as text, with --special also of tokens that it names, or in a chat format
-    as a dialogue of one message."""
+    """The ids of a prompt: of a text, of a text with names of control tokens (--special), or of a
+    dialogue of one message (--chat)."""
     if chat_format is None and not args.special:
         return llama.encode(prompt)
-    llama.encode("")  # says what is missing where there is no tokenizer
+    llama.encode("")  # raises an error if there is no tokenizer
     if args.special:
         return encode_special(llama.tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}]
@@ -366,7 +359,7 @@ def encode_prompt(
 def open_prompt_cache(
     llama: Llama, ids: Sequence[int], args: argparse.Namespace
 ) -> PromptCacheFile | None:
-    """The file of --prompt-cache, with room for the prompt and its completion."""
+    """The file of --prompt-cache, with positions for the prompt and its completion."""
     if args.prompt_cache is None:
         return None
     n_positions = len(llama.to_tokens(ids)) + max(args.max_new_tokens, 0)
@@ -381,7 +374,10 @@ def default_batch_size(llama: Llama, prompts: Sequence[Sequence[int]], n_new: in
 
 
 class Progress:
-    """A line on a terminal that does not show the text itself: prompts done, tokens a second."""
+    """A line on a terminal that shows finished prompts and tokens per second.
+
+    It is shown for several prompts whose text goes to a file or a pipe.
+    """
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -392,13 +388,13 @@ class Progress:
         self._next = 0.0
 
     def update(self) -> None:
-        """Show how far it is, some times a second."""
+        """Update the line, at most four times a second."""
         now = time.monotonic()
         if not self._is_shown or now < self._next:
             return
         self._next = now + 0.25
-        if self._bar is None:  # not before: until then the line is that of the prompts' reading
-            from tqdm import tqdm  # not for --help
+        if self._bar is None:  # not earlier: reading the prompts has a line of its own
+            from tqdm import tqdm  # here, to keep --help fast
 
             self._bar = tqdm(total=len(self._generation.rows), unit="prompt", leave=False)
         self._bar.n = sum(row.finish_reason is not None for row in self._generation.rows)
@@ -407,7 +403,7 @@ class Progress:
         self._bar.refresh()
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._bar is not None:
             self._bar.close()
 
@@ -415,8 +411,10 @@ class Progress:
 def print_json(
     generation: Generation, prompts: Sequence[str], llama: Llama, log_probs: bool
 ) -> None:
-    """A line a row, in order, each as soon as it and all before it have ended; after Ctrl-C those
-    of all rows that have begun."""
+    """Write one line per row, in order, each when the row and all rows before it have ended.
+
+    After Ctrl-C, write the rows that have begun.
+    """
     rows = deque(generation.rows)
 
     def write_next() -> None:
@@ -439,11 +437,14 @@ def print_json(
 
 
 def print_text(generation: Generation, heads: Sequence[str]) -> None:
-    """Each row's head and completion in order: the first unfinished row as its text is made,
-    the others when their turn comes."""
+    """Write the head and the completion of each row, in order.
+
+    The first unfinished row is written as its text is generated. The text of the others waits
+    until the rows before them have ended.
+    """
     waiting = list(heads)
     turn = 0
-    # with the first piece: until then a terminal's line belongs to the progress
+    # written with the first piece, because until then the terminal's line shows progress
     head, waiting[0] = waiting[0], ""
     progress = Progress(generation)
     try:
@@ -458,7 +459,7 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
             while turn < len(waiting) - 1 and generation.rows[turn].finish_reason is not None:
                 turn += 1
                 show("\n" + waiting[turn])
-    finally:  # all that was said, also after Ctrl-C
+    finally:  # after Ctrl-C too: the rest of the text
         progress.close()
         show(head + generation.rows[turn].interrupt())
         for row in filter(generation.has_begun, generation.rows[turn + 1 :]):
@@ -467,8 +468,8 @@ def print_text(generation: Generation, heads: Sequence[str]) -> None:
 
 
 def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) -> str:
-    """One line of JSON about one completion; its "timings" are those of its whole batch, whose
-    size is their "rows"."""
+    """One line of JSON for a completion. The "timings" are those of the whole batch, which has
+    "rows" rows."""
     fields = {
         "prompt": prompt,
         **asdict(completion),
@@ -484,19 +485,20 @@ def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) 
 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:
-    """A table of id, log-probability, piece, and the likeliest pieces where they are known."""
+    """Write a table of id, log-probability and piece, with the most likely pieces if known."""
     likeliest = completion.top_logprobs
     tell(f"{'id':>6} {'log p':>9}  {'piece' if likeliest is None else 'piece           likeliest'}")
     for i, (id_, log_prob) in enumerate(zip(completion.ids, completion.log_probs, strict=True)):
         line = f"{id_:>6} {log_prob:>9.4f}  {llama.tokenizer.piece(id_)!r}"
         if likeliest is not None:
-            told = "  ".join(f"{token.text!r} {token.log_prob:.4f}" for token in likeliest[i])
-            line = f"{line:<33} {told}"
+            listed = "  ".join(f"{token.text!r} {token.log_prob:.4f}" for token in likeliest[i])
+            line = f"{line:<33} {listed}"
         tell(line)
 
 
 def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:
-    """What to say of prompts that left no room for a new token, if any did."""
+    """A note about prompts that fill the context, so that no token can follow; None if none
+    does."""
     full = [
         i for i, one in enumerate(completions, 1) if one.finish_reason == "length" and not one.ids
     ]
@@ -507,13 +509,13 @@ def no_room(completions: Sequence[Completion], llama: Llama) -> str | None:
         what = f"{len(full)} of {len(completions)} prompts fill (the first is number {full[0]})"
     larger = " or give a larger --context" if llama.context < llama.config.longest_context else ""
     return (
-        f"{what} the context of {llama.context} tokens, so there was room for no new token: "
+        f"{what} the context of {llama.context} tokens, so there is no room for a new token: "
         f"shorten it{larger}"
     )
 
 
 def finish_reasons(completions: Sequence[Completion]) -> str:
-    """Why the completions ended: "eos" of one, "120 eos, 80 length" of many."""
+    """Why the completions ended: "eos" for one, "120 eos, 80 length" for many."""
     counts = Counter(completion.finish_reason for completion in completions)
     if len(completions) == 1:
         return next(iter(counts))
@@ -523,7 +525,7 @@ def finish_reasons(completions: Sequence[Completion]) -> str:
 def print_stats(
     llama: Llama, generation: Generation, prompt_cache: PromptCacheFile | None = None
 ) -> None:
-    """Speed, memory, and what is needed to have the same text again."""
+    """Write speed, memory and the settings that reproduce the text to standard error."""
     finish = finish_reasons(generation.completions())
     rows = stats(llama, generation.timings, finish, generation.seed)
     if prompt_cache is not None:

@@ -1,7 +1,7 @@
-"""The KV cache: keys and values of all past positions, in buffers allocated once.
+"""The KV cache: keys and values of all past positions, in buffers that are allocated once.
 
-Generation reads every past key and value at each step and computes only the new ones. Buffers
-have room for the whole context from the start and are written in place ever after.
+A generation step reads all past keys and values, and computes only the new ones. The buffers are
+allocated for the whole context and are then written in place.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +14,8 @@ from npllama.decode_step import StepBuffers
 from npllama.errors import InputError
 
 BUCKET = 256
-"""Lengths of a row are rounded up to multiples of this where an operation's shape depends on them:
-a step that is captured for one bucket is replayed for all lengths in it."""
+"""An operation whose shape depends on the length of a row rounds it up to a multiple of this.
+A step that is captured for one bucket can then be replayed for all lengths in it."""
 
 
 def whole_buckets(length: int) -> int:
@@ -24,8 +24,11 @@ def whole_buckets(length: int) -> int:
 
 
 def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
-    """The number of first ids that a list and a prompt have in common, without the prompt's last
-    id."""
+    """The length of the common prefix of a list of ids and a prompt.
+
+    The last id of the prompt does not count: the model reads it in any case, since it predicts the
+    next token.
+    """
     most = min(len(held), max(len(ids) - 1, 0))
     pairs = enumerate(zip(held[:most], ids, strict=False))
     return next((i for i, (one, other) in pairs if one != other), most)
@@ -33,11 +36,11 @@ def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the T new tokens of each of B rows go, as far as the host knows.
+    """Where the T new tokens of each of B rows go, as the host knows it.
 
     Attributes:
         rows: B rows of the cache.
-        starts: S of each row, host integers: its first new token's position.
+        starts: S of each row, the position of its first new token, as host integers.
         n_new: T.
         bucket: N of the longest row, rounded up to a multiple of BUCKET and at most the context.
         device_rows: (B,) int32, `rows` on the device.
@@ -54,8 +57,8 @@ class Place:
 class Positions(Place):
     """A place, and the same positions on the device.
 
-    NumPy slices by the host's integers. A step that is captured and replayed reads the arrays
-    alone, for the host's integers are those of the step that was captured.
+    NumPy slices by the host's integers. A replayed step reads only the arrays, because the host's
+    integers are still those of the step that was captured.
 
     Attributes:
         device_starts: (B,) int32, `starts` on the device.
@@ -86,18 +89,18 @@ class LayerCache:
 class KVCache:
     """Keys and values of `batch` rows, each with room for `context` positions.
 
-    Memory: 2 * L * B * K * context * C numbers of `dtype`, and `scratch_size` float32.
-    Rows are ragged: each has a length of its own, and nothing is padded.
+    Memory: 2 * L * B * K * context * C elements of `dtype`, and `scratch_size` of float32.
+    Rows are ragged: they may have different lengths, and there is no padding.
 
     Attributes:
-        layers: a LayerCache for each layer.
-        lengths: positions filled in each row (host integers).
+        layers: a LayerCache per layer.
+        lengths: number of filled positions per row, as host integers.
         device_lengths: (batch,) int32, the same on the device.
-        ids: the token ids that each row holds, as far as they are known: those of
-            `Transformer.prefill` and of a generation.
-        user: the generation that writes to it now, if one does.
-        step_buffers: what else a decode step reads and writes.
-        captured: what `Ops.compile` keeps with the arrays whose addresses it holds.
+        ids: the token ids of each row, if `Transformer.prefill` or a generation wrote them. A row
+            may have more positions than known ids.
+        user: the generation that writes to the cache now, or None.
+        step_buffers: the other arrays that a decode step reads and writes.
+        captured: the steps that `Ops.compile` has captured with the addresses of these arrays.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class KVCache:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the keys and values."""
+        """The dtype of keys and values."""
         return self._all[0].dtype
 
     def __repr__(self) -> str:
@@ -148,19 +151,19 @@ class KVCache:
     def nbytes(
         n_layers: int, n_kv_heads: int, head_dim: int, batch: int, context: int, itemsize: int
     ) -> int:
-        """Bytes of the keys and values that such a cache holds, without its scratch."""
+        """Bytes of keys and values in a cache of these sizes, without its scratch."""
         return 2 * n_layers * batch * n_kv_heads * context * head_dim * itemsize
 
     def place(
         self, n_new: int, rows: tuple[int, ...] | None = None, device_rows: Array | None = None
     ) -> Place:
-        """Where the next `n_new` tokens of `rows` (default: all) go; the host's work alone.
+        """Where the next `n_new` tokens of `rows` (default: all) go, computed on the host.
 
         Args:
-            device_rows: (B,) int32, `rows` on the device, where the caller has them there.
+            device_rows: (B,) int32, `rows` on the device, if the caller has them there.
 
         Raises:
-            InputError: they do not fit; the cache is as it was.
+            InputError: they do not fit; the cache is unchanged.
         """
         rows = tuple(range(len(self.lengths))) if rows is None else tuple(rows)
         starts = tuple(self.lengths[row] for row in rows)
@@ -177,33 +180,33 @@ class KVCache:
         return Place(rows, starts, n_new, min(whole_buckets(end), self.context), device_rows)
 
     def on_device(self, place: Place) -> Positions:
-        """The positions of a place, gathered on the device: nothing is read from `starts`."""
+        """The positions of a place, gathered on the device without reading `starts`."""
         device_starts = self.device_lengths[place.device_rows]  # (batch,) -> (B,), a copy
         at = device_starts[:, None] + self._new[: place.n_new]  # (B, 1) + (T,) -> (B, T)
         cos, sin = (table[at] for table in self.rope_table)  # (context, C/2) -> (B, T, C/2)
         return Positions(**vars(place), device_starts=device_starts, cos=cos, sin=sin)
 
     def positions(self, n_new: int, rows: tuple[int, ...] | None = None) -> Positions:
-        """`place` and `on_device` in one."""
+        """`place`, then `on_device`."""
         return self.on_device(self.place(n_new, rows))
 
     def advance_on_device(self, place: Place) -> None:
-        """Count the new tokens of a place in `device_lengths`."""
+        """Add the new tokens of a place to `device_lengths`."""
         if len(place.device_rows) == len(self.device_lengths):
             self.device_lengths += place.n_new
         else:
             self.device_lengths[place.device_rows] += place.n_new
 
     def advance(self, rows: Sequence[int], n_new: Sequence[int]) -> None:
-        """Count n_new[i] tokens of row rows[i] as filled, on the host."""
+        """Add n_new[i] to the length of row rows[i], on the host."""
         for row, n in zip(rows, n_new, strict=True):
             self.lengths[row] += n
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget all but the first `length` positions of a row.
+        """Remove all but the first `length` positions of a row.
 
         Raises:
-            InputError: there is no such row, or it has fewer.
+            InputError: there is no such row, or it has fewer positions.
         """
         self.check_row(row)
         if not 0 <= length <= self.lengths[row]:
@@ -217,20 +220,21 @@ class KVCache:
         del self.ids[row][length:]
 
     def check_row(self, row: int) -> None:
-        """Raise InputError unless there is such a row."""
+        """Raise InputError if the cache has no such row."""
         if not 0 <= row < len(self.lengths):
             raise InputError(f"the cache has {len(self.lengths)} rows: there is no row {row}")
 
     def buffers(self, row: int) -> Iterator[Array]:
-        """Views of a row: k and v, (K, context, C) each, of one layer after the other."""
+        """Views of a row: k and v, (K, context, C) each, layer by layer."""
         return (buffer[row] for layer in self.layers for buffer in (layer.k, layer.v))
 
     def fill(self, row: int, ids: Sequence[int], arrays: Iterable[Array]) -> None:
-        """Let a row hold `ids` in place of all that it held.
+        """Replace the content of a row.
 
         Args:
+            ids: the new token ids.
             arrays: their keys and values (K, len(ids), C), in the order of `buffers`, on the
-                device and finite. Where they raise an error, the row is empty.
+                device and finite. If the iteration raises an error, the row is empty.
         """
         self.truncate(row, 0)
         for buffer, array in zip(self.buffers(row), arrays, strict=True):
@@ -240,14 +244,17 @@ class KVCache:
         self.ids[row] = list(ids)
 
     def clear_row(self, row: int) -> None:
-        """Empty one row, as `clear` does all."""
+        """Remove all positions of a row and fill its buffers with 0; see `clear`."""
         for buffer in self._all:  # (L, B, K, context, C)
             buffer[:, row] = 0
         self.truncate(row, 0)
 
     def clear(self) -> None:
-        """Empty it, as it was when it was made: what is hidden is multiplied by 0, and a number
-        that is not finite would show."""
+        """Remove all positions and fill the buffers with 0.
+
+        Attention multiplies masked positions by 0, so an element there that is not finite would
+        change the result.
+        """
         self.backend.use()
         for buffer in self._all:
             buffer[...] = 0
@@ -258,8 +265,8 @@ class KVCache:
     def keep(self, row: int, ids: Sequence[int]) -> int:
         """Truncate a row to the first ids that it has in common with a prompt.
 
-        The last id of the prompt is never kept. The model reads it in any case, since it predicts
-        the next token. A generation then accepts the prompt with this cache.
+        The last id of the prompt is never kept (see `common_length`). A generation then accepts
+        the prompt with this cache.
 
         Returns:
             The number of positions that the row keeps.
@@ -282,15 +289,15 @@ class KVCache:
         return kept
 
     def _common_length(self, row: int, ids: Sequence[int]) -> int:
-        """`common_length` of a row and a prompt."""
+        """`common_length` of the row's ids and a prompt."""
         return common_length(self.ids[row][: self.lengths[row]], ids)
 
     def check_prefix(self, row: int, ids: Sequence[int]) -> None:
-        """Raise InputError unless a row holds some first ids of a prompt, not all of them: the
-        last one is read in any case, since the next follows from it."""
+        """Raise InputError unless the ids of a row are a prefix of the prompt, without the
+        prompt's last id; see `common_length`."""
         n_known, length = len(self.ids[row]), self.lengths[row]
         if len(ids) > self.context:
-            raise InputError(f"{len(ids)} tokens do not fit the cache's room for {self.context}")
+            raise InputError(f"{len(ids)} tokens do not fit the cache of {self.context} positions")
         if n_known != length:
             raise InputError(
                 f"row {row} of the cache holds {length} positions, of which the ids of "

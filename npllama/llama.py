@@ -1,4 +1,4 @@
-"""The library's front door: `load` a model directory, then `Llama` reads and writes text."""
+"""The main interface: `load` opens a model directory, and `Llama` reads and writes text."""
 
 import inspect
 import os
@@ -43,7 +43,7 @@ from npllama.weights import Checkpoint
 Prompt = str | Sequence[int]
 Method = TypeVar("Method", bound=Callable)
 MAX_NEW_TOKENS = 512
-MAX_TOP_LOGPROBS = 20  # each is a pass over the logits
+MAX_TOP_LOGPROBS = 20  # each one takes a pass over the logits
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
 NO_TOKENIZER = (
@@ -59,8 +59,13 @@ SHIPPED = Path(__file__).parent / "assets" / "stories"
 
 
 def shows_keywords_of(source: Callable, but: Sequence[str] = ()) -> Callable[[Method], Method]:
-    """A decorator: the method's signature, as help() and notebooks show it, has the keywords and
-    defaults of `source` in place of its own `**`, except those in `but`. So they are written once.
+    """A decorator that shows the keywords of `source` in place of the `**` of a method.
+
+    help() and notebooks show this signature. The keywords and their defaults are thus written
+    once.
+
+    Args:
+        but: keywords to leave out.
     """
     passed_on = [
         parameter.replace(kind=parameter.KEYWORD_ONLY)
@@ -78,17 +83,17 @@ def shows_keywords_of(source: Callable, but: Sequence[str] = ()) -> Callable[[Me
 
 
 class Llama(Transformer):
-    """A transformer that reads and writes text; made by `load`.
+    """A transformer that reads and writes text. `load` returns one.
 
-    It is pickled by its path: what unpickles it, as another process, calls `load` again with the
-    same arguments, and must find the directory there. Weights of its own and caches are not
-    pickled.
+    A pickle of it contains the arguments of `load`, and no weights or caches. Unpickling calls
+    `load` again, so another process needs access to the same directory.
 
     Attributes:
         config, sizes, parameters, ops, backend, context, cache_dtype: see Transformer.
-        tokenizer: None where the directory has none that can be read; ids work all the same.
-        dtype: storage dtype of the weights, by name.
-        notes: what `load` warns of, a line each: a tokenizer that fits the model badly.
+        tokenizer: None if the directory has no readable tokenizer. Methods that take ids still
+            work.
+        dtype: the name of the weights' storage dtype.
+        notes: the warnings of `load`, one line each: a tokenizer that does not fit the model.
     """
 
     def __init__(
@@ -112,14 +117,14 @@ class Llama(Transformer):
         self._no_tokenizer = no_tokenizer
         self._n_tokens, self._allowed = self._choosable()
         self.dtype = parameters.layers[0].wq.format.name
-        self._loaded: tuple[tuple, Parameters] | None = None  # arguments of load, what it read
+        self._loaded: tuple[tuple, Parameters] | None = None  # arguments of load, its result
         self._chat_format: ChatFormat | None = None
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        """How it is pickled: the arguments with which `load` makes it again.
+        """The pickle: `load` and its arguments.
 
         Raises:
-            InputError: it was not loaded from a directory, or has other weights since.
+            InputError: the model was not loaded from a directory, or its weights were replaced.
         """
         if self._loaded is None:
             raise InputError(
@@ -129,13 +134,13 @@ class Llama(Transformer):
         arguments, parameters = self._loaded
         if parameters is not self.parameters:
             raise InputError(
-                "a model is pickled by its path, and this one has other weights than were loaded "
-                "from there: expected it as npllama.load returned it"
+                "a model is pickled by its path, and the weights of this one were replaced after "
+                "npllama.load: expected the model as it was loaded"
             )
         return load, arguments
 
     def __copy__(self) -> "Llama":
-        """The same weights, not loaded again."""
+        """A model with the same weight arrays; nothing is loaded again."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
@@ -164,37 +169,40 @@ class Llama(Transformer):
         sampling: Sampling | None = DEFAULT_SAMPLING,
         **changes: float | None,
     ) -> Generation:
-        """The batch before it runs: iterate for (row, text) pieces, then `.completions()`.
+        """A generation that has not started: iterate over its (row, text) pieces, then call
+        `.completions()`.
 
-        `generate`, `stream` and `generate_batch` take the same keywords. None means a keyword's
-        default, as if it was not given.
+        `generate`, `stream` and `generate_batch` take the same keywords. The value None selects
+        the default of a keyword.
 
         Args:
-            prompts: each a text, or token ids taken as they are; "" is BOS alone.
-            max_new_tokens: a completion ends here, or where the context is full.
-            seed: reproduces a text; None is a random one, found in the completion.
+            prompts: each a text, or token ids, which are used unchanged; "" is BOS alone.
+            max_new_tokens: the most tokens of a completion, which also ends when the context is
+                full.
+            seed: the same seed gives the same text. None is a random seed, which the completion
+                reports.
             stop: texts that end the completion and are not part of it.
             ignore_eos: go on after an end-of-sequence id.
-            fresh_text: the completion begins a text of its own, as the answer to
-                npllama.dialogue.encode_chat does, and has no leading space.
-            cache: from `new_cache` or `load_cache`, a row per prompt. It holds the first ids of the
-                prompt (none at first), which are not read again, and afterwards the prompt and the
-                completion without its last id (a prompt that is to get no new token is not
-                read; after Ctrl-C as much of them as was read).
-                `cache.keep(row, ids)` removes what the next prompt does not have.
-            batch_size: prompts that are decoded together at most; the next one begins where one
-                has ended. None is all of them, or as many as fit the memory.
-            top_logprobs: how many of the likeliest tokens a completion's `top_logprobs` has
-                each step, up to 20, with their log-probabilities under the logits as they came.
+            fresh_text: the completion is a separate text, such as the answer to
+                npllama.dialogue.encode_chat, and has no leading space.
+            cache: from `new_cache` or `load_cache`, with a row per prompt. Each row holds the first
+                ids of its prompt, or none, and the model reads only the others. Afterwards it holds
+                the prompt and the completion without its last id. After Ctrl-C it holds the ids
+                that were read by then. A prompt that gets no new token is not read.
+                `cache.keep(row, ids)` truncates a row for the next prompt.
+            batch_size: the most prompts that are decoded together; when one ends, the next one
+                begins. None is all of them, or as many as fit the memory.
+            top_logprobs: number of most likely tokens per step in the completion's `top_logprobs`,
+                up to 20. Their log-probabilities are those of the unchanged logits.
             sampling: how tokens are chosen.
             changes: fields of npllama.Sampling (temperature, top_k, ...) that replace those of
                 `sampling`.
 
         Raises:
-            InputError: a prompt that does not fit the context (of several by its number, from 1),
-                or an argument out of range.
-            TokenizerError: text asked of a model without a tokenizer.
-            TypeError: a keyword that is none of these.
+            InputError: a prompt does not fit the context (the message has its number, from 1), or
+                an argument is out of range.
+            TokenizerError: a prompt is a text, and the model has no tokenizer.
+            TypeError: an unknown keyword.
 
         >>> generation = load().new_generation(["a", "b"], max_new_tokens=3, ignore_eos=True)
         >>> sorted({row for row, text in generation})
@@ -255,7 +263,7 @@ class Llama(Transformer):
     def _checked_batch_size(
         self, batch_size: int | None, rows: Sequence[Row], cache: KVCache | None
     ) -> int:
-        """The rows of a cache to be decoded together."""
+        """The number of rows to decode together."""
         if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
             raise InputError(f"batch_size is {batch_size!r}: expected a whole number from 1")
         most = len(rows) if batch_size is None else min(int(batch_size), len(rows))
@@ -273,17 +281,17 @@ class Llama(Transformer):
         return most
 
     def checked_cache(self, cache: KVCache, n_prompts: int) -> KVCache:
-        """The cache, which must be this model's and have a row for each prompt.
+        """The cache, which must be from this model and have a row per prompt.
 
         Raises:
-            InputError: it is another model's, or has another number of rows.
+            InputError: it is from another model, or has another number of rows.
         """
         if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
             raise InputError("the cache is not this model's: expected one from its new_cache")
         if len(cache.lengths) != n_prompts:
             raise InputError(
                 f"the cache has {len(cache.lengths)} rows and there are {n_prompts} prompts: "
-                "expected a row for each"
+                "expected a row per prompt"
             )
         return cache
 
@@ -292,16 +300,16 @@ class Llama(Transformer):
         """Continue a prompt; `generate_batch` continues several.
 
         Args:
-            prompt: a text, or token ids taken as they are; "" is BOS alone.
+            prompt: a text, or token ids, which are used unchanged; "" is BOS alone.
             options: max_new_tokens, temperature, seed, stop and the other keywords of
-                `new_generation`, which explains them and what it raises.
+                `new_generation`, which explains them and their errors.
 
         Returns:
             A Completion: text, ids, log-probabilities, finish reason, timings, seed.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C. What was said until then is lost here; `stream` and
-                `new_generation` keep it.
+            KeyboardInterrupt: Ctrl-C. The text so far is lost; `stream` and `new_generation`
+                keep it.
 
         >>> llama = load()
         >>> completion = llama.generate("Once upon", max_new_tokens=5, seed=1, ignore_eos=True)
@@ -316,10 +324,11 @@ class Llama(Transformer):
 
     @shows_keywords_of(new_generation)
     def stream(self, prompt: Prompt | None = "", **options: Any) -> TextStream:
-        """As `generate`, yielding the text in pieces as they become certain.
+        """As `generate`, yielding each piece of text as soon as it is final.
 
-        Joined, they are `generate(...).text`; no piece holds half a character. When it has ended,
-        its `completion` is what `generate` returns: finish reason, log-probabilities, ...
+        The joined pieces are `generate(...).text`, and no piece has a part of a character. After
+        the last piece, the stream's `completion` is the result of `generate`: finish reason,
+        log-probabilities, ...
 
         >>> llama = load()
         >>> pieces = list(llama.stream("Once", max_new_tokens=8, temperature=0))
@@ -338,9 +347,9 @@ class Llama(Transformer):
 
     @shows_keywords_of(new_generation)
     def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
-        """Continue several prompts at once, each as long as it is; keywords are `generate`'s.
+        """Continue several prompts of any lengths together; the keywords are those of `generate`.
 
-        Of thousands, `batch_size` are decoded together: the next one begins where one has ended.
+        At most `batch_size` prompts are decoded together. When one ends, the next one begins.
 
         >>> both = load().generate_batch(["a", "Once upon"], max_new_tokens=4, temperature=0)
         >>> [len(completion.ids) for completion in both]
@@ -440,7 +449,7 @@ class Llama(Transformer):
         chat_format: str | ChatFormat | None = None,
         **options: Any,
     ) -> TextStream:
-        """As `chat`, yielding the text in pieces as they become certain; see `stream`.
+        """As `chat`, yielding each piece of text as soon as it is final; see `stream`.
 
         >>> hello = [{"role": "user", "content": "Hello!"}]
         >>> stream = load().stream_chat(hello, chat_format="vicuna", max_new_tokens=5)
@@ -471,11 +480,11 @@ class Llama(Transformer):
         """An object that decodes the requests of many threads together; see Server.
 
         Args:
-            batch_size: requests that are decoded together at most.
-            context: positions of each, prompt and completion together; None is the model's.
+            batch_size: the most requests that are decoded together.
+            context: positions per request, for prompt and completion; None is the model's context.
 
         Raises:
-            OutOfMemoryError: so many positions do not fit.
+            OutOfMemoryError: the positions do not fit the memory.
 
         >>> with load().server(batch_size=2, context=64) as server:
         ...     len(server.generate("Once", max_new_tokens=5, ignore_eos=True).ids)
@@ -484,19 +493,19 @@ class Llama(Transformer):
         return Server(self, self._n_tokens, self._allowed, batch_size, context)
 
     def save_cache(self, cache: KVCache, path: str | Path, row: int = 0) -> None:
-        """Write a row of a cache to a file, from which `load_cache` makes a cache again.
+        """Write a row of a cache to a file that `load_cache` reads.
 
-        A long prompt is then read once, however many programs continue it. The file holds its
-        token ids, and their keys and values.
+        Any number of programs can then continue a long prompt that was read once. The file
+        contains the row's token ids and their keys and values.
 
         Args:
             cache: from this model's `new_cache`.
-            path: a new file, or an older one of this method, which is replaced. The file appears
-                whole or not at all.
+            path: a new file, or a prompt cache, which is replaced. The file is written whole or
+                not at all.
 
         Raises:
-            InputError: the row is empty, the cache is another model's, something else stands at
-                `path`, or it cannot be written.
+            InputError: the row is empty, the cache is from another model, `path` is another kind
+                of file, or it cannot be written.
 
         >>> from tempfile import TemporaryDirectory
         >>> llama = load()
@@ -517,28 +526,33 @@ class Llama(Transformer):
     def load_cache(
         self, path: str | Path, ids: Sequence[int] | None = None, context: int | None = None
     ) -> KVCache:
-        """A cache of one row with what `save_cache` wrote to a file.
+        """A cache of one row, read from a file that `save_cache` wrote.
 
-        The file is refused where the model computes other keys and values than the one that wrote
-        it: with other weights, another storage dtype, other rotary frequencies. The dtype of the
-        cache may differ, as between NumPy and CuPy; the numbers are then converted.
+        The file must be from a model with the same weights, storage dtype and rotary frequencies,
+        since others give other keys and values. The dtype of the cache may differ, as between NumPy
+        and CuPy; the elements are then converted.
 
         Args:
-            ids: a prompt: the row holds as many ids as the file and the prompt begin with both,
-                but at most all of the prompt without its last id. `generate` then takes the cache
-                for this prompt. None is all ids of the file.
-            context: positions that the cache has room for, by default the model's. Ids of the
-                file that do not fit are left out.
+            ids: a prompt. The row gets the first ids that the file and the prompt have in common,
+                without the prompt's last id, so `generate` accepts the cache with this prompt.
+                None is all ids of the file.
+            context: positions of the cache; None is the model's context. Ids of the file that do
+                not fit are left out.
 
         Raises:
-            InputError: the file does not exist, is damaged, no prompt cache, or of another model.
-            OutOfMemoryError: so many positions do not fit.
+            InputError: the file does not exist, is damaged, is no prompt cache, or is from another
+                model.
+            OutOfMemoryError: the positions do not fit the memory.
         """
         return load_cache(self, path, ids, context)
 
     def _choosable(self) -> tuple[int, Array | None]:
-        """One more than the last id that may be chosen, and a mask (n_tokens,) on the device
-        where some below may not: pieces, added tokens and end ids may, padding rows not."""
+        """The ids that may be sampled: pieces, added tokens and end ids, but no padding rows.
+
+        Returns:
+            n_tokens: the last such id + 1.
+            A mask (n_tokens,) on the device, or None if all ids below n_tokens may be sampled.
+        """
         n_rows = self.config.vocab_size
         if self.tokenizer is None:
             return n_rows, None
@@ -565,10 +579,11 @@ class Llama(Transformer):
         return list(map(int, ids))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, BOS first; ids are taken as they are.
+        """Token ids of a text, BOS first; ids are returned unchanged.
 
-        Where tokenizer_config.json has `add_bos_token` false or `add_eos_token` true, there is
-        no BOS, or EOS at the end. A text without ids, as the empty one, is BOS alone all the same.
+        If tokenizer_config.json has `add_bos_token` false, there is no BOS, and if it has
+        `add_eos_token` true, EOS is at the end. The result always has an id: that of an empty text
+        is BOS.
 
         >>> load().encode("a")
         [1, 261]
@@ -583,10 +598,10 @@ class Llama(Transformer):
         return self.tokenizer.encode_prompt(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, as those of a completion; control tokens, as BOS, have none.
+        """The text of token ids, such as those of a completion. Control tokens have no text.
 
         Raises:
-            InputError: something else than ids, or an id that the model does not have.
+            InputError: something else than ids, or an id outside the vocabulary.
             TokenizerError: the model has no tokenizer.
 
         >>> llama = load()
@@ -594,7 +609,7 @@ class Llama(Transformer):
         'Once upon a time'
         """
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-            raise InputError(f"the ids are {ids!r:.60}: expected token ids, as [1, 261]")
+            raise InputError(f"the ids are {ids!r:.60}: expected token ids, such as [1, 261]")
         if self.tokenizer is None:
             raise TokenizerError(self._no_tokenizer)
         ids = list(ids)
@@ -605,8 +620,8 @@ class Llama(Transformer):
 
     @property
     def bytes_per_forward(self) -> int:
-        """Bytes of weights that one forward reads: all but an untied embedding, of which it
-        reads a row a token."""
+        """Bytes of weights that a forward pass reads: all except an untied embedding, of which it
+        reads one row per token."""
         parameters = self.parameters
         untied = parameters.head.lm_head.values is not parameters.embedding.values
         return parameters.nbytes - (parameters.embedding.nbytes if untied else 0)
@@ -624,37 +639,38 @@ def load(
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
 
-    A tokenizer with far fewer tokens than the model has rows is warned of, with a
-    TokenizerWarning. A tokenizer.json of another kind than Llama's is refused where text is
-    asked for; ids work.
+    A TokenizerWarning reports a tokenizer with far fewer tokens than the model has rows. A model
+    whose tokenizer.json is of another kind than Llama's takes ids, and raises an error for text.
 
     Args:
-        path: the directory, as Hugging Face lays it out; None is the model that ships with the
-            package, which tells little stories (npllama/assets/stories/README.md).
-        backend: "numpy", "cupy", or "auto": CuPy where a CUDA device and CuPy are. None is "auto".
+        path: a directory with Hugging Face's file names; None is the model that ships with the
+            package, which tells short stories (npllama/assets/stories/README.md).
+        backend: "numpy", "cupy", or "auto", which is CuPy if CuPy and a CUDA device are available.
+            None is "auto".
         dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
-            (see npllama.quantization); None keeps them as stored (on the CPU as views of the
-            memory-mapped file).
-        context: positions to plan memory for, at most and by default the model's own. Where the
-            config has the RoPE scaling "dynamic", more turn on the scaling, for all positions.
-        threads: to compute with on the CPU; None for as many as there are free cores, which
-            is looked at again and again.
-        device: the number of the GPU where there are several, from 0; None for the first.
-        graph: whether a GPU captures each step as a CUDA graph and replays it, which is faster;
-            False launches every kernel anew.
+            (see npllama.quantization). None keeps the dtype of the files, whose arrays are then
+            views of the memory-mapped file on the CPU.
+        context: positions to reserve memory for; at most, and by default, the model's context. If
+            config.json has the RoPE scaling "dynamic", a longer context turns the scaling on for
+            all positions.
+        threads: number of CPU threads. None is the number of free cores, which is measured
+            repeatedly.
+        device: the number of the GPU, from 0; None is the first.
+        graph: whether a GPU captures each step as a CUDA graph and replays it, which is faster.
+            False launches each kernel.
         rope_scaling: "TYPE:FACTOR", such as "linear:4", for a checkpoint whose config.json lacks
-            the field; linear, dynamic or yarn. It takes the place of one that is there. The context
-            that the factor multiplies is original_max_position_embeddings, else
-            max_position_embeddings; "linear:1" is no scaling.
+            the field or has a wrong one. TYPE is linear, dynamic or yarn. The factor multiplies
+            original_max_position_embeddings, or max_position_embeddings if the config lacks it;
+            "linear:1" is no scaling.
 
     Raises:
-        NpllamaError: one of its kinds, with one line that says what is wrong.
+        NpllamaError: an error of one of its subclasses, whose message is one line.
 
     >>> llama = load()
     >>> llama.config.n_layers, llama.dtype
     (6, 'int8')
 
-    A checkpoint from a directory is used the same way (this one is not run here):
+    A checkpoint in a directory is used the same way (these lines are not tested):
 
     >>> llama = load("llama-2-7b", dtype="bfloat16")    # doctest: +SKIP
     >>> print(llama.generate("The sea").text)           # doctest: +SKIP
@@ -693,7 +709,7 @@ def load(
     )
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
-    found = None if path is None else os.path.abspath(directory)  # None is wherever npllama is
+    found = None if path is None else os.path.abspath(directory)  # None: where npllama is then
     arguments = found, backend, dtype, context, threads, device, graph, rope_scaling
     llama._loaded = arguments, parameters
     for note in llama.notes:
@@ -702,7 +718,7 @@ def load(
 
 
 def _checked_directory(given: str) -> Path:
-    if not given:  # which Path takes for the current directory
+    if not given:  # Path("") would be the current directory
         raise InputError("path is empty: expected a model directory")
     path = Path(given)
     if not os.path.exists(path):  # False, not an error, for a name that is too long
@@ -718,8 +734,8 @@ def _checked_directory(given: str) -> Path:
 
 
 def _n_prompts(prompts: Sequence[Prompt]) -> int:
-    """The number of prompts of a batch; 0 for one text, and for what has no length, such as a
-    generator."""
+    """The number of prompts of a batch; 0 for a single text and for an object without a length,
+    such as a generator."""
     try:
         return 0 if isinstance(prompts, str | bytes) else len(prompts)
     except TypeError:
@@ -727,7 +743,7 @@ def _n_prompts(prompts: Sequence[Prompt]) -> int:
 
 
 def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
-    """The sampling with other values in some fields."""
+    """`sampling` with some fields replaced."""
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling is {sampling!r}: expected a npllama.Sampling")
     unknown = sorted(changes.keys() - {field.name for field in fields(sampling)})
@@ -738,13 +754,13 @@ def _changed(sampling: Sampling, changes: Mapping[str, float]) -> Sampling:
 
 
 def _one_prompt(prompt: Prompt | None) -> Prompt:
-    """The prompt, "" for None; several are refused with what takes them."""
+    """The prompt, "" for None; the error for several prompts names the methods that take them."""
     if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes):
         first = None if getattr(prompt, "shape", None) == () or not len(prompt) else prompt[0]
         if isinstance(first, str | bytes | Sequence | np.ndarray):
             raise InputError(
-                "several prompts where one is expected: generate_batch(prompts) continues them "
-                "together, new_generation(prompts) yields (row, text) as it is made"
+                "found several prompts, expected one: generate_batch(prompts) continues them "
+                "together, and new_generation(prompts) yields each (row, text) when it is final"
             )
     return "" if prompt is None else prompt
 

@@ -1,27 +1,40 @@
-"""The options that generate and chat have in common, and what follows from them."""
+"""The options that generate and chat share, and the functions that evaluate them."""
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
 from npllama.backend import BACKENDS
 from npllama.chat_formats import FORMATS as CHAT_FORMATS
-from npllama.console import WRONG_INPUT, tell, utf8
+from npllama.console import (
+    WRONG_INPUT,
+    ReaderLeftError,
+    check_output,
+    exit_code,
+    tell,
+    utf8,
+)
 from npllama.errors import InputError, TokenizerWarning
 from npllama.escapes import unescape
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
+from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
 
+CONTROL_TOKENS = (
+    "The text of a message never becomes a control token. A plain-text tag in a message, such as "
+    "[INST], stays text, but the model may take it for a tag."
+)
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line.
+    """A parser whose errors are one line.
 
     Attributes:
-        texts: the option that takes a text, for the hint about one that begins with a dash.
-        stray: where a word that belongs to no option was probably meant to go.
+        texts: an option that takes a text, for the hint about a text that begins with a dash.
+        stray: a hint about a word that belongs to no option.
     """
 
     texts: str
@@ -44,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """Store a value, and refuse a second one rather than forget the first."""
+    """Store a value; a second value is an error."""
 
     def __call__(
         self,
@@ -61,7 +74,7 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-# -- the options, by group
+# -- adding the options, by group
 
 
 def add_model(p: argparse.ArgumentParser) -> None:
@@ -78,19 +91,19 @@ def add_escapes(p: argparse.ArgumentParser, texts: str) -> None:
     """-e.
 
     Args:
-        texts: the options whose texts may hold escapes.
+        texts: the options whose texts may contain escapes.
     """
     p.add_argument(
         "-e",
         dest="escapes",
         action="store_true",
-        help=f"\\n, \\t, \\\\ and \\uXXXX in {texts} are a line "
+        help=f"read \\n, \\t, \\\\ and \\uXXXX in {texts} as a line "
         "end, a tab, a backslash and the character with that number; without it they are text",
     )
 
 
 def add_length(p: argparse.ArgumentParser) -> None:
-    """Where a completion ends, and the context."""
+    """The length of a completion, and the context."""
     length = p.add_argument_group("how long")
     length.add_argument(
         "--max-new-tokens",
@@ -108,22 +121,22 @@ def add_length(p: argparse.ArgumentParser) -> None:
         help="stop before this text appears; may be given several times",
     )
     length.add_argument(
-        "--ignore-eos", action="store_true", help="go on where the model would end the text"
+        "--ignore-eos", action="store_true", help="continue where the model would end the text"
     )
     length.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="room for N tokens of prompt and completion together; less needs less memory "
-        "(default: all that the model was trained for)",
+        help="number of tokens of prompt and completion together; fewer need less memory "
+        "(default: as many as the model was trained for)",
     )
     length.add_argument(
         "--rope-scaling",
         action=Once,
         metavar="TYPE:FACTOR",
-        help="for a model of a longer context whose config.json does not say how: linear, dynamic "
-        "or yarn and how many times longer, such as linear:4; dynamic changes nothing unless "
-        "--context asks for more than the model's own",
+        help="for a long-context model whose config.json lacks the RoPE scaling: linear, dynamic "
+        "or yarn, and how many times longer the context is, such as linear:4; dynamic has an "
+        "effect only if --context is longer than the model's own",
     )
 
 
@@ -170,37 +183,37 @@ def add_chat_format(group: argparse._ArgumentGroup) -> None:
 
 def add_prompt_cache(p: argparse.ArgumentParser) -> None:
     """--prompt-cache and --prompt-cache-read-only."""
-    reuse = p.add_argument_group("what is not computed again")
+    reuse = p.add_argument_group("what a later run reuses")
     reuse.add_argument(
         "--prompt-cache",
         action=Once,
         metavar="FILE",
-        help="save what was computed for the prompt and the completion, or for the dialogue, to "
+        help="save the keys and values of the prompt and the completion, or of the dialogue, to "
         "this file (about 1 MB per token for a model of 7 billion parameters); a later run "
-        "computes only what follows the tokens that both begin with; the file is created if there "
-        "is none, and replaced in one step at the end",
+        "computes only the part of its prompt that follows the common beginning; the file is "
+        "created if it does not exist, and replaced in one step at the end",
     )
     reuse.add_argument(
         "--prompt-cache-read-only",
         action="store_true",
-        help="use the file of --prompt-cache and leave it as it is",
+        help="read the file of --prompt-cache and do not change it",
     )
 
 
 def add_machine(p: argparse.ArgumentParser) -> None:
-    """What `load` is given beside the model."""
+    """The arguments of `load` besides the model."""
     machine = p.add_argument_group("how it is computed")
     machine.add_argument(
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="numpy on the CPU, cupy on an NVIDIA GPU, auto takes the GPU if there is one",
+        help="numpy computes on the CPU, cupy on an NVIDIA GPU; auto uses the GPU if there is one",
     )
     machine.add_argument(
         "--device",
         type=int,
         metavar="N",
-        help="which GPU where there are several, counted from 0 (default: the first)",
+        help="number of the GPU, from 0 (default: the first)",
     )
     machine.add_argument(
         "--dtype",
@@ -211,13 +224,13 @@ def add_machine(p: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         metavar="N",
-        help="processor cores to compute on (default: all that no other program uses)",
+        help="processor cores to use (default: all that no other program uses)",
     )
     machine.add_argument(
         "--no-graph",
         dest="graph",
         action="store_false",
-        help="on a GPU, launch every kernel of a step anew instead of replaying it as a CUDA graph",
+        help="on a GPU, launch each kernel of a step instead of replaying a CUDA graph",
     )
 
 
@@ -229,15 +242,15 @@ def add_stats(group: argparse._ArgumentGroup) -> None:
 
 
 def flag(field: str) -> str:
-    """The option for a field of Sampling or a keyword: "top_k" is "--top-k"."""
+    """The option of a field of Sampling or of a keyword: "top_k" has "--top-k"."""
     return "--" + field.replace("_", "-")
 
 
-# -- what they ask for
+# -- evaluating the options
 
 
 def unescape_texts(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Put the characters that escapes stand for into the options `names` and --stop."""
+    """Replace the escapes in the options `names` and in --stop by their characters."""
     for name in names:
         if (text := getattr(args, name)) is not None:
             setattr(args, name, unescape(text, f"--{name}"))
@@ -245,10 +258,10 @@ def unescape_texts(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of Llama.new_generation for the options on length and choice.
+    """The keywords of Llama.new_generation that `add_length` and `add_choice` provide.
 
     Raises:
-        InputError: a number out of the range of a field of Sampling.
+        InputError: a value is out of the range of a field of Sampling.
     """
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     return {
@@ -261,15 +274,15 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raise InputError where --model is empty, before anything is read."""
+    """Raise InputError if --model is empty."""
     if args.model == "":
         raise InputError("--model is empty: expected a model directory")
 
 
 def load_model(args: argparse.Namespace) -> Llama:
-    """Load the model, and write to standard error what there is to know about it."""
+    """Load the model, and write its notes to standard error."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
+        warnings.simplefilter("ignore", TokenizerWarning)  # written below as one line
         llama = load(
             args.model,
             args.backend,
@@ -284,5 +297,26 @@ def load_model(args: argparse.Namespace) -> Llama:
         tell(f"npllama: {note}")
     if llama.dtype in llama.backend.slow_dtypes:
         hint = llama.backend.slow_dtypes[llama.dtype]
-        tell(f"npllama: {llama.dtype} weights are slow to compute with here: {hint}")
+        tell(f"npllama: computing with {llama.dtype} weights is slow on this machine: {hint}")
     return llama
+
+
+def run_program(run: Callable[[], int], out_of_memory: str) -> int:
+    """Call `run` and return the exit code of the program.
+
+    Errors are one line on standard error, and long work shows its progress there. If the reader of
+    standard output leaves, the exit code is 0. `run` writes what Ctrl-C needs: it adds no line.
+
+    Args:
+        out_of_memory: advice for the line if memory runs out.
+    """
+
+    def work() -> int:
+        check_output()
+        try:
+            with progress_shown("npllama"):
+                return run()
+        except ReaderLeftError:
+            return 0
+
+    return exit_code("npllama", work, interrupted=lambda: None, out_of_memory=out_of_memory)

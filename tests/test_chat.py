@@ -143,7 +143,7 @@ def test_a_model_without_a_format_says_so_first(call, model):
     assert code == 0
     assert err.startswith(
         f"npllama: {model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
-        "messages are put into Llama-2-chat's format; name another with --chat-format, or use "
+        "Llama-2-chat's format is used; name another with --chat-format, or use "
         "npllama generate if it is no chat model\n"
     )
 
@@ -197,7 +197,7 @@ def test_wrong_options_are_one_line(call, model, monkeypatch, capsys):
     for option in ("--system=S", "--chat-format=zephyr"):
         assert main([option]) == 2
         name = option.split("=")[0]
-        assert f"{name} is for a chat model, and the one that ships" in capsys.readouterr().err
+        assert f"{name} needs a chat model, and the model that ships" in capsys.readouterr().err
     bare = write_model(f"{model}-bare", CONFIG, tokenizer=False)
     assert "has no tokenizer.model" in line("--model", str(bare))
 
@@ -446,7 +446,7 @@ def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch
     lines = err.replace(CUT, "").splitlines()
     assert lines[0].startswith("npllama: there is no command '/nothing'")
     assert lines[1].endswith("tokens of prompt and answer: shorten the message")
-    assert lines[2] == "npllama: out of memory: /clear or /undo makes the dialogue shorter"
+    assert lines[2] == "npllama: out of memory: shorten the dialogue with /undo or /clear"
     assert lines[3:] == [
         "taken back with its answer: Hi", "npllama: there is no message to take back", "",
     ]  # fmt: skip

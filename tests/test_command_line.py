@@ -646,13 +646,13 @@ def test_a_prompt_that_fills_the_context_says_so(model, tmp_path, capsys):
     code, out, err = call(capsys, *args, "--prompt", "abcd")
     assert (code, out) == (0, "abcd\n")
     assert err == (
-        "npllama: the prompt fills the context of 6 tokens, so there was room for no new token: "
+        "npllama: the prompt fills the context of 6 tokens, so there is no room for a new token: "
         "shorten it or give a larger --context\n"
     )
     assert call(capsys, *args, "--prompt", "abc")[2] == ""
     assert call(capsys, *args, "--prompt", "abcd", "--max-new-tokens", "0")[2] == ""
     code, _, err = call(capsys, "--model", model, "--prompt", "a" * 510)
-    assert code == 0 and err.endswith("room for no new token: shorten it\n")
+    assert code == 0 and err.endswith("no room for a new token: shorten it\n")
     file = tmp_path / "prompts.txt"
     file.write_text("a\nabcd\nefgh\n")
     code, _, err = call(capsys, *args, "--prompt-file", str(file))

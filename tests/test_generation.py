@@ -383,7 +383,7 @@ def test_prompts_of_another_kind_are_refused(llama):
     "prompts", [["a", "b"], ("a",), [[1, 5], [1]], [(1,)], np.ones((2, 3), dtype="int64")]
 )
 def test_several_prompts_are_pointed_to_the_method_that_takes_them(llama, method, prompts):
-    with pytest.raises(InputError, match=r"^several prompts .* generate_batch\(prompts\) contin"):
+    with pytest.raises(InputError, match=r"^found several .* generate_batch\(prompts\) contin"):
         getattr(llama, method)(prompts)
 
 
@@ -590,7 +590,7 @@ def test_a_model_that_cannot_be_pickled_says_why(ops, llama):
         pickle.dumps(llama)
     changed = load(backend="numpy")
     changed.parameters = replace(changed.parameters)
-    with pytest.raises(InputError, match="by its path, and this one has other weights"):
+    with pytest.raises(InputError, match="by its path, and the weights of this one were replaced"):
         pickle.dumps(changed)
 
 
@@ -741,7 +741,7 @@ def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, m
         ([1, 5], [1, 6, 7], r"begins with 1 of them that can be kept: cache.truncate\(0, 1\)"),
         ([1, 5, 6], [1, 5, 6], r"begins with 2 of them .* cache.truncate\(0, 2\)"),
         ([1, 5, 6], [1, 5], r"begins with 1 of them .* cache.truncate\(0, 1\)"),
-        ([1], list(range(3, 20)), "17 tokens do not fit the cache's room for 12"),
+        ([1], list(range(3, 20)), "17 tokens do not fit the cache of 12 positions"),
     ],
 )
 def test_a_cache_that_holds_something_else_is_refused(llama, held, prompt, message):
