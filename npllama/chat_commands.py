@@ -18,9 +18,10 @@ class Command:
     """A command.
 
     Attributes:
-        run: called with the session and what follows the name.
-        about: what /help says.
-        takes: how /help shows what follows the name; "" where nothing may follow.
+        run: is called with the session and the argument.
+        about: the description in /help.
+        takes: the name of the argument in /help, in brackets if it is optional; "" if the command
+            takes none.
     """
 
     run: Callable[[Session, str], None]
@@ -29,10 +30,10 @@ class Command:
 
 
 def run_command(session: Session, line: str) -> None:
-    """Do what a line asks for, without its "/".
+    """Run the command of a line, which is given without its "/".
 
     Raises:
-        InputError: there is no such command, or it cannot do that.
+        InputError: there is no such command, its argument is wrong, or it fails.
     """
     word, _, rest = line.partition(" ")
     name, rest = word.lower(), rest.strip()
@@ -43,12 +44,12 @@ def run_command(session: Session, line: str) -> None:
     if rest and not command.takes:
         raise InputError(f"/{name} takes no argument: found {rest!r:.60}")
     if not rest and command.takes and not command.takes.startswith("["):
-        raise InputError(f"/{name} needs the name of a file: /{name} {command.takes}")
+        raise InputError(f"/{name} needs the name of a file: write /{name} {command.takes}")
     command.run(session, rest)
 
 
 def command_words() -> list[str]:
-    """What Tab completes: the commands, and behind /set the settings."""
+    """The lines that Tab completes: commands, and /set with the name of a setting."""
     names = [f"/{name}" for name in (*COMMANDS, *_OTHER_NAMES)]
     return [*names, *(f"/set {name}" for name in setting_names())]
 
@@ -57,8 +58,8 @@ def _unknown(word: str) -> str:
     nearest = difflib.get_close_matches(word.lower(), [*COMMANDS, *_OTHER_NAMES], n=2, cutoff=0.5)
     hint = f" (did you mean {' or '.join(f'/{name}' for name in nearest)}?)" if nearest else ""
     return (
-        f"there is no command {'/' + word!r:.60}{hint}: /help lists them, and // begins a message "
-        "with /"
+        f"there is no command {'/' + word!r:.60}{hint}: /help lists the commands; write // for a "
+        "message that begins with /"
     )
 
 
@@ -75,7 +76,7 @@ def _system(session: Session, text: str) -> None:
         tell("there is no system prompt" if prompt is None else f"system prompt: {prompt}")
         return
     session.set_system(session.unescaped(quoted(text), "/system") or None)
-    tell("the system prompt is " + ("set" if session.chat.system is not None else "taken away"))
+    tell("the system prompt is " + ("set" if session.chat.system is not None else "removed"))
 
 
 def _regen(session: Session, _rest: str) -> None:
@@ -85,13 +86,13 @@ def _regen(session: Session, _rest: str) -> None:
 def _undo(session: Session, _rest: str) -> None:
     users = [m["content"] for m in session.chat.messages if m["role"] == "user"]
     if not session.chat.undo():
-        raise InputError("there is no message to take back")
-    tell(f"taken back with its answer: {_short(users[-1])}")
+        raise InputError("there is no message to remove")
+    tell(f"removed this message and its answer: {_short(users[-1])}")
 
 
 def _clear(session: Session, _rest: str) -> None:
     session.chat.clear()
-    kept = "" if session.chat.system is None else " but for the system prompt"
+    kept = "" if session.chat.system is None else ", except for the system prompt"
     tell(f"the dialogue is empty{kept}")
 
 
@@ -125,29 +126,29 @@ def _bye(session: Session, _rest: str) -> None:
 
 
 COMMANDS = {
-    "help": Command(_help, "this list"),
-    "system": Command(_system, 'show or set the system prompt; "" takes it away', "[TEXT]"),
+    "help": Command(_help, "show this list"),
+    "system": Command(_system, 'show or set the system prompt; "" removes it', "[TEXT]"),
     "regen": Command(_regen, "answer the last message again"),
-    "undo": Command(_undo, "take the last message and its answer back"),
-    "clear": Command(_clear, "begin a new dialogue; the system prompt stays"),
+    "undo": Command(_undo, "remove the last message and its answer"),
+    "clear": Command(_clear, "begin a new dialogue with the same system prompt"),
     "save": Command(_save, "write the dialogue to a file, as JSON", "FILE"),
-    "load": Command(_load, "go on with a dialogue that was saved", "FILE"),
-    "set": Command(_set, "show or change temperature, seed and the like", "[NAME [VALUE]]"),
-    "stats": Command(_stats, "tokens read and kept, speed, how full the context is"),
-    "bye": Command(_bye, "leave, as Ctrl-D does"),
+    "load": Command(_load, "continue a saved dialogue", "FILE"),
+    "set": Command(_set, "show or change settings, such as the temperature", "[NAME [VALUE]]"),
+    "stats": Command(_stats, "show tokens read and kept, speed and the used context"),
+    "bye": Command(_bye, "leave, as with Ctrl-D"),
 }
 _TYPING = (
-    ('"""', "begins and ends a message of several lines; a paste is one message"),
-    ("//...", "a message that begins with /"),
-    ("Ctrl-C", "stops an answer"),
-    ("Ctrl-D", "leaves"),
+    ('"""', "begin and end a message of several lines; a paste is one message"),
+    ("//...", "send a message that begins with /"),
+    ("Ctrl-C", "stop an answer"),
+    ("Ctrl-D", "leave"),
 )
 _OTHER_NAMES = {"exit": "bye", "quit": "bye", "?": "help"}
 
 
 def _path(name: str) -> Path:
     if "\0" in name:
-        raise InputError("the name of the file holds a zero byte")
+        raise InputError("the name of the file contains a zero byte")
     return Path(os.path.expanduser(name))
 
 

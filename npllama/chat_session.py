@@ -1,4 +1,4 @@
-"""What npllama.chat does with a dialogue."""
+"""The dialogue of npllama.chat: messages are answered, and answers are written and replaced."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from npllama.report import print_rows, stats
 
 
 class Session:
-    """A dialogue whose answers go to standard output, and notes to standard error.
+    """A dialogue whose answers go to standard output, and its notes to standard error.
 
     Args:
         chat: the dialogue.
@@ -44,11 +44,11 @@ class Session:
         self._n_again = 0
 
     def say(self, text: str) -> None:
-        """Write the answer to a message to standard output as it is made.
+        """Answer a message, and write the answer to standard output as it is generated.
 
         Raises:
-            NpllamaError: there is none; the dialogue is as before.
-            KeyboardInterrupt: Ctrl-C; the answer so far is in the dialogue.
+            NpllamaError: the message cannot be answered; the dialogue is unchanged.
+            KeyboardInterrupt: Ctrl-C; the dialogue contains the answer so far.
         """
         self._n_again = 0
         self._answer(lambda: self.chat.stream(text))
@@ -56,10 +56,12 @@ class Session:
     def answer_again(self) -> None:
         """Replace the last answer by another one.
 
-        A seed that is set would give the same answer, so each time the next seed is used.
+        If the options have a seed, the n-th repetition uses seed + n, because the same seed would
+        give the same answer.
 
         Raises:
-            NpllamaError, KeyboardInterrupt: as `say`; InputError also where there is no message.
+            InputError: there is no message.
+            NpllamaError, KeyboardInterrupt: as `say`.
         """
         self._n_again += 1
         seed = self.chat.options.get("seed")
@@ -67,55 +69,55 @@ class Session:
         self._answer(lambda: self.chat.stream_again(**options))
 
     def set_system(self, prompt: str | None) -> None:
-        """Set the system prompt; None takes it away.
+        """Set the system prompt; None removes it.
 
         Raises:
-            InputError: the model has no place for one.
+            InputError: the model cannot chat.
         """
-        self._check_has_roles("a system prompt")
+        self._check_can_chat("a system prompt")
         self.chat.system = prompt
 
     def replace_messages(self, messages: list[dict[str, str]]) -> None:
-        """Go on with another dialogue.
+        """Continue with another dialogue.
 
         Raises:
-            InputError: it has a system prompt, and the model knows none.
+            InputError: it has a system prompt, and the model cannot chat.
         """
         if messages and messages[0]["role"] == "system":
-            self._check_has_roles("its system prompt")
+            self._check_can_chat("the system prompt of the file")
         self.chat.messages[:] = messages
 
-    def _check_has_roles(self, what: str) -> None:
+    def _check_can_chat(self, what: str) -> None:
         if self.chat.chat_format is story:
-            raise InputError(f"the model knows no dialogue: {what} has no place")
+            raise InputError(f"{what} needs a chat model, and this model only continues texts")
 
     def change_options(self, options: dict[str, Any]) -> None:
         """Set the options of the next answers.
 
         Raises:
-            InputError: a value out of range.
+            InputError: a value is out of range.
         """
         self.check_options(options)
         self.chat.options = options
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise InputError for options that no answer could be made with."""
+        """Raise InputError for options that `say` would refuse."""
         bos = self.chat.llama.encode("")
         self.chat.llama.new_generation([bos], **options)
 
     def unescaped(self, text: str, name: str) -> str:
-        """A command's text, with -e its escapes read."""
+        """The text of a command; with -e, its escapes are replaced."""
         return unescape(text, name) if self._has_escapes else text
 
     def print_stats(self) -> None:
-        """Write to standard error how the latest answer was made.
+        """Write the statistics of the latest answer to standard error.
 
         Raises:
-            InputError: there is none.
+            InputError: there is no answer.
         """
         completion, turn = self._completion, self.chat.turn
         if completion is None or turn is None:
-            raise InputError("there was no answer yet: say something first")
+            raise InputError("there is no answer yet: send a message first")
         llama = self.chat.llama
         rows = stats(llama, completion.timings, completion.finish_reason, completion.seed)
         prompt = f"{turn.n_prompt} tokens: {turn.n_kept} kept in the cache, {turn.n_read} read"
@@ -125,12 +127,12 @@ class Session:
         print_rows({"prompt": prompt, "context used": used, **rows})
 
     def _answer(self, begin: Callable[[], ChatStream]) -> None:
-        """Write an answer to standard output as it is made."""
+        """Write an answer to standard output as it is generated."""
         n_shown = 0
         stream = begin()
         try:
             note = self.chat.turn.note()
-            if note is not None and self.chat.chat_format is not story:  # which has one turn
+            if note is not None and self.chat.chat_format is not story:  # it drops all old turns
                 tell(f"npllama: {note}")
             for piece in stream:
                 show(piece)
@@ -138,23 +140,23 @@ class Session:
         finally:  # after Ctrl-C too
             stream.close()
             self._completion = stream.completion
-            show(stream.completion.text[n_shown:] + "\n")  # what Ctrl-C found held back
+            show(stream.completion.text[n_shown:] + "\n")  # the text that the stream held back
             self._note_end(stream.completion)
             if self._shows_stats:
                 self.print_stats()
 
     def _note_end(self, completion: Completion) -> None:
-        """Say where an answer ended before the model would have ended it."""
+        """Write a note if an answer ended before the model ended it."""
         limit = self.chat.options.get("max_new_tokens", MAX_NEW_TOKENS)
         if completion.finish_reason == "interrupted" and not completion.ids:
-            tell("npllama: no answer had begun: the dialogue is as before")
+            tell("npllama: the answer had not begun, and the dialogue is unchanged")
         elif completion.finish_reason != "length" or limit == 0:
             return
         elif completion.new_tokens < limit:
             context = self.chat.llama.context
-            tell(f"npllama: the answer ends here because the context of {context} tokens is full")
+            tell(f"npllama: the answer ends because the context of {context} tokens is full")
         else:
             tell(
-                f"npllama: the answer ends here because it has {limit} tokens (--max-new-tokens, "
+                f"npllama: the answer ends at the limit of {limit} tokens (--max-new-tokens, "
                 "/set max-new-tokens)"
             )

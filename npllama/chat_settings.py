@@ -1,4 +1,4 @@
-"""What /set shows and changes: the options of the next answers."""
+"""The settings of /set: the options of the next answers."""
 
 import json
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ _OTHERS = ("seed", "max_new_tokens", "stop", "ignore_eos")
 
 
 def setting_names() -> list[str]:
-    """All names, as the command line writes its options, without the dashes."""
+    """The names of all settings, which are those of the options without the dashes."""
     names = [field.name for field in fields(Sampling)]
     return [flag(name).removeprefix("--") for name in (*names, *_OTHERS)]
 
 
 def setting_name(name: str) -> str:
-    """A setting's name as `setting_names` has it, where it is given in another spelling.
+    """The name in `setting_names` for another spelling, such as "top_k" or "--top-k".
 
     Raises:
         InputError: there is no such setting.
@@ -33,10 +33,10 @@ def setting_name(name: str) -> str:
 
 
 def shown(options: Mapping[str, Any], name: str) -> str:
-    """The value of a setting, as `changed` reads it.
+    """The value of a setting as a text that `changed` accepts.
 
     Args:
-        options: keywords of Llama.new_generation, of which `sampling` holds a Sampling.
+        options: keywords of Llama.new_generation, with a Sampling as `sampling`.
     """
     key = _key(name)
     value = options[key] if key in _OTHERS else getattr(options["sampling"], key)
@@ -53,11 +53,11 @@ def changed(options: Mapping[str, Any], name: str, value: str) -> dict[str, Any]
     """The options with another value of a setting.
 
     Args:
-        value: a number; "random" for a seed; "on" or "off"; of `stop` a text, or several in
-            quotation marks with the escapes of JSON, "" for none.
+        value: a number; for the seed also "random"; for ignore-eos "on" or "off"; for `stop` one
+            text, or any number of JSON strings ("" for none).
 
     Raises:
-        InputError: there is no such setting, or it does not take the value.
+        InputError: there is no such setting, or the value is wrong.
     """
     key = _key(name)
     field = {field.name: field for field in fields(Sampling)}.get(key)
@@ -77,10 +77,10 @@ def changed(options: Mapping[str, Any], name: str, value: str) -> dict[str, Any]
 
 
 def quoted(text: str) -> str:
-    """The text, or what stands in quotation marks around the whole of it, as JSON reads it.
+    """The value of a JSON string, or the text itself if it is not one.
 
     Raises:
-        InputError: half of a character that JSON writes as two.
+        InputError: the value is not valid Unicode (a lone surrogate).
     """
     try:
         value = json.loads(text) if text.startswith('"') else text
@@ -90,18 +90,18 @@ def quoted(text: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text, which must have no halves of characters."""
+    """The text; InputError if it is not valid Unicode (a lone surrogate)."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise InputError(
-            r"the text holds one \uXXXX from D800 to DFFF: expected two, a high and a low one"
+            r"the text has a single \uXXXX from D800 to DFFF: expected a pair, high and low"
         ) from None
     return text
 
 
 def _key(name: str) -> str:
-    """The keyword or the field of Sampling behind a name."""
+    """The keyword or the field of Sampling that a name stands for."""
     return setting_name(name).replace("-", "_")
 
 
@@ -113,7 +113,7 @@ def _number(key: str, value: str, kind: type, expected: str) -> float:
 
 
 def _texts(value: str) -> list[str]:
-    """One text as it is, or several in quotation marks; none of them empty."""
+    """The texts of JSON strings without empty ones, or the value itself as the only text."""
     texts, rest = [], value
     decode = json.JSONDecoder().raw_decode
     while rest.startswith('"'):

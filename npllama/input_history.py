@@ -1,4 +1,4 @@
-"""What was typed at a prompt, kept in a file from one session to the next."""
+"""The lines that were typed at a prompt, saved in a file for the next session."""
 
 import io
 import os
@@ -10,12 +10,12 @@ from npllama.errors import InputError
 from npllama.escapes import unescape
 
 MOST_ENTRIES = 1000
-_MOST_BYTES = 16 * 2**20  # a larger file is none of ours
+_MOST_BYTES = 16 * 2**20  # npllama writes no larger file
 
 
 def history_file() -> Path | None:
-    """Where the history of chat lies: npllama/chat_history in XDG_STATE_HOME, by default
-    ~/.local/state; None where there is no home."""
+    """The path of the history of chat: npllama/chat_history in $XDG_STATE_HOME, whose default is
+    ~/.local/state. None if there is no home directory."""
     state = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(state):  # the specification says to ignore a relative one
         home = os.path.expanduser("~")
@@ -26,13 +26,13 @@ def history_file() -> Path | None:
 
 
 class History:
-    """Entries in a file that its owner alone can read, one per line.
+    """Entries in a file that only its owner can read, one per line.
 
-    A line end in an entry is written as "\\n", a backslash as two. A history that cannot be read
-    or written is an empty one, and no error: nobody came for it.
+    A line end in an entry is written as "\\n", and a backslash as two. A file that cannot be read
+    or written is no error: the history is then empty, or is not saved.
 
     Args:
-        path: of the file, which is made where it is missing; None for no file.
+        path: the file, which is created if it does not exist; None for no file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -43,7 +43,7 @@ class History:
                 self._read(path)
 
     def add(self, entry: str) -> bool:
-        """Append an entry; False where it repeats the last one."""
+        """Append an entry; False if it repeats the last one."""
         if self.entries[-1:] == [entry]:
             return False
         self.entries.append(entry)
@@ -63,7 +63,7 @@ class History:
             self._shorten(path)
 
     def _shorten(self, path: Path) -> None:
-        """Write the latest entries to a new file that takes the place of the old one."""
+        """Replace the file by one with only the latest entries."""
         new = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             self._append(new, self.entries)
@@ -81,18 +81,18 @@ class History:
 
 
 def _opened(path: Path, more_flags: int) -> io.FileIO:
-    """The file, to be read or appended to; its owner's alone.
+    """A file open for reading and appending, which only its owner can read.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
-    no_wait = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait for its other end
     flags = os.O_RDWR | os.O_APPEND | no_wait | more_flags
     file = os.fdopen(os.open(path, flags, 0o600), "a+b", buffering=0)
     try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is no regular file")
+            raise OSError(f"{path} is not a regular file")
         if stat.S_IMODE(status.st_mode) != 0o600:
             os.chmod(path, 0o600)
         file.seek(0)
@@ -109,5 +109,5 @@ def _line(entry: str) -> str:
 def _entry(line: str) -> str:
     try:
         return unescape(line, "a line")
-    except InputError:  # written by somebody else
+    except InputError:  # another program wrote the line
         return line

@@ -1,4 +1,4 @@
-"""Ctrl-C in a program that goes on after it: it stops an answer, not the program."""
+"""Ctrl-C that stops an answer, and not the program."""
 
 import signal
 import threading
@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 
 class Interrupts:
-    """While it is entered, Ctrl-C raises KeyboardInterrupt inside `heard` blocks alone.
+    """A context in which Ctrl-C raises KeyboardInterrupt only inside `heard` blocks.
 
-    A block hears one Ctrl-C. Later ones, and those between two blocks, are ignored: they would
-    end the program while it cleans up. Where Ctrl-C is ignored already (nohup), it stays so.
+    The first Ctrl-C ends a block. Later ones, and those between two blocks, are ignored, because
+    they would end the program while it cleans up. If the program was started with Ctrl-C ignored
+    (nohup), nothing changes.
     """
 
     def __init__(self) -> None:
@@ -18,7 +19,8 @@ class Interrupts:
         self._before: object = None
 
     def __enter__(self) -> "Interrupts":
-        is_main = threading.current_thread() is threading.main_thread()  # it alone sets handlers
+        # only the main thread may set handlers
+        is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self

@@ -1,4 +1,4 @@
-"""Messages and commands as they are typed at a terminal, or come line by line through a pipe."""
+"""Reads messages and commands from a terminal, or line by line from a pipe."""
 
 import contextlib
 import glob
@@ -16,16 +16,16 @@ from npllama.input_history import History
 
 SIGN, SIGN_INSIDE = ">>> ", "... "
 QUOTES = '"""'
-"""They begin and end a message of several lines."""
+"""The marks at the beginning and the end of a message of several lines."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the user wants.
+    """A message or a command.
 
     Attributes:
-        text: a message; of a command what follows the "/".
-        is_command: it is a command.
+        text: the message, or the command without its "/".
+        is_command: whether it is a command.
     """
 
     text: str
@@ -33,28 +33,32 @@ class Entry:
 
 
 class Source(Protocol):
-    """Where units of input come from: lines, or what was pasted at once."""
+    """A source of input units. A unit is a line, or several lines that were pasted at once."""
 
     is_typed: bool
 
     def read(self, sign: str) -> str | None:
-        """The next unit, without a line end at its end; None where there is none."""
+        """The next unit, without a line end at its end; None at the end of input.
+
+        Args:
+            sign: the prompt at a terminal.
+        """
 
     def where(self) -> str:
-        """What an error's message begins with."""
+        """The beginning of an error message about the latest unit."""
 
     def remember(self, entry: str) -> None:
-        """Keep an entry for the arrow keys."""
+        """Add an entry to the history."""
 
 
 def read_entry(source: Source) -> Entry | None:
     """The next message or command; None at the end of input.
 
-    A line that begins with "/" is a command, one that begins with "//" a message that begins with
-    "/". Several lines that were pasted at once are one message.
+    A line that begins with "/" is a command. A line that begins with "//" is a message that begins
+    with "/". Several lines that were pasted at once are one message.
 
     Raises:
-        InputError: input ends inside a message, or is not UTF-8.
+        InputError: the input ends inside a message, or is not UTF-8.
     """
     while (unit := source.read(SIGN)) is not None:
         if unit.startswith(QUOTES):
@@ -81,7 +85,7 @@ def _entry(unit: str) -> Entry:
 
 
 def _quoted(source: Source, unit: str) -> str | None:
-    """The message that begins with a unit in quotes; None where input ends before it."""
+    """The message that begins with a unit in quotes; None if typed input ends before its end."""
     where = source.where()
     units = [unit.removeprefix(QUOTES)]
     while not units[-1].rstrip().endswith(QUOTES):
@@ -89,14 +93,16 @@ def _quoted(source: Source, unit: str) -> str | None:
         if unit is None:
             if source.is_typed:
                 return None
-            raise InputError(f"{where}input ends inside a message: expected {QUOTES} at its end")
+            raise InputError(
+                f"{where}the input ends inside a message: expected {QUOTES} at its end"
+            )
         units.append(unit)
     units[-1] = units[-1].rstrip().removesuffix(QUOTES)
     return "\n".join(units).strip("\n")
 
 
 class PipedInput:
-    """Lines of standard input, each as soon as it is there."""
+    """The lines of standard input, each as soon as it arrives."""
 
     is_typed = False
 
@@ -117,8 +123,8 @@ class PipedInput:
             text = content.decode("utf-8-sig" if self._line == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{self.where()}it is not UTF-8 (byte {error.start} of the line): save it as "
-                "UTF-8 and try again"
+                f"{self.where()}it is not UTF-8 (byte {error.start} of the line): convert the "
+                "input to UTF-8"
             ) from None
         return text.removesuffix("\n").removesuffix("\r")
 
@@ -130,11 +136,11 @@ class PipedInput:
 
 
 class TypedInput:
-    """What is typed at a terminal, with line editing and a history where there is readline.
+    """Input from a terminal, with line editing and a history if Python has readline.
 
     Args:
-        history: of the arrow keys.
-        words: beginnings of lines that Tab completes, word by word.
+        history: the entries that the arrow keys show.
+        words: lines that Tab completes, word by word.
     """
 
     is_typed = True
@@ -163,14 +169,14 @@ class TypedInput:
             raise InputError(
                 "the line is not UTF-8: set the terminal's encoding to UTF-8"
             ) from None
-        return unit.removesuffix("\n")  # a paste's last one
+        return unit.removesuffix("\n")  # a paste may end with a line end
 
     def _line(self, sign: str) -> str | None:
         if self._shows_prompt:
             with contextlib.suppress(EOFError):
                 return input(sign)
             return None
-        with contextlib.suppress(OSError):  # standard output is somewhere else
+        with contextlib.suppress(OSError):  # standard output is not a terminal
             sys.stderr.write(sign if sys.stderr.isatty() else "")
             sys.stderr.flush()
         line = sys.stdin.readline()
@@ -181,7 +187,7 @@ class TypedInput:
 
     def remember(self, entry: str) -> None:
         if self._history.add(entry) and self._readline is not None:
-            with contextlib.suppress(UnicodeError):  # a locale that cannot write it
+            with contextlib.suppress(UnicodeError):  # the locale cannot encode it
                 self._readline.add_history(entry)
 
     def _prepare(self, readline: ModuleType) -> None:
@@ -205,13 +211,13 @@ class TypedInput:
             names = glob.glob(f"{glob.escape(os.path.expanduser(text))}*")
             found = sorted(f"{name}/" if os.path.isdir(name) else name for name in names)
         else:
-            begun = line.removesuffix(text)  # the words before it
+            begun = line.removesuffix(text)  # the words before `text`
             rests = [w.removeprefix(begun) for w in self._words if line and w.startswith(line)]
             found = [rest for rest in rests if " " not in rest]
         return found[state] if state < len(found) else None
 
     def _keeps_a_paste_together(self) -> bool:
-        """Whether what is pasted arrives as one unit, by the terminal's bracketed paste."""
+        """Whether the terminal's bracketed paste delivers pasted lines as one unit."""
         readline = self._readline
         is_dumb = os.environ.get("TERM", "dumb") == "dumb"
         return readline is not None and not is_dumb and not _is_libedit(readline)
@@ -220,7 +226,7 @@ class TypedInput:
 def _readline() -> ModuleType | None:
     try:
         import readline
-    except ImportError:  # Windows, or a Python that was built without it
+    except ImportError:  # Windows, or a Python without readline
         return None
     return readline
 
@@ -230,8 +236,8 @@ def _is_libedit(readline: ModuleType) -> bool:
 
 
 def _more_is_there() -> bool:
-    """Whether a further line waits at the terminal: of a paste, since nobody types so fast."""
+    """Whether another line is already waiting, as in a paste; nobody types so fast."""
     try:
         return bool(select.select([sys.stdin], [], [], 0)[0])
-    except (OSError, ValueError):  # Windows, which selects among sockets alone
+    except (OSError, ValueError):  # Windows, where select needs sockets
         return False

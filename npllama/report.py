@@ -1,4 +1,4 @@
-"""What --stats shows of a model and a generation."""
+"""The rows that --stats shows about a model and a generation."""
 
 from npllama.completion import Timings
 from npllama.console import tell
@@ -6,7 +6,7 @@ from npllama.llama import Llama
 
 
 def describe_context(llama: Llama) -> str:
-    """Room for how many tokens, of how many the model is good for, and how that came about."""
+    """The context, the longest context of the model, and the RoPE scaling."""
     config, scaling = llama.config, llama.config.rope_scaling
     text = f"{llama.context} of the model's {config.longest_context} tokens"
     if scaling is None:
@@ -17,20 +17,20 @@ def describe_context(llama: Llama) -> str:
 
 
 def stats(llama: Llama, timings: Timings, finish: str, seed: int) -> dict[str, str]:
-    """Name -> value: speed, memory, and what is needed to have the same text again.
+    """Name -> value: speed, memory and the settings that reproduce the text.
 
     Args:
-        timings: of the generation.
-        finish: why it ended.
-        seed: of its random numbers.
+        timings: the timings of the generation.
+        finish: the reason why it ended.
+        seed: the seed of its random numbers.
     """
     t = timings
-    gb_per_forward = llama.bytes_per_forward / 1e9  # GB/s: weights read, once for all rows
+    gb_per_forward = llama.bytes_per_forward / 1e9  # a forward pass reads them once
     peak = llama.backend.peak_bytes()
     memory = f"weights {llama.parameters.nbytes / 1e6:.1f} MB"
     if peak is not None:
         memory += f", peak {peak / 1e6:.1f} MB"
-        if peak < llama.parameters.nbytes:  # mapped, such as the embedding's other rows
+        if peak < llama.parameters.nbytes:  # mapped files, such as unused rows of the embedding
             memory += " (some weights were never read)"
     backend = [llama.backend.device_name()]
     if llama.backend.no_gpu is not None:

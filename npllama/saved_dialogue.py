@@ -38,16 +38,18 @@ def _check_replaceable(path: Path) -> None:
     except InputError:
         raise InputError(
             f"{path} exists and is no saved dialogue: expected the name of a new file, or of a "
-            "dialogue to be replaced"
+            "saved dialogue, which is replaced"
         ) from None
 
 
 def load_dialogue(path: Path) -> list[dict[str, str]]:
     """The messages of a file that `save_dialogue` or another program wrote.
 
+    A dialogue is an optional system prompt, and then the user's messages and the assistant's
+    answers in turn.
+
     Raises:
-        InputError: it cannot be read, or is not a dialogue: an optional system prompt, then the
-            user's messages and the assistant's answers in turn.
+        InputError: the file cannot be read, or is not a dialogue.
     """
     try:
         content = read_small_file(path, MAX_JSON)
@@ -60,25 +62,25 @@ def load_dialogue(path: Path) -> list[dict[str, str]]:
     problem = _problem(messages)
     if problem is not None:
         raise InputError(
-            f'{path} is no dialogue: {problem}; expected [{{"role": "user", "content": "..."}}, '
+            f'{path} is not a dialogue: {problem}; expected [{{"role": "user", "content": "..."}}, '
             '{"role": "assistant", ...}, ...]'
         )
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _problem(messages: object) -> str | None:
-    """What is wrong with messages from a file."""
+    """The first thing that is wrong with messages from a file; None if nothing is."""
     if not isinstance(messages, list):
-        return "it is no list"
+        return "it is not a list"
     n_system = 0
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            return f"message {number} is no object"
+            return f"message {number} is not an object"
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 return f"message {number} has no text as {name}"
             if any("\ud800" <= c <= "\udfff" for c in message[name]):
-                return f"message {number} holds half of a character"
+                return f"message {number} is not valid Unicode"
         role = message["role"]
         if role not in _ROLES:
             return f"the role of message {number} is {role!r:.40}"

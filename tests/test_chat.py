@@ -27,10 +27,7 @@ from terminal import Terminal
 CONFIG = LlamaConfig(**{**vars(TINY), "context_length": 512})
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 FLAGS = ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"]
-CUT = (
-    "npllama: the answer ends here because it has 12 tokens (--max-new-tokens, /set "
-    "max-new-tokens)\n"
-)
+CUT = "npllama: the answer ends at the limit of 12 tokens (--max-new-tokens, /set max-new-tokens)\n"
 PROMPT = "\x1b[?2004h>>> "  # of readline, which then takes a paste as one line
 
 
@@ -156,23 +153,23 @@ def test_a_wrong_line_ends_a_program_in_a_pipe(call, dialogue, tmp_path):
         assert message.startswith("standard input, line 2: ")
         return message
 
-    assert "it is not UTF-8 (byte 1 of the line): save it as UTF-8" in line(b"a\xff\n")
+    assert "it is not UTF-8 (byte 1 of the line): convert" in line(b"a\xff\n")
     assert 'input ends inside a message: expected """ at its end' in line(b'"""a\nb\nc')
     assert "there is no command '/regn' (did you mean /regen?): /help" in line(b"/regn\nYou\n")
-    assert "there is no command '/': /help lists them, and // begins a message" in line(b"/")
+    assert "there is no command '/': /help lists the commands; write // for" in line(b"/")
     assert "/clear takes no argument: found 'all'" in line(b"/clear all")
-    assert "/save needs the name of a file: /save FILE" in line(b"/save  \n")
-    assert "the name of the file holds a zero byte" in line(b"/save a\0b")
+    assert "/save needs the name of a file: write /save FILE" in line(b"/save  \n")
+    assert "the name of the file contains a zero byte" in line(b"/save a\0b")
     assert "cannot be read: No such file" in line(f"/load {tmp_path}/none".encode())
     assert "temperature is -1.0: expected 0 or above" in line(b"/set temperature -1")
     for command in (b"/system", b"/set stop"):
-        assert r"the text holds one \uXXXX from D800" in line(command + rb' "\ud83e"')
+        assert r"the text has a single \uXXXX from D800" in line(command + rb' "\ud83e"')
     code, out, err = call("/clear\n/undo\n/bye\n")
     assert (code, out, err) == (
         2,
         "",
         "the dialogue is empty\n"
-        "npllama: error: standard input, line 2: there is no message to take back\n",
+        "npllama: error: standard input, line 2: there is no message to remove\n",
     )
 
 
@@ -223,7 +220,7 @@ def test_system_prompts_are_given_shown_changed_and_taken_away(call, dialogue):
     lines = 'Hi\n/system\n/system C\nHi\n/system ""\n/system\nHi\n/system "D\\nE"\nHi\n'
     code, out, err = call(lines, "-e", "--system", r"A\nB")
     assert (code, out.split("\n")) == (0, [*said, ""])
-    for note in ("system prompt: A\nB\n", "prompt is set\n", "is taken away\n", "there is no"):
+    for note in ("system prompt: A\nB\n", "prompt is set\n", "is removed\n", "there is no"):
         assert note in err
 
 
@@ -241,7 +238,7 @@ def test_answers_are_made_again_and_taken_back(call, dialogue):
     flags = [f for name, v in options.items() for f in ("--" + name.replace("_", "-"), str(v))]
     code, out, err = call("Hi\n/regen\n/regen\n/undo\nYou\n/regen\n/clear\nHi\n", *flags)
     assert (code, out) == (0, "".join(f"{text}\n" for text in [one, *other, *last]))
-    assert "taken back with its answer: Hi\n" in err and "the dialogue is empty\n" in err
+    assert "removed this message and its answer: Hi\n" in err and "the dialogue is empty\n" in err
 
 
 def test_dialogues_are_saved_and_loaded(call, dialogue, tmp_path):
@@ -300,7 +297,7 @@ def test_stats_count_the_ids_that_are_kept_and_read(call, dialogue):
     assert rows["context used"] == f"{dialogue.cache.lengths[0]} of 512 tokens"
     assert "tokens/s" in rows["decode"] and rows["finish"] == "length"
     assert call("Hi\nYou\n", "--stats")[2].count("kept in the cache") == 2
-    assert "there was no answer yet" in error_line(call, "/stats\n")
+    assert "there is no answer yet" in error_line(call, "/stats\n")
 
 
 def test_a_full_context_leaves_old_turns_out_or_is_an_error(call):
@@ -324,16 +321,17 @@ def test_a_full_context_leaves_old_turns_out_or_is_an_error(call):
 
 def test_an_answer_that_the_context_ends_says_so(call):
     _, _, err = call("Hi\n", "--max-new-tokens", "500", "--context", "90")
-    assert err == "npllama: the answer ends here because the context of 90 tokens is full\n"
+    assert err == "npllama: the answer ends because the context of 90 tokens is full\n"
 
 
 def test_the_shipped_model_has_no_place_for_roles(monkeypatch, capsys, tmp_path):
     file = tmp_path / "saved.json"
     file.write_text('[{"role": "system", "content": "S"}]')
-    for command, what in (("/system S", "a system prompt"), (f"/load {file}", "its system prompt")):
+    texts = {"/system S": "a system prompt", f"/load {file}": "the system prompt of the file"}
+    for command, what in texts.items():
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(command.encode())))
         assert main(["--backend", "numpy"]) == 2
-        assert f"the model knows no dialogue: {what} has no place" in capsys.readouterr().err
+        assert f"{what} needs a chat model, and this model only" in capsys.readouterr().err
 
 
 # -- Ctrl-C
@@ -429,7 +427,7 @@ def test_ctrl_c_before_the_answer_leaves_the_dialogue_as_it_was(talk, monkeypatc
     )
     session, _, err = talk("You", "/regen", "/bye")
     assert session.chat.messages == before and session.is_over
-    assert err == 2 * "npllama: no answer had begun: the dialogue is as before\n"
+    assert err == 2 * "npllama: the answer had not begun, and the dialogue is unchanged\n"
 
 
 def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch):
@@ -448,7 +446,7 @@ def test_errors_at_a_terminal_are_lines_after_which_it_goes_on(talk, monkeypatch
     assert lines[1].endswith("tokens of prompt and answer: shorten the message")
     assert lines[2] == "npllama: out of memory: shorten the dialogue with /undo or /clear"
     assert lines[3:] == [
-        "taken back with its answer: Hi", "npllama: there is no message to take back", "",
+        "removed this message and its answer: Hi", "npllama: there is no message to remove", "",
     ]  # fmt: skip
 
     def leave(self, text, **options):
