@@ -1,7 +1,7 @@
-"""A file that appears whole or not at all, and waiting until bytes are on the disk.
+"""Writes a file whole or not at all, and waits until its bytes are on the disk.
 
-Network file systems such as Lustre, NFS without a lock service, CIFS and FUSE lack locks, or a
-wait until a folder's names are on the disk. Writing then goes on without them.
+Some network file systems (Lustre, NFS without a lock service, CIFS, FUSE) have no locks, or cannot
+sync a folder. Files are then written without them.
 """
 
 import errno
@@ -17,11 +17,11 @@ from npllama.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 IS_MISSING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-"""What a file system says that lacks locks or syncs."""
+"""The errors of a file system without locks or syncs."""
 NO_LOCKS = IS_MISSING | {errno.ENOLCK}
 _NO_SYNC = IS_MISSING
 _NO_SYNC_OF_FOLDERS = IS_MISSING | {errno.EBADF, errno.EISDIR, errno.EACCES}
@@ -29,14 +29,15 @@ _NO_SYNC_OF_FOLDERS = IS_MISSING | {errno.EBADF, errno.EISDIR, errno.EACCES}
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it becomes `path` when the block ends without error.
+    """A partial file to write to. It replaces `path` when the block ends without an error.
 
-    A program killed at any moment leaves the old `path` or the new one. It may also leave the
-    file beside, which the next call replaces. Programs that write the same path at once wait for
-    each other, and the last one's file stays. The new file has the permissions of the old one.
+    If the program is killed, `path` has its old content or all of the new one. The partial file
+    may remain, and the next call replaces it. Programs that write the same path at the same time
+    wait for each other, and the last one replaces the others' files. The new file has the
+    permissions of the old one.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     try:
         with _partial_file(path) as partial:
@@ -50,17 +51,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _copy_mode(path: Path, partial: Path, more: int = 0) -> None:
-    """Give a file the permissions of another one, if there is one, and `more`."""
-    with suppress(OSError):  # there is none, or this file system has no permissions
+    """Give the partial file the permissions of `path`, if it exists, and `more`."""
+    with suppress(OSError):  # `path` does not exist, or the file system has no permissions
         os.chmod(partial, stat.S_IMODE(os.stat(path).st_mode) | more)
 
 
 def check_writable(path: Path) -> None:
-    """Refuse at once what `atomic_file` would refuse after the work; nothing is changed.
+    """Raise the errors of `atomic_file` before the work that produces the content.
 
     Raises:
-        InputError: no file can be made in the folder of `path`, or none of such a name; or
-            there is a file that must not be written.
+        InputError: no file of this name can be created in the folder, or an existing file must not
+            be written.
     """
     try:
         if path.exists() and not os.access(path, os.W_OK):
@@ -79,10 +80,11 @@ def _not_written(path: Path, error: OSError) -> InputError:
 
 @contextmanager
 def _partial_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, which no other process writes to; a failed block removes it."""
+    """An empty file in the folder of `path`, which no other process writes to. It is removed if
+    the block fails."""
     partial = path.with_name(f"{path.name}.partial")
     file = None if fcntl is None else _locked(partial)
-    if file is None:  # there are no locks: a name that no other process uses
+    if file is None:  # without locks, a name that no other process uses
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.touch()
@@ -97,8 +99,11 @@ def _partial_file(path: Path) -> Iterator[Path]:
 
 
 def _locked(partial: Path) -> int | None:
-    """The descriptor of a new or emptied file, once this process alone has its lock; the system
-    releases the lock however the process ends. None where there are no locks."""
+    """The descriptor of an empty file that this process has locked. None if the file system has no
+    locks.
+
+    The system releases the lock however the process ends.
+    """
     while True:
         file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -117,19 +122,19 @@ def _locked(partial: Path) -> int | None:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # the process that held the lock has renamed it to `path`, or removed it
+        os.close(file)  # the process with the lock has renamed the file to `path`, or removed it
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk.
+    """Wait until the content of a file, or the names in a folder, are on the disk.
 
-    It returns at once where the file system cannot wait.
+    A file system that cannot sync is not an error.
 
     Raises:
-        OSError: the content could not be written, as on a full or broken disk.
+        OSError: the content could not be written, for example on a full disk.
     """
     is_folder = path.is_dir()
-    if is_folder and fcntl is None:  # Windows opens no folder
+    if is_folder and fcntl is None:  # Windows cannot open a folder
         return
     try:
         file = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)

@@ -1,8 +1,8 @@
-"""What the keys and values of a cache depend on besides the token ids, as short texts.
+"""Short texts that identify what keys and values depend on besides the token ids.
 
-A prompt cache stores these texts. Its contents are valid for a model that has the same ones.
-Sampling, seed, threads, the tokenizer and the size of the context are not among them, nor is the
-head, which keys and values do not pass through.
+A prompt cache stores these texts, and is valid for a model with the same texts. Sampling, seed,
+threads, tokenizer and the size of the context have no influence on keys and values. The head has
+none either, because it comes after the last layer.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from npllama.backend import Array, Backend
 from npllama.model import Transformer
 
 _ROWS = 16
-"""Rows of each matrix that are read, at least."""
+"""The least number of rows that are read from each matrix."""
 
 SHAPE = "shape"
 DIGESTS = ("RoPE frequencies", "weights", "embedding rows")
-"""Names whose values say nothing to a reader."""
+"""The names of digests, which messages do not show."""
 
 
 def shape_of(model: Transformer) -> str:
-    """The sizes that keys and values depend on, as the shape of each tensor follows from them."""
+    """The sizes that keys and values depend on. They determine the shape of each tensor."""
     c = model.sizes
     return (
         f"L {c.n_layers}, D {c.dim}, H {c.n_heads}, K {c.n_kv_heads}, C {c.head_dim}, "
@@ -31,17 +31,18 @@ def shape_of(model: Transformer) -> str:
 
 
 def fingerprint(model: Transformer, ids: Sequence[int]) -> dict[str, str]:
-    """Each thing that the keys and values of `ids` depend on: its name in a message -> its value.
+    """The texts for the keys and values of `ids`, by their names in messages.
 
-    The weights are represented by a digest of a part of them, since reading all of a large model
-    takes seconds. The part has every norm, every scale of int8, and at least 16 evenly spaced rows
-    of each matrix of the layers. Training changes all rows of a matrix, and so does a merged LoRA
-    adapter. A change by hand to a few rows of one matrix may go unnoticed. Of the embedding, the
-    rows of `ids` are read; no other row counts.
+    The digest of the weights covers a part of them, because reading all weights of a large model
+    takes seconds: every norm, every scale of int8, and at least 16 evenly spaced rows of each
+    matrix of the layers. Training and a merged LoRA adapter change all rows of a matrix. A manual
+    change of only a few rows may not change the digest.
+
+    The digest of the embedding covers the rows of `ids`, on which alone the keys and values depend.
     """
     backend, parameters, embedding = model.backend, model.parameters, model.parameters.embedding
     frequencies, scaling = model.rotation
-    # float32, since another NumPy may compute a last bit of float64 otherwise
+    # float32, because versions of NumPy may differ in the last bit of float64
     rotation = [backend.to_host(frequencies).astype("float32"), np.float32([scaling])]
     rows = backend.to_device(np.unique(np.asarray(ids, dtype="int64")))
     rope, weights, of_ids = DIGESTS

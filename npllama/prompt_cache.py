@@ -1,10 +1,10 @@
-"""A prompt cache: keys and values of token ids in a file, so that they are not computed again.
+"""A prompt cache: a file with the keys and values of token ids, which need not be computed again.
 
-The file is in the safetensors format. It holds the ids (n,) int32 and, of each layer, keys and
-values (K, n, C) in the dtype of the cache. Its metadata name the format's version and what the
-keys and values depend on (npllama.cache_fingerprint).
+The file has the safetensors format. It contains the ids (n,) int32 and, for each layer, keys and
+values (K, n, C) in the dtype of the cache. Its metadata contain the version of the format and what
+the keys and values depend on (npllama.cache_fingerprint).
 
-A file may come from anywhere: everything in it is checked, and nothing in it is executed.
+A file may come from an untrusted source: everything in it is checked, and nothing is executed.
 """
 
 import os
@@ -25,7 +25,7 @@ from npllama.safetensors_file import DTYPES, SafetensorsFile, header_of
 from npllama.sampling_options import is_integer
 
 VERSION = "1"
-"""Of the file, and of the mathematics that made what it holds."""
+"""The version of the file format, and of the computation of keys and values."""
 _KIND, _KIND_VALUE, _VERSION = "format", "npllama prompt cache", "version"
 _IDS = "ids"
 _FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.kind != "i"}
@@ -37,17 +37,17 @@ def save_cache(model: Transformer, cache: KVCache, path: str | Path, row: int = 
     """Write the keys, values and ids of a row to a file, whole or not at all.
 
     Args:
-        cache: of `model`.
+        cache: a cache of `model`.
         path: a new file, or a prompt cache, which is replaced. A link is followed.
 
     Raises:
-        InputError: the row holds nothing, the cache is another model's, there is another file at
-            `path`, or it cannot be written.
+        InputError: the row is empty, the cache is from another model, `path` is another kind of
+            file, or it cannot be written.
     """
     if not isinstance(cache, KVCache) or cache.rope_table is not model.rope_table:
         raise InputError("the cache is not this model's: expected one from its new_cache")
     cache.check_row(row)
-    ids = cache.ids[row][: cache.lengths[row]]  # after an interruption it may know fewer
+    ids = cache.ids[row][: cache.lengths[row]]  # after Ctrl-C, fewer may be known
     if not ids:
         raise InputError(f"row {row} of the cache is empty: there is nothing to save")
     if not is_new(path):
@@ -71,20 +71,21 @@ def load_cache(
     ids: Sequence[int] | None = None,
     context: int | None = None,
 ) -> KVCache:
-    """A cache of one row that holds what a file of `save_cache` does.
+    """A cache of one row, read from a file that `save_cache` wrote.
 
-    Its dtype is the model's: where the file has another, the numbers are converted.
+    If the dtype of the file differs from the dtype of the model's caches, the elements are
+    converted.
 
     Args:
-        ids: a prompt. The row then holds the ids that the prompt begins with, but not its last
-            one, which is read in any case. None is all ids of the file.
-        context: positions that the cache has room for, by default the model's; ids of the file
-            that do not fit are left out.
+        ids: a prompt. The row gets the first ids that the file and the prompt have in common,
+            without the prompt's last id. None is all ids of the file.
+        context: positions of the cache; None is the model's context. Ids of the file that do not
+            fit are left out.
 
     Raises:
-        InputError: there is no such file, or it is damaged, no prompt cache, or one of another
-            model or of other options; or `ids` are no prompt.
-        OutOfMemoryError: so many positions do not fit.
+        InputError: the file does not exist, is damaged, is no prompt cache, or is from another
+            model or other options; or `ids` is not a prompt.
+        OutOfMemoryError: the positions do not fit the memory.
     """
     return StoredPrompt(model, path).to_cache(ids, context)
 
@@ -93,14 +94,14 @@ class StoredPrompt:
     """An open prompt cache that fits a model.
 
     Args:
-        model: for which it is to be used.
-        path: of the file.
+        model: the model that will use it.
+        path: the file.
 
     Attributes:
         ids: (n,) int32, a view of the file.
 
     Raises:
-        InputError: as for `load_cache`.
+        InputError: see `load_cache`.
     """
 
     def __init__(self, model: Transformer, path: str | Path) -> None:
@@ -113,7 +114,7 @@ class StoredPrompt:
         self._check_same(fingerprint(model, self.ids))
 
     def to_cache(self, ids: Sequence[int] | None = None, context: int | None = None) -> KVCache:
-        """See `load_cache`."""
+        """A cache with the content of the file; see `load_cache`."""
         model = self._model
         context = model.context if context is None else context
         if not is_integer(context):
@@ -121,7 +122,7 @@ class StoredPrompt:
         stored = self.ids.tolist()
         n = len(stored)
         if ids is not None:
-            model.to_tokens(ids)  # refuses what is no prompt
+            model.to_tokens(ids)  # raises an error if they are not a prompt
             n = common_length(stored, ids)
         model.check_memory(1, context)
         cache = model.new_cache(1, context)
@@ -130,9 +131,9 @@ class StoredPrompt:
         return cache
 
     def _arrays(self, n: int, dtype: np.dtype) -> Iterator[Array]:
-        """Keys and values (K, n, C) of each layer, in the order of `KVCache.buffers`."""
+        """The keys and values (K, n, C) of each layer, in the order of `KVCache.buffers`."""
         for name in _names(self._model):
-            with np.errstate(over="ignore"):  # what becomes infinite is refused
+            with np.errstate(over="ignore"):  # infinite elements are refused below
                 part = self._file[name][:, :n].astype(dtype, copy=False)
             if not np.isfinite(part).all():
                 raise self._refused(f"its tensor {name} has elements that are not finite")
@@ -146,7 +147,7 @@ class StoredPrompt:
             )
 
     def _check_same(self, ours: Mapping[str, str]) -> None:
-        """Refuse what was computed with other weights or in another way."""
+        """Refuse a file whose keys and values another model or computation gave."""
         for name, value in ours.items():
             theirs = self._file.metadata.get(name, "")
             if theirs != value:
@@ -190,19 +191,19 @@ class StoredPrompt:
 
 
 def check_is_prompt_cache(path: str | Path) -> None:
-    """Refuse what is no prompt cache, of whatever model.
+    """Raise InputError unless a file is a prompt cache, of any model.
 
     Raises:
-        InputError: there is none, it is damaged, or it cannot be read.
+        InputError: it does not exist, is another kind of file, is damaged, or cannot be read.
     """
     _open(path)
 
 
 def is_new(path: str | Path) -> bool:
-    """Whether nothing stands at a path, where links lead.
+    """Whether a path does not exist. Links are followed.
 
     Raises:
-        InputError: this cannot be found out, as where the path can be no file's name.
+        InputError: the path is not a valid name of a file, or cannot be read.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise InputError(f"the path of a prompt cache is {path!r}: expected the name of a file")
@@ -217,16 +218,16 @@ def is_new(path: str | Path) -> bool:
 
 
 def _open(path: str | Path) -> SafetensorsFile:
-    """A prompt cache, of whatever model.
+    """An open prompt cache, of any model.
 
     Raises:
-        InputError: there is none, or another file.
+        InputError: see `check_is_prompt_cache`.
     """
     if is_new(path):
-        raise InputError(f"the prompt cache {path} does not exist: expected one of save_cache")
+        raise InputError(f"the prompt cache {path} does not exist: give the name of a prompt cache")
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):  # a pipe would be waited for
-        what = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+    if not stat.S_ISREG(mode):  # reading a pipe would wait
+        what = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise InputError(f"the prompt cache {path} is {what}: expected the name of a file")
     try:
         file = SafetensorsFile(Path(path), _DTYPES, is_ignored=_is_foreign, remedy=_INSTEAD)
@@ -234,8 +235,8 @@ def _open(path: str | Path) -> SafetensorsFile:
         raise InputError(f"the prompt cache {error}") from None
     if file.metadata.get(_KIND) != _KIND_VALUE:
         raise InputError(
-            f"{path} is no prompt cache of npllama: give the name of a new file, or of one that "
-            "--prompt-cache or save_cache wrote"
+            f"{path} is not a prompt cache of npllama: give the name of a new file, or of a file "
+            "that --prompt-cache or save_cache wrote"
         )
     return file
 

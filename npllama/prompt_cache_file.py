@@ -1,4 +1,4 @@
-"""--prompt-cache FILE: read before a generation, written after it."""
+"""The file of --prompt-cache: it is read before a generation and written after it."""
 
 import os
 from collections.abc import Sequence
@@ -11,23 +11,24 @@ from npllama.prompt_cache import StoredPrompt, check_is_prompt_cache, is_new, sa
 
 
 class PromptCacheFile:
-    """A cache that begins as a file of earlier ids, and becomes the file again.
+    """A cache that is read from a file, and saved to the file again.
 
     Args:
         llama: the model.
-        path: of the file, which need not exist yet.
-        ids: the prompt, of which the cache then holds what the file has of it. None is all that
-            the file has, for a caller who truncates the cache.
-        context: positions that the cache has room for; None is the model's.
-        read_only: the file must exist and is not written.
+        path: the file. If it does not exist, the cache is empty.
+        ids: a prompt. The cache then holds the first ids that the file and the prompt have in
+            common, without the prompt's last id. None is all ids of the file, for a caller who
+            truncates the cache.
+        context: positions of the cache; None is the model's context.
+        read_only: require that the file exists, and do not write it.
 
     Attributes:
-        cache: of one row.
-        n_kept: ids that it holds from the file.
+        cache: a cache of one row.
+        n_kept: number of ids in the cache that are from the file.
 
     Raises:
         InputError: the file cannot be used; see also `check_options`.
-        OutOfMemoryError: so many positions do not fit.
+        OutOfMemoryError: the positions do not fit the memory.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class PromptCacheFile:
         self.n_kept = self.cache.lengths[0]
 
     def save(self) -> None:
-        """Write the file, where the cache holds more ids than the file or other ones.
+        """Write the cache to the file, unless its ids are a prefix of those in the file.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: the file cannot be written.
         """
         ids = self.cache.ids[0]
         if not self._read_only and ids != self._stored[: len(ids)]:
@@ -62,11 +63,11 @@ class PromptCacheFile:
 
 
 def check_options(path: str | None, read_only: bool, n_prompts: int = 1) -> None:
-    """Refuse, before a model is loaded, options that cannot be served with any.
+    """Check the options before a model is loaded.
 
     Raises:
-        InputError: --prompt-cache-read-only alone, several prompts, a path that holds something
-            else than a prompt cache, or one that cannot be written later.
+        InputError: --prompt-cache-read-only is given alone, there are several prompts, the path is
+            another kind of file, or it cannot be written.
     """
     if path is None:
         if read_only:
@@ -74,7 +75,8 @@ def check_options(path: str | None, read_only: bool, n_prompts: int = 1) -> None
         return
     if n_prompts > 1:
         raise InputError(
-            f"--prompt-cache is for one prompt and there are {n_prompts}: give one, or leave it out"
+            f"--prompt-cache is for one prompt and there are {n_prompts}: give one prompt, or no "
+            "--prompt-cache"
         )
     if read_only or not is_new(path):
         check_is_prompt_cache(path)

@@ -333,7 +333,7 @@ HOSTILE = {
     "no version": (lambda t, m: m.pop("version"), "has version ''"),
     "no shape": (lambda t, m: m.pop("shape"), "is in the shape"),
     "other weights": (lambda t, m: m.update(weights="\x1b[31m\n"), "is in the weights"),
-    "no format": (lambda t, m: m.pop("format"), "no prompt cache of npllama"),
+    "no format": (lambda t, m: m.pop("format"), "not a prompt cache of npllama"),
 }
 
 
@@ -402,7 +402,7 @@ def foreign_files(folder):
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to(folder / "loop")
     return {
-        model: "no prompt cache of npllama: give the name of a new file",
+        model: "not a prompt cache of npllama: give the name of a new file",
         folder / "text": "damaged or truncated",
         folder / "empty": "damaged or truncated",
         folder / "page": "a web page",
@@ -556,7 +556,7 @@ def test_what_the_option_refuses_is_said_before_a_model_is_loaded(model, path, t
         (["--prompt-file", prompts, "--prompt-cache", path], "for one prompt and there are 2"),
         (["--prompt", "a", "--prompt-cache-read-only"], "is for --prompt-cache: give both"),
         (["--prompt", "a", "--prompt-cache", path, "--prompt-cache-read-only"], "does not exist"),
-        (["--prompt", "a", "--prompt-cache", weights], "no prompt cache of npllama"),
+        (["--prompt", "a", "--prompt-cache", weights], "not a prompt cache of npllama"),
         (["--prompt", "a", "--prompt-cache", tmp_path / "none" / "x"], "cannot be written: No"),
         (["--prompt", "a", "--prompt-cache", tmp_path], "is a directory"),
         (["--prompt", "a", "--prompt-cache", ""], "expected the name of a file"),
