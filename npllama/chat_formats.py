@@ -1,7 +1,7 @@
-"""The chat formats that are built in, each as a function from messages to parts.
+"""The built-in chat formats, each as a function from messages to parts.
 
-The tags that are no tokens of the model's are text, such as Llama-2's [INST] or TinyLlama's
-<|user|>. A message that holds one passes it on as it is: the model may take it for a tag.
+Tags without a token in the vocabulary are text, such as Llama-2's [INST] or TinyLlama's <|user|>.
+If a message contains such a tag, the model may take it for a tag of the format.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def llama_2(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> P
 
         BOS [INST] {user} [/INST] {answer} EOS  BOS [INST] {user} [/INST]
 
-    The system prompt stands inside the first user message. Source: Meta's llama repository,
+    The first user message contains the system prompt. Source: Meta's llama repository,
     chat_completion; Touvron et al. 2023, section 3.3.
     """
     system, turns = _alternating(messages)
@@ -61,7 +61,7 @@ def chatml(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> Pa
 def vicuna(tokenizer: Tokenizer, messages: Sequence[Message], answer: str) -> Parts:
     """Vicuna v1.1 and later: "{system} USER: {user} ASSISTANT: {answer}EOS" and so on.
 
-    Source: FastChat, conv_vicuna_v1.1, whose system prompt stands where none is given.
+    Source: FastChat, conv_vicuna_v1.1. Its system prompt is the default.
     """
     system, turns = _alternating(messages)
     parts: Parts = [f"{_VICUNA_SYSTEM if system is None else system} "]
@@ -86,7 +86,7 @@ FORMATS: dict[str, ChatFormat] = {
     "chatml": chatml,
     "vicuna": vicuna,
 }
-"""By the names that --chat-format takes."""
+"""The formats by their names for --chat-format."""
 
 
 def _alternating(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:

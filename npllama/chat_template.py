@@ -1,7 +1,7 @@
-"""A checkpoint's own chat template: the file it is in, and dialogues rendered with it.
+"""Reads the chat template of a checkpoint, and renders dialogues with it.
 
-A template writes markup and the text of messages into one text. Which is which decides what may
-become a control token, so it is rendered more than once: see `ChatTemplate.parts`.
+A template writes markup and the text of messages into one text. Only markup may become control
+tokens, so a dialogue is rendered more than once to separate the two: see `ChatTemplate.parts`.
 """
 
 import contextlib
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_TEMPLATE = 2**20
-"""Bytes of a template; those of Llama 3.2, with tools, have 4 KB."""
+"""The most bytes of a template. The template of Llama 3.2, with tools, has 4 KB."""
 SECONDS = 10.0
-"""Of the processor's time for one rendering, which takes some milliseconds."""
-_PATIENCE = 120.0  # seconds that pass, where the processor's time cannot be limited
+"""The most CPU time for one rendering, which usually takes milliseconds."""
+_PATIENCE = 120.0  # the most elapsed seconds, for systems that cannot limit CPU time
 _ROLES = ("system", "user", "assistant", "tool", "function", "developer", "ipython")
-_UNFINISHED = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers marks the end of a begun answer
-_PRIVATE = [range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]  # characters of no meaning
+_UNFINISHED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark at the end of a begun answer
+_PRIVATE = [range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]  # Unicode's private-use characters
 _OTHER_WAYS = "name a format with --chat-format, or leave out --chat"
 
 
 def read_template(directory: Path) -> tuple[str, Path] | None:
-    """A directory's template and the file it is in; None where there is none.
+    """The template of a directory and the path of its file; None if there is no template.
 
-    chat_template.jinja counts before tokenizer_config.json, and of a list of templates there the
-    one named "default".
+    chat_template.jinja takes precedence over tokenizer_config.json. If the latter has a list of
+    templates, the one named "default" is used.
 
     Raises:
-        TokenizerError: a template that is damaged or too large, or a list without a default.
-        ConfigError: a damaged tokenizer_config.json.
+        TokenizerError: the template is damaged or too large, or the list has no default.
+        ConfigError: tokenizer_config.json is damaged.
     """
     path = directory / "chat_template.jinja"
     if path.exists():
@@ -61,7 +61,7 @@ def read_template(directory: Path) -> tuple[str, Path] | None:
         if default is None:
             names = ", ".join(str(t.get("name"))[:40] for t in named[:10]) or "none"
             raise TokenizerError(
-                f"{path} lists chat templates ({names}) and none is the default: {_OTHER_WAYS}"
+                f"{path} has several chat templates ({names}) and no default: {_OTHER_WAYS}"
             )
         template = default
     if template is None:
@@ -77,12 +77,12 @@ def read_template(directory: Path) -> tuple[str, Path] | None:
 
 
 class ChatTemplate:
-    """A template of jinja2's language, which the extra [chat] installs.
+    """A template in the language of jinja2, which the extra [chat] installs.
 
     Args:
         template, path: see `read_template`; the path is for messages.
-        settings: tokenizer_config.json, whose bos_token, eos_token, unk_token and pad_token the
-            template sees.
+        settings: the content of tokenizer_config.json. The template can read its bos_token,
+            eos_token, unk_token and pad_token.
     """
 
     def __init__(self, template: str, path: Path, settings: Mapping[str, Any]) -> None:
@@ -92,22 +92,23 @@ class ChatTemplate:
         self._renderer = _Renderer(path)
 
     def render(self, tokenizer: Tokenizer, messages: Sequence[Message], answer: str = "") -> str:
-        """The text that transformers' apply_chat_template makes, with the answer's beginning.
+        """The text of transformers' apply_chat_template, with the beginning of the answer.
 
         Raises:
-            InputError: roles that the template refuses, or that none knows.
-            TokenizerError: a template that cannot be rendered, or takes too long or too much.
+            InputError: the template refuses the roles, or a role is unknown.
+            TokenizerError: the template cannot be rendered, or takes too much time or memory.
         """
         return self._rendered(self._variables(tokenizer, messages, answer), {}, time.time())
 
     def parts(self, tokenizer: Tokenizer, messages: Sequence[Message], answer: str = "") -> Parts:
-        """The rendered text, with the ids of control tokens where the template's own text has
-        their names.
+        """The rendered text, with ids in place of the names of control tokens in the markup.
 
-        The dialogue is rendered again with every character of the messages but white space
-        replaced by a character of no meaning. Where that, put back, is the text, those
-        characters show what is a message's. It is not where a template looks into messages. It
-        is then rendered with the names of tokens in the template's source replaced, and those
+        The dialogue is rendered a second time, with each character of the messages (except white
+        space) replaced by a private character, its twin. If this gives the same text up to the
+        twins, they show which parts are from messages, and names are searched in the rest.
+
+        A template that inspects the messages may give another text. The dialogue is then rendered
+        with the names of tokens in the template's source replaced by private characters, which
         show where the control tokens are.
 
         Raises:
@@ -140,7 +141,7 @@ class ChatTemplate:
         return split_names({twin: ids_of[name] for name, twin in names.items()}, with_names)
 
     def _messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """What a template sees of them."""
+        """The messages as the template reads them."""
         for message in messages:
             if message["role"] not in _ROLES:
                 raise InputError(
@@ -155,7 +156,7 @@ class ChatTemplate:
     def _variables(
         self, tokenizer: Tokenizer, messages: Sequence[Message], answer: str
     ) -> dict[str, Any]:
-        """What the template sees, as transformers names it."""
+        """The variables of the template, with the names of transformers."""
         seen = self._messages(messages)
         if answer:
             seen.append({"role": "assistant", "content": answer + _UNFINISHED})
@@ -168,7 +169,7 @@ class ChatTemplate:
         }
 
     def _tokens(self, tokenizer: Tokenizer) -> dict[str, str]:
-        """Names of the tokens with a role, of those that have one."""
+        """The names of the special tokens (BOS, EOS, ...) that the model has."""
         tokens = {}
         unknown = tokenizer.processor.unk_id()
         defaults = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": unknown, "pad": -1}
@@ -183,7 +184,7 @@ class ChatTemplate:
     def _attempt(
         self, variables: dict[str, Any], names: Mapping[str, str], now: float
     ) -> str | None:
-        """As `_rendered`, and None where the template refuses what was replaced."""
+        """As `_rendered`; None if the template refuses the replaced text."""
         try:
             return self._rendered(variables, names, now)
         except (InputError, TokenizerError):
@@ -202,10 +203,10 @@ class ChatTemplate:
         answer = variables["messages"][-1]["content"].removesuffix(_UNFINISHED)
         if end < 0 or answer.strip() not in text:
             raise InputError(
-                f"{self.path}: this chat template changes or leaves out the last answer: the "
-                "answer cannot be begun with it"
+                f"{self.path}: this chat template changes or omits the beginning of the answer: "
+                "let the model write the whole answer"
             )
-        # as transformers does: without the tag's space, the template has stripped the answer
+        # as in transformers: if the tag lacks its space, the template has stripped the answer
         return text[:end] if text.startswith(_UNFINISHED, end) else text[:end].rstrip()
 
 
@@ -214,7 +215,7 @@ def _free_characters(in_use: set[str]) -> Iterator[str]:
 
 
 class _Renderer:
-    """The process that renders (npllama/template_renderer.py), started when it is needed."""
+    """A process that renders templates (npllama/template_renderer.py). It starts when needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -228,8 +229,8 @@ class _Renderer:
             answer = self._asked(line)
         if not answer:
             raise TokenizerError(
-                f"{self._path}: the chat template was not rendered within {SECONDS:g} s and the "
-                f"memory it may have: {_OTHER_WAYS}"
+                f"{self._path}: rendering the chat template took more than {SECONDS:g} s or too "
+                f"much memory: {_OTHER_WAYS}"
             )
         fields = json.loads(answer)
         if "text" in fields:
@@ -245,7 +246,10 @@ class _Renderer:
         raise TokenizerError(f"{self._path} cannot be rendered ({message}): {_OTHER_WAYS}")
 
     def _asked(self, line: bytes) -> bytes:
-        """The process's answer; nothing where it ended. It is ended where this is interrupted."""
+        """The answer of the process, or nothing if the process ended.
+
+        An interruption ends the process.
+        """
         process = self._started()
         timer = threading.Timer(_PATIENCE, process.kill)
         timer.daemon = True
@@ -268,7 +272,7 @@ class _Renderer:
     def _started(self) -> "Popen":
         import subprocess  # not for --help
 
-        if self._process is None or self._process.poll() is not None:  # as it is after a fork
+        if self._process is None or self._process.poll() is not None:  # also after a fork
             if self._finalizer is not None:
                 self._finalizer()
             program = Path(__file__).with_name("template_renderer.py")
@@ -277,16 +281,16 @@ class _Renderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is not for it
+                start_new_session=True,  # Ctrl-C does not reach it
             )
             self._finalizer = weakref.finalize(self, _end, self._process)
         return self._process
 
 
 def _end(process: "Popen") -> None:
-    """End a process and its pipes; after a fork, Popen takes it for ended and leaves it alone."""
+    """End a process and close its pipes. After a fork, Popen does not end the parent's process."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was not sent is lost with the process
+        with contextlib.suppress(OSError):  # closing may flush to the ended process
             pipe.close()

@@ -1,6 +1,6 @@
-"""Dialogues as token ids, in the chat format that a model was trained on.
+"""Encodes dialogues as token ids, in the chat format that a model was trained on.
 
-The format is the checkpoint's own template (npllama.chat_template), or one that is built in
+The format is the checkpoint's own template (npllama.chat_template), or a built-in one
 (npllama.chat_formats).
 """
 
@@ -25,25 +25,26 @@ def encode_chat(
 ) -> list[int]:
     """The prompt of a dialogue that ends with a user's message.
 
-    The text of a message never becomes a control token, whatever it says. Tags that are plain
-    text, such as [INST], stay text, which the model may take for tags.
+    The text of a message never becomes a control token. A plain-text tag in a message, such as
+    [INST], stays text, but the model may take it for a tag.
 
     Args:
-        messages: {"role": ..., "content": ...}; roles are an optional "system", then "user"
-            and "assistant" in turn, "user" last. A checkpoint's template may allow others.
-        chat_format: of `find_chat_format`, or one of npllama.chat_formats.
-        answer: how the assistant's answer begins, which the model continues; white space alone
-            is no beginning.
+        messages: {"role": ..., "content": ...} each. The roles are an optional "system", then
+            "user" and "assistant" in turn, and "user" last. The template of a checkpoint may allow
+            others.
+        chat_format: from `find_chat_format`, or one of npllama.chat_formats.
+        answer: the beginning of the answer, which the model continues. White space alone counts as
+            no beginning.
         own_answers: answers that the model wrote, by the index of the message. Their own ids
             replace the ids of their text.
 
     Returns:
-        Ids, with exactly one BOS in front. Those of Llama-2-chat: each past turn BOS .. EOS, the
-        last one BOS .. [/INST] without a trailing space.
+        Ids with exactly one BOS in front. In the format of Llama-2-chat, each past turn is
+        BOS .. EOS, and the last one is BOS .. [/INST] without a trailing space.
 
     Raises:
-        InputError: messages that are none, or roles that the format does not know.
-        TokenizerError: a model without a tokenizer has None; a template cannot be rendered.
+        InputError: something else than messages, or roles that the format does not know.
+        TokenizerError: the tokenizer is None, or the template cannot be rendered.
     """
     return encode_parts(
         tokenizer, dialogue_parts(tokenizer, messages, chat_format, answer, own_answers)
@@ -87,19 +88,20 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
 def find_chat_format(
     directory: str | Path | None, name: str | None = None
 ) -> tuple[ChatFormat, str | None]:
-    """A model's chat format, and what to say of it where it is not known for sure.
+    """A model's chat format, and a note if the model may have another one, or none.
 
     Args:
-        directory: the model's; None where it has none.
-        name: of npllama.chat_formats.FORMATS; it counts before what the directory says.
+        directory: the directory of the model; None if it has none.
+        name: a name of npllama.chat_formats.FORMATS, which takes precedence over the directory.
 
     Returns:
-        The format, and what to say of a checkpoint without a chat template, which may be
-        Llama-2-chat (Meta's files have none) or no chat model at all; None where there is one.
+        The format named, that of the directory's chat template, or that of Llama-2-chat.
+        A note in the last case, else None: a checkpoint without a template may be Llama-2-chat,
+            whose original files have none, another chat model, or no chat model.
 
     Raises:
         InputError: there is no format of that name.
-        TokenizerError: a template that is damaged (see npllama.chat_template.read_template).
+        TokenizerError: the template is damaged (see npllama.chat_template.read_template).
     """
     if name is not None:
         if name not in FORMATS:

@@ -1,8 +1,8 @@
 """A dialogue as parts: texts, and the ids of control tokens between them.
 
-A chat format makes them. Control tokens are found in its own markup alone (`split_names`), and
-the text of a message goes into a text part, where no token has a name: so no message can make a
-control token, whatever it says.
+A chat format returns the parts. It finds the names of control tokens only in its own markup
+(`split_names`). The text of a message is in a text part, where names have no meaning, so no message
+can contain a control token.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,14 +13,14 @@ from npllama.tokenizer import Tokenizer
 Message = Mapping[str, str]
 """{"role": ..., "content": ...}"""
 Part = str | int | tuple[int, ...]
-"""A text, the id of a control token, or the ids of a text, which stand for it."""
+"""A text, the id of a control token, or the ids of a text."""
 Parts = list[Part]
 ChatFormat = Callable[[Tokenizer, Sequence[Message], str], Parts]
-"""From a tokenizer, messages and the beginning of the answer to parts."""
+"""A function of a tokenizer, messages and the beginning of the answer that returns parts."""
 
 
 def markup_of(tokenizer: Tokenizer) -> Callable[[str], Parts]:
-    """`split_names` of a format's own text, with the control and added tokens of a tokenizer."""
+    """A function that splits a format's own text at the names of control and added tokens."""
     ids_of = special_ids(tokenizer)
     return lambda markup: split_names(ids_of, markup)
 
@@ -39,14 +39,14 @@ def merged(parts: Iterable[Part]) -> Parts:
 def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:
     """Ids of a dialogue, with exactly one BOS in front.
 
-    The text between two control tokens is encoded as a text of its own, so it gets the space
-    that the tokenizer puts before a text. That is what Meta's code, llama.cpp and Hugging Face's
-    tokenizer.json of these models do, and what the models were trained on. transformers 5 leaves
-    the space out where tokenizer_config.json says `legacy` false. A text that follows the ids of a
-    text continues it, and gets no such space.
+    The text between two control tokens is encoded separately, so it gets the space that the
+    tokenizer puts before a text. Meta's code, llama.cpp and Hugging Face's tokenizer.json of these
+    models do the same, and the models were trained with it. transformers 5 omits the space if
+    tokenizer_config.json has `legacy` false. A text after the ids of a text continues it, and gets
+    no such space.
     """
     ids: list[int] = []
-    continues = False  # whether the part before is a text that is given as ids
+    continues = False  # whether the previous part is the ids of a text
     for part in merged(parts):
         if isinstance(part, int):
             ids.append(part)

@@ -1,8 +1,8 @@
-"""The token ids with which a model wrote its answers, in place of the ids of their text.
+"""Uses the token ids with which a model wrote its answers, instead of encoding their text.
 
-Several sequences of ids decode to one text, and a model may write another one than the tokenizer
-makes of the text. The KV cache holds those that the model wrote. A later prompt with the same ids
-need not be read again.
+Several sequences of ids decode to the same text, and the model may write another one than the
+tokenizer returns for the text. The KV cache holds the ids that the model wrote. If a later prompt
+contains the same ids, the model need not read them again.
 """
 
 import re
@@ -23,8 +23,8 @@ class OwnAnswer:
         begun: the beginning of the answer, which was part of the prompt.
         text: the text that the model wrote after it.
         ids: the ids of `text`.
-        space: the white space at the end of the prompt. It stands before the ids in later prompts,
-            where the format may put another: the space of "[/INST] Hello" belongs to the id of
+        space: the white space at the end of the prompt. It precedes the ids in later prompts too,
+            where the format may write another: the space of "[/INST] Hello" belongs to the id of
             " Hello".
     """
 
@@ -49,11 +49,14 @@ def own_answer(
     space: str,
     end_ids: Collection[int],
 ) -> OwnAnswer | None:
-    """An answer with the ids that the model wrote, as far as they decode to its text.
+    """An answer with the ids that the model wrote.
+
+    A stop text may begin within a token. The ids then end before it, and the rest of the text is
+    encoded.
 
     Args:
-        ids: ids of the completion. `end_ids` at its end are no part of the answer, since the chat
-            format writes them.
+        ids: ids of the completion. `end_ids` at their end are not part of the answer, because the
+            chat format writes them.
         text: text of the completion, without a stop text.
         begun, space: see OwnAnswer.
 
@@ -64,7 +67,7 @@ def own_answer(
     while ids and ids[-1] in end_ids:
         ids.pop()
     decoder = StreamDecoder(tokenizer)
-    if begun:  # a text that continues another keeps its first space
+    if begun:  # the decoder removes the first space only at the beginning of a text
         for id_ in prompt_ids:
             decoder.push(id_)
     made, common, n_ids = "", "", 0
@@ -88,11 +91,11 @@ def parts_with_own_ids(
     answer: str,
     own_answers: Mapping[int, OwnAnswer],
 ) -> Parts:
-    """The parts of a dialogue, with the model's own ids where a chat format puts its answers.
+    """The parts of a dialogue, with the model's own ids in place of its answers.
 
-    The format renders the dialogue twice. The second time each answer is a private character,
-    which marks the place of the answer. The two results must differ in nothing else, except for
-    white space around an answer that the format strips. An answer for which they do stays text.
+    The format renders the dialogue twice. The second time, a private character (a mark) replaces
+    each answer and shows its place. Otherwise the two results must be equal, except for white space
+    around an answer that the format strips. An answer with another difference stays text.
 
     Args:
         own_answers: by the index of the message.
@@ -114,18 +117,18 @@ def parts_with_own_ids(
 
 
 def _spelled(parts: Parts) -> str:
-    """Parts as one text, with numbers for ids: to be compared, not to be encoded."""
+    """Parts as one text with numbers for ids, for comparisons."""
     return "".join(part if isinstance(part, str) else f"\0{part}\0" for part in parts)
 
 
 def _first_changed(plain: str, marked: Sequence[str], marks: Mapping[str, OwnAnswer]) -> str | None:
-    """The mark of the first answer that the format does more to than strip it.
+    """The mark of the first answer that the format changes in another way than stripping it.
 
     Args:
         marked: text, mark, text, ..., text.
 
     Returns:
-        None if the marked text with the answers in place of the marks is the plain text.
+        None if the marked text equals the plain text after the answers replace the marks.
     """
     at = len(marked[0]) if plain.startswith(marked[0]) else -1
     mark, seen = next(iter(marks)), set()
@@ -141,7 +144,8 @@ def _first_changed(plain: str, marked: Sequence[str], marks: Mapping[str, OwnAns
 
 
 def _spliced(part: Part, between: re.Pattern, marks: Mapping[str, OwnAnswer]) -> Parts:
-    """A marked part with ids for the marks, and before them the white space of their prompts."""
+    """A marked part, with the ids of an answer in place of its mark, after the white space of its
+    prompt."""
     if not isinstance(part, str):
         return [part]
     *pairs, end = between.split(part)  # text, mark, text, mark, ..., text

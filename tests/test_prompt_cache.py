@@ -407,7 +407,7 @@ def foreign_files(folder):
         folder / "empty": "damaged or truncated",
         folder / "page": "a web page",
         folder / "model": "is a directory: expected the name of a file",
-        folder / "pipe": "is no regular file",
+        folder / "pipe": "is not a regular file",
         folder / "loop": "cannot be read: Too many levels",
         folder / "text" / "x": "cannot be read: Not a directory",
         folder / ("n" * 300): "cannot be read: File name too long",
