@@ -1,8 +1,8 @@
 """A conversation: messages, and a KV cache that follows them.
 
-The messages are the truth. Each turn renders all of them to ids, keeps the first ids that the
-cache has in common with them, and reads the rest. The answers of the model keep the ids with
-which it wrote them (npllama.own_answers).
+Each answer begins with a prompt that is encoded from all messages. The cache keeps the ids that it
+has in common with the prompt, and the model reads the rest. The answers of the model keep the ids
+with which it wrote them (npllama.own_answers).
 """
 
 import threading
@@ -24,7 +24,7 @@ from npllama.own_answers import OwnAnswer, own_answer
 from npllama.sampling_options import is_integer
 from npllama.text_stream import TextStream
 
-_GIVEN = ("cache", "batch_size", "fresh_text")  # a Chat gives these itself
+_GIVEN = ("cache", "batch_size", "fresh_text")  # keywords that Chat sets itself
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Turn:
 
     Attributes:
         n_prompt: number of ids of the prompt.
-        n_kept: number of its first ids that the cache held.
-        n_read: number of the other ids, which the model reads.
-        n_dropped: number of old turns that this prompt and the next ones leave out.
+        n_kept: number of its first ids that the cache already held.
+        n_read: number of its other ids, which the model reads.
+        n_dropped: number of old turns that are left out for the first time in this prompt.
     """
 
     n_prompt: int
@@ -44,7 +44,7 @@ class Turn:
     n_dropped: int = 0
 
     def note(self) -> str | None:
-        """One line that says how many turns were left out; None if none was."""
+        """A line with the number of turns that were left out; None if there are none."""
         if self.n_dropped == 0:
             return None
         turns = "turn is" if self.n_dropped == 1 else f"{self.n_dropped} turns are"
@@ -56,9 +56,10 @@ class _Prompt:
     """A dialogue as the model reads it.
 
     Attributes:
+        ids: the token ids.
         begun: the beginning of the answer, at the end of `ids`.
-        space: the white space at the end of its text.
-        n_left_out: old turns that are not in it.
+        space: the white space at the end of the prompt's text.
+        n_left_out: number of old turns that are not in the prompt.
     """
 
     ids: list[int]
@@ -70,29 +71,29 @@ class _Prompt:
 class Chat:
     """A dialogue with a model, in the chat format of the model.
 
-    A message of the user and the answer to it are a turn. The context must have room for the
-    prompt and max_new_tokens, of which at most a quarter of the context counts. If it has not, the
-    prompt leaves out the oldest turns, as few as free a quarter of the context. The rest of the
-    dialogue is then read again, so this should happen rarely. The turns stay in `messages`, and
-    the prompts leave them out until an earlier message is edited or removed. The system prompt is
-    never left out.
+    A message of the user and its answer are a turn. The context must have room for the prompt and
+    for max_new_tokens, or for a quarter of the context if that is less. Otherwise, the prompt
+    leaves out the oldest turns, until a quarter of the context is free. The model then reads the
+    rest of the dialogue again; with a quarter free, this happens rarely. The turns stay in
+    `messages`, and the prompts leave them out until an earlier message is edited or removed. The
+    system prompt is never left out.
 
     Args:
         llama: a chat model.
-        messages: {"role": ..., "content": ...} each, which are copied.
+        messages: {"role": ..., "content": ...} each; they are copied.
         system: the system prompt. It replaces the one in `messages`.
         chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the model's own.
-        cache: from `llama.new_cache`, with one row, which may hold ids already; None is a new one.
-        drop_old_turns: False leaves no turn out, and raises InputError for a dialogue that leaves
-            the context no room for an answer.
+        cache: from `llama.new_cache` or `load_cache`, with one row, which may already hold ids.
+            None is a new one.
+        drop_old_turns: whether prompts leave out old turns. If False, a dialogue that fills the
+            context raises InputError.
         options: keywords of `Llama.new_generation` for all answers. The default of `fresh_text` is
             True, except for an answer that the caller begins.
 
     Attributes:
         messages: the dialogue, a list of dictionaries. The caller may edit it while no answer is
-            being written. An edited answer loses the ids that the model wrote, and is encoded as
-            text.
-        options: the caller may change them.
+            being written. An edited answer loses the ids that the model wrote; its text is encoded.
+        options: keywords for all answers, which the caller may change.
         turn: how the prompt of the latest answer was read; None before the first.
         cache: its row holds the ids of the dialogue without the last id of the latest answer.
 
@@ -133,8 +134,8 @@ class Chat:
         self._lock = threading.RLock()
         self._stream: weakref.ref[ChatStream] | None = None
         self._own_answers: dict[int, tuple[Message, OwnAnswer]] = {}  # by id() of the message
-        self._rendered: list[tuple[str, str]] = []  # of the latest prompt
-        self._n_left_out = 0  # of its oldest turns
+        self._rendered: list[tuple[str, str]] = []  # the messages of the latest prompt
+        self._n_left_out = 0  # the number of its old turns that were left out
         self.messages = checked_messages(() if messages is None else messages)
         if system is not None:
             self.system = system
@@ -150,7 +151,7 @@ class Chat:
     def system(self) -> str | None:
         """The system prompt: the content of the first message where its role is system.
 
-        A text set here becomes the first message or replaces it; None takes it away.
+        A new text replaces this message or is inserted in front; None removes the message.
         """
         n_system = _n_system(self.messages)
         return self.messages[0]["content"] if n_system else None
@@ -170,8 +171,8 @@ class Chat:
 
         Args:
             text: the message.
-            answer: the beginning of the answer, which the model continues. It is part of the
-                answer in `messages`, and not of the pieces.
+            answer: the beginning of the answer, which the model continues. The answer in `messages`
+                contains it, and the pieces do not.
             options: keywords of `Llama.new_generation`, which override the chat's `options`.
 
         Raises:
@@ -203,7 +204,11 @@ class Chat:
             return self._answered(self.messages[: at + 1], "", options)
 
     def undo(self) -> bool:
-        """Remove the last message of the user and all that follows it; False if there is none."""
+        """Remove the last message of the user and all messages after it.
+
+        Returns:
+            False if there is no message of the user.
+        """
         with self._idle():
             at = self._last_user()
             if at is None:
@@ -234,7 +239,7 @@ class Chat:
     def _answered(
         self, messages: list[Message], begun: str, options: Mapping[str, Any]
     ) -> "ChatStream":
-        """Replace the messages by a dialogue, and begin its answer."""
+        """Replace the messages, and begin the answer to the last one."""
         options = _given(self.options) | _given(options)
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
         n_kept = self.cache.keep(0, prompt.ids)
@@ -249,7 +254,7 @@ class Chat:
         return stream
 
     def _prompt(self, messages: list[Message], begun: str, max_new_tokens: object) -> _Prompt:
-        """The prompt of a dialogue, without the turns for which the context has no room."""
+        """The prompt of a dialogue, without the old turns that do not fit the context."""
         checked_messages(messages)
         n_turns, context = len(_users(messages)), self.cache.context
         prompt = self._prompt_without(self._n_still_left_out(messages), messages, begun)
@@ -268,7 +273,7 @@ class Chat:
         return prompt
 
     def _too_long(self, prompt: _Prompt, messages: list[Message]) -> str:
-        """What to say if a prompt leaves the context no room for an answer."""
+        """The message of an error: the prompt leaves no room for an answer in the context."""
         found, action = "the dialogue has", "undo turns, clear the dialogue, or drop old turns"
         if len(_users(messages)) - prompt.n_left_out <= 1:
             found, action = "the message has", "shorten the message"
@@ -291,7 +296,7 @@ class Chat:
             for place, i in enumerate(kept)
             if (found := self._own_answer(messages[i])) is not None
         }
-        self.llama.encode("")  # says what is missing where there is no tokenizer
+        self.llama.encode("")  # raises an error if there is no tokenizer
         parts = dialogue_parts(
             self.llama.tokenizer, [messages[i] for i in kept], self.chat_format, begun, own
         )
@@ -310,13 +315,13 @@ class Chat:
         return self._n_left_out if goes_on else 0
 
     def _own_answer(self, message: Message) -> OwnAnswer | None:
-        """The answer with its ids; None for a message that the model did not write, or that was
+        """The answer with its ids; None if the model did not write the message, or if it was
         edited."""
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
     def _message(self, completion: Completion, prompt: _Prompt) -> Message:
-        """An answer as a message, whose ids the chat keeps."""
+        """The message of an answer. The chat keeps its ids."""
         message = {"role": "assistant", "content": prompt.begun + completion.text}
         own = own_answer(
             self.llama.tokenizer,
@@ -341,14 +346,14 @@ class ChatStream(TextStream):
     the chat contain the answer so far. A stream without a reference to it is closed.
 
     Args:
-        messages: the dialogue to answer. If the stream ends before the first token, those of the
-            chat that it replaces are restored.
+        messages: the dialogue to answer. If the stream ends before the first token, the previous
+            messages of the chat are restored.
 
     Attributes:
         has_ended: whether the chat can be used again.
     """
 
-    has_ended = True  # until all of it is made
+    has_ended = True  # until __init__ is complete
 
     def __init__(
         self, chat: Chat, generation: Generation, prompt: _Prompt, messages: list[Message]
@@ -374,7 +379,7 @@ class ChatStream(TextStream):
         messages = self._before
         if self.completion.ids:
             messages = [*self._messages, self._chat._message(self.completion, self._prompt)]
-        self._chat.messages[:] = messages  # as a whole, whenever Ctrl-C comes
+        self._chat.messages[:] = messages  # in one step, so that Ctrl-C leaves whole turns
         self.has_ended = True
 
     def __del__(self) -> None:

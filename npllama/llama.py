@@ -467,7 +467,7 @@ class Llama(Transformer):
         options: Mapping[str, Any],
     ) -> tuple[list[int], dict[str, Any]]:
         """The ids of a dialogue, and the options with which they are continued."""
-        self.encode("")  # says what is missing where there is no tokenizer
+        self.encode("")  # raises an error if there is no tokenizer
         chosen = self.resolved_chat_format(chat_format)
         answer = "" if answer is None else answer
         ids = encode_chat(self.tokenizer, messages, chosen, answer)
