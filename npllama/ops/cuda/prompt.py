@@ -1,7 +1,7 @@
 """The operations of a block on many tokens: 16-bit products on tensor cores, and our own kernels.
 
-M = B * T rows. "16 bit" means float16 or bfloat16. The residual stream x and the results of products
-are float32. The kernels that compute the operands of products round them to 16 bits.
+M = B * T rows. "16 bit" means float16 or bfloat16. The residual stream x and the results of
+products are float32. The kernels that compute the operands of products round them to 16 bits.
 """
 
 import math
@@ -244,7 +244,7 @@ def _of_row(n: int) -> int:
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The grid for an array (M, columns) in which a block computes 4 * THREADS elements of a row."""
+    """The grid for an array (M, columns). A block computes 4 * THREADS elements of a row."""
     return shape[0], -(-shape[1] // (4 * THREADS))
 
 
