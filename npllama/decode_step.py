@@ -45,8 +45,8 @@ class StepBuffers:
     All states share this memory, so only the newest one is valid.
 
     Args:
-        batch: the rows of the cache, which are the most rows of a state.
-        n_steps: the most new tokens of a row.
+        batch: the number of rows of the cache, and the maximum number of rows of a state.
+        n_steps: the maximum number of new tokens per row.
     """
 
     def __init__(self, backend: Backend, batch: int, n_steps: int) -> None:

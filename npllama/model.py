@@ -1,4 +1,4 @@
-"""The transformer: embedding, L layers and head, with one forward for prefill and decode."""
+"""The transformer: embedding, L layers and head, with one forward pass for prefill and decode."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -40,7 +40,8 @@ class Transformer:
         config: the shape of the model.
         parameters: the weights, on the backend's device.
         ops: the mathematics.
-        context: the most positions of a cache; by default the config's context length.
+        context: the maximum number of positions per row of a cache; by default the config's
+            context length.
         cache_dtype: the dtype of cached keys and values; by default the choice of `ops`.
 
     Attributes:
@@ -136,7 +137,7 @@ class Transformer:
         self._check_memory(batch, context, has_cache=self._kept_cache.serves(batch, context))
 
     def rows_that_fit(self, most: int, n_positions: int) -> int:
-        """The most rows of n_positions, up to `most`, with which `take_cache` fits the free memory.
+        """The maximum number of rows, up to `most`, that fit the free memory in `take_cache`.
 
         Raises:
             OutOfMemoryError: one row does not fit.
@@ -246,8 +247,8 @@ class Transformer:
         Args:
             ids: the token ids.
             row: the row of the cache.
-            chunk: tokens per forward, by default `ops.prefill_chunk()`. The logits do not depend on
-                it.
+            chunk: tokens per forward pass, by default `ops.prefill_chunk()`. The logits do not
+                depend on it.
 
         Returns:
             The logits of the next token, (1, V) float32.
@@ -267,8 +268,8 @@ class Transformer:
     def reading(
         self, n_tokens: int, what: str = "reading the prompt"
     ) -> AbstractContextManager[Work]:
-        """A context manager that reports the progress of forwards over `n_tokens` tokens. The unit
-        of progress is one layer of one token."""
+        """A context manager that reports the progress of forward passes over `n_tokens` tokens. The
+        unit of progress is one layer of one token."""
         return work(what, n_tokens * self.config.n_layers)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -57,7 +57,7 @@ class Row:
     Args:
         number: the number of the prompt. The row's random numbers depend only on it and the seed.
         prompt_ids: the token ids of the prompt.
-        limit: the most new tokens: max_new_tokens, or fewer if the context ends before.
+        limit: the maximum number of new tokens: max_new_tokens, or fewer if the context is full.
         eos_ids: the token ids that end the completion.
         stop: the filter for stop texts.
         tokenizer: the tokenizer; None to generate ids without text.

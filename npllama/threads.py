@@ -65,9 +65,9 @@ class Threads:
         """A context manager that only one thread of the program can hold at a time.
 
         Other threads wait for it, because BLAS has one number of threads for the whole process, and
-        two forwards at the same time would compete for the cores. A thread may nest these contexts.
-        A fork also waits: if a process forks while another thread computes a product, OpenBLAS
-        hangs in both processes.
+        two forward passes at the same time would compete for the cores. A thread may nest these
+        contexts. A fork also waits: if a process forks while another thread computes a product,
+        OpenBLAS hangs in both processes.
         """
         _guard_forks()
         return _turn

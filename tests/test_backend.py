@@ -298,7 +298,7 @@ def test_a_device_that_is_no_number_is_refused(device):
 
 
 def test_a_device_is_not_for_numpy(capsys):
-    with pytest.raises(BackendError, match="device is 1, a GPU's number, and backend numpy"):
+    with pytest.raises(BackendError, match="device is 1, the number of a GPU, but backend numpy"):
         npllama.load(backend="numpy", device=1)
     assert main(["--prompt", "a", "--backend", "numpy", "--device", "1"]) == 2
     assert "leave one of them out" in capsys.readouterr().err

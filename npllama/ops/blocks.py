@@ -228,12 +228,12 @@ class Ops(SamplingEquations, Derivatives):
         return part.map(self.backend.to_device)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """The context manager around a forward of n_rows = B * T tokens. Here it does nothing."""
+        """The context manager around a forward pass of n_rows = B * T tokens. Here it does
+        nothing."""
         return nullcontext()
 
     def turn(self) -> AbstractContextManager:
-        """The context manager around several steps that no caller waits for individually. Here it
-        does nothing."""
+        """The context manager around consecutive steps of one generation. Here it does nothing."""
         return nullcontext()
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
@@ -241,14 +241,15 @@ class Ops(SamplingEquations, Derivatives):
         return np.dtype("float32")
 
     def prefill_chunk(self) -> int:
-        """The most prompt tokens in one forward.
+        """The maximum number of prompt tokens per forward pass.
 
-        Chunks limit the scores in memory to prefill_chunk() * context instead of context^2.
+        It limits the attention scores in memory to prefill_chunk() * context instead of context^2.
         """
         return 512
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """float32 elements of scratch memory to allocate with the cache. Here none are needed."""
+        """The number of float32 elements of scratch memory to allocate with the cache. Here it is
+        0."""
         return 0
 
     def attention_nbytes(
@@ -260,7 +261,7 @@ class Ops(SamplingEquations, Derivatives):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """The most bytes that `attention` allocates for one chunk of one row.
+        """The maximum number of bytes that `attention` allocates for one chunk of one row.
 
         Here these are four arrays of scores, (H, T, N). If the cache is narrower than float32, the
         widened keys and values of the row, (K, N, C) each, are added.

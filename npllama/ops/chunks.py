@@ -14,7 +14,7 @@ CHUNK = 64 * 1024
 should fit a core's private cache, but be large enough to be worth waking a thread for."""
 
 MANY_ROWS = 64
-"""The least number of rows at which operations are split over our own threads.
+"""The minimum number of rows for which operations are split over our own threads.
 
 For a matrix product each of these threads calls single-threaded BLAS. This is faster than BLAS with
 several threads, because BLAS's threads keep spinning after a product and slow down the next

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class CupyOps(Ops):
     """Overrides for CUDA. Each computes the same result as the method of that name in Ops.
 
-    A kernel computes the result if it supports the shapes and dtypes; array calls do so otherwise.
+    A kernel computes the result if it supports the shapes and dtypes. Otherwise array calls do.
 
     Args:
         graph: whether decode steps are captured as CUDA graphs.
@@ -39,7 +39,7 @@ class CupyOps(Ops):
     def compile(
         self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
     ) -> Step:
-        """Return the step as a callable that captures it as a CUDA graph and replays the graph.
+        """Return a callable that captures the step as a CUDA graph and replays the graph.
 
         Steps that call cuBLAS are not captured.
         """
@@ -55,8 +55,8 @@ class CupyOps(Ops):
     ) -> Array:
         """`attention_block`, which may overwrite x.
 
-        One new token per row in few rows takes three kernels. Otherwise cuBLAS computes the two
-        projections, and kernels compute the operations before and between them.
+        For one new token per row and few rows, it takes three kernels. Otherwise cuBLAS computes
+        the two projections, and kernels compute the operations before and between them.
         """
         if self._fits_step(x, layer.qkv, layer.wo) and decode_attention.fits(cache):
             norm, eps = layer.attention_norm, layer.norm_eps
@@ -100,7 +100,7 @@ class CupyOps(Ops):
         return self._plus_product(last(x, n_last), o, wo)
 
     def _plus_product(self, x: Array, h: Array, w: Matrix) -> Array:
-        """x + h W^T for h (M, D) with 16-bit elements. Without sharding it is computed in-place."""
+        """x + h W^T for h (M, D) with 16-bit elements; computed in-place if x is not sharded."""
         if getattr(self.all_reduce, "__func__", None) is Ops.all_reduce:
             x = self.xp.ascontiguousarray(x)
             prompt.add_product(self.kernels, x, h, w)
@@ -111,8 +111,8 @@ class CupyOps(Ops):
     def feed_forward(self, x: Array, layer: Layer) -> Array:
         """`feed_forward`, which may overwrite x.
 
-        One new token per row in few rows takes two kernels. Otherwise cuBLAS computes the two
-        products, and two kernels compute the operations before and between them.
+        For one new token per row and few rows, it takes two kernels. Otherwise cuBLAS computes the
+        two products, and two kernels compute the operations before and between them.
         """
         if self._fits_step(x, layer.gate_up, layer.w_down):
             norm, eps = layer.ffn_norm, layer.norm_eps
@@ -128,7 +128,7 @@ class CupyOps(Ops):
         return super().feed_forward(x, layer)
 
     def head(self, x: Array, head: Head) -> Array:
-        """`head`: one kernel for one token per row in few rows, and otherwise a cuBLAS product."""
+        """`head`: one kernel for one token per row and few rows, otherwise a cuBLAS product."""
         w = head.lm_head
         if self._fits_step(x, w):
             return gemv.gemv(self.kernels, w, x, norm=head.norm, eps=head.norm_eps)
@@ -155,10 +155,10 @@ class CupyOps(Ops):
         return super().next_token(*arguments)
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T in x's dtype; the product is computed in W's dtype if that has 16 bits.
+        """y = x W^T in x's dtype. 16-bit weights are multiplied in their own dtype.
 
-        The product of 16-bit elements accumulates in float32. Both operands are two-dimensional
-        and of one dtype, because only then does CuPy pass W^T to cuBLAS without a copy. int8
+        Products of 16-bit elements accumulate in float32. Both operands are two-dimensional and
+        have the same dtype, because only then does CuPy pass W^T to cuBLAS without a copy. int8
         weights are widened, because CuPy's int8 products accumulate in int8 and overflow.
         """
         self.kernels.cublas.n_calls += 1
@@ -230,7 +230,7 @@ class CupyOps(Ops):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """The most bytes that `attention` allocates, and those of a widened part of an int8 matrix.
+        """The maximum number of bytes of `attention` and of a widened part of an int8 matrix.
 
         The kernels for prompts allocate less than `attention`.
         """
@@ -251,8 +251,7 @@ class CupyOps(Ops):
         return super().prepare(part, may_copy)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """Select the backend's device for the forward, because CuPy's current device is per
-        thread."""
+        """Select the backend's device, because each thread has its own current device in CuPy."""
         self.backend.use()
         return super().forward_context(n_rows)
 

@@ -80,16 +80,16 @@ class Equations:
     def rope_frequencies(self, config: LlamaConfig, context: int | None = None) -> Rotation:
         """The rotation angle of each pair per position:  theta_i = theta^(-2i / C).
 
-        A config with `rope_scaling` changes the frequencies, and yarn also scales the attention
-        scores. rope_frequencies.py has one function for each kind of scaling.
+        The `rope_scaling` of a config changes these frequencies. The kind "yarn" also scales the
+        attention scores. rope_frequencies.py has one function for each kind.
 
         Args:
-            context: the largest number of positions, by default the config's. Only the kind
+            context: the maximum number of positions, by default the config's. Only the kind
                 "dynamic" depends on it.
 
         Returns:
             The frequencies, (C/2,) float64 in radians per position, and the attention scaling,
-            which is 1 for all kinds except yarn.
+            which is 1 for all kinds except "yarn".
 
         Source: Su et al. 2021 (RoFormer), section 3.2.2, Theta = {theta_i}.
         """
@@ -119,7 +119,7 @@ class Equations:
         return (a * xp.cos(angle)).astype(dtype), (a * xp.sin(angle)).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotate each pair (x_i, x_{i+C/2}) of a head by the angle angle_i of its position:
+        """Rotate each pair (x_i, x_{i+C/2}) of a head by the angle of pair i at its position:
 
             y_i       = x_i cos_i - x_{i+C/2} sin_i
             y_{i+C/2} = x_{i+C/2} cos_i + x_i sin_i

@@ -1,10 +1,12 @@
 """Faster equations for NumPy: fewer bytes moved, fewer calls, all cores.
 
-The time of a decode step is mostly that of reading the weights. The number of NumPy calls comes
-second: reading the weights evicts the interpreter's code and data from the cache, which makes
-every call on a small array slow. The time of a prompt is mostly that of the matrix products. The
-other operations come second, because NumPy computes them on one core. The overrides therefore
-split the longer of these operations over all cores. Shorter ones are not worth waking threads for.
+A decode step spends most of its time reading the weights. The overhead of NumPy calls comes second:
+reading the weights evicts the interpreter's code and data from the cache, which makes every call on
+a small array slow. The overrides therefore make fewer calls.
+
+A prompt spends most of its time in matrix products. The other operations come second, because NumPy
+computes them on one core. The overrides therefore split the longer ones over all cores. Shorter
+ones are not worth waking threads for.
 """
 
 import math
@@ -22,16 +24,16 @@ from npllama.parameters import Matrix
 QUERIES = 128
 """Queries per key head in one attention product; each token has G of them.
 
-A product of fewer queries is inefficient. More queries waste work, because the scores of all of
-them are computed up to the last query's key, and the mask then discards more scores of the earlier
-queries."""
+A product of fewer queries is inefficient. More queries waste work: all scores up to the last
+query's key are computed, and the mask discards more of those of the earlier queries."""
 
 IN_CACHE = 256 * 1024
-"""The most attention scores in one product. Six operations read them, so they should fit the
-cache."""
+"""The maximum number of attention scores per product. Six operations read them in turn, so they
+should fit the cache."""
 
 _KEPT, _KEPT_SIZE = 32, 2**20
-"""The most masks to keep for the next heads and layers, and the most elements of such a mask."""
+"""The maximum number of masks that are cached for other heads and layers, and the maximum number of
+elements of such a mask."""
 
 _SIGNS = np.array([[-1], [1]], dtype="float32")
 """The factors of sin in RoPE, for the first and the second half of a head."""
@@ -55,8 +57,9 @@ class NumpyEquations(Equations):
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O).
 
-        For many rows the last axis of y has a stride of M elements, and the tokens are contiguous:
-        the memory holds y^T, which is what `_product` computes.
+        For many rows, y is a transposed view of the array y^T that `_product` computes. The tokens
+        of each output are then contiguous in memory, a layout on which the next operations are
+        fast.
         """
         format_ = w.format
         n_out, width = w.shape
@@ -72,8 +75,9 @@ class NumpyEquations(Equations):
     def _is_finite(self, w: Matrix) -> bool:
         """Whether all elements of a matrix are finite.
 
-        The widening of float16 tiles is wrong for infinities and NaNs. The reference computes the
-        products of such a matrix, so that they lead to the same NumericalError as in other formats.
+        Widening a float16 tile gives wrong results for infinities and NaNs. The reference computes
+        products with such matrices, so that the model raises the same NumericalError as in other
+        formats.
 
         The check runs at the first product, which has to read the matrix anyway. A check while
         loading would read the whole file.
@@ -110,7 +114,7 @@ class NumpyEquations(Equations):
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight, with fewer NumPy calls than the reference.
 
-        One core computes a prompt too, because waking threads takes as long as the computation.
+        A prompt is computed on one core too, because waking threads would take as long.
         """
         if x.dtype != np.float32:
             return super().rms_norm(x, weight, eps)
@@ -131,9 +135,9 @@ class NumpyEquations(Equations):
     def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
         """The sum of x^2 over the last axis: (B, T, D) -> (B, T).
 
-        If the tokens are contiguous, NumPy adds a token's D elements one after another, which
-        accumulates rounding errors. Sums of 64 elements each, and then the sum of these, keep the
-        error small.
+        If the tokens are contiguous (see `linear`), NumPy adds the D elements of a token one after
+        another, which accumulates rounding errors. Partial sums of 64 elements keep the error
+        small.
         """
         if x.strides[-1] == x.itemsize:
             return np.vecdot(x, x)
@@ -193,9 +197,9 @@ class NumpyEquations(Equations):
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, with the scores in `scratch`.
 
-        An item of work is a few tokens, with the keys up to the last of them, and as many key heads
-        as the processor's cache can hold scores for. The reference allocates four arrays with the
-        scores of all tokens.
+        The work is divided into items. An item has a few tokens, the keys up to the last of these
+        tokens, and as many key heads as have scores that fit the processor's cache. The reference
+        allocates four arrays with the scores of all tokens.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -205,7 +209,7 @@ class NumpyEquations(Equations):
             return super().attention(q, k, v)
         grouped = q.reshape(n_kv_heads, groups, n_new, head_dim)  # (H, T, C) -> (K, G, T, C)
         o = np.empty((n_new, n_kv_heads, groups, head_dim), dtype="float32")
-        o = o.transpose(1, 2, 0, 3)  # (T, K, G, C), the next product's order -> (K, G, T, C)
+        o = o.transpose(1, 2, 0, 3)  # (T, K, G, C) -> (K, G, T, C), a view
         room = scratch.size // self.backend.threads.most
 
         def attend(item: tuple[slice, slice], slot: int) -> None:
@@ -283,7 +287,7 @@ def _hide(scores: np.ndarray, hidden: np.ndarray | None) -> None:
 
 
 def tokens_at_once(groups: int) -> int:
-    """The number of tokens that one attention product computes, if each has G = groups queries."""
+    """The number of tokens per attention product, for G = groups queries per token and key head."""
     return max(1, QUERIES // groups)
 
 

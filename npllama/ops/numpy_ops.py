@@ -52,8 +52,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     ) -> tuple[Array, Array, Array]:
         """`queries_keys_values` with one product for q, k and v, and one rotation for q and k.
 
-        For few rows, q is computed for all T tokens even if only the last n are needed: the time
-        of the product is that of reading W, which does not depend on the number of rows.
+        For few rows, q is computed for all T tokens even if only the last n are needed. The product
+        then takes the time of reading W, which does not depend on the number of rows.
         """
         batch, n_new, _ = h.shape
         is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
@@ -68,10 +68,9 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     # -- hooks ---------------------------------------------------------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """Join contiguous matrices, and register matrices for products with worker processes.
+        """Join contiguous matrices, and register large ones whose products worker processes share.
 
-        Only matrices that are large enough are registered. Those that are not in a file are moved
-        to shared memory.
+        Registered matrices that are not in a file are moved to shared memory.
         """
         part = part.map(self.backend.to_device)
         if isinstance(part, Layer):
@@ -100,17 +99,17 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return replace(layer, **changed).with_derived(**joined)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """Run one forward at a time, with as many BLAS threads as there are free cores.
+        """A context for one forward pass at a time, with as many BLAS threads as free cores.
 
-        BLAS uses one thread if the forward splits many rows over our own threads, or if worker
+        BLAS uses one thread if the forward pass splits many rows over our own threads, or if worker
         processes compute. BLAS's threads keep spinning after a product, and would occupy the cores
-        of the other threads and processes. If npllama is limited to one thread, several forwards
-        may run at the same time.
+        of the other threads and processes. If npllama is limited to one thread, several forward
+        passes may run at the same time.
         """
         return self._forward_context(n_rows)
 
     def turn(self) -> AbstractContextManager:
-        """Run several forwards of one generation while the forwards of other threads wait."""
+        """A context for consecutive steps of one generation. Other threads wait until its end."""
         threads = self.backend.threads
         return threads.turn() if threads.most > 1 else nullcontext()
 
@@ -127,7 +126,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
                 yield
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """float32 elements for the scores that `attention` computes at a time, for all threads.
+        """The number of float32 elements for the scores that all threads compute at a time.
 
         One thread computes the scores of one key head for `tokens_at_once` tokens.
         """
@@ -144,7 +143,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """The bytes of the scratch memory, and of the queries and outputs of one chunk.
+        """The number of bytes of the scratch memory, and of the queries and outputs of one chunk.
 
         If the cache is not float32, the scores of the whole chunk and the widened keys and values
         of one row are added.

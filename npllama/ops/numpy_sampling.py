@@ -10,7 +10,7 @@ class NumpySampling(SamplingEquations):
     """Overrides. Each computes the same result as the method of that name in SamplingEquations."""
 
     def keep_top_p(self, logits: Array, p: float) -> Array:
-        """Top-p that sorts only the tokens that it might keep.
+        """Top-p, with a sort of only those tokens that may be kept.
 
         Consider all tokens with a probability below (1 - p) / V. Their probabilities add up to
         less than 1 - p, so the more likely tokens add up to more than p. Top-p therefore drops all

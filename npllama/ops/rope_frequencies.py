@@ -94,7 +94,8 @@ def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> A
 
         r_i = (i - first) / (last - first), clipped to [0, 1].
 
-    The pair `first` makes beta_fast rotations in L0 positions, and the pair `last` beta_slow.
+    The pair `first` makes beta_fast rotations in L0 positions, and the pair `last` makes beta_slow
+    rotations.
 
     Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its reference code:
     the ramp is linear in the index i, and its ends are rounded outwards and clipped to

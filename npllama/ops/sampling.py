@@ -61,10 +61,10 @@ class SamplingEquations(Equations):
     def keep_top_p(self, logits: Array, p: float) -> Array:
         """Keep the smallest set of most likely tokens whose probabilities add up to more than p.
 
-        (B, V) -> (B, V), with -inf for the other tokens. A token is dropped if the sum of the
-        probabilities before it exceeds p, in order of falling probability. The token that crosses
-        p is thus kept. If the sum is exactly p, the next token is kept too, as in Meta's code. The
-        paper's condition, a sum of at least p, would drop that token.
+        (B, V) -> (B, V), with -inf for the other tokens. In order of decreasing probability, a
+        token is dropped if the sum of the probabilities before it exceeds p. The token at which
+        the sum crosses p is thus kept. If the sum is exactly p, the next token is kept too, as in
+        Meta's code. The paper's condition, a sum of at least p, would drop that token.
 
         Source: Holtzman et al. 2019 (nucleus sampling), equation 2.
         """
@@ -110,7 +110,7 @@ class SamplingEquations(Equations):
         return exceeds.argmax(axis=-1)  # (B, V) -> (B,)
 
     def likeliest(self, logits: Array, n: int) -> tuple[Array, Array]:
-        """The n most likely tokens, in order of falling probability, and their log-probabilities.
+        """The n most likely tokens, in order of decreasing probability, with log-probabilities.
 
         Among equal tokens the one with the lowest id comes first. The method makes n passes over
         the logits, because a CUDA graph can capture CuPy's reductions but not its sort.

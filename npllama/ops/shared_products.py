@@ -16,8 +16,8 @@ from npllama.parameters import Matrix
 from npllama.shared_arrays import location_of, neighbours, share_joined
 
 SHARED_SIZE = 512 * 1024
-"""The least elements of a narrow matrix for which its products are shared. The cost of starting a
-shared product is small compared with that of widening so many elements."""
+"""The minimum number of elements of a narrow matrix for which its products are shared. Starting a
+shared product takes little time compared with widening so many elements."""
 
 SMALL_WIDTH = 678
 """The largest model width D for which float32 products of few rows are shared.
@@ -26,14 +26,15 @@ OpenBLAS multiplies one row by a matrix on one core if the matrix has fewer than
 which D x D matrices of these models have. Workers use the other cores."""
 
 SHARED_SMALL_SIZE = 64 * 1024
-"""The least elements of a float32 matrix of such a model for which its products are shared."""
+"""The same minimum for the float32 matrices of such a model."""
 
 CACHED_SIZE = 8 * 1024 * 1024
-"""The least elements of all these float32 matrices together for which workers are started. Fewer
-elements stay in the processor's cache, where sharing gains nothing."""
+"""The minimum number of elements of all these float32 matrices together for which workers are
+started. Fewer elements stay in the processor's cache, where sharing gains nothing."""
 
 MAX_WORKERS = 16
-"""The most processes. Fewer already use the whole memory bandwidth, and each one costs memory."""
+"""The maximum number of processes. Fewer processes already use the whole memory bandwidth, and each
+process costs memory."""
 
 _numbers = count()
 """Numbers that identify matrices uniquely within the process, also across `Ops` objects."""
@@ -58,14 +59,14 @@ class SharedProducts:
         self._has_narrow = False
         self._n_wide = 0  # elements of all float32 matrices
         self._can_work = True  # False after workers failed to start, or ended unexpectedly
-        self._is_helped = False  # whether workers help in the current forward
+        self._is_helped = False  # whether workers help in the current forward pass
 
     def joined(self, groups: Sequence[Sequence[Matrix]], may_copy: bool) -> list[Matrix | None]:
         """Join each group of matrices (O_i, D) to one matrix (sum O_i, D).
 
-        Contiguous matrices become a view. A group is copied to shared memory if its products are
-        worth sharing, and it is in this process's private memory because it was converted while
-        loading. Matrices that are not contiguous are copied only if may_copy is true.
+        Contiguous matrices become a view. A group is moved to shared memory if its products are
+        worth sharing and other processes cannot map it yet, as after a conversion while loading.
+        Matrices that are not contiguous are copied only if may_copy is true.
 
         Returns:
             The matrix of each group, or None for a group that remains separate.
@@ -115,16 +116,17 @@ class SharedProducts:
         return numbered
 
     def begin(self) -> bool:
-        """Begin a forward: start the workers if they are needed and not yet running.
+        """Begin a forward pass: start the workers if they are needed and not yet running.
 
-        Call this method within `Threads.turn`. Workers start in the background. Forwards with
-        narrow matrices wait for them, and others compute without them until they are ready.
+        Call this method within `Threads.turn`. Workers start in the background. Products with
+        narrow matrices wait for them. If all matrices are float32, this process computes without
+        them until they are ready.
 
         Returns:
-            Whether workers help in this forward.
+            Whether workers help in this forward pass.
 
         Raises:
-            WorkerError: a process could not be started. A model with float32 matrices only
+            WorkerError: a process could not be started. If all matrices are float32, this process
                 computes without workers instead.
         """
         if len(self._matrices) != self._n_counted:
@@ -152,18 +154,18 @@ class SharedProducts:
         self._end()
 
     def has(self, w: Matrix) -> bool:
-        """Whether workers help with products of few rows with this matrix, in this forward."""
+        """Whether workers share the products of few rows with this matrix in this forward pass."""
         return self._is_helped and w.number in self._known
 
     def most_rows(self, w: Matrix) -> int:
-        """The most rows of x for which a product is shared. Threads compute larger ones."""
+        """The maximum number of rows of x for which a product is shared. Threads compute others."""
         return MANY_ROWS - 1 if w.format.is_wide else MAX_ROWS
 
     def product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
         """y^T = W x^T, without the scale of W's rows: x (M, D) float32 -> (O, M) float32.
 
         Raises:
-            WorkerError: a worker ended. A model with float32 matrices only computes without
+            WorkerError: a worker ended. If all matrices are float32, this process computes without
                 workers instead.
         """
         try:
@@ -203,7 +205,7 @@ def _size(w: Matrix) -> int:
 
 
 def _least(w: Matrix, width: int) -> float:
-    """The least elements of a matrix for which workers share it, in a model of this width."""
+    """The minimum number of elements of a matrix that workers share, in a model of this width."""
     if not w.format.is_wide:
         return SHARED_SIZE
     return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf
@@ -219,7 +221,7 @@ def _is_joinable(matrices: Sequence[Matrix]) -> bool:
 
 
 def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
-    """One matrix as a view of all matrices, if they are contiguous in memory; else None."""
+    """All matrices as one view, if they are contiguous in memory; else None."""
     if len(matrices) == 1:
         return matrices[0]
     if not _is_joinable(matrices):
@@ -229,7 +231,7 @@ def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
 
 
 def _as_one(matrices: Sequence[Matrix], joined: dict[str, np.ndarray]) -> Matrix:
-    """One matrix of all matrices, from the arrays in `joined` and from copies of the others."""
+    """All matrices as one matrix, of the arrays in `joined` and of copies of the other arrays."""
     arrays = {}
     for name in ("values", "scale"):
         parts = [getattr(w, name) for w in matrices]

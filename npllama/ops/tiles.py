@@ -21,8 +21,8 @@ def product(
 ) -> np.ndarray:
     """y^T = W x^T, without the scale of W's rows.
 
-    OpenBLAS computes W x^T faster than x W^T for any M. For M = 2 two products with one row are
-    faster still.
+    OpenBLAS computes W x^T faster than x W^T for any M. For M = 2, two products with one row each
+    are faster still.
 
     Args:
         x: (M, D) float32.

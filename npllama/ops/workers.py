@@ -1,8 +1,8 @@
 """Worker processes that share a matrix product: each process computes some rows of the result.
 
-Threads would not be faster than one core. Widening a tile acquires the interpreter's lock many
-times, and the cast of bfloat16 holds it. Worker processes also help with float32 matrices that are
-too small for OpenBLAS to use several threads.
+Threads would be slower, because they would wait for the interpreter's lock: widening a tile
+acquires it many times, and the cast of bfloat16 holds it. Worker processes also help with float32
+matrices that are too small for OpenBLAS to use several threads.
 
 The main process starts the workers with `subprocess`. All processes map the same memory: the
 matrices, which are in files or in shared memory, one input, one output, and a few counters. The
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_ROWS = 127
-"""The most rows of x in a shared product. For more rows, threads are as fast as workers."""
+"""The maximum number of rows of x in a shared product. For more rows, threads are as fast."""
 
 _SPIN = 0.005
 """Seconds for which a worker polls for the next product before it sleeps."""
@@ -140,7 +140,7 @@ class Workers:
         """
         n_rows, n_out = len(x), w.shape[0]
         n_parts = min(n_parts, 1 + len(self._processes))
-        if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
+        if n_parts == 1 or os.getpid() != self._owner:  # a forked process has no workers
             return product(x, w)
         with self._lock:
             counters = self._counters
@@ -170,7 +170,7 @@ class Workers:
 
         path = [*map(os.path.abspath, sys.path), str(Path(__file__).parents[2])]
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
-        stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # needs no folder
+        stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # a file in memory
         self._stderrs.append(stderr)
         locations = [job.counters, job.x, job.y]
         locations += [location for matrix in job.matrices for location in matrix.values()]
@@ -183,7 +183,7 @@ class Workers:
             stderr=stderr,
             bufsize=0,
             pass_fds=tuple(handed),
-            start_new_session=True,  # only the main process shall receive Ctrl-C
+            start_new_session=True,  # only the main process should receive Ctrl-C
             env=dict(os.environ) | dict.fromkeys(threads, "1"),
         )
         self._processes.append(process)
@@ -238,7 +238,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
-    if os.getpid() != owner:  # the workers outlive a forked process
+    if os.getpid() != owner:  # only the parent of a forked process stops the workers
         return
     for process in processes:
         with contextlib.suppress(OSError):

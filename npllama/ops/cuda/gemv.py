@@ -9,13 +9,13 @@ from npllama.parameters import Matrix
 
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "int8")
 MAX_ROWS = 8
-"""The most rows of x in one launch. Matrix products compute more rows."""
+"""The maximum number of rows of x per launch. Matrix products are used for more rows."""
 _CHUNK = 16  # bytes that a thread copies in one instruction
 _MOST_THREADS = {1: 448, 2: 480, 4: 480}
-"""The most threads per block, by bytes per element of W. Two blocks share the registers of a
-multiprocessor, and would have too few of them with more threads."""
-_BATCH = 32 * 1024  # the most bytes of a batch of rows, the unit in which a block requests W
-_QUEUE = 96 * 1024  # the most bytes of W that a block has requested and not yet used
+"""The maximum number of threads per block, by bytes per element of W. Two blocks share the
+registers of a multiprocessor, and would have too few of them with more threads."""
+_BATCH = 32 * 1024  # maximum bytes of a batch of rows, the unit in which a block requests W
+_QUEUE = 96 * 1024  # maximum bytes of W that a block has requested and not yet used
 _SHARED = 112 * 1024  # shared memory per block, such that a block of the next kernel fits beside it
 
 
@@ -59,7 +59,7 @@ def plan(
         itemsize: bytes per element of W.
         norm, swiglu: whether the kernel applies RMSNorm or SwiGLU.
         n_sms: multiprocessors of the device.
-        max_shared: the most bytes of shared memory per block.
+        max_shared: the maximum number of bytes of shared memory per block.
     """
     m = next(m for m in (1, 2, 4, 8) if m >= n_rows)
     limit = min(_SHARED, max_shared)
@@ -119,7 +119,7 @@ def blocks(
     n_units = n_out // of_unit
     fixed = stages * rows * chunks * threads * _CHUNK + 4 * warps * m  # queue, sums of squares
     of_row = 4 * (warps * m + m + 1)  # sums, residuals, scale
-    units = max(1, (limit - fixed) // (of_row * of_unit))  # the most units per block
+    units = max(1, (limit - fixed) // (of_row * of_unit))  # maximum per block
     grid = min(n_units, n_sms * -(-n_units // (n_sms * units)))
     return grid, fixed + -(-n_units // grid) * of_unit * of_row
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from npllama.kv_cache import KVCache, Place
 
 MOST_GRAPHS = 64
-"""The most graphs per cache; a new one then replaces the oldest. Each combination of number of
-rows, bucket and sampling options has its own graph."""
+"""The maximum number of graphs per cache, above which a new graph replaces the oldest one. Each
+combination of number of rows, bucket and sampling options has its own graph."""
 LOG = logging.getLogger(__name__)
 
 Results = tuple[Array, ...]
@@ -36,7 +36,7 @@ class Capture:
 
     Attributes:
         reads: objects that must live as long as the graph, because it contains the addresses of
-            their arrays. The constants and the cache are kept elsewhere.
+            their arrays. Other objects keep the constants and the cache's arrays alive.
         eager_because: why the step is not captured; None if it is.
         graph: the graph; None until the second call.
         results: the arrays that each launch of the graph writes.

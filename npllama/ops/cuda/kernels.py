@@ -82,7 +82,7 @@ class Kernels:
 
     @cached_property
     def max_shared(self) -> int:
-        """The most bytes of shared memory per block."""
+        """The maximum number of bytes of shared memory per block."""
         return self.xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
     def counters(self, n: int) -> Array:
@@ -108,8 +108,8 @@ class Kernels:
         Args:
             file: a file name in npllama/ops/kernels, without .cu.
             name: the kernel's name. `instance` returns that of a template's instance.
-            args: contiguous arrays, None for a null pointer, ints for int32 and floats for float32.
-                NumPy scalars pass numbers of other types.
+            args: contiguous arrays, None for a null pointer, and numbers. An int is passed as
+                int32 and a float as float32. NumPy scalars keep their types.
             shared: bytes of dynamic shared memory.
         """
         kernel = self._kernel(file, name)
@@ -138,7 +138,7 @@ class Kernels:
                 LOG.info("compiling kernels for this GPU (some seconds, at the first run only)")
             module = self.xp.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
             kernel = module.get_function(name)
-            # CuPy cannot write to an unwritable folder either, and then compiles in every process
+            # if the folder is not writable, CuPy cannot cache the kernel there either
             with suppress(OSError):
                 marker.touch()
             # as much shared memory as possible, because two overlapping kernels need space for both
@@ -202,7 +202,7 @@ class _Config(ctypes.Structure):
 
 
 class _Overlap:
-    """Launches with programmatic dependent launch: a kernel may start before the last one ends.
+    """Programmatic dependent launch: a kernel may start before the previous one ends.
 
     CuPy has no function for this, so the class calls the driver. Captured graphs preserve the
     attribute.

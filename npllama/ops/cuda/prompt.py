@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 THREADS = 256
 """Threads per block, as in prompt.cu."""
 QUERIES = 512
-"""The most tokens in one attention product. More tokens would waste work on masked scores."""
+"""The maximum number of tokens per attention product. More tokens would waste work on masked
+scores."""
 SCORES = 2**25
-"""The most attention scores in memory, 6 bytes each, unless one key head alone has more. If they
-do not suffice for all heads, a few heads are computed at a time."""
+"""The maximum number of attention scores in memory, unless one key head alone has more. If all
+heads have more, a few heads are computed at a time. Each score takes 6 bytes."""
 WIDENED = 2**25
-"""The most elements of an int8 matrix that are widened at a time."""
+"""The maximum number of elements of an int8 matrix that are widened at a time."""
 
 
 def fits(kernels: Kernels, x: Array, *weights: Matrix | None) -> bool:
@@ -61,9 +62,9 @@ def _has_room(kernels: Kernels, n: int) -> bool:
 
 
 def queries_at_once(groups: int, context: int) -> int:
-    """The tokens per tile, the queries of which attend together.
+    """The number of tokens per tile, whose queries are computed together.
 
-    There are at most QUERIES, and few enough that the scores of one key head are at most SCORES.
+    It is at most QUERIES, and small enough that one key head has at most SCORES scores.
     """
     return max(1, min(QUERIES, SCORES // (groups * context)))
 
@@ -188,8 +189,8 @@ def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
 
 
 def _heads_at_once(n_kv_heads: int, of_key_head: int, room: int) -> int:
-    """The key heads per turn, each with of_key_head scores, such that the turns fit `room` and have
-    about equal sizes."""
+    """The number of key heads per turn, if each has of_key_head scores. The scores of a turn fit
+    `room`, and all turns have about the same size."""
     turns = -(-n_kv_heads // (room // of_key_head))
     return -(-n_kv_heads // turns)
 
@@ -208,7 +209,7 @@ def _attend_tile(
     the G query heads of a key head are multiplied by its keys in one product.
 
     Args:
-        q: (t, H*C), the memory of which `rotate_and_cache` filled as (H, t, C).
+        q: (t, H*C), but with its elements in the order (H, t, C), as `rotate_and_cache` writes it.
         k, v: (K, N, C), views of the cache.
         o: (t, H*C), which the function writes.
         room: memory for the scores, float32, and for their softmax, 16 bit.
