@@ -42,7 +42,7 @@ class StepState:
 class StepBuffers:
     """The memory of the states of one cache. Captured steps contain its addresses.
 
-    All states share this memory, so only the newest one is valid.
+    All states that `joined` returns share this memory, so only the newest one is valid.
 
     Args:
         batch: the number of rows of the cache, and the maximum number of rows of a state.

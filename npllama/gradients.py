@@ -1,9 +1,9 @@
 """The loss over a batch of tokens, and its gradient with respect to every parameter.
 
 The forward pass calls the model's blocks, and stores the input of each block. The backward pass
-goes through the blocks in reverse order. Each block recomputes the intermediate results that its
-derivative needs from its input, so there is neither a tape nor a second implementation of the
-model. The memory is (2 L + 1) * B * T * D elements, and the intermediate results of one block.
+goes through the blocks in reverse order. Each block recomputes its intermediate results from its
+input, so there is neither a tape nor a second implementation of the model. The memory is
+(2 L + 1) * B * T * D elements, and the intermediate results of one block.
 """
 
 from dataclasses import replace
@@ -115,7 +115,7 @@ def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dt
 
 
 def _like(part: Part, gradients: dict[str, Array]) -> Part:
-    """A part whose parameters are replaced by their gradients, which are given by field name."""
+    """A part that contains gradients, given by field name, in place of its parameters."""
     arrays = {
         name: Matrix(gradient) if isinstance(getattr(part, name), Matrix) else gradient
         for name, gradient in gradients.items()

@@ -37,7 +37,7 @@ class Transformer:
     """LLaMA-2 as a function of its parameters.
 
     Args:
-        config: the shape of the model.
+        config: the model's configuration.
         parameters: the weights, on the backend's device.
         ops: the mathematics.
         context: the maximum number of positions per row of a cache; by default the config's
@@ -105,13 +105,14 @@ class Transformer:
     def take_cache(self, batch: int, n_positions: int) -> KVCache:
         """An empty cache for a generation whose caller provides none.
 
-        It is the cache of the last generation if `give_cache_back` kept one that fits.
+        It has `batch` rows of at least n_positions positions. It is the cache of the last
+        generation if `give_cache_back` kept one that fits.
         """
         context = self._own_context(n_positions)
         return self._kept_cache.take(batch, context) or self.new_cache(batch, context)
 
     def give_cache_back(self, cache: KVCache) -> None:
-        """Return a cache to the model, which keeps it for the next generation if `ops` wants so."""
+        """Return a cache, which is kept for the next generation if `ops.keeps_caches` is true."""
         if self.ops.keeps_caches:
             self._kept_cache.put(cache)
 
@@ -123,11 +124,12 @@ class Transformer:
         return n_positions
 
     def check_memory(self, batch: int, context: int, more: int = 0) -> None:
-        """Check that a cache of `batch` rows of `context` positions and `more` bytes fit the free
-        memory. If they do not, the kept cache is freed first.
+        """Check that the free memory can hold a cache of `batch` rows of `context` positions and
+        `more` bytes, besides the weights. If it cannot, the kept cache is freed and the check is
+        repeated.
 
         Raises:
-            OutOfMemoryError: they do not fit.
+            OutOfMemoryError: the memory is not sufficient.
         """
         self._check_memory(batch, context, more)
 
@@ -166,7 +168,7 @@ class Transformer:
             batch,
             context,
             min(self.ops.prefill_chunk(), context),
-            # the system counts mapped weights as free memory, but would have to read them again
+            # the system counts the memory of mapped weights as free, but using it evicts them
             weights=mapped_nbytes(self.parameters),
             more=more,
         )

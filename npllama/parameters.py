@@ -18,8 +18,8 @@ Part = TypeVar("Part", bound="_Mapped")
 class _Mapped:
     """A frozen dataclass of arrays and of other parts.
 
-    Derived fields are not arguments of the constructor. Those that `ops.prepare` sets are None
-    before. They are None again in the results of `map` and `dataclasses.replace`.
+    Derived fields are not arguments of the constructor. `ops.prepare` sets some of them. These are
+    None until then, and None again in the results of `map` and `dataclasses.replace`.
     """
 
     def map(self: Part, move: Callable[[Array], Array]) -> Part:
@@ -67,7 +67,8 @@ class Matrix(_Mapped):
         scale: (O,) float32, one factor per row of W; None means 1.
         format: the format, which follows from the dtype of the values.
         shape: the shape (O, D) of W.
-        number: identifies the matrix if worker processes share its products, else None.
+        number: a number that identifies the matrix if worker processes share its products, else
+            None.
     """
 
     values: Array

@@ -92,7 +92,7 @@ class Block:
 def generate(
     parameters: Parameters, config: LlamaConfig, ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[int]:
-    """Yield the most likely next id, until an end-of-text id or the end of the context."""
+    """Yield at most max_new_tokens ids, each the most likely next one, until an end-of-text id."""
     context = min(config.context_length, len(ids) + max_new_tokens)
     blocks = [Block(layer, config, context) for layer in parameters.layers]
     head, start, new = parameters.head, 0, np.array(ids)  # (T,): the prompt, later the last id

@@ -73,7 +73,8 @@ class Threads:
         return _turn
 
     def give_way(self) -> None:
-        """Give a thread that waits for its turn the time to take it. Call it outside of `turn`."""
+        """Sleep briefly if another thread waits for its turn, so that it can start. Call this
+        outside of `turn`."""
         if _turn.waiting:
             time.sleep(0.0005)  # long enough for the other thread to wake up
 
@@ -115,7 +116,7 @@ class Threads:
 
     def _map(self, function: Callable[[Any, int], Any], items: Sequence[Any], n: int) -> list[Any]:
         results: list[Any] = [None] * len(items)
-        left = iter(range(len(items)))  # all threads share it, which the interpreter's lock allows
+        left = iter(range(len(items)))  # shared by all threads; the interpreter's lock protects it
 
         def run(slot: int) -> None:
             for i in left:

@@ -1,4 +1,4 @@
-"""Products of 16-bit matrices by direct calls of cuBLAS, which avoid the copies of `xp.matmul`."""
+"""Products of 16-bit matrices by direct calls to cuBLAS, which avoid the copies of `xp.matmul`."""
 
 import ctypes
 from types import ModuleType

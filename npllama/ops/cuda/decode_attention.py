@@ -44,9 +44,9 @@ def divide(
 
     Most of the time goes into reading keys and values, so all multiprocessors (SMs) should read.
 
-    - splits: as many as fill the SMs once, where an SM has registers for 512 threads. A split has
-      at least two steps, because starting and ending it takes time. There are at most 16 splits
-      per row, because one block combines their results.
+    - splits: as many as occupy all SMs once. An SM has registers for 512 threads of this kernel. A
+      split has at least two steps, because starting and ending it takes time. There are at most 16
+      splits per row, because one block combines their results.
     - heads: two query heads per block halve the number of times that keys are read. Four would
       leave too few blocks for short contexts.
 

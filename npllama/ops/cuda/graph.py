@@ -115,7 +115,7 @@ class DecodeSteps:
     calls run on the current stream, like the work before and after them.
 
     Args:
-        kernels: the kernels that the step launches. They count the calls of cuBLAS, because a step
+        kernels: the kernels that the step launches. They count the calls to cuBLAS, because a step
             with such calls cannot be captured.
         step, frozen, constants: as in `Ops.compile`.
         is_on: whether steps are captured at all.

@@ -64,7 +64,7 @@ class Kernels:
     at the same time would use the same counters.
 
     Attributes:
-        cublas: counts the calls of cuBLAS. Each caller of cuBLAS increments it.
+        cublas: counts the calls to cuBLAS. Each caller of cuBLAS increments it.
     """
 
     def __init__(self, backend: Backend) -> None:

@@ -58,9 +58,9 @@ template <typename T> __device__ inline void unpack(uint4 bits, float* to) {
 #pragma unroll
   for (int i = 0; i < (int)(16 / sizeof(T)); i++) to[i] = widen(u.numbers[i]);
 }
-// The same for int8, without the slower conversion from char to float. The float 2^23 has its unit
-// in the lowest bit, so with the byte b + 128 as its lowest 8 bits it is 2^23 + 128 + b. The
-// subtraction of 2^23 + 128 leaves b.
+// The same for int8, without the slower conversion from char to float. The lowest bit of the float
+// 2^23 is worth 1, so with the byte b + 128 as its lowest 8 bits the float is 2^23 + 128 + b.
+// Subtracting 2^23 + 128 leaves b.
 template <> __device__ inline void unpack<signed char>(uint4 bits, float* to) {
   const unsigned int words[4] = {bits.x ^ 0x80808080u, bits.y ^ 0x80808080u,
                                  bits.z ^ 0x80808080u, bits.w ^ 0x80808080u};

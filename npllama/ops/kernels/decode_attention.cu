@@ -12,7 +12,7 @@
 //   - A block computes one row, one key-value head, GB of its G query heads, and one split of the
 //     row's keys.
 //   - The threads of a block form groups, and a group computes one key at a time. Each lane of a
-//     group has 8 columns of q, k, v and o. 8 columns of a 16-bit key are one load of 16 bytes.
+//     group has 8 columns of q, k, v and o, so it loads its part of a 16-bit key as 16 bytes.
 //   - A step is KEYS keys per group. A thread loads the keys and values of the next step while it
 //     computes the current step, because a load takes as long as hundreds of instructions.
 //
@@ -284,9 +284,10 @@ __device__ inline bool is_last(unsigned int* counter, unsigned int n_blocks) {
 //   partials (B, H, n_splits, C + 2), uninitialized; counters (B, K * n_slices), zeros
 //   o (B, H, C)
 //
-// Before the wait, the kernel reads `rows` and `starts`, which were written before the array
-// operations that computed cos and sin, and the keys and values of earlier steps. It does not read
-// the new key and value from the cache: each block that needs them computes them from qkv.
+// Before the wait (see common.cu), the kernel reads only the following: `rows` and `starts`, which
+// were written before the array operations that computed cos and sin, and the keys and values of
+// earlier steps. It does not read the new key and value from the cache. Each block that needs them
+// computes them from qkv.
 //
 // The 1 in the launch bounds asks for at least one block per SM. Without it, the compiler (ptxas)
 // may move registers to slow local memory so that more blocks fit.

@@ -13,8 +13,8 @@
 // Almost all of the time goes into reading W from global memory, which happens once per launch. The
 // kernel is designed to keep many of these reads in progress:
 //
-//   - There is one block per multiprocessor (SM), and each block computes a contiguous range of the
-//     rows of W.
+//   - As a rule, there is one block per multiprocessor (SM). Each block computes a contiguous range
+//     of the rows of W.
 //   - A block copies its rows to shared memory through a queue. The copies are asynchronous: they
 //     need no registers, and the threads compute meanwhile. The block fills the queue before it
 //     waits for x, while the previous kernel is still running.
@@ -33,8 +33,9 @@ template <typename W> struct Chunk { static constexpr int SIZE = 16 / sizeof(W);
 //
 // In the first step, half of the lanes keep the lower half of v and send the upper half to the
 // other lanes, which do the opposite. The next steps repeat this with half as many elements. When
-// each lane has one element left, it is summed over the lanes that share it. This takes COUNT - 1
-// shuffles, and one more for each halving of those lanes. COUNT separate sums take 5 COUNT.
+// each lane has one element left, several lanes may have parts of the same sum, and these parts are
+// added. The whole takes COUNT - 1 shuffles, and log2(32 / COUNT) for the last additions. COUNT
+// separate sums would take 5 COUNT shuffles.
 template <int COUNT, int MASK = 16> __device__ inline float warp_sums(float* v) {
   if constexpr (COUNT == 1) {
 #pragma unroll
@@ -124,9 +125,8 @@ template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
         unsigned int q[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          // The low three bytes of (q + 0x8080) ^ 0x8080 are the signed digits of q: if a byte is
-          // 128 or more, the addition carries 1 into the next byte, and the digit is the byte -
-          // 256.
+          // The low three bytes of (q + 0x8080) ^ 0x8080 are the signed digits of q. If a byte of q
+          // is 128 or more, its digit is negative, and the addition carries 1 into the next byte.
           q[i] = (__float2int_rn(row[j][4 * word + i] * factor) + 0x8080) ^ 0x8080;
         }
         // four values of three bytes -> three words of four bytes, one word per digit
@@ -186,7 +186,7 @@ template <bool SWIGLU> struct Share {
 // batches are copied at the same time.
 template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU> struct Queue {
   static_assert(!SWIGLU || ROWS % 2 == 0, "gate and up are in one batch");
-  static constexpr int TILE = THREADS * CHUNKS, UNIT = Share<SWIGLU>::UNIT;  // chunks; rows
+  static constexpr int TILE = THREADS * CHUNKS, UNIT = Share<SWIGLU>::UNIT;  // in chunks; in rows
 
   const Share<SWIGLU>& share;
   uint4* mine;       // this thread's part of (STAGES, ROWS, CHUNKS, THREADS) in shared memory
