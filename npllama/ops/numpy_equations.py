@@ -24,8 +24,8 @@ from npllama.parameters import Matrix
 QUERIES = 128
 """Queries per key head in one attention product; each token has G of them.
 
-A product of fewer queries is inefficient. More queries waste work: all scores up to the last
-query's key are computed, and the mask discards more of those of the earlier queries."""
+A product of fewer queries is inefficient. More queries waste work: the scores of all queries are
+computed up to the last query's key, and the mask then discards many of them."""
 
 IN_CACHE = 256 * 1024
 """The maximum number of attention scores per product. Six operations read them in turn, so they
@@ -57,9 +57,9 @@ class NumpyEquations(Equations):
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O).
 
-        For many rows, y is a transposed view of the array y^T that `_product` computes. The tokens
-        of each output are then contiguous in memory, a layout on which the next operations are
-        fast.
+        For many rows, y is a transposed view of the array y^T (O, M) that `_product` computes. The
+        elements of consecutive tokens are then contiguous in memory, a layout on which the next
+        operations are fast.
         """
         format_ = w.format
         n_out, width = w.shape
@@ -93,9 +93,9 @@ class NumpyEquations(Equations):
     def _product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
         """y = x W^T without the scale of W's rows: x (M, D) float32, W (O, D) -> (M, O) float32.
 
-        y is computed as y^T = W x^T. Narrow weights are widened tile by tile. For few rows, worker
-        processes compute parts of the product, which also helps with the float32 matrices of a
-        small model.
+        y is computed as y^T = W x^T. Weights narrower than float32 are widened tile by tile. For
+        few rows, worker processes compute parts of the product if the matrix is narrow, or if it
+        is a float32 matrix of a small model.
         """
         n_rows, n_out = len(x), w.shape[0]
         threads = self.backend.threads

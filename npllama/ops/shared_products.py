@@ -1,4 +1,7 @@
-"""Decide which matrix products worker processes help to compute, and start the workers."""
+"""Decide which matrix products worker processes help to compute, and start the workers.
+
+A narrow matrix is one with elements smaller than float32, such as bfloat16 or int8.
+"""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +29,8 @@ OpenBLAS multiplies one row by a matrix on one core if the matrix has fewer than
 which D x D matrices of these models have. Workers use the other cores."""
 
 SHARED_SMALL_SIZE = 64 * 1024
-"""The same minimum for the float32 matrices of such a model."""
+"""The minimum number of elements of a float32 matrix of such a model for which its products are
+shared."""
 
 CACHED_SIZE = 8 * 1024 * 1024
 """The minimum number of elements of all these float32 matrices together for which workers are
@@ -43,8 +47,8 @@ _numbers = count()
 class SharedProducts:
     """The matrix products that worker processes help this process to compute.
 
-    Products with large matrices in a narrow dtype are always shared, and wait until the workers
-    have started. Products of a small float32 model are shared as soon as the workers have started.
+    Products with large narrow matrices are always shared, and wait until the workers have started.
+    Products of a small float32 model are shared as soon as the workers have started.
 
     Attributes:
         workers: the worker processes; None before they are started.
