@@ -193,13 +193,13 @@ CASES = {
     "no driver": (Driver(found="no NVIDIA driver", remedy="install it"), None, "install it"),
     "CuPy is not installed": (READY, None, "pip install 'npllama[cuda13]'"),
     "CuPy is not installed ": (Driver(1, (12, 4)), None, "pip install 'npllama[cuda12]'"),
-    "CuPy: driver too old, for CUDA 12.4 and not for CuPy's CUDA 13.2": (
+    "CuPy: the driver supports CUDA up to 12.4, but this CuPy needs CUDA 13.2": (
         Driver(1, (12, 4)),
         FakeCupy("getDeviceCount", INSUFFICIENT),
         "expected a driver for CUDA 13 or newer; install one, or pip uninstall cupy-cuda13x and "
         "pip install 'npllama[cuda12]'",
     ),
-    "CuPy: driver too old, for CUDA 11.8 and not for CuPy's CUDA 12.9": (
+    "CuPy: the driver supports CUDA up to 11.8, but this CuPy needs CUDA 12.9": (
         Driver(1, (11, 8)),
         FakeCupy("getDeviceCount", INSUFFICIENT, built_for=12090),
         "expected a driver for CUDA 12 or newer; install one; --backend",
@@ -298,7 +298,7 @@ def test_a_device_that_is_no_number_is_refused(device):
 
 
 def test_a_device_is_not_for_numpy(capsys):
-    with pytest.raises(BackendError, match="device is 1, a GPU's number, and backend numpy"):
+    with pytest.raises(BackendError, match="device is 1, the number of a GPU, but backend numpy"):
         npllama.load(backend="numpy", device=1)
     assert main(["--prompt", "a", "--backend", "numpy", "--device", "1"]) == 2
     assert "leave one of them out" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def start(*compiled, version="14.2.0", capability="90", error=None):
     return it
 
 
-LINE = "npllama: compiling kernels for this GPU: some seconds, at the first start alone"
+LINE = "npllama: compiling kernels for this GPU (some seconds, at the first run only)"
 ALL = ("one", "a<float>"), ("one", "a<half>"), ("two", "b")
 
 

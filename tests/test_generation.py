@@ -394,7 +394,7 @@ def test_one_prompt_may_be_a_generator_of_ids(llama):
     assert llama.generate((id_ for id_ in PROMPT), **OPTIONS).ids == want
     with pytest.raises(InputError, match="token id 'a' at position 0 is not an integer"):
         llama.generate(p for p in "ab")
-    with pytest.raises(InputError, match=r"^the token ids are <generator .*: expected a list"):
+    with pytest.raises(InputError, match=r"^found <generator .*: expected a list of token ids"):
         llama.logits(id_ for id_ in PROMPT)
 
 

@@ -362,7 +362,8 @@ def test_refusals_are_one_line(tmp_path, capsys):
     assert "do not fit the context of 64: shorten the prompt, or give --context" in line
     assert "up to 128" in line
     assert "TYPE:FACTOR" in refused(capsys, generate.main, *asked, "--rope-scaling", "4")
-    assert "scales RoPE, which this page does not" in refused(capsys, plain.main, *asked)
+    line = refused(capsys, plain.main, *asked)
+    assert "uses RoPE scaling, which npllama.plain does not support" in line
 
 
 # -- conversion

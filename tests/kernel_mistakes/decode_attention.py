@@ -126,12 +126,12 @@ MISTAKES = [
     ),
     (
         "no fence before the count",
-        "__threadfence();  // what this thread wrote, before the count",
+        "__threadfence();  // make all writes visible before the count",
         "",
     ),
     (
         "the count before the block's results",
-        "__threadfence();  // what this thread wrote, before the count\n  __syncthreads();",
+        "__threadfence();  // make all writes visible before the count\n  __syncthreads();",
         "__threadfence();",
     ),
     (
