@@ -1,4 +1,4 @@
-"""Mistakes in common.cu, found by one small kernel that uses all of it."""
+"""Mistakes in common.cu, which one small kernel finds because it uses all functions of the file."""
 
 import ml_dtypes
 import numpy as np
