@@ -540,7 +540,7 @@ def test_states_of_fewer_rows_lie_in_the_same_memory(llama):
     state.tokens[...] = move(np.array([10, 11, 12]))
     assert to_host(state.next_uniform()).tolist() == [0, 4, 8]
     some = joined([state], [0, 2])
-    assert some is joined([buffers.begin([0, 2], None, None), some], [2, 3])  # the state of two rows
+    assert some is joined([buffers.begin([0, 2], None, None), some], [2, 3])  # that of two rows
     assert to_host(some.rows).tolist() == [0, 2] and to_host(some.tokens).tolist() == [10, 12]
     assert to_host(some.next_uniform()).tolist() == [1, 9]
     assert to_host(some.seen).tolist() == seen[[0, 2]].tolist()

@@ -524,7 +524,7 @@ def test_logprobs_tell_rows_apart_and_show_the_likeliest(model, tmp_path, capsys
     _, _, err = call(capsys, *args, "2", *GREEDY)
     rows = [line.split() for line in err.splitlines() if line[:6].strip().isdigit()]
     assert len(rows) == 24
-    for _id, log_prob, piece, first, highest, _second, second in rows:  # greedy: the first is chosen
+    for _id, log_prob, piece, first, highest, _second, second in rows:  # greedy: the first wins
         assert (first, highest) == (piece, log_prob) and float(second) <= float(highest)
     _, out, _ = call(capsys, *args, "2", "--json", *GREEDY)
     result = json.loads(out.splitlines()[1])
