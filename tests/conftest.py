@@ -50,12 +50,12 @@ def pytest_addoption(parser):
         "--backend",
         choices=("all", "numpy", "cupy"),
         default="all",
-        help="all that are present; numpy: without CuPy; cupy: CuPy alone, and fail without it",
+        help="all: every installed backend; numpy: NumPy only; cupy: CuPy only, which must exist",
     )
     parser.addoption(
         "--array-calls",
         action="store_true",
-        help="strict-cupy for strict-kernels everywhere: runs no simulated kernels",
+        help="run no simulated kernels: strict-cupy replaces strict-kernels in all tests",
     )
 
 

@@ -38,7 +38,7 @@ KERNEL = (
 MAX_STATIC_SHARED = 48 * 1024
 MAX_SHARED = 227 * 1024
 ORDERS = ("forward", "backward", "random")
-"""Orders in which the threads of a block run, and the blocks of a grid."""
+"""The orders in which to run the blocks of a grid and the threads of a block."""
 
 _DYNAMIC = re.compile(
     r"extern\s+__shared__\s+(?:(?:__align__|alignas)\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]\s*;"

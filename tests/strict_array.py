@@ -190,7 +190,7 @@ def _partition(array, kth, axis=-1):
 
 
 _OWN = {"cumsum": _cumsum, "partition": _partition}
-"""Functions of NumPy that do what CuPy's do not."""
+"""Functions that behave differently in NumPy and CuPy, with CuPy's behaviour."""
 
 
 class StrictModule:

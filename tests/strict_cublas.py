@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 
 HANDLE = 12
 TYPES = {"CUDA_R_32F": 0, "CUDA_R_16F": 2, "CUDA_R_16BF": 14}
-"""The numbers of library_types.h, which cupy.cuda.runtime has."""
+"""Constants from library_types.h, as in cupy.cuda.runtime."""
 _DTYPES = {0: "float32", 2: "float16", 14: "bfloat16"}
 _LIVE: dict[int, weakref.ref] = {}
 

@@ -43,7 +43,7 @@ CAPTURABLE = {
     *("all", "any", "argmax", "argmin", "cumsum", "max", "mean", "min", "prod", "sum", "amax"),
     *("argsort", "partition", "argpartition", "sort", "put_along_axis", *UPLOADS),
 }
-"""What CuPy 14.2 captures: kernels of one launch whose result's shape the host knows."""
+"""The operations that CuPy 14.2 can capture: one launch, and a result shape known to the host."""
 
 
 class CupyArray(StrictArray):

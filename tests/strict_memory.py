@@ -46,7 +46,7 @@ class MemoryPool:
     def malloc(self, size):
         """The allocator for `using_allocator`. Arrays are allocated by `empty`, so this is never
         called."""
-        raise NotImplementedError("memory that is no array's")
+        raise NotImplementedError("memory without an array")
 
     def empty(self, shape, dtype) -> np.ndarray:
         """An array in memory of this pool, filled with bytes 0xFF."""

@@ -21,7 +21,7 @@ from npllama.ops import CupyOps, Ops
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 WIDE_HEADS = LlamaConfig(256, 2, 4, 2, 320, 260, context_length=64)
-"""Heads of 64, and widths that kernels take."""
+"""A head width of 64, and matrix widths that the kernels support."""
 PROMPT = [1, 17, 5, 44, 17, 201, 8, 99, 3]
 OPERATIONS = {
     "rms_norm", "q-k-v", "rope", "attention", "wo", "gate-up", "swiglu", "w_down",

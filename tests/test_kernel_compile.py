@@ -19,9 +19,9 @@ from npllama.ops.cuda.kernels import SOURCES
 COMMON = (SOURCES / "common.cu").read_text()
 FILES = {path.stem: path.read_text() for path in SOURCES.glob("*.cu") if path.stem != "common"}
 AT_ONCE = 8
-"""Kernels in one call of the compiler, which reads CUDA's headers anew each time."""
+"""Kernels per call of the compiler. Each call reads CUDA's headers again."""
 MOST = 130
-"""The most template instances to compile per file. Compiling one for 8 rows takes much longer."""
+"""The most template instances to compile in total, which limits the time of this test."""
 
 # the comment above a kernel, its template, attributes and name
 _KERNEL = re.compile(

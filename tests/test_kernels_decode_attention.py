@@ -22,8 +22,8 @@ ARGUMENTS = (
     "qkv", "cos", "sin", "k_cache", "v_cache", "rows", "starts", "partials", "counters", "o",
 )  # fmt: skip
 SPACING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-23}
-"""The largest error of a number's rounding to the dtype, as a fraction of it; for float32 that of
-the rotation's two products and their sum as well."""
+"""The largest relative error of rounding to the dtype. For float32, it includes the rounding errors
+of the rotation, which computes two products and their sum."""
 PRODUCER = """
 extern "C" __global__ void produce(const float* from, float* to, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;

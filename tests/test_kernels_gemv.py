@@ -14,7 +14,7 @@ from npllama.parameters import Head, Layer, Matrix
 from strict_cupy import DEVICE, StrictCupyBackend
 
 TOLERANCE = 1e-6
-"""Largest difference as a fraction of the largest value: W is exact, the rest is float32."""
+"""The largest difference as a fraction of the largest value. W is exact, and all else float32."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
 

@@ -242,7 +242,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
 A_LONG_TAIL = Case(
     np.array([[0.0, *(-8 - np.arange(2000) * 1e-3)]], "float32"), np.array([LARGEST_BELOW_1])
 )
-"""Half of the probability in tokens each of which has little; the last one kept is drawn."""
+"""Many unlikely tokens share half of the probability, and the last token kept is drawn."""
 
 
 ODD_ROWS = {

@@ -41,13 +41,13 @@ TOLERANCE = {
     for rows, phase in (("", "decode"), (", many rows", "prompt"))
 }
 WIDE = 70_000
-"""A width beyond any model's: cuBLAS adds so many products with more rounding in float32."""
+"""A width larger than that of any model. cuBLAS has larger float32 rounding errors here."""
 T = (1, 2, 8, 9, 33)
 S = (0, 1, 600)
 B = (1, 3)
 G = (1, 2, 8)
 KERNEL_B = (1, 3, 8, 9)
-"""Rows of one token each: the kernels take up to 8."""
+"""Numbers of rows with one token each. The kernels support up to 8."""
 
 
 @functools.cache
