@@ -108,7 +108,7 @@ class CupyDevice(strict_array.Device):
         self._local = threading.local()
         self._launches = None
 
-    # -- what a thread has set
+    # -- state of a thread
 
     @property
     def stack(self) -> list[Stream]:

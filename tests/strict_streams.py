@@ -118,7 +118,7 @@ class Stream:
         for array in arrays:
             self.device.uses.touch(array, self)
 
-    # -- the host waits
+    # -- synchronization with the host
 
     def synchronize(self):
         self.wait_until(self.clock, "synchronize")

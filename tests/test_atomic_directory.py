@@ -145,7 +145,7 @@ def test_many_conversions_to_one_dest_at_once_leave_a_whole_model(tmp_path, sour
     assert names(dest.parent) == ["out"]
 
 
-# -- what a killed run left
+# -- leftovers of killed runs
 
 
 def aside_of(tmp_path, source):

@@ -181,7 +181,7 @@ def test_numpy_is_numpy_even_where_there_is_a_device(monkeypatch):
     assert (chosen.name, chosen.no_gpu) == ("numpy", None)
 
 
-# -- why there is no GPU: driver, CuPy, what CuPy says of itself, what to do
+# -- reasons for no GPU, and what to do: driver, CuPy, and CuPy's own errors
 
 INSUFFICIENT = RuntimeError(  # the base class of CUDARuntimeError
     "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
@@ -397,7 +397,7 @@ def test_arrays_go_to_the_backend_and_come_back_the_same(ops, to_device, to_host
     assert to_device(there) is there
 
 
-# -- every program
+# -- all programs
 
 
 def test_every_program_takes_a_device(monkeypatch, tmp_path, capsys):

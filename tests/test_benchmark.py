@@ -63,7 +63,7 @@ def report(*arguments):
     return benchmark.benchmark(options)
 
 
-# -- figures -----------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------
 
 
 def test_tokens_a_second_are_tokens_over_the_librarys_own_time(llama, clock):
@@ -316,7 +316,7 @@ def test_everything_is_measured_on_a_device_too(ops, dtype):
     assert next(line.calls for line in lines if line.op == "next_token") == 1
 
 
-# -- what is printed ---------------------------------------------------------------------------
+# -- printed reports ---------------------------------------------------------------------------
 
 
 def test_table_and_json_tell_the_same(directory, tmp_path, capsys, monkeypatch):

@@ -578,7 +578,7 @@ def test_frozen_options_are_those_that_the_step_depends_on(llama):
     assert steps.n_captured == 1 and max(got[0]) < 50
 
 
-# -- the whole step on kernels
+# -- a complete step with kernels
 
 ON_KERNELS = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=260, context_length=64

@@ -230,7 +230,7 @@ def test_the_test_files_of_the_stage_exist():
     assert not [name for name in named if not (ROOT / "tests" / name).exists()]
 
 
-# -- the figures -------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------
 
 
 def test_a_bar_is_met_or_not(tmp_path):

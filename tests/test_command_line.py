@@ -77,7 +77,7 @@ def error_line(capsys, *args):
     return captured.err
 
 
-# -- text on stdout, everything else on stderr
+# -- text on stdout, and everything else on stderr
 
 
 def test_stdout_is_the_prompt_and_the_completion_and_one_newline(model):

@@ -252,7 +252,7 @@ def test_an_empty_quantization_quantizes_nothing():
     assert LlamaConfig.from_hf(hf(quantization_config={})) == LLAMA_2["7B"]
 
 
-# -- refusing other mathematics
+# -- refusing models with other mathematics
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_damaged_begin_of_text_id_is_refused(value):
     assert "bos_token_id is" in message and repr(value) in message
 
 
-# -- numbers that do not fit
+# -- inconsistent sizes
 
 
 @pytest.mark.parametrize(

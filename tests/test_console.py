@@ -122,7 +122,7 @@ def test_a_tool_without_standard_output_says_so(model, text, capsys, monkeypatch
     assert "perplexity: error: standard output is closed" in capsys.readouterr().err
 
 
-# -- errors, each as what it is
+# -- messages for each type of error
 
 
 def test_what_cannot_be_written_is_an_input_error(monkeypatch):
@@ -242,7 +242,7 @@ def test_the_reason_of_an_error_names_its_file():
     assert reason(OSError()) == "OSError"
 
 
-# -- any locale
+# -- locales
 
 
 def test_streams_are_utf8_and_names_of_files_go_out_as_they_are(monkeypatch):

@@ -410,7 +410,7 @@ def test_version_2_has_groups_that_may_straddle_rows(tmp_path):
     assert "group size 7 does not divide [260, 48]" in error_line(seven, tmp_path / "out")
 
 
-# -- what torch wrote: Meta, pytorch_model.bin, training checkpoints
+# -- files of torch: Meta, pytorch_model.bin, training checkpoints
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
@@ -703,7 +703,7 @@ def test_a_tied_head_of_a_training_checkpoint_is_known_without_reading_it(monkey
         source.tensors[EMBEDDING].read()
 
 
-# -- dtypes, and what they lose
+# -- dtypes and rounding
 
 
 def test_a_conversion_says_what_it_lost(tmp_path):
@@ -1024,7 +1024,7 @@ def test_inspect_and_dry_run_say_what_is_and_write_nothing(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == size
 
 
-# -- whole or not at all
+# -- complete output or none
 
 
 def test_a_tied_head_that_is_stored_all_the_same_must_be_the_embedding(tmp_path):

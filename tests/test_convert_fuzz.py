@@ -54,7 +54,7 @@ def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr("atomic.os.fsync", lambda _file: None)
 
 
-# -- the files that are damaged
+# -- files to damage
 
 
 def hf(case, *names):
@@ -283,7 +283,7 @@ def damage(rng, name, content):
     return damage_bytes(rng, content, [(0, 64)])
 
 
-# -- one case after the other
+# -- running cases
 
 
 class Hang(BaseException):
@@ -411,7 +411,7 @@ def test_thousands_of_damaged_models_load_or_are_one_line(tmp_path, name):
     assert counts["refused"] >= 500 and counts["done"] >= 50
 
 
-# -- tokenizers: sentencepiece is C++, so each run is in a process that it may take down
+# -- tokenizers, in separate processes, because sentencepiece may crash
 
 
 def damaged_tokenizer(kind, seed):
@@ -497,7 +497,7 @@ def test_thousands_of_damaged_tokenizers_read_or_are_one_line(tmp_path, kind):
     assert counts["refused"] >= 500 and counts["done"] >= 50
 
 
-# -- found by thought rather than chance
+# -- cases found by reasoning
 
 
 def refused_source(path, dest):

@@ -325,7 +325,7 @@ def test_wrong_arguments(place, value, message):
             module.launch("scale", grid, block, ARGUMENTS)
 
 
-# -- one kernel after another
+# -- consecutive kernels
 
 OVERLAPPED = r"""
 #include <cuda_pipeline.h>

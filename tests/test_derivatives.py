@@ -235,7 +235,7 @@ def test_head_backward(ops, rng):
     )
 
 
-# -- all of them
+# -- completeness
 
 
 def test_every_derivative_has_a_test_here():

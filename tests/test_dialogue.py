@@ -127,7 +127,7 @@ def test_no_message_can_smuggle_in_a_special_token(llama_tokenizer, text):
     assert llama_tokenizer.decode(ids).count(text) == 4
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize("tag", TAGS)

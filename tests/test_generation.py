@@ -586,7 +586,7 @@ def test_a_model_that_cannot_be_pickled_says_why(ops, llama):
         pickle.dumps(changed)
 
 
-# -- a cache of the caller's
+# -- a cache from the caller
 
 
 PROMPT = [1, 5, 100, 7, 33, 8, 64, 9]

@@ -153,7 +153,7 @@ def test_every_kernel_is_found_in_its_file():
         assert len(register_limits(source)) == code.count("__global__"), file
 
 
-# -- what is looked for is found
+# -- the checks find problems
 
 
 GOOD = """

@@ -181,7 +181,7 @@ def test_x_that_is_not_contiguous(backend, kernels, rng):
     assert np.allclose(y, x[:, 1:] @ w.T + x[:, :1, :10], atol=1e-5)
 
 
-# -- which shapes
+# -- supported shapes
 
 
 def test_what_it_takes():
@@ -294,7 +294,7 @@ def test_head_takes_the_kernel_where_it_fits(batch, dim, n, backend):
     assert len(launches) == n
 
 
-# -- joined on the device
+# -- joining on the device
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

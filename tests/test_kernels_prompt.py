@@ -231,7 +231,7 @@ def test_with_other_shards_their_sums_are_added_once(cuda, dtype, monkeypatch):
         assert_close(a, b, tolerance(dtype))
 
 
-# -- what is taken, and what is not ------------------------------------------------------------
+# -- supported and unsupported cases -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_a_threshold_in_a_long_tail():
         assert ids[0] > 100
 
 
-# -- what cannot be computed
+# -- numerical errors
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -348,7 +348,7 @@ def test_filters_that_are_off_cost_nothing():
     assert passes["both"] <= passes["none"] + 10
 
 
-# -- what fits
+# -- supported inputs
 
 
 @dataclass(frozen=True)

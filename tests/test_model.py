@@ -212,7 +212,7 @@ def test_bad_ids_are_refused_on_the_host(llama, ids, message):
             call(ids)
 
 
-# -- a shard's own sizes
+# -- sizes of a shard
 
 
 def half_of(parameters, i):

@@ -50,7 +50,7 @@ def model(tmp_path):
     return write_model(tmp_path / "model", TINY)
 
 
-# -- a file's content is another
+# -- files with other contents
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
@@ -110,7 +110,7 @@ def test_half_a_download_is_named(model, lines, name):
         assert "get the file again" in line or "expected the tokenizer.model" in line
 
 
-# -- a directory is another
+# -- directories with other contents
 
 
 def test_an_adapter_is_named(tmp_path, model, lines):
@@ -217,7 +217,7 @@ def test_a_model_in_a_folder_of_the_given_one_is_named(tmp_path, model, lines):
     assert lines(tmp_path) == (line, line)
 
 
-# -- a path is empty, is a file, or is not there
+# -- paths that are empty, files or missing
 
 
 def test_an_empty_path_is_not_the_current_directory(model, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ def call(capsys, *words):
     return code, said.out, said.err
 
 
-# -- what there is
+# -- the list of programs
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])

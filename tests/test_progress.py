@@ -37,7 +37,7 @@ def check(calls, what):
     return len(set(done)) - 1
 
 
-# -- who tells what
+# -- which functions report progress
 
 
 def test_nothing_is_told_where_nobody_listens(tmp_path, capsys):

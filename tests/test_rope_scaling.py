@@ -38,7 +38,7 @@ SCALINGS = {
 }
 
 
-# -- what transformers computes
+# -- results of transformers
 
 
 def test_every_kind_has_a_fixture():
@@ -77,7 +77,7 @@ def test_the_fixtures_tell_the_scalings_apart():
             assert np.abs(one - other).max() > 0.01 * np.abs(one).max()
 
 
-# -- every spelling
+# -- spellings
 
 
 def spellings(fields):
@@ -135,7 +135,7 @@ def test_a_scaling_made_in_python_is_checked(kind, factor):
         RopeScaling(kind, factor)
 
 
-# -- which context
+# -- context length
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_max_sequence_length_says_less_than_the_factor_would():
     assert LlamaConfig.from_hf(TINY.to_hf() | {"max_sequence_length": 100}) == TINY
 
 
-# -- one table
+# -- one rope table
 
 
 def scaled_llama(ops, kind, context):

@@ -73,7 +73,7 @@ def written(path, rng):
     return path.read_bytes()
 
 
-# -- agreement
+# -- agreement with the library
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -172,7 +172,7 @@ def test_opening_a_large_file_reads_none_of_it(path):
     assert w.shape == (2**31,) and w[-1] == 0
 
 
-# -- truncated and lengthened
+# -- truncated and extended files
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(path, written):
@@ -226,7 +226,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
     assert "directory" in refused(tmp_path)
 
 
-# -- lying headers
+# -- inconsistent headers
 
 NOT_A_HEADER = {
     "empty": b"",

@@ -20,7 +20,7 @@ def sampling(**changes):
     return Sampling(**(PLAIN | changes))
 
 
-# -- the formulas again, a row at a time, in float64
+# -- the formulas for one row, in float64
 
 
 def softmax(x):
@@ -152,7 +152,7 @@ def test_filters_accept_what_others_have_excluded(ops, to_device, to_host):
     assert np.isfinite(to_host(ops.keep_top_k(x, 4))).sum() == 3  # a logit of -inf stays excluded
 
 
-# -- all of it together
+# -- all filters together
 
 
 def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None, allowed=None):
@@ -383,7 +383,7 @@ def test_extreme_penalties_are_refused_or_overflow_nowhere(ops, penalty):
         assert ids.tolist() == [likeliest] and np.isfinite(log_probs).all()
 
 
-# -- seen, n_tokens, log-probabilities
+# -- seen, n_tokens and log-probabilities
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -499,7 +499,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops, rng):
         assert alone[0] == together[i]
 
 
-# -- what a user may ask
+# -- values of options
 
 
 def test_each_filter_of_the_table_is_a_method_of_ops(ops):

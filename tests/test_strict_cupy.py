@@ -395,7 +395,7 @@ def test_where_a_copy_does_not_go(backend, x, out, error, message):
         x.get(out=out(backend), blocking=False)
 
 
-# -- where it stands in
+# -- use in place of CuPy
 
 
 def test_without_a_compiler_array_calls_are_made():

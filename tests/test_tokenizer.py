@@ -103,7 +103,7 @@ def test_text_comes_back_and_no_text_makes_a_special_token(tokenizer, text):
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")
 
 
-# -- decoding as ids arrive
+# -- incremental decoding
 
 
 def streamed(tokenizer, ids):
@@ -294,7 +294,7 @@ def test_a_token_costs_the_same_however_long_the_text(kind):
         assert state and sum(len(v) for v in state) <= 3  # at most a part of one character
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize("bad", [-1, np.int64(-1), np.int32(-1), 260, np.int64(260), 2**31, 2**70])
@@ -383,7 +383,7 @@ def test_a_model_read_from_bytes_is_the_model_read_from_a_file(tmp_path, tokeniz
     assert Tokenizer(path).encode(text) == tokenizer.encode(text)
 
 
-# -- other ways to treat spaces
+# -- other settings for spaces
 
 # Serialized settings that are appended to a sentencepiece model: no dummy prefix, extra spaces
 # removed (the default of the trainer), and both.
@@ -458,7 +458,7 @@ def test_the_settings_are_those_of_real_tokenizers():
             assert_streams_as_sentencepiece_decodes(tokenizer, ids)
 
 
-# -- tokens beside the pieces
+# -- added tokens
 
 ADDED = {262: AddedToken("<|end|>", True), 264: AddedToken("<step>", False)}
 

@@ -227,7 +227,7 @@ def test_beside_a_tokenizer_model_a_tokenizer_json_that_cannot_be_read_names_not
     assert load(directory, "numpy").tokenizer.added == {}
 
 
-# -- which file has the pieces
+# -- the file that contains the pieces
 
 JSON_ONLY = replace(TINY, vocab_size=1030)
 
@@ -301,7 +301,7 @@ def test_bos_and_eos_are_as_tokenizer_config_says(tmp_path, settings, ids):
     assert llama.tokenizer.encode("a") == [1, 259, 100]
 
 
-# -- a tokenizer that fits badly
+# -- a tokenizer that does not match the model
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_piece_that_no_merge_makes_is_never_made_by_text(tmp_path, fields, spe
     assert tokenizer.decode([vocabulary["<pad>"]]) == ("" if special else "<pad>")
 
 
-# -- what is refused
+# -- errors
 
 
 def changed(fields, **model):

@@ -31,7 +31,7 @@ META_TO_HF = {
 SIX = np.arange(6, dtype="float32")
 
 
-# -- an assembler of pickles, and the files around them
+# -- helpers that write pickles and files
 
 
 def value(x):
@@ -101,7 +101,7 @@ def pth(tmp_path):
     return tmp_path / "model.pth"
 
 
-# -- what is read
+# -- valid files
 
 
 @pytest.mark.parametrize("case", ["meta-mp1", "meta-legacy"])
@@ -213,7 +213,7 @@ def test_a_state_dicts_metadata_is_passed_over(pth):
     assert np.array_equal(read_torch_file(write_zip(pth, state))["t0"].read().ravel(), SIX)
 
 
-# -- pickles that would run code
+# -- pickles that run code
 
 
 def call(function, *args):
@@ -444,7 +444,7 @@ def test_a_persistent_id_in_text_is_refused(pth):
     assert "its pickle cannot be read" in refusal(write_zip(pth, b"Pstorage\n"))
 
 
-# -- tensors that reach where they should not
+# -- tensors beyond their storage
 
 
 @pytest.mark.parametrize(
@@ -665,7 +665,7 @@ def test_a_file_cut_anywhere_is_refused(pth, case):
         refusal(pth)
 
 
-# -- what would eat memory or time: each in a process that it may take down
+# -- excessive memory or time, each in a separate process
 
 
 def long_key(n):

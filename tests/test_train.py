@@ -253,7 +253,7 @@ def test_the_shipped_models_shape_trains_at_a_quarter_of_sgemm(tmp_path, capsys)
     assert share >= 25
 
 
-# -- what is wrong
+# -- errors
 
 
 @pytest.mark.filterwarnings("error")
@@ -458,7 +458,7 @@ def test_a_second_interrupt_ends_at_once(place, monkeypatch, capsys):
     assert load_checkpoint(place / "run" / "checkpoint.npz")[1]["steps_done"] == 3
 
 
-# -- one run at a time
+# -- concurrent runs
 
 
 def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):

@@ -285,7 +285,7 @@ def test_converting_allocates_the_result_and_little_more_than_one_matrix(tmp_pat
     assert peak < 8 * LARGEST or not can_work()  # one layer at a time, then shared with workers
 
 
-# -- matrices of one input, side by side
+# -- joined matrices
 
 
 @pytest.mark.parametrize("stored", DTYPES)
@@ -361,7 +361,7 @@ def test_a_part_that_is_changed_has_nothing_left_of_what_was_derived(rng):
     assert layer.map(lambda array: array) is layer
 
 
-# -- conversion that would lose
+# -- lossy conversion
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
