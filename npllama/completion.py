@@ -8,16 +8,16 @@ class Timings:
     """The timings of one generation. All rows of the generation share them.
 
     Attributes:
-        prompt_tokens: the prompt tokens of all rows that were computed. Tokens that a cache already
-            contained do not count.
-        new_tokens: the new tokens of all rows.
+        prompt_tokens: the number of prompt tokens that were computed, summed over all rows. Tokens
+            that were already in a cache do not count.
+        new_tokens: the number of new tokens, summed over all rows.
         first_token_seconds: the time from the start to the first new token of any row.
         prefill_seconds: the time for the prompts and for the first new token of each row.
         decode_seconds: the time for all other new tokens. The time that the caller of a stream
             spends between tokens does not count.
-        decode_tokens: the new tokens that were generated during decode_seconds.
-        prefill_forwards: the forwards that computed prompt tokens.
-        decode_steps: the forwards that computed new tokens. A forward of either kind reads the
+        decode_tokens: the number of new tokens that were generated during decode_seconds.
+        prefill_forwards: the number of forward passes over prompt tokens.
+        decode_steps: the number of forward passes over new tokens. Every forward pass reads the
             weights once.
         rows: the number of prompts of the generation, even if not all were decoded together.
     """
@@ -75,9 +75,9 @@ class Completion:
         seed: the seed, with which the same completion can be generated again.
         prompt_tokens: the number of tokens of the prompt, including those that a cache contained.
         new_tokens: the number of tokens of the completion, which is len(ids).
-        top_logprobs: for each id, the most likely tokens at its step in descending order. The id
-            itself is not always one of them. Tokens with probability 0 are left out. None unless
-            they were requested.
+        top_logprobs: for each id, the most likely tokens at its step, in descending order of
+            probability. The id itself is not always one of them. Tokens with probability 0 are left
+            out. None unless they were requested.
     """
 
     text: str | None

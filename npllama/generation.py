@@ -23,29 +23,32 @@ from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
 Groups = tuple[tuple[Sampling, int, int | None], ...]
-"""(sampling, begin, end): the rows begin .. end-1 of a state have the same sampling options. An
-end of None means all rows."""
+"""(sampling, begin, end): the rows begin .. end-1 of a state have the same sampling options. If
+all rows have the same options, end is None."""
 
 PROMPT_TOKENS_BETWEEN_STEPS = 128
-"""The most prompt tokens to prefill between two decode steps. The limit bounds how long the other
-rows wait, and a batch of this size still uses each weight that it reads about as efficiently as a
-full chunk."""
+"""The most prompt tokens to prefill between two decode steps. The rows in the decode batch wait
+during this prefill, so the limit must be small. A forward pass over this many tokens is still
+nearly as efficient per token as one over a full chunk."""
 
 TURN = 0.02
 """The duration of one turn in seconds; see `Generation.turns`."""
 
 
 class Generation:
-    """Generates completions for a batch of rows. Iteration yields (row number, text) pairs.
+    """Generates completions for a batch of rows.
+
+    Iteration yields a pair (row number, text) for each new token. The text may be empty, for
+    example if a character consists of several tokens.
 
     The loop prefills rows one at a time and decodes them together, each row at its own position.
     A row that has ended leaves the batch, and the next waiting prompt takes its row of the cache.
     The loop prefills this prompt in parts, one part between two decode steps of the other rows.
 
     Each iteration of the loop launches decode steps, reads the results of the oldest step in
-    flight, and passes each row its new token. A GPU runs asynchronously: the loop keeps
-    `backend.steps_ahead` further steps in flight while it reads results, so the GPU never waits
-    for the host.
+    flight, and passes each row its new token. A GPU executes steps asynchronously. The loop keeps
+    `backend.steps_ahead` further steps in flight while it reads the results of one, so the GPU
+    does not wait for the host.
 
     Args:
         model: the transformer.
@@ -54,14 +57,14 @@ class Generation:
         seed: the seed of the random numbers.
         n_tokens: generated ids are less than this.
         allowed: (n_tokens,) bool on the device, which ids may be generated; None for all.
-        cache: a cache with a row per prompt; None to use one of the model's. Row i may contain the
-            first ids of prompt i, which are then not computed again. It needs capacity for the
-            prompt and its completion. After the generation, row i contains the prompt and the
-            completion, except for the last id.
+        cache: a cache with a row per prompt; None to take one from the model. Row i may contain the
+            first ids of prompt i, which are then not computed again. Row i needs capacity for the
+            prompt and its completion. After the generation, it contains both, except for the last
+            id of the completion.
         batch_size: the most rows to decode together, if `cache` is None; None for all rows.
-        waiting: the queue of a server, which may append rows while this generation runs; None
-            without a server. Each of these rows has its own seed, sampling options and n_likeliest.
-            The rows share the rows of `cache`. If one of them fails, only this row ends.
+        waiting: a queue to which a server may append rows while this generation runs; None without
+            a server. Each of these rows has its own seed, sampling options and n_likeliest, and
+            uses any free row of `cache`. An error in one of them ends only that row.
         n_likeliest: how many of the most likely tokens to report per step.
     """
 
@@ -89,7 +92,7 @@ class Generation:
         self._began = False
         self._in_flight: deque[tuple[list[Row], Callable[[], tuple], bool]] = deque()
         self._compiled: dict[tuple[Groups, int], Callable] = {}
-        self._active: list[Row] = []  # the rows of self._state, in its order
+        self._active: list[Row] = []  # the rows of self._state, in the same order
         self._state: StepState | None = None
         self._reading: deque[Row] = deque()  # rows whose prefill is not complete
         self._seated: list[Row] = []  # rows that have a row of the cache
@@ -116,7 +119,7 @@ class Generation:
         return row.completion(self.timings)
 
     def has_begun(self, row: Row) -> bool:
-        """Whether a row has been given a row of the cache, or has ended without one."""
+        """Whether a row has started. A row that waits for a row of the cache has not."""
         has_place = row.number < self._batch_size or row.cache_row is not None
         return has_place or row.finish_reason is not None
 
@@ -147,7 +150,7 @@ class Generation:
         one step of a small model.
 
         Args:
-            take: called during the turn with each row that has new text, and the text.
+            take: called within the turn, with each row and text that `pieces` yields.
         """
         is_running = True
         with closing(self.pieces()) as pieces:
@@ -168,13 +171,14 @@ class Generation:
         return ((row.number, text) for row, text in self.pieces())
 
     def pieces(self) -> Generator[tuple[Row, str], None, None]:
-        """Iterate over (row, text) pairs instead of (row number, text) pairs.
+        """An iterator over (row, text) pairs. Iterating over the generation itself yields row
+        numbers instead of rows.
 
         Raises:
             InputError: the generation has been run before.
         """
         if self._began:
-            raise InputError("this generation has run: make another to run it again")
+            raise InputError("this generation has already run: create a new one")
         self._began = True
         return self._run()
 
@@ -343,8 +347,8 @@ class Generation:
             self._arrange(self._active, [self._state])
         if not self._active:
             return False
-        if self._cache.user is not self:  # its step buffers contain the state of the other one
-            raise InputError("another generation uses the cache: this one cannot go on")
+        if self._cache.user is not self:  # the other one has overwritten the state
+            raise InputError("another generation uses the cache: this one cannot continue")
         rows = self._active
         place = self._cache.place(1, tuple(row.cache_row for row in rows), self._state.rows)
         step = self._compiled_for(_groups(rows), _most_likeliest(rows))
@@ -369,10 +373,10 @@ class Generation:
     def _step(
         self, groups: Groups, n_likeliest: int, state: StepState, cache: KVCache, place: Place
     ) -> tuple[Array, ...]:
-        """One decode step, from the last tokens to the next ones; returns the results of `_choose`.
+        """Run one decode step: compute logits from state.tokens, and choose the next tokens.
 
-        The backend may capture and replay this function, so it must follow the rules in
-        `Ops.compile`.
+        Returns the results of `_choose`. A backend may capture and replay this function, so it must
+        follow the rules in `Ops.compile`.
         """
         with _unwarned():
             logits = self.model.compute(state.tokens[:, None], cache, place)  # -> (B, 1, V)
@@ -412,9 +416,9 @@ class Generation:
         """Wait for the oldest step in flight, and read its results.
 
         Returns:
-            The rows of the step; whether it chose their first tokens; and three lists with an
-            entry per row: the id, its log-probability, and (id, log-probability) pairs of the most
-            likely tokens.
+            The rows of the step; whether the step chose their first tokens; and three lists with
+            one entry per row: the new id, its log-probability, and a list of the most likely tokens
+            as (id, log-probability) pairs.
         """
         rows, copied, is_first = self._in_flight.popleft()
         ids, log_probs, *top = (array.tolist() for array in copied())
@@ -449,7 +453,7 @@ class Generation:
         if not self._is_served:
             raise error
         row.finish_reason, row.error = "error", error
-        self._cache.clear_row(row.cache_row)  # an infinity or NaN would spread to the next user
+        self._cache.clear_row(row.cache_row)  # its NaNs would affect the next row there
 
     def _end(self, keeps: bool) -> None:
         """Release the cache.
@@ -502,8 +506,8 @@ class Generation:
         return seen
 
     def _count_reading(self, began: float) -> float:
-        """Add the time since `began` to prefill_seconds, and return the time from which the rest
-        is counted."""
+        """Add the time since `began` to prefill_seconds, and return the current time, at which the
+        next measurement begins."""
         if self.timings.new_tokens == 0:  # `_count` adds all time up to the first token
             return began
         now = time.perf_counter()
@@ -514,7 +518,7 @@ class Generation:
         """Add one step's time and tokens to the timings.
 
         Args:
-            seconds: the time of the step.
+            seconds: the time since the last measurement.
             rows: the rows of the step.
             is_first: whether the step chose the first tokens of these rows.
         """
@@ -550,7 +554,7 @@ def _groups(rows: list[Row]) -> Groups:
     """Divide sorted rows into groups with the same sampling options.
 
     If there is only one group, its end is None. The result then does not depend on the number of
-    rows, so one compiled step serves all numbers of rows.
+    rows, so one compiled step works for any number of rows.
     """
     found: list[tuple[Sampling, int, int | None]] = []
     begin = 0
@@ -563,5 +567,5 @@ def _groups(rows: list[Row]) -> Groups:
 
 def _unwarned() -> AbstractContextManager:
     """Turn off NumPy's warnings about infinities and NaNs. `_accept` checks every log-probability
-    and raises an error that is more helpful."""
+    and raises a more helpful error."""
     return np.errstate(over="ignore", invalid="ignore")

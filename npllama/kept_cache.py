@@ -21,10 +21,10 @@ class KeptCache:
         self._kept.append(cache)
 
     def take(self, batch: int, context: int) -> KVCache | None:
-        """Take the kept cache, cleared, if it has `batch` rows of at least `context` positions.
+        """Return the kept cache, cleared, if it has `batch` rows of at least `context` positions.
 
-        Otherwise return None. The kept cache is then freed, so that its memory is available for
-        the new one.
+        Otherwise free the kept cache, so that its memory is available for a new one, and return
+        None.
         """
         for cache in self._popped():
             if _serves(cache, batch, context):
@@ -41,7 +41,7 @@ class KeptCache:
         return bool(self._popped())
 
     def _popped(self) -> list[KVCache]:
-        """Remove the kept cache; the result has one element or none."""
+        """Remove the kept cache, and return it in a list. The list is empty if there was none."""
         try:
             return [self._kept.pop()]
         except IndexError:

@@ -422,7 +422,7 @@ def test_a_damaged_begin_of_text_id_is_refused(value):
     assert "bos_token_id is" in message and repr(value) in message
 
 
-# -- inconsistent sizes
+# -- invalid numbers
 
 
 @pytest.mark.parametrize(
