@@ -33,10 +33,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores this signal
 
 # Every implementation of the mathematics: the reference, and the overrides of each backend.
-# "strict" arrays refuse what CuPy refuses, so these tests need no GPU. "strict-kernels" also runs
+# "strict" arrays refuse what CuPy refuses, so tests on them need no GPU. "strict-kernels" also runs
 # the kernels, in a simulator that takes seconds. Slow tests of the code around the kernels are
-# therefore marked array_calls and run "strict-cupy": the array calls that CupyOps uses if no kernel
-# fits.
+# therefore marked array_calls. They run "strict-cupy", with the array calls that CupyOps uses if no
+# kernel fits.
 STRICT_CUPY = "strict-kernels" if compiler() else "strict-cupy"
 CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 
@@ -140,7 +140,7 @@ def make_llama(ops, config=TINY, seed=0, tokenizer=None, dtype="float32") -> Lla
 
 
 def rope_table(ops, n_positions, head_dim, theta, dtype="float32"):
-    """Cosines and sines for a head dimension and a base."""
+    """Cosines and sines of RoPE for a number of positions, a head width and a base."""
     config = LlamaConfig(head_dim, 1, 1, 1, 1, 1, rope_theta=theta)
     return ops.rope_table(n_positions, ops.rope_frequencies(config), dtype)
 

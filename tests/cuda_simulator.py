@@ -349,8 +349,8 @@ _KERNELS: dict[Path, list] = {}
 
 
 def _registered(path):
-    """The kernels of a library. Loading a library registers them, so each library is loaded
-    once."""
+    """The kernels of a library. A library registers its kernels when it is loaded, so it is loaded
+    only once."""
     with _LOADING:
         if path not in _KERNELS:
             runtime = _runtime()

@@ -87,14 +87,14 @@ def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
 
 
 def few(launched: set[Launch], with_first: bool) -> set[str]:
-    """Select few kernels that together cover every template argument.
+    """Select a few kernels that together cover every template argument.
 
     If several kernels cover the same arguments, the one with the largest block is selected, because
     its threads have the fewest registers.
 
     Args:
-        with_first: cover every combination of a template argument with the first one, which is a
-            dtype.
+        with_first: cover every pair of the first template argument, which is a dtype, and another
+            one.
     """
     parts = {launch: _parts(launch.name, with_first) for launch in launched}
     left: set[tuple] = set().union(*parts.values())

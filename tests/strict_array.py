@@ -1,9 +1,9 @@
 """A replacement for CuPy that runs on the CPU and refuses what CuPy refuses.
 
 Its arrays cannot be mixed with NumPy arrays or converted to them implicitly, and support only the
-methods and keywords of CuPy's. They cannot be read as Python numbers: on a GPU this waits for the
-device, and during a graph capture it raises an error. A `Device` executes the operations;
-strict_cupy.py defines one with streams, graphs and kernels.
+methods and keywords of CuPy arrays. Their elements cannot be read as Python numbers: on a GPU, such
+a read waits for the device, and during a graph capture it raises an error. A `Device` executes the
+operations; strict_cupy.py defines one with streams, graphs and kernels.
 """
 
 import json
@@ -166,7 +166,7 @@ for _name in _UNARY_AND_COMPARING:
 
 
 def _cumsum(array, axis=None, dtype=None):
-    """Cumulative sum in the order of a device's parallel scan: within blocks first, then over
+    """Cumulative sum in the order of a parallel scan on a device: within blocks, and then over
     blocks.
 
     Because of rounding, the sum may increase even at a token with probability 0.

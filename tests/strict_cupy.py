@@ -69,8 +69,8 @@ class CupyArray(StrictArray):
 
 
 class Uses:
-    """The last use of each allocation. A use on another stream requires a synchronization
-    before."""
+    """The last use of each allocation. A use on another stream requires a synchronization in
+    between."""
 
     def __init__(self, pool):
         self._last, self._pool = {}, pool  # id of the owner -> (stream, clock of the stream)
@@ -242,7 +242,8 @@ class CupyDevice(strict_array.Device):
 
     @contextmanager
     def thread_order(self, order):
-        """Set the order in which threads and blocks run, one of cuda_simulator.ORDERS."""
+        """A context manager that sets the order of threads and blocks to one of
+        cuda_simulator.ORDERS."""
         before, self._local.order = self._order, order
         try:
             yield
@@ -251,8 +252,8 @@ class CupyDevice(strict_array.Device):
 
     @contextmanager
     def recording(self):
-        """Collect all launches, including those of replayed graphs, in a list of
-        cuda_simulator.Launch."""
+        """A context manager that collects all launches in a list of cuda_simulator.Launch,
+        including launches of replayed graphs."""
         before, self._launches = self._launches, []
         try:
             yield self._launches

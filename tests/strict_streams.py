@@ -1,8 +1,9 @@
 """Streams, events and graphs of the CuPy for tests.
 
-All work is executed when it is queued, in the order of the calls. Errors are raised for whatever
-this order does not guarantee on a GPU: memory that two streams use without a synchronization, and
-memory that a graph no longer owns. A copy to the host is made only when the host waits for it.
+All work is executed when it is queued, in the order of the calls. Uses of memory that are correct
+only in this order, and not on a GPU, raise an error: memory that two streams use without a
+synchronization, and memory that a graph no longer owns. A copy to the host is made only when the
+host waits for it.
 """
 
 import weakref
@@ -53,7 +54,7 @@ def arrays_in(value):
 
 @dataclass(eq=False)
 class Stream:
-    """A queue of device work. The class that `device.streams()` creates sets `device`.
+    """A queue of device work. CupyDevice.Stream is a subclass in which `device` is set.
 
     Attributes:
         clock: the number of operations queued so far.

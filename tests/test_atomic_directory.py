@@ -149,8 +149,7 @@ def test_many_conversions_to_one_dest_at_once_leave_a_whole_model(tmp_path, sour
 
 
 def aside_of(tmp_path, source):
-    """A model under the name that DEST gets while it is replaced, as after a kill between the
-    renames."""
+    """A model that was moved aside, as after a kill between the two renames of a replacement."""
     assert convert_main([str(source), str(tmp_path / ".out.replaced")]) == 0
     return tmp_path / ".out.replaced", tmp_path / "out"
 

@@ -241,7 +241,7 @@ def test_a_gpu_that_cannot_be_used_is_one_line_with_the_reason_and_what_to_do(
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", f"npllama: error: {message}\n")
 
-    assert refused("auto", 0).startswith(f"device 0 cannot be used ({found}): ")  # as requested
+    assert refused("auto", 0).startswith(f"device 0 cannot be used ({found}): ")  # device 0 given
     chosen = get_backend("auto")
     assert (chosen.name, chosen.no_gpu) == ("numpy", found)
     assert main(["--prompt", "a", "--max-new-tokens", "1", "--stats"]) == 0

@@ -110,8 +110,8 @@ def test_the_hooks_of_the_reference_change_nothing(ops, to_device, rng):
 def test_a_layer_split_over_two_shards_is_the_whole(
     ops, to_device, to_host, rng, monkeypatch, dtype
 ):
-    """A block with local H, K and F computes its shard. The sum of both shards, which `all_reduce`
-    computes, is the output of the whole layer. Nothing else is exchanged."""
+    """A block with local H, K and F computes the output of its shard. The sum of both outputs,
+    which `all_reduce` computes, is the output of the whole layer. Nothing else is exchanged."""
     host, layer = random_layer(rng, to_device, 24, n_heads=4, n_kv_heads=2, ffn_dim=10, dtype=dtype)
 
     def half(i):

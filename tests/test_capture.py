@@ -243,7 +243,7 @@ def test_a_cache_of_the_callers_goes_on_with_its_graphs(llama, on_numpy):
 
 
 def test_the_kept_cache_is_emptied(llama, on_numpy):
-    """Attention multiplies hidden values by 0, so they must be finite."""
+    """Attention multiplies hidden values by 0, which gives 0 only if they are finite."""
     run(llama, PROMPTS[:1], max_new_tokens=40)
     (cache,) = llama._kept_cache._kept
     for layer in cache.layers:
@@ -614,8 +614,8 @@ def test_a_step_of_kernels_is_replayed_and_says_what_numpy_says(dtype, prompts, 
 
 @needs_compiler
 def test_a_step_of_kernels_in_bfloat16_says_the_same_replayed_and_launched():
-    """The reference is a run without a graph, because NumPy's cache is float32 and rounds
-    otherwise."""
+    """The reference is a run without a graph, because NumPy's cache is float32 and gives other
+    ids."""
     replayed, launched = (
         make_llama(CupyOps(StrictCupyBackend(), graph), ON_KERNELS, dtype="bfloat16")
         for graph in (True, False)

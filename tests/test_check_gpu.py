@@ -225,7 +225,7 @@ def test_help_is_the_scripts_own_heading():
 
 
 def test_the_test_files_of_the_stage_exist():
-    """The files that are listed by name. A pattern matches the tests of each kernel file."""
+    """Checks the files that are listed by name, and not those that match a pattern."""
     named = [name for name in FILES if "*" not in name]
     assert not [name for name in named if not (ROOT / "tests" / name).exists()]
 

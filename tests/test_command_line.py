@@ -287,8 +287,8 @@ class WithTypicalP(Sampling):
 def keep_typical_p(self, logits, p):
     """Locally typical sampling (Meister et al. 2022, equation 10).
 
-    Keeps the fewest tokens whose probabilities sum to more than p, in order of the distance between
-    their surprise and the entropy.
+    Keeps the fewest tokens whose probabilities sum to more than p, starting with the tokens whose
+    surprise is closest to the entropy.
     """
     xp, probability = self.xp, self.softmax(logits)
     surprise = -xp.where(probability > 0, self.log_softmax(logits), 0)
@@ -421,8 +421,8 @@ def test_a_batch_size_changes_nothing_of_what_is_said(model, tmp_path, capsys, s
 
 
 def test_a_json_line_is_written_as_soon_as_those_before_it_are(model, tmp_path, monkeypatch):
-    """Lines are not delayed until all prompts have ended. After Ctrl-C, all started prompts have a
-    line."""
+    """Lines are not delayed until all prompts have ended. After Ctrl-C, each prompt that had
+    started has a line."""
     file = tmp_path / "prompts.txt"
     file.write_text("a\nb\nc\nd\ne\n")
     lines, waiting = [], []

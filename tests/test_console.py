@@ -24,7 +24,7 @@ PROGRAMS = [ROOT / "npllama" / "generate.py", *sorted((ROOT / "tools").glob("*.p
 
 
 class Broken(io.StringIO):
-    """A stream on which every write to the device fails."""
+    """A stream whose writes fail with the given error number."""
 
     def __init__(self, number):
         super().__init__()

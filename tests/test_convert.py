@@ -476,7 +476,7 @@ def test_a_converted_model_computes_what_transformers_computes(tmp_path, case):
 def test_meta_configs_are_read_as_facts_say(tmp_path):
     convert(torch_case("meta-mp2")[0], tmp_path / "mp2")
     config = LlamaConfig.from_directory(tmp_path / "mp2")
-    assert (config.vocab_size, config.ffn_dim) == (48, 48)  # params.json has -1 and no value
+    assert (config.vocab_size, config.ffn_dim) == (48, 48)  # in params.json: -1 and missing
     assert (config.rope_theta, config.context_length) == (1e6, 16384)
     convert(torch_case("meta-mp1")[0], tmp_path / "mp1")
     config = LlamaConfig.from_directory(tmp_path / "mp1")
@@ -728,7 +728,8 @@ def test_a_conversion_says_what_it_lost(tmp_path):
     # 2^-12 / (1 + 2^-12) is 0.0244 %
     rounded = "largest relative error by rounding: 0.0244 %"
     assert said("float16", 1.0 + 2.0**-12) == [rounded]
-    assert said("float16", -1.0 - 2.0**-12, 1e-6, 3e-8, -1e-9, 0.0) == [  # subnormals, 2^-24 and 0
+    # 1e-6 and 3e-8 become subnormal, and -1e-9 becomes 0
+    assert said("float16", -1.0 - 2.0**-12, 1e-6, 3e-8, -1e-9, 0.0) == [
         rounded,
         "numbers too small for the new format's full precision: 3, of which 1 became 0",
     ]
@@ -816,7 +817,8 @@ def test_other_programs_refuse_int8_rather_than_misread_it(tmp_path):
     convert(write_model(tmp_path / "hf", TINY), tmp_path / "int8", "--dtype", "int8")
     fields = json.loads((tmp_path / "int8" / "config.json").read_text())
     assert fields["quantization_config"] == {"format": "npllama-int8"}
-    # transformers ignores an unknown quant_method with a warning; see make_reference.py check
+    # There is no quant_method, because transformers ignores an unknown one; see make_reference.py
+    # check.
     convert(tmp_path / "int8", tmp_path / "back", "--dtype", "float16")
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
     assert "quantization_config" not in fields
@@ -1201,7 +1203,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path,
                 shutil.rmtree(dest)
             print(where, file=process.stdin, flush=True)
             ended.append(int(process.stdout.readline()))
-            # the old model is at DEST or, briefly, aside; the new model is complete or absent
+            # the old model is at DEST or, briefly, moved aside; the new model is complete or absent
             assert loadable(dest) or not dest.exists()
             assert not old or dest.exists() or loadable(aside)
             for path in dest.parent.iterdir():  # partial output is not a model

@@ -435,8 +435,8 @@ TOKENIZERS = _tokenizers()
 
 
 def tokenizer_worker(kind, folder, first, last):
-    """Read each damaged tokenizer, and encode and decode with it. Prints a line before and
-    after."""
+    """Read each damaged tokenizer, and encode and decode with it. Prints its seed and the
+    outcome."""
 
     resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
     path = Path(folder) / kind

@@ -249,7 +249,7 @@ def mistaken():
 def test_a_mistake_ends_in_one_line(mistaken, name):
     module, lines = mistaken
     memory = np.zeros(1024, "float32")
-    x, y = memory[256:320], memory[640:704]  # an offset beyond one array does not reach the other
+    x, y = memory[256:320], memory[640:704]  # an access beyond one array does not reach the other
     for order in ORDERS:
         with pytest.raises(KernelError, match=MISTAKES[name][1]) as raised:
             module.launch(name, (2,), (32,), (x, y), 128, order=order, max_accesses=10_000)

@@ -78,7 +78,7 @@ def test_a_system_prompt_stands_in_the_first_message_alone(llama_tokenizer):
 
 
 def test_behind_a_system_prompt_the_first_message_keeps_its_leading_space(llama_tokenizer):
-    """Meta strips the combined text, which starts with the system prompt."""
+    """Meta strips the combined system prompt and message, so spaces between them remain."""
     leading = encode_chat(llama_tokenizer, [system("Be brief."), user(" Hi ")])
     assert leading == [6324 if id_ == 18567 else id_ for id_ in WITH_SYSTEM]
     trailing = encode_chat(llama_tokenizer, [system("Be brief."), user("Hi \n")])

@@ -696,10 +696,10 @@ def test_after_ctrl_c_a_stream_and_a_generation_keep_what_was_said(llama, monkey
 
 @pytest.mark.parametrize(("on", "stride"), [("numpy", 7), ("strict", 97)])
 def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, monkeypatch):
-    """Ctrl-C at every line, or at one of `stride` lines.
+    """Ctrl-C at every `stride`-th line.
 
-    After it the cache knows its ids, except if Ctrl-C comes in the last lines, which record them.
-    The error message of the next generation then states how many positions can be kept.
+    Afterwards the cache knows its ids, except if Ctrl-C came during the last lines, which record
+    them. Then the error message of the next generation states how many positions can be kept.
     """
     # The end of a `with` block is traced as a line before `__exit__` is called, so the turn is not
     # released.

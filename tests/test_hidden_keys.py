@@ -21,7 +21,7 @@ def outside_the_window(self, query, key):
 
 
 def of_all_keys(self, n_new, n_keys):
-    """The mask (T, N). It starts at the first key, because a window also hides old keys."""
+    """The mask (T, N). It includes the oldest keys, because a window hides them too."""
     position = self.xp.arange(n_keys)
     return self.is_hidden(position[n_keys - n_new :, None], position[None, :])
 
@@ -40,8 +40,10 @@ def window(monkeypatch):
 
 
 def attention_one_by_one(q, k, v):
-    """Attention of each query of each head separately, over the keys in its window: o (H, T, C), p
-    (H, T, N)."""
+    """Attention of each query of each head separately, over the keys in its window.
+
+    Returns o (H, T, C) and p (H, T, N).
+    """
     n_heads, n_new, head_dim = q.shape
     n_kv_heads, n_keys, _ = k.shape
     o, p = np.zeros(q.shape), np.zeros((n_heads, n_new, n_keys))
@@ -57,8 +59,8 @@ def attention_one_by_one(q, k, v):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("n_new", [1, 2, 5, 70])
 def test_attention_and_its_weights_follow(ops, to_device, to_host, rng, n_new, dtype):
-    """With and without room for scores. All sizes use the same `ops`, so a mask that it keeps for
-    one size must not be used for another."""
+    """With and without workspace for scores. All sizes use the same `ops`, which must not reuse a
+    mask of another size."""
     for start in (0, 1, 4, 9):
         q = rng.standard_normal((6, n_new, 6)).astype(dtype)
         k, v = rng.standard_normal((2, 3, start + n_new, 6)).astype(dtype)

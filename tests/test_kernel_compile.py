@@ -109,8 +109,8 @@ def all_problems(chosen: dict[tuple[Gpu, str], set[str]], all_launches) -> list[
 
 
 def chosen_few(all_launches) -> dict[tuple[Gpu, str], set[str]]:
-    """For one row, every combination of a dtype and another template argument. For eight rows,
-    which take long to compile, every template argument."""
+    """The kernels to compile: for one row, every pair of a dtype and another template argument; for
+    eight rows, which take long to compile, every template argument."""
     names = defaultdict(set)
     for (gpu, n_rows), launched in all_launches.items():
         for file, those in launched.items():

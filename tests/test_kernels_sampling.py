@@ -269,7 +269,7 @@ def test_odd_rows(row, changes):
 
 @pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 999, 1000, 1001])
 def test_top_k_of_evenly_likely_tokens(k):
-    """A threshold can occur at any lane of a warp and in any bin."""
+    """Places the threshold at almost every lane of a warp and in almost every bin."""
     x = np.arange(1000, dtype="float32")[None] * 1e-3
     for u, id_ in ((0.0, max(1000 - k, 0)), (LARGEST_BELOW_1, 999)):
         case = Case(x, np.array([u]))

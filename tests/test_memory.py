@@ -23,7 +23,7 @@ from strict_array import StrictBackend
 
 LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
 
-# the largest part: (config, prompt tokens, batch)
+# the name of the largest part: (config, prompt tokens, batch)
 CASES = {
     "many logits": (LlamaConfig(32, 1, 4, 2, 32, 20_000, 64), 8, 32),
     "long attention": (LlamaConfig(32, 2, 8, 4, 32, 64, 4096), 3000, 1),

@@ -546,8 +546,8 @@ def test_an_override_computes_what_the_reference_does(name, ops):
 
 @pytest.mark.parametrize("sharpness", [0, 1, 8])
 def test_top_p_next_to_1_keeps_what_the_reference_keeps(ops, rng, sharpness):
-    """Except for tokens so close to the boundary that float32 rounding on the device can change the
-    result."""
+    """The same tokens remain, except for those so close to the boundary that float32 rounding on
+    the device can change the result."""
     logits = np.round(rng.standard_normal((3, 1000)), 1).astype("float32") * sharpness
     p = 1 - 1e-7
     reference = Ops(Backend())

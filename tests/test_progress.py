@@ -73,7 +73,8 @@ def test_prompts_of_a_batch_are_one_work(told):
 
 @pytest.mark.parametrize("prompts", [[[1] * 20, [1] * 5, [1] * 30, [1, 2]], [[1], [1, 2], [1] * 9]])
 def test_of_prompts_that_join_later_nothing_is_told(told, prompts):
-    """They are read while text is on the terminal, which a progress line would overwrite."""
+    """Prompts that join later are read while text is on the terminal, which a progress line would
+    overwrite."""
     llama = make_llama(make_ops("numpy"))
     llama.generate_batch(prompts, max_new_tokens=3, batch_size=2, ignore_eos=True)
     assert check(told, "reading the prompt") == 2 * TINY.n_layers
@@ -292,7 +293,7 @@ def model(tmp_path):
 
 
 def test_the_command_line_shows_loading_and_reading_and_then_the_text(model, slow):
-    """Text and progress share a terminal, so no progress line may follow the text."""
+    """Text and progress share a terminal, so all progress lines must come before the text."""
     terminal = slow("stdout")
     prompt = "a" * 40
     args = ["--model", model, "--backend", "numpy", "--dtype", "int8", "--prompt", prompt]

@@ -1,5 +1,5 @@
-"""RoPE for long contexts: frequencies and logits against transformers, all spellings, and the
-table.
+"""RoPE for long contexts: frequencies and logits against transformers, all spellings of the config,
+and one table for all uses.
 
 tools/make_reference.py rope wrote the fixtures.
 """
@@ -180,8 +180,8 @@ def scaled_llama(ops, kind, context):
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn"])
 def test_chunks_decode_and_batch_agree_with_the_whole_text(ops, to_host, kind, rng):
-    """Past the original context, where the base of "dynamic" would otherwise depend on the text
-    length."""
+    """The texts are longer than the original context. The base of "dynamic" depends on the context
+    of the model, and not on the length of a text."""
     llama = scaled_llama(ops, kind, context=40)
     texts = [rng.integers(3, 260, n).tolist() for n in (40, 23)]
     truth = [llama.logits(ids) for ids in texts]

@@ -355,7 +355,7 @@ def test_tiny_temperatures_are_greedy_and_overflow_nowhere(ops, rng, temperature
     x = (rng.standard_normal((20, 31)) * 30).astype("float32")
     x[0] += 10000
     x[1] = -np.linspace(0, 1, 31)
-    x[1, 7] = 0.001  # close to the next, but scaled by the temperature far larger
+    x[1, 7] = 0.001  # differs from the next by 1000 times the largest temperature
     for uniform in (0.0, 0.5, LARGEST_BELOW_1):
         parameters = sampling(temperature=temperature, **changes)
         ids, log_probs = next_tokens(ops, x, np.full(20, uniform), parameters)

@@ -1,5 +1,5 @@
-"""Stop texts: the filter passes the same text as a search in the whole text, however it is
-divided."""
+"""Stop texts: the filter passes the same text as a search in the whole text, however the text is
+divided into pieces."""
 
 import itertools
 

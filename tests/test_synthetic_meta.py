@@ -82,7 +82,7 @@ def test_a_measurement_tells_both_rates_and_the_peak_and_leaves_nothing(tmp_path
         r"peak (\d+) MB\n",
         told,
     )
-    assert 20 < int(number[3]) < 300  # Python and NumPy
+    assert 20 < int(number[3]) < 300  # MB of Python and NumPy
     assert list((tmp_path / "disk").iterdir()) == []
     missing = subprocess.run([*command[:-1], "none"], capture_output=True, text=True)
     assert missing.returncode == 2

@@ -665,7 +665,7 @@ def test_the_warmup_of_a_lengthened_run_is_its_own(place):
     at = args.index("--warmup")
     args = args[:at] + args[at + 2 :]
     assert train.main(args) == 0
-    args[args.index("30")] = "60"  # the default number of warmup steps would then be 6
+    args[args.index("30")] = "60"  # a new run of 60 steps would have 6 warmup steps
     assert train.main(args) == 0
     facts = load_checkpoint(place / "run" / "checkpoint.npz", with_arrays=False)[1]
     assert (facts["identity"]["warmup"], facts["steps_done"]) == (3, 60)

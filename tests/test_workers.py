@@ -175,7 +175,7 @@ def test_waiting_for_one_that_does_not_run_fills_no_pipe(matrices, monkeypatch):
 
 
 def test_a_product_after_one_that_ended_before_it_was_handed_out_waits_for_nobody():
-    """Part 3 has no share of the previous product, so it does not report that product as done."""
+    """Part 3 took no share of the previous product, so it never reports that product as done."""
     code = (
         "import numpy as np\n"
         "from npllama.ops.workers import Workers\n"

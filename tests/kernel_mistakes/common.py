@@ -1,4 +1,4 @@
-"""Mistakes in common.cu, which one small kernel finds because it uses all functions of the file."""
+"""Mistakes in common.cu. A small kernel that uses all functions of the file detects them."""
 
 import ml_dtypes
 import numpy as np

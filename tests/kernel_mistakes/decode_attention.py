@@ -1,4 +1,4 @@
-"""Mistakes in decode_attention.cu, and launches of one template instance that find them."""
+"""Mistakes in decode_attention.cu, and launches of one template instance that detect them."""
 
 from npllama.ops.cuda.decode_attention import Division
 from test_kernels_decode_attention import Case, check_many_numbers, replayed

@@ -1,4 +1,4 @@
-"""Mistakes in gemv.cu. Two launches find most of them, and a third one finds the rest."""
+"""Mistakes in gemv.cu. Two launches detect most of them, and a third one detects the rest."""
 
 import numpy as np
 

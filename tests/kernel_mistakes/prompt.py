@@ -68,8 +68,7 @@ def run(launcher):
 
 
 def concerned(text):
-    """The kernels whose source contains a text; all kernels if it is in the source that they
-    share."""
+    """The kernels whose source contains a text; all kernels if the shared source contains it."""
     shared, *kernels = (SOURCES / "prompt.cu").read_text().split("__global__ void")
     names = [name for name in KERNELS if text and text in text_of(name, kernels)]
     return names if text and text not in shared else KERNELS
@@ -101,7 +100,7 @@ def rms_norm_rows(launcher):
 
 
 def rotate_and_cache(launcher):
-    """Rows 2 and 0 of a cache with 3 rows; the last 3 of 4 tokens, in tiles of 2; H 2, K 1, C
+    """Rows 2 and 0 of a cache with 3 rows, and the last 3 of 4 tokens in tiles of 2; H 2, K 1, C
     16."""
     move, reference = launcher.to_device, Ops(Backend())
     qkv, scale, (cos, sin) = numbers(2, 4, 4, 16), numbers(4, 16), numbers(2, 2, 4, 8)
