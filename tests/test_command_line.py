@@ -302,7 +302,7 @@ def keep_typical_p(self, logits, p):
 
 
 def test_a_new_filter_joins_in_one_place(model, capsys, monkeypatch):
-    """A line in the table and a method are enough for the option, its check and its use."""
+    """A line of the table and its method: the option, its check and its use follow."""
     monkeypatch.setattr("npllama.generate.Sampling", WithTypicalP)
     monkeypatch.setattr(Ops, "keep_typical_p", keep_typical_p, raising=False)
     assert "choose among the most typical tokens" in " ".join(parser().format_help().split())

@@ -653,7 +653,7 @@ def test_a_new_tokenizer_takes_the_place_of_all_that_describe_the_old_one(tmp_pa
     written = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "LlamaTokenizer"
     assert "left out, since --tokenizer replaces what they describe: tok" in result.stderr
-    # The tokenizer of the source, given explicitly, replaces nothing.
+    # the source's own, named explicitly, replaces nothing
     convert(source, tmp_path / "own", "--tokenizer", source / "tokenizer.model")
     assert {path.name for path in (tmp_path / "own").iterdir()} >= {*old, *kept}
     assert (tmp_path / "own" / "tokenizer_config.json").read_text() == '{"old": 1}'
@@ -672,7 +672,7 @@ def test_a_dry_run_names_every_file_with_its_size(tmp_path, monkeypatch, more):
     assert told == sizes
     write_tokenizer_bin(tmp_path / "tok.bin", [*BYTE_PIECES, ("x", 0.0, 1)])
     args = (source, "other", "--dry-run", "--tokenizer", "tok.bin")
-    assert "has 261 pieces and the model 260" in error_line(*args)  # as in a conversion
+    assert "has 261 pieces and the model 260" in error_line(*args)  # as the conversion would say
 
 
 @pytest.mark.parametrize("case", ["int8", "groups"])

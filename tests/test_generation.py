@@ -728,8 +728,8 @@ def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, m
 
 
 def interrupted_at_line(at, run):
-    """Run with a KeyboardInterrupt at the at-th line of the modules that write to a cache. Returns
-    False if fewer lines were executed."""
+    """Run, with a KeyboardInterrupt at the at-th line of the modules that write to a cache;
+    whether there are so many."""
     modules = ("generation.py", "model.py", "kv_cache.py", "decode_step.py", "row.py")
     n_lines = 0
 

@@ -732,8 +732,8 @@ from npllama.errors import WeightsError
 resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
 for path in map(Path, sys.argv[2:]):
     print(path.stem, end="\\t", flush=True)
-    # seconds of computing, of which a bomb has endlessly many and the slowest defused one takes 1;
-    # then this process ends, even within one endless call of C
+    # Limit the processor time to 10 seconds. A bomb would need for ever, and all others need much
+    # less. The signal ends this process even during a call of C code.
     signal.setitimer(signal.ITIMER_PROF, 10)
     try:
         read_torch_file(path)
@@ -743,7 +743,7 @@ for path in map(Path, sys.argv[2:]):
     except BaseException as error:
         outcome = repr(error)[:200]
     signal.setitimer(signal.ITIMER_PROF, 0)
-    # not ru_maxrss, which begins with what the process had that started this one
+    # not ru_maxrss, which starts with the peak of the parent process
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
     print(outcome, peak, sep="\\t", flush=True)
