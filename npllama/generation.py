@@ -178,7 +178,7 @@ class Generation:
             InputError: the generation has been run before.
         """
         if self._began:
-            raise InputError("this generation has already run: create a new one")
+            raise InputError("this generation has run already: create a new one")
         self._began = True
         return self._run()
 
