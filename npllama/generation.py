@@ -42,8 +42,9 @@ class Generation:
     example if a character consists of several tokens.
 
     The loop prefills rows one at a time and decodes them together, each row at its own position.
-    A row that has ended leaves the batch, and the next waiting prompt takes its row of the cache.
-    The loop prefills this prompt in parts, one part between two decode steps of the other rows.
+    Each row uses one row of the cache, its cache row. When a row ends, it leaves the batch, and the
+    next waiting prompt gets its cache row. The loop prefills this prompt in parts, one part between
+    two decode steps of the other rows.
 
     Each iteration of the loop launches decode steps, reads the results of the oldest step in
     flight, and passes each row its new token. A GPU executes steps asynchronously. The loop keeps
@@ -55,7 +56,7 @@ class Generation:
         rows: the prompts. Each fits the model's context.
         sampling: the options for choosing tokens.
         seed: the seed of the random numbers.
-        n_tokens: generated ids are less than this.
+        n_tokens: all generated ids are less than n_tokens.
         allowed: (n_tokens,) bool on the device, which ids may be generated; None for all.
         cache: a cache with a row per prompt; None to take one from the model. Row i may contain the
             first ids of prompt i, which are then not computed again. Row i needs capacity for the
@@ -64,7 +65,7 @@ class Generation:
         batch_size: the most rows to decode together, if `cache` is None; None for all rows.
         waiting: a queue to which a server may append rows while this generation runs; None without
             a server. Each of these rows has its own seed, sampling options and n_likeliest, and
-            uses any free row of `cache`. An error in one of them ends only that row.
+            uses any free row of `cache`. An error in one row ends only that row.
         n_likeliest: how many of the most likely tokens to report per step.
     """
 
@@ -95,7 +96,7 @@ class Generation:
         self._active: list[Row] = []  # the rows of self._state, in the same order
         self._state: StepState | None = None
         self._reading: deque[Row] = deque()  # rows whose prefill is not complete
-        self._seated: list[Row] = []  # rows that have a row of the cache
+        self._seated: list[Row] = []  # rows that have a cache row
         self._free: list[int] = []  # unused rows of the cache
         self._failed: list[Row] = []  # rows whose prefill failed
         self._is_served = waiting is not None
@@ -119,7 +120,7 @@ class Generation:
         return row.completion(self.timings)
 
     def has_begun(self, row: Row) -> bool:
-        """Whether a row has started. A row that waits for a row of the cache has not."""
+        """Whether a row has started. A row that waits for a cache row has not."""
         has_place = row.number < self._batch_size or row.cache_row is not None
         return has_place or row.finish_reason is not None
 
@@ -132,8 +133,8 @@ class Generation:
         )
 
     def steps_report(self) -> str | None:
-        """How often decode steps were captured, replayed and run eagerly; None if the backend has
-        no captured steps."""
+        """How often decode steps were captured, replayed and run eagerly; None if the backend
+        cannot capture steps."""
         reports = [step.report() for step in self._compiled.values() if hasattr(step, "report")]
         return "; ".join(reports) or None
 
@@ -231,7 +232,7 @@ class Generation:
             self._take_place(row, row.number)
 
     def _seat(self) -> None:
-        """Free the cache rows of rows that have ended, and assign them to waiting rows."""
+        """Free the cache rows of ended rows, and assign free cache rows to waiting rows."""
         if not self.waiting:
             return
         for row in self._seated:
@@ -453,7 +454,7 @@ class Generation:
         if not self._is_served:
             raise error
         row.finish_reason, row.error = "error", error
-        self._cache.clear_row(row.cache_row)  # its NaNs would affect the next row there
+        self._cache.clear_row(row.cache_row)  # NaNs would affect the next row that uses it
 
     def _end(self, keeps: bool) -> None:
         """Release the cache.

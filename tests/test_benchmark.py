@@ -42,7 +42,7 @@ def llama():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    """Skip the pauses, which only make measured speeds more accurate."""
+    """Shorten the pauses, which only make measured speeds more accurate."""
     monkeypatch.setattr(measure, "PAUSE", 1e-6)
 
 

@@ -447,7 +447,7 @@ def test_fresh_text_has_no_leading_space(ops):
     space = BYTE_PIECES.index(("\u2581", 0.0, 1))
     logits = llama.ops.head
 
-    def head(x, p):  # generates a space, and then "a" for ever
+    def head(x, p):  # generates a space, and then "a" forever
         out = ops.backend.to_host(logits(x, p)) * 0
         out[..., space if llama.spoken == 0 else 100] = 9
         llama.spoken += 1

@@ -12,7 +12,7 @@ from npllama.errors import InputError, NumericalError, TokenizerError
 from npllama.llama import Llama
 from npllama.row import Row
 
-WAIT = 60  # seconds until a test fails instead of waiting for ever
+WAIT = 60  # seconds until a test fails instead of waiting forever
 
 
 @pytest.fixture(params=["numpy", "strict-cupy"])
@@ -144,7 +144,7 @@ def test_cancelling_ends_the_requests_at_once(llama, at_third_token):
     with pytest.raises(ZeroDivisionError), llama.server(batch_size=1) as server:
         streams = [server.stream([1, i], max_new_tokens=60, ignore_eos=True) for i in range(3)]
         assert reached.wait(WAIT)
-        server._changed.notify_all = lambda: closing.set()  # the server has been cancelled
+        server._changed.notify_all = lambda: closing.set()  # called when it is cancelled
         raise ZeroDivisionError
     assert not server._thread.is_alive()
     for stream in streams:

@@ -181,7 +181,7 @@ def test_an_interrupted_context_leaves_blas_as_it_was(monkeypatch, context):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forks_while_another_thread_computes_hang_nobody():
-    """The fork handler of OpenBLAS waits for ever for a product that is running."""
+    """The fork handler of OpenBLAS waits forever for a product that is running."""
     code = (
         "import os, threading\n"
         "import numpy as np\n"

@@ -732,7 +732,7 @@ from npllama.errors import WeightsError
 resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
 for path in map(Path, sys.argv[2:]):
     print(path.stem, end="\\t", flush=True)
-    # Limit the processor time to 10 seconds. A bomb would need for ever, and all others need much
+    # Limit the processor time to 10 seconds. A bomb would need forever, and all others need much
     # less. The signal ends this process even during a call of C code.
     signal.setitimer(signal.ITIMER_PROF, 10)
     try:

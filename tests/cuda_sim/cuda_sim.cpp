@@ -146,7 +146,7 @@ struct Extent {  // an array of the launch
   size_t first_cell;
   uint64_t read, written;  // bytes, summed over all threads
 };
-struct Launch {  // a launch, and who wrote its arrays
+struct Launch {  // a launch, and the last accesses to its arrays
   uint32_t stamp = 0;
   std::vector<Extent> extents;
   Cells cells;
