@@ -1,4 +1,4 @@
-"""The house rules that a program can check: what imports what, and where CuPy is named."""
+"""Structural rules that a program can check: the layering of imports, and uses of CuPy's name."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "npllama"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# From the ground up; a module imports only from floors below its own.
+# From the lowest level to the highest. A module may import only from lower levels.
 FLOORS = [
     [
         "errors",
@@ -77,7 +77,8 @@ def module_name(path):
 
 
 def imports(path):
-    """npllama modules that a file imports when it runs (not those for type checkers alone)."""
+    """The npllama modules that a file imports at run time. Imports for type checkers do not
+    count."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

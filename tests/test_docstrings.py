@@ -1,4 +1,4 @@
-"""The examples in the docstrings run."""
+"""All examples in docstrings produce the documented output."""
 
 import doctest
 import importlib

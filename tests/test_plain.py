@@ -1,4 +1,4 @@
-"""The model on one page: the library is held to it, and it to transformers."""
+"""npllama.plain: the library agrees with it, and it agrees with transformers."""
 
 from dataclasses import replace
 
