@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarking.measure import Sample, Task
-from benchmarking.shapes import forward_flops, prefill_flops
+from benchmarking.shapes import prefill_flops
 from npllama.config import LlamaConfig
+from npllama.costs import forward_flops
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Program:
             the same run.
         decode_gigabytes_per_second: bytes of weights that a step reads, once for all rows,
             times steps a second.
-        prefill_gigaflops, decode_gigaflops: matrix products alone (shapes.forward_flops), a
-            second.
+        prefill_gigaflops, decode_gigaflops: matrix products alone (npllama.costs.forward_flops),
+            a second.
         first_token_seconds: from a run's start.
         load_seconds: from nothing to a model.
         load_to_first_token_seconds: the same, and the first generation to its first token.

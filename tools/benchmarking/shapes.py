@@ -1,4 +1,4 @@
-"""The shapes that speeds are reported for, and what one forward of a shape must multiply."""
+"""The shapes that speeds are reported for, and their prompts."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ import numpy as np
 from benchmarking.device_weights import device_parameters
 from npllama.backend import Backend
 from npllama.config import LlamaConfig
+from npllama.costs import forward_flops
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
 from npllama.memory import require_free_memory
 from npllama.ops import ops_for
 from npllama.weight_formats import FORMATS
-from npllama.weight_table import EMBEDDING, LM_HEAD, tensor_shapes
 
 # Those at which others have published speeds: llama2.c's stories, TinyLlama, Llama 2.
 SHAPES = {
@@ -50,33 +50,6 @@ def random_llama(config: LlamaConfig, backend: Backend, dtype: str, context: int
     make = random_parameters if backend.xp is np else device_parameters
     parameters = make(config, ops, dtype=storage)
     return Llama(config, parameters, ops, context, cache_dtype=cache_dtype)
-
-
-def forward_matrices(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Name and shape (O, D) of each matrix that a forward multiplies by, in its order.
-
-    The embedding is not among them, except as a tied head: a forward reads a row of it a token.
-    """
-    shapes = tensor_shapes(config)
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    embedding = matrices.pop(EMBEDDING)
-    head = EMBEDDING if config.tie_embeddings else LM_HEAD
-    return matrices | {head: embedding}
-
-
-def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
-    """Floating point operations of a forward's matrix products: 2 O D a matrix and row.
-
-    Attention over the cache and everything elementwise are left out, so that the count is that
-    of the roofline, which has neither. All rows count in all layers, as they do there, though
-    npllama's last layer leaves most of a prompt's out.
-
-    Args:
-        n_tokens: rows that go through the layers.
-        n_logits: rows that go through the head.
-    """
-    *layers, head = [n * d for n, d in forward_matrices(config).values()]
-    return 2 * (sum(layers) * n_tokens + head * n_logits)
 
 
 def prompt_lengths(n_tokens: int, batch: int) -> list[int]:
