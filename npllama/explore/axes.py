@@ -50,23 +50,24 @@ class Scale:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """The multiples of 1, 2 or 5 times a power of ten from low to high, at most `most` of them."""
-    rough = high / max(most - 1, 1) - low / max(most - 1, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    power = 10.0 ** math.floor(math.log10(high / most - low / most))
+    for step in (m * power for m in (1, 2, 5, 10, 20, 50)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            break
     return [0.0 if i == 0 else float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Powers of ten from low to high, thinned to `most`; with 2 and 5 where there are few."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(math.ceil((last - first + 1) / most), 1)
-    for factors in ((1.0, 2.0, 5.0), (1.0,)):
-        values = [m * 10.0**e for e in range(first, last + 1) if e % every == 0 for m in factors]
-        inside = [v for v in values if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
-        if len(inside) <= most:
-            break
-    return inside or [low, high]
+    first = math.ceil(math.log10(low) - 1e-9)
+    last = math.floor(math.log10(high) + 1e-9)
+    powers = [10.0**e for e in range(first, last + 1, max(math.ceil((last - first + 1) / most), 1))]
+    finer = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+    finer = [v for v in finer if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)]
+    if 0 < len(finer) <= most:
+        return finer
+    return powers or [low, high]
 
 
 def spread(values: np.ndarray, zero: bool = False, margin: float = 0.05) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Text as a picture can show it: printable, escaped, measured, shortened."""
 
 import html
+import textwrap
 import unicodedata
 
 import numpy as np
@@ -76,16 +77,27 @@ def shorten(text: str, width: float, size: float = 14, mono: bool = False) -> st
 
 
 def quantity(value: float, digits: int = 3) -> str:
-    """A number in few characters: 0.0123, 1,234, 5.67M, 1.2e-07."""
-    size = abs(value)
+    """A number in few characters: 0.0123, −1,234, 5.67M, 1.2e−7."""
+    size, sign = abs(value), "−" if value < 0 else ""
     for power, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if power <= size < power * 1000:
-            return f"{value / power:.{digits}g}{suffix}"
+            return f"{sign}{size / power:.{digits}g}{suffix}"
     if size >= 1e15 or 0 < size < 1e-4:
-        return f"{value:.{max(digits - 1, 0)}e}".replace("e-0", "e-").replace("e+0", "e")
+        mantissa, exponent = f"{size:.{max(digits - 1, 0)}e}".split("e")
+        short = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{sign}{short}e{int(exponent)}".replace("e-", "e−")
     if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+        return f"{sign}{size:,.0f}"
+    return f"{sign}{size:.{digits}g}"
+
+
+def wrapped(text: str, width: float, most: int, size: float = 14) -> list[str]:
+    """Monospaced text in at most `most` lines of a width; the last one is shortened."""
+    characters = max(int(width / text_width("x", size, mono=True)), 1)
+    lines = textwrap.wrap(text, characters, break_on_hyphens=False) or [""]
+    if len(lines) > most:
+        lines = lines[: most - 1] + [" ".join(lines[most - 1 :])]
+    return [shorten(line, width, size, mono=True) for line in lines]
 
 
 def bytes_label(n_bytes: float) -> str:

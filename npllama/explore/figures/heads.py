@@ -59,12 +59,12 @@ def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
     kind = kind_of_attention(n_heads, n_kv_heads)
     noun = "head" if n_kv_heads == 1 else "heads"
     title = f"{kind}: {n_kv_heads} key-value {noun}" + (" — this model" if own else "")
-    left, width, group_size = 26.0, NARROW - 30.0, n_heads // n_kv_heads
-    step, size = width / n_heads, min(width / n_heads * 0.8, 26)
+    left, width, group_size = 40.0, NARROW - 44.0, n_heads // n_kv_heads
+    step, size = width / n_heads, min(width / n_heads * 0.8, 32)
     parts = [
         text(0, y + 16, title, class_="b" if own else None),
-        text(0, y + 43, "q", class_="m"),
-        text(0, y + 99, "k, v", class_="m", font_size=12),
+        text(0, y + 45, "q", class_="m"),
+        text(0, y + 101, "k, v", class_="m"),
     ]
     ends = []
     for h in range(n_heads):
@@ -85,8 +85,8 @@ def _head(x: float, y: float, width: float, label: str, tip: str, hue: str) -> s
     box = rect(
         x - width / 2, y, width, 24, rx=3, fill=colour("fill"), stroke=colour(hue), stroke_width=2
     )
-    fits = text_width(label, 12) <= width - 2
-    name = text(x, y + 16, label, "middle", font_size=12) if fits else ""
+    fits = text_width(label) <= width + 2
+    name = text(x, y + 17, label, "middle") if fits else ""
     return group(box, name, tip=tip)
 
 

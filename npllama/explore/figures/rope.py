@@ -102,13 +102,14 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
     if min(values.min() for _, values, _ in series) <= 0:
         raise ValueError("theta has an element that is not positive: expected angles above 0")
     lengths = [2 * np.pi / values for _, values, _ in series]
-    y_scale = Scale(*log_spread(np.concatenate(lengths)), 300, 60, log=True)
+    top = 32.0 if len(series) == 1 else 60.0
+    y_scale = Scale(*log_spread(np.concatenate(lengths)), top + 240, top, log=True)
     left = max(y_labels_width(y_scale), 30)
     n = len(theta)
     x_scale = Scale(0, max(n - 1, 1), left + 8, NARROW - 16)
     draw = {"1": dots, "2": triangles}
     parts = [
-        x_axis(x_scale, 306, "pair of elements", grid_to=60, show=lambda v: f"{v:g}"),
+        x_axis(x_scale, top + 246, "pair of elements", grid_to=top, show=lambda v: f"{v:g}"),
         y_axis(y_scale, left, "positions per full turn", grid_to=NARROW - 10),
     ]
     for (_, _, hue), values in zip(series, lengths, strict=True):
@@ -124,7 +125,7 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
     )
     if len(series) > 1:
         alt += f" Without scaling the longest is {quantity(float(lengths[1].max()))}."
-    return figure(parts, NARROW, 306 + 44, "Wavelengths of the pairs", alt)
+    return figure(parts, NARROW, top + 246 + 44, "Wavelengths of the pairs", alt)
 
 
 def rope_distance(scores: np.ndarray) -> Figure:

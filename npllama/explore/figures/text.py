@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-from npllama.explore.labels import piece_label, printable, same_length, shorten, text_width
+from npllama.explore.labels import (
+    piece_label,
+    printable,
+    same_length,
+    shorten,
+    text_width,
+    wrapped,
+)
 from npllama.explore.svg import FONT, NARROW, Figure, colour, figure, group, rect, text
 
 _GAP, _HEIGHT, _MOST = 5, 46, 128
@@ -23,8 +30,9 @@ def pieces_strip(full_text: str, pieces: Sequence[str], ids: Sequence[int]) -> F
     if not pieces:
         raise ValueError("no pieces to show: expected at least 1")
     shown = printable(full_text.replace("\n", "⏎"))
-    parts = [text(0, 16, shorten(f"“{shown}”", NARROW, mono=True), class_="m")]
-    x, y = 0.0, 30.0
+    lines = wrapped(f"“{shown}”", NARROW, 4)
+    parts = [text(0, 16 + 20 * i, line, class_="m") for i, line in enumerate(lines)]
+    x, y = 0.0, 10.0 + 20 * len(lines)
     for i, (piece, id_) in enumerate(zip(pieces[:_MOST], ids, strict=False)):
         label = shorten(piece_label(piece), NARROW - 16, mono=True)
         width = max(text_width(label, mono=True), text_width(str(id_))) + 12
