@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from npllama.explore.labels import quantity, text_width
-from npllama.explore.svg import FONT, line, number, text
+from npllama.explore.svg import FONT, NARROW, line, number, text
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Scale:
     Attributes:
         low, high: ends in the data; a logarithmic scale needs low > 0.
         start, stop: where these are drawn.
+        power: a linear share of the way is raised to it; 0.5 gives small values more room.
     """
 
     low: float
@@ -25,6 +26,7 @@ class Scale:
     start: float
     stop: float
     log: bool = False
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.low < self.high or (self.log and self.low <= 0):
@@ -38,7 +40,7 @@ class Scale:
         else:  # each term divided: the difference of two large floats may overflow
             scale = max(abs(self.low), abs(self.high))
             low, high = self.low / scale, self.high / scale
-            share = (value / scale - low) / (high - low)
+            share = ((value / scale - low) / (high - low)) ** self.power
         return self.start + share * (self.stop - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
@@ -102,15 +104,20 @@ def x_axis(
     show: Callable[[float], str] = quantity,
     grid_to: float | None = None,
     most: int = 6,
+    limit: float = NARROW,
 ) -> str:
-    """An axis below a plot: ticks with labels, grid lines up to `grid_to`, the title below."""
+    """An axis below a plot: ticks with labels, grid lines up to `grid_to`, the title below.
+
+    A label that would be cut at the right edge `limit` of the figure is moved to the left.
+    """
     parts = [line(scale.start, y, scale.stop, y)]
     for value, label in _thinned(scale, show, most):
         x = scale(value)
         if grid_to is not None:
             parts.append(line(x, y, x, grid_to, stroke_opacity="0.35"))
         parts.append(line(x, y, x, y + 4))
-        parts.append(text(x, y + 4 + FONT, label, "middle", class_="s"))
+        centre = min(x, limit - text_width(label) / 2)
+        parts.append(text(centre, y + 4 + FONT, label, "middle", class_="s"))
     if title:
         middle = (scale.start + scale.stop) / 2
         parts.append(text(middle, y + 8 + 2 * FONT, title, "middle"))

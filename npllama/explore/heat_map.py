@@ -15,22 +15,24 @@ from npllama.explore.svg import FONT, colour, element, rect
 
 @dataclass(frozen=True)
 class Shades:
-    """From values to colours: linear between low and high.
+    """From values to colours, between low and high.
 
     Attributes:
         low, high: the values at the two ends of the colour map.
         anchors: the colour map.
+        power: the share of the way from low to high is raised to it.
     """
 
     low: float
     high: float
     anchors: tuple[str, ...]
+    power: float = 1.0
 
     def share(self, values: np.ndarray) -> np.ndarray:
-        """Where values lie between low and high, 0 to 1."""
+        """Where values lie on the colour map, 0 to 1."""
         scale = max(abs(self.low), abs(self.high))
         low, high = self.low / scale, self.high / scale
-        return np.clip((values / scale - low) / (high - low), 0, 1)
+        return np.clip((values / scale - low) / (high - low), 0, 1) ** self.power
 
     def levels(self, values: np.ndarray) -> np.ndarray:
         """Levels 1 to 255 of `colours.png`."""
@@ -125,7 +127,7 @@ def colour_bar(
         href=data_uri(png(levels, shades.anchors)),
     )
     frame = rect(x, y, width, 10, fill="none", stroke=colour("line"))
-    scale = Scale(shades.low, shades.high, x, x + width)
+    scale = Scale(shades.low, shades.high, x, x + width, power=shades.power)
     return bar + frame + x_axis(scale, y + 10, title, show, most=5)
 
 

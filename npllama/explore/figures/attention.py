@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from npllama.explore.axes import column_labels, column_labels_height, row_labels
+from npllama.explore.colours import VIRIDIS, ink_on
 from npllama.explore.figures.rows import labels_width, piece_labels
 from npllama.explore.heat_map import BAR_HEIGHT, Shades, colour_bar, heat_map, magnitude
 from npllama.explore.labels import array, percent, same_length, text_width, window
 from npllama.explore.svg import FONT, NARROW, Figure, colour, element, figure, number, rect, text
 
 _MOST_MAPS = 8
+# the root shows small shares too: with T tokens most of them are about 1 / T
+_SHARES = Shades(0.0, 1.0, VIRIDIS, power=0.5)
 
 
 def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
@@ -34,6 +37,7 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     step = (NARROW - left) / len(heads)
     side = min(step - gap, 120)
     step = side + gap
+    future = _future(weights)
     every = 1 if step >= text_width("h00") else 2
     parts = [
         text(left + i * step + side / 2, 16, f"h{h}", "middle", class_="s")
@@ -44,18 +48,12 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
         y = top + row * step
         parts.append(text(left - 8, y + side / 2 + 5, f"L{layer}", "end", class_="s"))
         for column, head in enumerate(heads):
-            x, shades = left + column * step, Shades(0.0, 1.0, magnitude(weights).anchors)
-            small = heat_map(
-                weights[layer, head], shades, (x, y, side, side), mask=_future(weights), hover=False
-            )
+            box = (left + column * step, y, side, side)
+            small = heat_map(weights[layer, head], _SHARES, box, mask=future, hover=False)
             tip = f"layer {layer}, head {head}"
             parts.append(element("g", small, tip=tip, data_layer=layer, data_head=head))
     y = top + len(layers) * step + 6
-    parts.append(
-        colour_bar(
-            Shades(0.0, 1.0, shades.anchors), left, y, NARROW - left - 14, "share of attention"
-        )
-    )
+    parts.append(colour_bar(_SHARES, left, y, NARROW - left - 14, "share of attention"))
     first = first_token_shares(weights)
     alt = (
         f"{len(layers)} layers by {len(heads)} heads, each a map of {len(pieces)} by "
@@ -83,19 +81,19 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     labels = piece_labels(pieces)
     left = labels_width(labels)
     side = NARROW - left - 4
-    shades, top = magnitude(weights, 1.0), 26.0
+    top = 26.0
     parts = [
         text(left, 16, f"layer {layer}, head {head}", class_="b"),
         rect(left, top, side, side, fill=colour("fill")),
         _hatching(len(pieces), left, top, side),
-        heat_map(weights, shades, (left, top, side, side), labels, labels, _future(weights)),
+        heat_map(weights, _SHARES, (left, top, side, side), labels, labels, _future(weights)),
         row_labels(labels, left - 6, top, side),
         column_labels(labels, left, top + side, side),
     ]
     if len(pieces) > 3:
         parts.append(_mask_label(left, top, side))
     y = top + side + column_labels_height(labels, side) + 6
-    parts.append(colour_bar(shades, left, y, side - 10, "share of the row's attention"))
+    parts.append(colour_bar(_SHARES, left, y, side - 10, "share of the row's attention"))
     seen = np.unravel_index(int(np.argmax(np.tril(weights, -1))), weights.shape)
     alt = (
         f"Attention of layer {layer}, head {head}, over {len(pieces)} tokens. The last token gives "
@@ -128,7 +126,7 @@ def first_token_share(weights: np.ndarray) -> Figure:
     left, top, width = 46.0, 4.0, NARROW - 60.0
     step = min(max(600 / n_layers, 8), 30)
     height = step * n_layers
-    shades = Shades(0.0, 1.0, magnitude(shares).anchors)
+    shades = magnitude(shares)
     rows, columns = [f"L{i}" for i in range(n_layers)], [f"h{h}" for h in range(n_heads)]
     parts = [
         row_labels(rows, left - 6, top, height, "s"),
@@ -136,11 +134,10 @@ def first_token_share(weights: np.ndarray) -> Figure:
         column_labels(columns, left, top + height, width, "s"),
     ]
     if step >= FONT + 4 and width / n_heads >= text_width("100"):
-        parts.append(_numbers(100 * shares, shades, shares, left, top, width / n_heads, step))
+        parts.append(_percent_in_cells(shares, shades, left, top, width / n_heads, step))
     y = top + height + column_labels_height(columns, width) + 8
-    parts.append(
-        colour_bar(shades, left, y, width, "share of attention on the first token", percent)
-    )
+    title = "share of attention on the first token"
+    parts.append(colour_bar(shades, left, y, width, title, percent))
     high = np.unravel_index(int(shares.argmax()), shares.shape)
     alt = (
         f"The share of attention on the first token, for {n_layers} layers and {n_heads} heads, "
@@ -156,24 +153,16 @@ def first_token_shares(weights: np.ndarray) -> np.ndarray:
     return rows.mean(axis=-1)
 
 
-def _numbers(
-    shown: np.ndarray,
-    shades: Shades,
-    values: np.ndarray,
-    left: float,
-    top: float,
-    width: float,
-    height: float,
+def _percent_in_cells(
+    shares: np.ndarray, shades: Shades, left: float, top: float, width: float, height: float
 ) -> str:
-    """Whole numbers in the cells of a map, black or white, whichever is easier to read."""
-    from npllama.explore.colours import ink_on
-
+    """Percent in the cells of a map, black or white, whichever is easier to read."""
     parts = []
-    for (row, column), number_ in np.ndenumerate(shown):
-        ink = ink_on(shades.colour(float(values[row, column])))
+    for (row, column), share in np.ndenumerate(shares):
+        ink = ink_on(shades.colour(float(share)))
         x, y = left + (column + 0.5) * width, top + (row + 0.5) * height + 5
         parts.append(
-            text(x, y, f"{number_:.0f}", "middle", style=f"fill:{ink}", pointer_events="none")
+            text(x, y, f"{100 * share:.0f}", "middle", style=f"fill:{ink}", pointer_events="none")
         )
     return "".join(parts)
 
@@ -197,11 +186,7 @@ def _hatching(n: int, left: float, top: float, side: float) -> str:
         f"{number(top + side - k * cell)}"
         for k in range(1, n, every)
     ]
-    return (
-        element("path", d="".join(steps), stroke=colour("line"), stroke_opacity="0.5")
-        if steps
-        else ""
-    )
+    return element("path", d="".join(steps), stroke=colour("line"), stroke_opacity="0.5")
 
 
 def _mask_label(left: float, top: float, side: float) -> str:

@@ -1,6 +1,7 @@
 """Section 7: the cost of a token with and without the cache."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def cost_growth(
     parts.append(legend(4, 16, entries, NARROW - 8)[0])
     ratio = costs[1][-1] / costs[0][-1]
     alt = (
-        f"{unit} for the next token on logarithmic axes. After {n[-1]:,.0f} tokens it costs "
+        f"{unit[:1].upper()}{unit[1:]} for the next token on logarithmic axes. After {n[-1]:,.0f} tokens it costs "
         f"{show(costs[0][-1])} with the cache and {show(costs[1][-1])} without it, "
         f"{quantity(float(ratio))} times as much."
     )
@@ -88,7 +89,7 @@ def _curve(points: list[tuple[float, float]], known: np.ndarray, hue: str) -> st
     for sure in (True, False):
         steps = "".join(
             f"M{number(a[0])} {number(a[1])}L{number(b[0])} {number(b[1])}"
-            for i, (a, b) in enumerate(zip(points, points[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(points))
             if bool(known[i] and known[i + 1]) is sure
         )
         dashes = None if sure else "5 4"

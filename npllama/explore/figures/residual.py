@@ -46,9 +46,7 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         parts.append(path(points, stroke_dasharray=dashes, tip=tip, **pen))
     entries = [
         (
-            path(
-                [(-9, 0), (9, 0)], stroke=colour(hue), stroke_width="2.5", stroke_dasharray=dashes
-            ),
+            _sample(hue, dashes),
             f"{'first' if t == 0 else 'last'}: {shorten(piece_label(pieces[t]), 110)}",
         )
         for t, (hue, dashes) in thick.items()
@@ -60,6 +58,12 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         f"first token's ends at {quantity(float(norms[-1, 0]))}."
     )
     return figure(parts, NARROW, 326 + 44, "The residual stream", alt)
+
+
+def _sample(hue: str, dashes: str | None) -> str:
+    """A piece of a line for the legend."""
+    pen = {"stroke": colour(hue), "stroke_width": "2.5", "stroke_dasharray": dashes}
+    return path([(-9, 0), (9, 0)], **pen)
 
 
 def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:

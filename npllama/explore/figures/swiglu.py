@@ -11,6 +11,7 @@ from npllama.explore.labels import array, percent, piece_label, quantity, same_l
 from npllama.explore.svg import NARROW, Figure, colour, dots, figure, legend, path, rect, text
 
 _BINS = 48
+_DASHED = {"stroke": colour("2"), "stroke_width": 2, "stroke_dasharray": "6 4"}
 
 
 def gate_on_silu(
@@ -52,7 +53,7 @@ def gate_on_silu(
     entries = [
         (path([(-9, 0), (9, 0)], stroke=colour("1"), stroke_width=2), "SiLU"),
         (
-            path([(-9, 0), (9, 0)], stroke=colour("2"), stroke_width=2, stroke_dasharray="6 4"),
+            path([(-9, 0), (9, 0)], **_DASHED),
             "ReLU",
         ),
         (dots([(0, 0)], 4, stroke=colour("ink")), "this token's gates"),
@@ -61,7 +62,7 @@ def gate_on_silu(
         legend(left, 16, entries, NARROW - left)[0],
         x_axis(x_scale, floor, f"gate before SiLU, token {piece_label(piece)}"[:48], grid_to=top),
         y_axis(y_scale, left, "after SiLU", grid_to=NARROW - 10),
-        path(straight, stroke=colour("2"), stroke_width=2, stroke_dasharray="6 4"),
+        path(straight, **_DASHED),
         path(curve, stroke=colour("1"), stroke_width=2),
         dots(points, 2.2, stroke=colour("ink"), stroke_opacity="0.6"),
         _histogram(gate, x_scale, floor, floor - base - 16),
@@ -110,6 +111,5 @@ def gate_rows(pieces: Sequence[str], gate: np.ndarray) -> Figure:
         f"{quantity(float(gate.min()))} to {quantity(float(gate.max()))}; "
         f"{percent(float((gate > 0).mean()))} are above 0."
     )
-    return rows_map(
-        pieces, gate, signed(gate), "gate", "value before SiLU", "Gates of all tokens", alt
-    )
+    shades, title = signed(gate), "Gates of all tokens"
+    return rows_map(pieces, gate, shades, "gate", "value before SiLU", title, alt)
