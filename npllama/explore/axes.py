@@ -45,9 +45,11 @@ class Scale:
 
     def ticks(self, most: int = 6) -> list[float]:
         """Round values between the ends, at most about `most`."""
-        return (
-            log_ticks(self.low, self.high, most) if self.log else ticks(self.low, self.high, most)
-        )
+        if self.power != 1:
+            shares = (0, 0.2, 1) if most < 5 else (0, 0.05, 0.2, 0.5, 1)
+            return [self.low + share * (self.high - self.low) for share in shares]
+        rule = log_ticks if self.log else ticks
+        return rule(self.low, self.high, most)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -77,6 +79,8 @@ def spread(values: np.ndarray, zero: bool = False, margin: float = 0.05) -> tupl
     low, high = float(values.min()), float(values.max())
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
+    if zero and low == high:
+        return 0.0, 1.0
     if low == high:
         half = abs(low) / 2 or 1.0
         return low - half, high + half

@@ -10,7 +10,7 @@ import numpy as np
 from npllama.explore.axes import Scale, x_axis
 from npllama.explore.colours import DIVERGING, VIRIDIS, data_uri, hex_colour, png
 from npllama.explore.labels import quantity
-from npllama.explore.svg import FONT, colour, element, rect
+from npllama.explore.svg import FONT, NARROW, colour, element, rect
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def colour_bar(
     width: float,
     title: str,
     show: Callable[[float], str] = quantity,
+    limit: float = NARROW,
 ) -> str:
     """A level bar of the colours with ticks and a title that names the unit; 52 units high."""
     levels = np.arange(1, 256)[None]
@@ -128,7 +129,7 @@ def colour_bar(
     )
     frame = rect(x, y, width, 10, fill="none", stroke=colour("line"))
     scale = Scale(shades.low, shades.high, x, x + width, power=shades.power)
-    return bar + frame + x_axis(scale, y + 10, title, show, most=5)
+    return bar + frame + x_axis(scale, y + 10, title, show, most=5, limit=limit)
 
 
 BAR_HEIGHT = 10 + 8 + 2 * FONT + 6

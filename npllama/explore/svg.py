@@ -32,6 +32,8 @@ STYLE = (
     ".nf .s{fill:var(--soft)}.nf .b{font-weight:bold}"
     ".nf image{image-rendering:pixelated}"
 )
+STYLE_ELEMENT = f"<style>{STYLE}</style>"
+"""What makes each figure complete by itself; a page with many needs it once."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def figure(parts: Iterable[str], width: float, height: float, title: str, alt: s
     style = f"width:100%;max-width:{number(width * 1.3)}px;min-width:{number(least)}px;height:auto"
     svg = element(
         "svg",
-        f"<title>{escape(title)}</title><desc>{escape(alt)}</desc><style>{STYLE}</style>",
+        f"<title>{escape(title)}</title><desc>{escape(alt)}</desc>{STYLE_ELEMENT}",
         rect(0, 0, width, height, fill=colour("paper")),
         *parts,
         xmlns="http://www.w3.org/2000/svg",

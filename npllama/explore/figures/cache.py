@@ -76,7 +76,7 @@ def cost_growth(
     parts.append(legend(4, 16, entries, NARROW - 8)[0])
     ratio = costs[1][-1] / costs[0][-1]
     alt = (
-        f"{unit[:1].upper()}{unit[1:]} for the next token on logarithmic axes. After {n[-1]:,.0f} tokens it costs "
+        f"The {unit} that the next token costs, on logarithmic axes: after {n[-1]:,.0f} tokens "
         f"{show(costs[0][-1])} with the cache and {show(costs[1][-1])} without it, "
         f"{quantity(float(ratio))} times as much."
     )
