@@ -52,35 +52,34 @@ def cost_growth(
     if min(n.min(), costs[0].min(), costs[1].min()) <= 0:
         raise ValueError("n and the costs must be positive: the axes are logarithmic")
     show = _SHOW.get(unit, quantity)
-    y_scale = Scale(*log_spread(np.concatenate(costs)), 320, 82, log=True)
+    series = [("with the cache", costs[0], known[0], "1"), ("without it", costs[1], known[1], "2")]
+    entries = [(_mark(0, 0, hue, True), name) for name, _, _, hue in series]
+    if not (known[0].all() and known[1].all()):
+        ring = circle(0, 0, 4, fill=colour("paper"), stroke=colour("ink"), stroke_width="1.5")
+        entries.append((ring, "hollow: extrapolated"))
+    marks, y = legend(4, 16, entries, NARROW - 8)
+    top, base = y + 14, y + 250
+    y_scale = Scale(*log_spread(np.concatenate(costs)), base, top, log=True)
     left = y_labels_width(y_scale, show)
     x_scale = Scale(*log_spread(n), left, NARROW - 20, log=True)
     parts = [
-        x_axis(x_scale, 320, "tokens of text", lambda v: f"{v:,.0f}", 82, 5),
+        marks,
+        x_axis(x_scale, base, "tokens of text", lambda v: f"{v:,.0f}", top),
         y_axis(y_scale, left, f"{unit} for the next token", show, NARROW - 20),
     ]
-    entries = []
-    for name, cost, is_known, hue in (
-        ("with the cache", costs[0], known[0], "1"),
-        ("without it", costs[1], known[1], "2"),
-    ):
+    for name, cost, is_known, hue in series:
         points = [(x_scale(a), y_scale(b)) for a, b in zip(n, cost, strict=True)]
         parts.append(_curve(points, is_known, hue))
         for point, a, b, sure in zip(points, n, cost, is_known, strict=True):
             tip = f"{name}, {a:,.0f} tokens: {show(b)}" + ("" if sure else ", extrapolated")
             parts.append(_mark(*point, hue, bool(sure), tip))
-        entries.append((_mark(0, 0, hue, True), name))
-    if not (known[0].all() and known[1].all()):
-        ring = circle(0, 0, 4, fill=colour("paper"), stroke=colour("ink"), stroke_width="1.5")
-        entries.append((ring, "hollow: extrapolated"))
-    parts.append(legend(4, 16, entries, NARROW - 8)[0])
     ratio = costs[1][-1] / costs[0][-1]
     alt = (
         f"The {unit} that the next token costs, on logarithmic axes: after {n[-1]:,.0f} tokens "
         f"{show(costs[0][-1])} with the cache and {show(costs[1][-1])} without it, "
         f"{quantity(float(ratio))} times as much."
     )
-    return figure(parts, NARROW, 320 + 44, f"{unit} per token with and without the cache", alt)
+    return figure(parts, NARROW, base + 44, f"{unit} per token with and without the cache", alt)
 
 
 def _curve(points: list[tuple[float, float]], known: np.ndarray, hue: str) -> str:

@@ -17,8 +17,8 @@ from npllama.explore.labels import (
 )
 from npllama.explore.svg import Figure, colour, figure, group, rect, text
 
-_MOST_COLUMNS, _MOST_ROWS = 12, 33
-_CELL, _ROW, _LEFT, _RIGHT = 78.0, 26.0, 92.0, 70.0
+_MOST_COLUMNS, _MOST_ROWS = 10, 33
+_CELL, _ROW, _LEFT, _RIGHT = 69.0, 26.0, 88.0, 74.0
 
 
 def logit_lens(
@@ -30,7 +30,7 @@ def logit_lens(
     """The likeliest next token after every block, if the model stopped there.
 
     A row per state of the residual stream, from the embedding to the last block; a column per
-    token, the last 12 at most; the colour is the probability. At the right stands the entropy of
+    token, the last 10 at most; the colour is the probability. At the right stands the entropy of
     the last column in bits. At most 33 rows are drawn, evenly spread.
 
     Args:

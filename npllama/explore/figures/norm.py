@@ -98,17 +98,19 @@ def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) 
     normed = [array(rms_normed, "rms_normed", 1), array(layer_normed, "layer_normed", 1)]
     same_length(len(x), rms_normed=normed[0], layer_normed=normed[1])
     picked = np.argsort(x, kind="stable")[window(len(x), 200)]
-    y_scale = Scale(*spread(np.concatenate(normed)), 330, 62)
-    left = max(y_labels_width(y_scale), 30)
-    x_scale = Scale(*spread(x), left + 6, NARROW - 16)
     marks = [
         dots([(0, 0)], 3, stroke=colour("1")),
         triangles([(0, 0)], 5, stroke=colour("2")),
     ]
-    entries, _ = legend(left, 16, list(zip(marks, ("RMSNorm", "LayerNorm"), strict=True)), 400)
+    names = ("RMSNorm", "LayerNorm")
+    entries, y = legend(4, 16, list(zip(marks, names, strict=True)), NARROW - 8)
+    top, base = y + 14, y + 280
+    y_scale = Scale(*spread(np.concatenate(normed)), base, top)
+    left = max(y_labels_width(y_scale), 30)
+    x_scale = Scale(*spread(x), left + 6, NARROW - 16)
     parts = [
         entries,
-        x_axis(x_scale, 336, "element before the norm", grid_to=62),
+        x_axis(x_scale, base + 6, "element before the norm", grid_to=top),
         y_axis(y_scale, left, "after the norm", grid_to=NARROW - 10),
     ]
     x_at = [x_scale(x[i]) for i in picked]
@@ -122,4 +124,4 @@ def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) 
         f"{quantity(mean)}, their root mean square {quantity(rms)}; the two results differ by at "
         f"most {quantity(difference)}."
     )
-    return figure(parts, NARROW, 336 + 44, "RMSNorm and LayerNorm", alt)
+    return figure(parts, NARROW, base + 50, "RMSNorm and LayerNorm", alt)

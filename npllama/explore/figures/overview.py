@@ -58,7 +58,7 @@ def pipeline(
     kept_from = drawing.middle
     drawing.down()
     drawing.box("attention", f"{n_heads} maps of {t:,} × {t:,}", f"→ {t:,} × {d:,}")
-    drawing.cache(kept_from, [f"k and v: {n_kv_heads}", f"× {t:,} × {head_dim}"])
+    drawing.cache(kept_from, ["k and v:", f"{n_kv_heads} × {t:,}", f"× {head_dim}"])
     drawing.add()
     drawing.branch()
     drawing.box("RMSNorm", f"{t:,} × {d:,}")
@@ -72,7 +72,7 @@ def pipeline(
     drawing.loop(ids)
     model = name or "The model"
     alt = (
-        f"{model}: {t} tokens become {t} by {d} numbers, pass {n_layers} blocks of attention "
+        f"{model}: {t} tokens become {t} by {d} elements, pass {n_layers} blocks of attention "
         f"({n_heads} query heads, {n_kv_heads} key-value heads of {head_dim}) and SwiGLU "
         f"({ffn_dim} wide), and become {vocab_size} logits, from which the next token is sampled."
     )
@@ -143,7 +143,7 @@ class _Drawing:
     def cache(self, kept_from: float, lines: list[str]) -> None:
         """The cache beside the last box: keys and values go in, attention reads them."""
         left, right = _RIGHT + 24, NARROW - 26
-        top, bottom = kept_from + 28, self._last_box[1]
+        top, bottom = kept_from + 16, self._last_box[1] + 8
         centre = (left + right) / 2
         self.parts.append(
             rect(left, top, right - left, bottom - top, rx=5, fill="none", stroke=colour("2"))

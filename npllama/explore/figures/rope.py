@@ -102,13 +102,16 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
     if min(values.min() for _, values, _ in series) <= 0:
         raise ValueError("theta has an element that is not positive: expected angles above 0")
     lengths = [2 * np.pi / values for _, values, _ in series]
-    top = 32.0 if len(series) == 1 else 60.0
+    draw = {"1": dots, "2": triangles}
+    entries = [(draw[hue]([(0, 0)], 4, stroke=colour(hue)), name) for name, _, hue in series]
+    marks, y = legend(4, 16, entries, NARROW - 8) if len(series) > 1 else ("", 14.0)
+    top = y + 14
     y_scale = Scale(*log_spread(np.concatenate(lengths)), top + 240, top, log=True)
     left = max(y_labels_width(y_scale), 30)
     n = len(theta)
     x_scale = Scale(0, max(n - 1, 1), left + 8, NARROW - 16)
-    draw = {"1": dots, "2": triangles}
     parts = [
+        marks,
         x_axis(x_scale, top + 246, "pair of elements", grid_to=top, show=lambda v: f"{v:g}"),
         y_axis(y_scale, left, "positions per full turn", grid_to=NARROW - 10),
     ]
@@ -116,9 +119,6 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
         points = [(x_scale(i), y_scale(value)) for i, value in enumerate(values)]
         parts.append(path(points, stroke=colour(hue), stroke_opacity="0.5"))
         parts.append(draw[hue](points, 3.5, stroke=colour(hue)))
-    if len(series) > 1:
-        entries = [(draw[hue]([(0, 0)], 4, stroke=colour(hue)), name) for name, _, hue in series]
-        parts.append(legend(left, 16, entries, NARROW - left)[0])
     alt = (
         f"The positions that each of {n} pairs needs for a full turn, on a logarithmic axis: from "
         f"{quantity(float(lengths[0].min()))} to {quantity(float(lengths[0].max()))}."

@@ -15,7 +15,7 @@ from npllama.explore.labels import (
 )
 from npllama.explore.svg import FONT, NARROW, Figure, arrow, colour, figure, group, line, rect, text
 
-_LABEL, _ROW, _PER_LINE = 88.0, 18.0, 3
+_LABEL, _ROW, _PER_LINE = 104.0, 18.0, 3
 
 
 def sampling_stages(
@@ -93,21 +93,23 @@ def _bars(
 ) -> str:
     """One stage: a bar per token with its percentage; `cut` where a filter dropped it."""
     parts = [line(x, y, x, y + _ROW * len(p))]
-    room = text_width("100 %") + 4
+    room = text_width("0.47 %") + 4
     for i, share in enumerate(p):
         top, size = y + i * _ROW, float(share) / largest * (width - room)
         hue = colour("2" if i == chosen else "1")
-        label = f"{100 * share:.3g} %" if share >= 0.00095 else "<0.1 %"
-        label = label if share > 0 else "cut"
         bar = rect(x, top + 3, size, _ROW - 6, fill=hue)
-        number = text(x + size + 4, top + _ROW / 2 + 5, _short(share, label), class_="s")
-        parts.append(group(bar, number, tip=f"{name}: {shown[i]} {label}"))
+        number = text(x + size + 4, top + _ROW / 2 + 5, _share(share), class_="s")
+        parts.append(group(bar, number, tip=f"{name}: {shown[i]} {percent(share)}"))
     return "".join(parts)
 
 
-def _short(share: float, label: str) -> str:
-    """A label of at most five characters."""
-    return f"{100 * share:.0f} %" if share >= 0.0995 else label.replace(" %", "%")
+def _share(share: float) -> str:
+    """A share in at most six characters; `cut` for a token that a filter dropped."""
+    if share == 0:
+        return "cut"
+    if share < 0.001:
+        return "<0.1 %"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
 
 
 def cumulative_choice(

@@ -41,15 +41,6 @@ def gate_on_silu(
     )
     same_length(len(gate), gated=gated)
     same_length(len(x), curve_silu=silu, curve_relu=relu)
-    top, base, floor = 76.0, 270.0, 350.0
-    x_range = spread(np.concatenate([gate, x]), margin=0.01)
-    y_scale = Scale(*spread(np.concatenate([gated, silu, relu])), base, top)
-    left = y_labels_width(y_scale)
-    x_scale = Scale(*x_range, left + 4, NARROW - 14)
-    drawn = np.argsort(gate, kind="stable")[window(len(gate), 300)]
-    points = [(x_scale(gate[i]), y_scale(gated[i])) for i in drawn]
-    curve = [(x_scale(a), y_scale(b)) for a, b in zip(x, silu, strict=True)]
-    straight = [(x_scale(a), y_scale(b)) for a, b in zip(x, relu, strict=True)]
     entries = [
         (path([(-9, 0), (9, 0)], stroke=colour("1"), stroke_width=2), "SiLU"),
         (
@@ -58,8 +49,18 @@ def gate_on_silu(
         ),
         (dots([(0, 0)], 4, stroke=colour("ink")), "this token's gates"),
     ]
+    marks, y = legend(4, 16, entries, NARROW - 8)
+    top, base, floor = y + 14, y + 210, y + 290
+    x_range = spread(np.concatenate([gate, x]), margin=0.01)
+    y_scale = Scale(*spread(np.concatenate([gated, silu, relu])), base, top)
+    left = y_labels_width(y_scale)
+    x_scale = Scale(*x_range, left + 4, NARROW - 14)
+    drawn = np.argsort(gate, kind="stable")[window(len(gate), 300)]
+    points = [(x_scale(gate[i]), y_scale(gated[i])) for i in drawn]
+    curve = [(x_scale(a), y_scale(b)) for a, b in zip(x, silu, strict=True)]
+    straight = [(x_scale(a), y_scale(b)) for a, b in zip(x, relu, strict=True)]
     parts = [
-        legend(left, 16, entries, NARROW - left)[0],
+        marks,
         x_axis(x_scale, floor, f"gate before SiLU, token {piece_label(piece)}"[:48], grid_to=top),
         y_axis(y_scale, left, "after SiLU", grid_to=NARROW - 10),
         path(straight, **_DASHED),
