@@ -22,7 +22,7 @@ from pathlib import Path
 
 from npllama.backend import BACKENDS
 from npllama.console import exit_code, open_streams, started_as, tell, utf8
-from npllama.errors import InputError, TokenizerWarning
+from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.explore.record import BUDGET, NEW_TOKENS, WINDOW, record
 from npllama.llama import load
 from npllama.sampling_options import Sampling
@@ -142,9 +142,14 @@ def run(args: argparse.Namespace, command: str) -> None:
     for note in llama.notes:
         tell(f"explore: {note}")
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    prompt = args.ids if args.prompt is None else args.prompt
+    try:
+        llama.encode(prompt)
+    except TokenizerError as error:
+        raise InputError(f"{error}, as --ids 1,261,300") from None
     recorded = record(
         llama,
-        args.prompt if args.ids is None else args.ids,
+        prompt,
         model="the story model that ships with npllama"
         if args.model is None
         else Path(args.model).resolve().name,

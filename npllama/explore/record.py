@@ -23,7 +23,7 @@ from npllama.sampling_options import Sampling
 
 WINDOW = 24
 """Tokens that the pictures have room for: of a longer prompt the last ones are shown."""
-MAX_WINDOW = 64
+MAX_WINDOW = 48
 LIKELIEST = 5
 """Tokens that the lens keeps at each layer and position."""
 NEW_TOKENS = 24

@@ -127,6 +127,12 @@ def _large(run: Record, weights: np.ndarray, layers: list[int], heads: list[int]
     return Choices("head", figures, caption, pairs.index(best))
 
 
+def _even_share(run: Record) -> float:
+    """The mean share of the first token, if every token divided its attention evenly."""
+    positions = np.arange(max(run.start, 1), len(run.ids))
+    return float((1 / (positions + 1)).mean())
+
+
 def _see(run: Record, weights: np.ndarray) -> tuple:
     first, before = run.stacked("to_first"), previous_share(weights)
     if len(run.ids) == 1:
@@ -137,12 +143,19 @@ def _see(run: Record, weights: np.ndarray) -> tuple:
             ),
         )
     layer, head = np.unravel_index(before.argmax(), before.shape)
+    share, even = float(first.mean()), _even_share(run)
     seen = [
         say(
-            "Averaged over all heads, {share:.0%} of the attention goes to the first token. The "
-            "shares must sum to 1, so a head that finds nothing to read puts them where they "
-            "do least harm; such a token is called an attention sink (Xiao et al. 2023).",
-            share=float(first.mean()),
+            "Averaged over all heads, {share:.1%} of the attention goes to the first token; if "
+            "each token looked at all before it alike, it would be {even:.1%}. {how}",
+            share=share,
+            even=even,
+            how=say(
+                "The shares must sum to 1, so a head that finds nothing to read puts them where "
+                "they do least harm: such a token is called an attention sink (Xiao et al. 2023)."
+            )
+            if share > 1.2 * even
+            else "The first token is no attention sink here.",
         ),
         say(
             "Head {head} of layer {layer} gives {share:.0%} of its attention to the token just "
