@@ -66,28 +66,31 @@ def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
         text(0, y + 45, "q", class_="m"),
         text(0, y + 101, "k, v", class_="m"),
     ]
-    ends = []
-    for h in range(n_heads):
-        x, key = left + (h + 0.5) * step, h // group_size
-        key_x = left + (key + 0.5) * group_size * step
-        ends.append(f"M{number(x)} {number(y + 52)}L{number(key_x)} {number(y + 84)}")
-        parts.append(_head(x, y + 28, size, f"q{h}", f"query head {h} reads key head {key}", "1"))
-    parts.insert(0, element("path", d="".join(ends), fill="none", stroke=colour("line")))
-    for key in range(n_kv_heads):
-        x = left + (key + 0.5) * group_size * step
-        kept = min(max(group_size * step * 0.7, size), 44)
-        tip = f"key-value head {key}, read by {group_size} query heads"
-        parts.append(_head(x, y + 84, kept, f"k{key}", tip, "2"))
+    keys = [left + (key + 0.5) * group_size * step for key in range(n_kv_heads)]
+    queries = [left + (h + 0.5) * step for h in range(n_heads)]
+    ends = "".join(
+        f"M{number(x)} {number(y + 52)}L{number(keys[h // group_size])} {number(y + 84)}"
+        for h, x in enumerate(queries)
+    )
+    kept = min(max(group_size * step * 0.7, size), 44)
+    parts += [
+        element("path", d=ends, fill="none", stroke=colour("line")),
+        _heads(queries, y + 28, size, "q", "1"),
+        _heads(keys, y + 84, kept, "k", "2"),
+    ]
     return group(*parts)
 
 
-def _head(x: float, y: float, width: float, label: str, tip: str, hue: str) -> str:
-    box = rect(
-        x - width / 2, y, width, 24, rx=3, fill=colour("fill"), stroke=colour(hue), stroke_width=2
-    )
-    fits = text_width(label) <= width + 2
-    name = text(x, y + 17, label, "middle") if fits else ""
-    return group(box, name, tip=tip)
+def _heads(centres: Sequence[float], y: float, width: float, letter: str, hue: str) -> str:
+    """A row of boxes, with names where these fit."""
+    parts = []
+    for i, x in enumerate(centres):
+        parts.append(rect(x - width / 2, y, width, 24, rx=3))
+        if text_width(f"{letter}{i}") <= width + 2:
+            name = text(x, y + 17, f"{letter}{i}", "middle", stroke="none")
+            parts.append(name)
+    pen = {"fill": colour("fill"), "stroke": colour(hue)}
+    return group(*parts, stroke_width=2 if width > 8 else 1, **pen)
 
 
 def cache_bytes(

@@ -51,7 +51,7 @@ def norm_before_after(
         scale = Scale(*spread(values), x + 4, end - 4)
         parts.append(text((x + end) / 2, 16, name, "middle", class_="b"))
         parts.append(_spreads(values, scale, top, height, labels))
-        parts.append(x_axis(scale, top + height, "value of the elements", grid_to=top, most=4))
+        parts.append(x_axis(scale, top + height, "elements", grid_to=top, most=4))
     parts.append(row_labels(labels, left - 6, top, height, "m"))
     parts.append(row_labels([quantity(r) for r in rms], NARROW - 2, top, height, "s"))
     alt = (
@@ -104,7 +104,7 @@ def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) 
     ]
     names = ("RMSNorm", "LayerNorm")
     entries, y = legend(4, 16, list(zip(marks, names, strict=True)), NARROW - 8)
-    top, base = y + 14, y + 280
+    top, base = y + 20, y + 280
     y_scale = Scale(*spread(np.concatenate(normed)), base, top)
     left = max(y_labels_width(y_scale), 30)
     x_scale = Scale(*spread(x), left + 6, NARROW - 16)

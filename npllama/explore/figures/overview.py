@@ -143,7 +143,8 @@ class _Drawing:
     def cache(self, kept_from: float, lines: list[str]) -> None:
         """The cache beside the last box: keys and values go in, attention reads them."""
         left, right = _RIGHT + 24, NARROW - 26
-        top, bottom = kept_from + 16, self._last_box[1] + 8
+        top = kept_from + 16
+        bottom = top + 14 + _LINE * (1 + len(lines))
         centre = (left + right) / 2
         self.parts.append(
             rect(left, top, right - left, bottom - top, rx=5, fill="none", stroke=colour("2"))

@@ -5,14 +5,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from npllama.explore.axes import Scale, log_spread, spread, x_axis, y_axis, y_labels_width
-from npllama.explore.labels import array, percent, piece_label, quantity, same_length, shorten
+from npllama.explore.labels import (
+    array,
+    percent,
+    piece_label,
+    quantity,
+    same_length,
+    shorten,
+    window,
+)
 from npllama.explore.svg import NARROW, Figure, colour, figure, legend, path, rect, text
 
 
 def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     """The size of each token's vector in the residual stream, from the embedding to the end.
 
-    A line per token on a logarithmic axis; the first and the last token are drawn thick.
+    A line per token on a logarithmic axis, of at most 32 tokens that are evenly spread; the first
+    and the last one are drawn thick.
 
     Args:
         norms: (L+1, T), not negative; row 0 is the embedding, row i what block i - 1 left.
@@ -35,7 +44,7 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         for t, (hue, dashes) in thick.items()
     ]
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base = y + 14, y + 270
+    top, base = y + 20, y + 270
     y_scale = Scale(*log_spread(drawn), base, top, log=True)
     left = y_labels_width(y_scale)
     n_blocks = len(norms) - 1
@@ -45,7 +54,7 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         x_axis(x_scale, base + 6, "blocks passed (0: the embedding)", lambda v: f"{v:g}", top),
         y_axis(y_scale, left, "length of the vector", grid_to=NARROW - 10),
     ]
-    order = [t for t in range(norms.shape[1]) if t not in thick] + list(thick)
+    order = [t for t in window(norms.shape[1], 32) if t not in thick] + list(thick)
     for t in order:
         hue, dashes = thick.get(t, ("line", None))
         points = [(x_scale(i), y_scale(value)) for i, value in enumerate(drawn[:, t])]
@@ -85,7 +94,7 @@ def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:
     n = len(series[0])
     entries = [(_bar(-8, -7, 16, 14, i), name) for i, name in enumerate(_PARTS)]
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base = y + 14, y + 250
+    top, base = y + 20, y + 250
     y_scale = Scale(*spread(np.concatenate(series), zero=True), base, top)
     left = y_labels_width(y_scale, percent)
     step = (NARROW - left - 12) / n

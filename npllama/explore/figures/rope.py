@@ -105,7 +105,7 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
     draw = {"1": dots, "2": triangles}
     entries = [(draw[hue]([(0, 0)], 4, stroke=colour(hue)), name) for name, _, hue in series]
     marks, y = legend(4, 16, entries, NARROW - 8) if len(series) > 1 else ("", 14.0)
-    top = y + 14
+    top = y + 20
     y_scale = Scale(*log_spread(np.concatenate(lengths)), top + 240, top, log=True)
     left = max(y_labels_width(y_scale), 30)
     n = len(theta)

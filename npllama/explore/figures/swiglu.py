@@ -50,7 +50,7 @@ def gate_on_silu(
         (dots([(0, 0)], 4, stroke=colour("ink")), "this token's gates"),
     ]
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base, floor = y + 14, y + 210, y + 290
+    top, base, floor = y + 20, y + 210, y + 290
     x_range = spread(np.concatenate([gate, x]), margin=0.01)
     y_scale = Scale(*spread(np.concatenate([gated, silu, relu])), base, top)
     left = y_labels_width(y_scale)
