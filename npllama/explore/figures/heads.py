@@ -6,7 +6,7 @@ import numpy as np
 
 from npllama.explore.axes import Scale, row_labels, x_axis
 from npllama.explore.heat_map import BAR_HEIGHT, colour_bar, heat_map, signed
-from npllama.explore.labels import array, bytes_label, quantity, text_width
+from npllama.explore.labels import array, bytes_label, count, quantity, text_width
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -36,13 +36,13 @@ def heads_diagram(n_heads: int, n_kv_heads: int) -> Figure:
         )
     counts = sorted({n_heads, n_kv_heads, 1}, reverse=True)
     parts, y = [], 0.0
-    for count in counts:
-        parts.append(_sharing(n_heads, count, y, count == n_kv_heads))
+    for n in counts:
+        parts.append(_sharing(n_heads, n, y, n == n_kv_heads))
         y += 124
     alt = (
-        f"Query heads above, key-value heads below. This model has {n_heads} query heads and "
-        f"{n_kv_heads} key-value heads: {n_heads // n_kv_heads} query heads share one. Multi-head "
-        f"attention would keep {n_heads}, multi-query attention 1."
+        f"Query heads above, key-value heads below. This model has {count(n_heads, 'query head')} "
+        f"and {count(n_kv_heads, 'key-value head')}: {n_heads // n_kv_heads} to one. Multi-head "
+        f"attention keeps {count(n_heads, 'key-value head')}, multi-query attention 1."
     )
     return figure(parts, NARROW, y, "Query heads and shared key-value heads", alt)
 
@@ -57,8 +57,7 @@ def kind_of_attention(n_heads: int, n_kv_heads: int) -> str:
 def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
     """One kind of attention: a title, a row of queries, a row of keys, lines between."""
     kind = kind_of_attention(n_heads, n_kv_heads)
-    noun = "head" if n_kv_heads == 1 else "heads"
-    title = f"{kind}: {n_kv_heads} key-value {noun}" + (" — this model" if own else "")
+    title = f"{kind}: {count(n_kv_heads, 'key-value head')}" + (" — this model" if own else "")
     left, width, group_size = 40.0, NARROW - 44.0, n_heads // n_kv_heads
     step, size = width / n_heads, min(width / n_heads * 0.8, 32)
     parts = [
@@ -123,9 +122,7 @@ def cache_bytes(
             parts.append(_byte_bar(kind, size, kind == own, scale, y, hues.get(kind, "4")))
             y += 22
         y += 8
-    parts.append(
-        x_axis(scale, y, "bytes in the cache (each grid line: see label)", bytes_label, 4, 4)
-    )
+    parts.append(x_axis(scale, y, f"bytes {per} (logarithmic)", bytes_label, 4, 4))
     own_sizes = "; ".join(f"{name}: {bytes_label(kinds[own])} ({own})" for name, kinds, own in rows)
     alt = f"Bytes of the cache {per} by kind of attention, on a logarithmic axis. {own_sizes}."
     return figure(parts, NARROW, y + 44, "Bytes of the cache", alt)
@@ -178,7 +175,8 @@ def qkv_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Figure:
         y += BAR_HEIGHT + 6
     largest = ", ".join(f"{n} {quantity(float(np.abs(x).max()))}" for n, x in named)
     alt = (
-        f"The elements of one token's {len(q)} query heads, {len(k)} key heads and {len(v)} value "
-        f"heads of {width_c} elements each. The largest magnitudes: {largest}."
+        f"The elements of one token's {count(len(q), 'query head')}, {count(len(k), 'key head')} "
+        f"and {count(len(v), 'value head')} of {width_c} elements each. The largest magnitudes: "
+        f"{largest}."
     )
     return figure(parts, NARROW, y, "Queries, keys and values of one token", alt)

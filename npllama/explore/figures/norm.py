@@ -6,7 +6,7 @@ import numpy as np
 
 from npllama.explore.axes import Scale, row_labels, spread, x_axis, y_axis, y_labels_width
 from npllama.explore.figures.rows import labels_width, piece_labels, rows_height
-from npllama.explore.labels import array, quantity, same_length, window
+from npllama.explore.labels import array, count, quantity, same_length, window
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -55,8 +55,8 @@ def norm_before_after(
     parts.append(row_labels(labels, left - 6, top, height, "m"))
     parts.append(row_labels([quantity(r) for r in rms], NARROW - 2, top, height, "s"))
     alt = (
-        f"The spread of the {before.shape[1]} elements of {len(pieces)} tokens before and after "
-        f"RMSNorm. Before, the root mean square is {quantity(rms.min())} to "
+        f"The spread of {count(before.shape[1], 'element')} of {count(len(pieces), 'token')} "
+        f"before and after RMSNorm. Before, the root mean square is {quantity(rms.min())} to "
         f"{quantity(rms.max())}; after, the elements lie between {quantity(after.min())} and "
         f"{quantity(after.max())}."
     )

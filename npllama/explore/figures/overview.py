@@ -1,6 +1,6 @@
 """The whole model in one picture."""
 
-from npllama.explore.labels import shorten
+from npllama.explore.labels import count, shorten
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -33,7 +33,7 @@ def pipeline(
 ) -> Figure:
     """The way of a text through the model, with the shapes of this run.
 
-    Text becomes ids, ids become rows of the embedding, L blocks add to them (the vertical line is
+    Text becomes ids, ids become rows of the embedding, L layers add to them (the vertical line is
     the residual stream), and the last row becomes the logits, of which one token is sampled. It
     is appended to the ids, and the model runs again.
 
@@ -49,7 +49,7 @@ def pipeline(
     ids = drawing.middle
     drawing.box("embedding", f"{vocab_size:,} rows → {t:,} × {d:,}", full=True)
     drawing.down()
-    drawing.open_frame(f"{n_layers} blocks" if n_layers > 1 else "1 block")
+    drawing.open_frame(count(n_layers, "layer"))
     drawing.branch()
     drawing.box("RMSNorm", f"{t:,} × {d:,}")
     drawing.down()
@@ -72,8 +72,8 @@ def pipeline(
     drawing.loop(ids)
     model = name or "The model"
     alt = (
-        f"{model}: {t} tokens become {t} by {d} elements, pass {n_layers} blocks of attention "
-        f"({n_heads} query heads, {n_kv_heads} key-value heads of {head_dim}) and SwiGLU "
+        f"{model}: {count(t, 'token')} become {t} by {d} elements, pass "
+        f"{count(n_layers, 'layer')} of attention ({n_heads} query heads, {n_kv_heads} key-value heads of {head_dim}) and SwiGLU "
         f"({ffn_dim} wide), and become {vocab_size} logits, from which the next token is sampled."
     )
     title = f"{name}: from text to the next token" if name else "From text to the next token"
@@ -114,7 +114,7 @@ class _Drawing:
         self.y += 18
 
     def open_frame(self, title: str) -> None:
-        """The frame that holds one block; the stem enters it."""
+        """The frame that holds one layer; the stem enters it."""
         self._frame = (self.y, title)
         self._stem_from = self.y - 18
         self.parts.pop()  # the arrow of `down`: here the stem takes its place
@@ -159,7 +159,7 @@ class _Drawing:
         self.parts.append(arrow(left, self.middle, _RIGHT, self.middle, **pen))
 
     def close_frame(self) -> None:
-        """Close the block: the frame and the stem, drawn below all that it holds."""
+        """Close the layer: the frame and the stem, drawn below all that it holds."""
         top, title = self._frame
         width = _LOOP - 14 - 8
         frame = rect(

@@ -7,7 +7,7 @@ import numpy as np
 
 from npllama.explore.axes import Scale, log_spread, x_axis, y_axis, y_labels_width
 from npllama.explore.heat_map import BAR_HEIGHT, colour_bar, heat_map, signed
-from npllama.explore.labels import array, quantity, same_length
+from npllama.explore.labels import array, count, quantity, same_length
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -76,8 +76,8 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
         for i, content in enumerate(lines)
     ]
     alt = (
-        f"Pair {pair} of {len(theta)} of a query, drawn at {len(positions)} positions as a hand of "
-        f"length {quantity(float(np.hypot(*q)))}. It turns by {math.degrees(angle):.4g} degrees "
+        f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(positions), 'position')} as "
+        f"a hand of length {quantity(float(np.hypot(*q)))}. It turns by {math.degrees(angle):.4g} degrees "
         "per position."
     )
     return figure(parts, NARROW, 344 + 46, "One pair turns with the position", alt)
