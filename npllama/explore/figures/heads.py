@@ -122,7 +122,7 @@ def cache_bytes(
             parts.append(_byte_bar(kind, size, kind == own, scale, y, hues.get(kind, "4")))
             y += 22
         y += 8
-    parts.append(x_axis(scale, y, f"bytes {per} (logarithmic)", bytes_label, 4, 4))
+    parts.append(x_axis(scale, y, f"bytes {per} (logarithmic)", bytes_label, 4))
     own_sizes = "; ".join(f"{name}: {bytes_label(kinds[own])} ({own})" for name, kinds, own in rows)
     alt = f"Bytes of the cache {per} by kind of attention, on a logarithmic axis. {own_sizes}."
     return figure(parts, NARROW, y + 44, "Bytes of the cache", alt)

@@ -73,8 +73,9 @@ def pipeline(
     model = name or "The model"
     alt = (
         f"{model}: {count(t, 'token')} become {t} by {d} elements, pass "
-        f"{count(n_layers, 'layer')} of attention ({n_heads} query heads, {n_kv_heads} key-value heads of {head_dim}) and SwiGLU "
-        f"({ffn_dim} wide), and become {vocab_size} logits, from which the next token is sampled."
+        f"{count(n_layers, 'layer')} of attention ({n_heads} query heads, {n_kv_heads} key-value "
+        f"heads of {head_dim}) and SwiGLU ({ffn_dim} wide), and become {vocab_size} logits, from "
+        "which the next token is sampled."
     )
     title = f"{name}: from text to the next token" if name else "From text to the next token"
     return figure(drawing.parts, NARROW, drawing.y + 4, title, alt)

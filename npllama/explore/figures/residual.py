@@ -66,8 +66,8 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         parts.append(path(points, stroke_dasharray=dashes, tip=tip, **pen))
     alt = (
         f"The length of {count(norms.shape[1], 'vector')} through {count(n_layers, 'layer')}. "
-        f"The median grows from {quantity(float(np.median(norms[0])))} to {quantity(float(np.median(norms[-1])))}, the "
-        f"first token's ends at {quantity(float(norms[-1, 0]))}."
+        f"The median grows from {quantity(float(np.median(norms[0])))} to "
+        f"{quantity(float(np.median(norms[-1])))}, the first token's ends at {quantity(float(norms[-1, 0]))}."
     )
     return figure(parts, NARROW, base + 50, "The residual stream", alt)
 

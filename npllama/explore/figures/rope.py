@@ -77,8 +77,8 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
     ]
     alt = (
         f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(positions), 'position')} as "
-        f"a hand of length {quantity(float(np.hypot(*q)))}. It turns by {math.degrees(angle):.4g} degrees "
-        "per position."
+        f"a hand of length {quantity(float(np.hypot(*q)))}. It turns by "
+        f"{math.degrees(angle):.4g} degrees per position."
     )
     return figure(parts, NARROW, 344 + 46, "One pair turns with the position", alt)
 

@@ -70,9 +70,9 @@ def sampling_stages(
         y += FONT + 8
     alt = (
         f"The probabilities of {count(len(labels), 'token')} after "
-        f"{', '.join(n for n, _ in named)}. The likeliest, {piece_label(labels[0])}, goes from {percent(float(named[0][1][0]))} to "
-        f"{percent(float(named[-1][1][0]))}; {int((named[-1][1] > 0).sum())} of the tokens shown "
-        "are left at the end."
+        f"{', '.join(n for n, _ in named)}. The likeliest, {piece_label(labels[0])}, goes from "
+        f"{percent(float(named[0][1][0]))} to {percent(float(named[-1][1][0]))}; "
+        f"{int((named[-1][1] > 0).sum())} of the tokens shown are left at the end."
     )
     if chosen is not None:
         alt += f" {piece_label(labels[chosen])} was chosen."
