@@ -118,7 +118,13 @@ def seconds_label(seconds: float) -> str:
 
 def percent(share: float) -> str:
     """A share of 1 in percent: 12.3 %."""
-    return f"{100 * share:.3g} %"
+    value = 100 * share
+    return f"{value:,.0f} %" if abs(value) >= 1000 else f"{value:.3g} %"
+
+
+def count(n: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is 1."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 def array(values: object, name: str, n_dims: int) -> np.ndarray:

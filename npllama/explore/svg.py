@@ -26,6 +26,7 @@ _DARK_VARIABLES = "".join(f"--{name}:var(--fig-{name},{colour});" for name, colo
 STYLE = (
     f".nf{{{_VARIABLES}}}"
     f"@media(prefers-color-scheme:dark){{.nf{{{_DARK_VARIABLES}}}}}"
+    f".nf text{{font-size:{FONT}px}}"
     ".nf text{font-family:system-ui,'DejaVu Sans',sans-serif;fill:var(--ink);direction:ltr;"
     "white-space:pre}"
     ".nf .m{font-family:ui-monospace,'DejaVu Sans Mono',Menlo,Consolas,monospace}"
@@ -88,8 +89,8 @@ def text(x: float, y: float, content: str, anchor: str = "start", **values: obje
     """A label whose baseline is at y; `anchor` is start, middle or end. `class_`: "m" is
     monospaced, "s" soft, "b" bold."""
     anchor_value = None if anchor == "start" else anchor
-    values = {"font_size": FONT, "text_anchor": anchor_value} | values
-    return element("text", escape(content), x=float(x), y=float(y), **values)
+    place = {} if "transform" in values else {"x": float(x), "y": float(y)}
+    return element("text", escape(content), **place, text_anchor=anchor_value, **values)
 
 
 def rect(x: float, y: float, width: float, height: float, **values: object) -> str:

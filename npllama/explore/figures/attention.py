@@ -8,7 +8,7 @@ from npllama.explore.axes import column_labels, column_labels_height, row_labels
 from npllama.explore.colours import VIRIDIS, ink_on
 from npllama.explore.figures.rows import labels_width, piece_labels
 from npllama.explore.heat_map import BAR_HEIGHT, Shades, colour_bar, heat_map, magnitude
-from npllama.explore.labels import array, percent, same_length, text_width, window
+from npllama.explore.labels import array, count, percent, same_length, text_width, window
 from npllama.explore.svg import FONT, NARROW, Figure, colour, element, figure, number, rect, text
 
 _MOST_MAPS = 8
@@ -54,11 +54,10 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
             parts.append(element("g", small, tip=tip, data_layer=layer, data_head=head))
     y = top + len(layers) * step + 6
     parts.append(colour_bar(_SHARES, left, y, NARROW - left - 14, "share of attention"))
-    first = first_token_shares(weights)
     alt = (
-        f"{len(layers)} layers by {len(heads)} heads, each a map of {len(pieces)} by "
-        f"{len(pieces)} tokens. On average a token gives {percent(float(first.mean()))} of its "
-        "attention to the first token."
+        f"{count(len(layers), 'layer')} by {count(len(heads), 'head')}, each a map of "
+        f"{len(pieces)} by {count(len(pieces), 'token')}. On average a token gives "
+        f"{percent(float(weights[..., 0].mean()))} of its attention to the first token shown."
     )
     if len(layers) * len(heads) < weights.shape[0] * weights.shape[1]:
         alt += f" Of {weights.shape[0]} layers and {weights.shape[1]} heads, a part is drawn."
@@ -96,8 +95,8 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     parts.append(colour_bar(_SHARES, left, y, side - 10, "share of the row's attention"))
     seen = np.unravel_index(int(np.argmax(np.tril(weights, -1))), weights.shape)
     alt = (
-        f"Attention of layer {layer}, head {head}, over {len(pieces)} tokens. The last token gives "
-        f"{percent(float(weights[-1, 0]))} to the first token and "
+        f"Attention of layer {layer}, head {head}, over {count(len(pieces), 'token')}. The last "
+        f"token gives {percent(float(weights[-1, 0]))} to the first token and "
         f"{percent(float(weights[-1, -1]))} to itself."
     )
     if len(pieces) > 1:
@@ -108,20 +107,19 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     return figure(parts, NARROW, y + BAR_HEIGHT, "Attention of one head", alt)
 
 
-def first_token_share(weights: np.ndarray) -> Figure:
+def first_token_share(shares: np.ndarray) -> Figure:
     """The share of attention that goes to the first token, per layer and head.
 
-    It is the mean over all tokens but the first, which can look at nothing else.
-
     Args:
-        weights: (L, H, T, T).
+        shares: (L, H), of 1; the mean over all tokens but the first, which can look at nothing
+            else.
 
     What to see: many heads park their attention on the first token when they find nothing to
     read (an "attention sink", Xiao et al. 2023).
     """
-    weights = array(weights, "weights", 4)
-    _check_square(weights)
-    shares = first_token_shares(weights)
+    shares = array(shares, "shares", 2)
+    if shares.min() < 0 or shares.max() > 1 + 1e-6:
+        raise ValueError(f"shares are {shares.min()} to {shares.max()}: expected 0 to 1")
     n_layers, n_heads = shares.shape
     left, top, width = 46.0, 4.0, NARROW - 60.0
     step = min(max(600 / n_layers, 8), 30)
@@ -140,17 +138,11 @@ def first_token_share(weights: np.ndarray) -> Figure:
     parts.append(colour_bar(shades, left, y, width, title, percent))
     high = np.unravel_index(int(shares.argmax()), shares.shape)
     alt = (
-        f"The share of attention on the first token, for {n_layers} layers and {n_heads} heads, "
-        f"in percent: {percent(float(shares.mean()))} on average, at most "
+        f"The share of attention on the first token, for {count(n_layers, 'layer')} and "
+        f"{count(n_heads, 'head')}: {percent(float(shares.mean()))} on average, at most "
         f"{percent(float(shares.max()))} in layer {high[0]}, head {high[1]}."
     )
     return figure(parts, NARROW, y + BAR_HEIGHT, "Attention on the first token", alt)
-
-
-def first_token_shares(weights: np.ndarray) -> np.ndarray:
-    """(L, H, T, T) -> (L, H): the mean attention of the later tokens on the first."""
-    rows = weights[:, :, 1:, 0] if weights.shape[2] > 1 else weights[:, :, :, 0]
-    return rows.mean(axis=-1)
 
 
 def _percent_in_cells(

@@ -58,7 +58,7 @@ def cost_growth(
         ring = circle(0, 0, 4, fill=colour("paper"), stroke=colour("ink"), stroke_width="1.5")
         entries.append((ring, "hollow: extrapolated"))
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base = y + 14, y + 250
+    top, base = y + 20, y + 250
     y_scale = Scale(*log_spread(np.concatenate(costs)), base, top, log=True)
     left = y_labels_width(y_scale, show)
     x_scale = Scale(*log_spread(n), left, NARROW - 20, log=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from npllama.explore.figures.rows import rows_map
 from npllama.explore.heat_map import signed
-from npllama.explore.labels import array, quantity, same_length
+from npllama.explore.labels import array, count, quantity, same_length
 from npllama.explore.svg import Figure
 
 
@@ -23,8 +23,8 @@ def embedding_rows(pieces: Sequence[str], rows: np.ndarray) -> Figure:
     rows = array(rows, "rows", 2)
     same_length(len(rows), pieces=pieces)
     alt = (
-        f"A heat map of {rows.shape[0]} embedding rows of {rows.shape[1]} elements, from "
-        f"{quantity(rows.min())} to {quantity(rows.max())}; the root mean square is "
+        f"A heat map of {count(rows.shape[0], 'embedding row')} of "
+        f"{count(rows.shape[1], 'element')}, from {quantity(rows.min())} to {quantity(rows.max())}; the root mean square is "
         f"{quantity(float(np.sqrt(np.mean(rows**2))))}."
     )
     return rows_map(pieces, rows, signed(rows), "element", "value", "Rows of the embedding", alt)

@@ -6,7 +6,7 @@ import numpy as np
 
 from npllama.explore.axes import Scale, row_labels, x_axis
 from npllama.explore.heat_map import BAR_HEIGHT, colour_bar, heat_map, signed
-from npllama.explore.labels import array, bytes_label, quantity, text_width
+from npllama.explore.labels import array, bytes_label, count, quantity, text_width
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -36,13 +36,13 @@ def heads_diagram(n_heads: int, n_kv_heads: int) -> Figure:
         )
     counts = sorted({n_heads, n_kv_heads, 1}, reverse=True)
     parts, y = [], 0.0
-    for count in counts:
-        parts.append(_sharing(n_heads, count, y, count == n_kv_heads))
+    for n in counts:
+        parts.append(_sharing(n_heads, n, y, n == n_kv_heads))
         y += 124
     alt = (
-        f"Query heads above, key-value heads below. This model has {n_heads} query heads and "
-        f"{n_kv_heads} key-value heads: {n_heads // n_kv_heads} query heads share one. Multi-head "
-        f"attention would keep {n_heads}, multi-query attention 1."
+        f"Query heads above, key-value heads below. This model has {count(n_heads, 'query head')} "
+        f"and {count(n_kv_heads, 'key-value head')}: {n_heads // n_kv_heads} to one. Multi-head "
+        f"attention keeps {count(n_heads, 'key-value head')}, multi-query attention 1."
     )
     return figure(parts, NARROW, y, "Query heads and shared key-value heads", alt)
 
@@ -57,8 +57,7 @@ def kind_of_attention(n_heads: int, n_kv_heads: int) -> str:
 def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
     """One kind of attention: a title, a row of queries, a row of keys, lines between."""
     kind = kind_of_attention(n_heads, n_kv_heads)
-    noun = "head" if n_kv_heads == 1 else "heads"
-    title = f"{kind}: {n_kv_heads} key-value {noun}" + (" — this model" if own else "")
+    title = f"{kind}: {count(n_kv_heads, 'key-value head')}" + (" — this model" if own else "")
     left, width, group_size = 40.0, NARROW - 44.0, n_heads // n_kv_heads
     step, size = width / n_heads, min(width / n_heads * 0.8, 32)
     parts = [
@@ -66,28 +65,31 @@ def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
         text(0, y + 45, "q", class_="m"),
         text(0, y + 101, "k, v", class_="m"),
     ]
-    ends = []
-    for h in range(n_heads):
-        x, key = left + (h + 0.5) * step, h // group_size
-        key_x = left + (key + 0.5) * group_size * step
-        ends.append(f"M{number(x)} {number(y + 52)}L{number(key_x)} {number(y + 84)}")
-        parts.append(_head(x, y + 28, size, f"q{h}", f"query head {h} reads key head {key}", "1"))
-    parts.insert(0, element("path", d="".join(ends), fill="none", stroke=colour("line")))
-    for key in range(n_kv_heads):
-        x = left + (key + 0.5) * group_size * step
-        kept = min(max(group_size * step * 0.7, size), 44)
-        tip = f"key-value head {key}, read by {group_size} query heads"
-        parts.append(_head(x, y + 84, kept, f"k{key}", tip, "2"))
+    keys = [left + (key + 0.5) * group_size * step for key in range(n_kv_heads)]
+    queries = [left + (h + 0.5) * step for h in range(n_heads)]
+    ends = "".join(
+        f"M{number(x)} {number(y + 52)}L{number(keys[h // group_size])} {number(y + 84)}"
+        for h, x in enumerate(queries)
+    )
+    kept = min(max(group_size * step * 0.7, size), 44)
+    parts += [
+        element("path", d=ends, fill="none", stroke=colour("line")),
+        _heads(queries, y + 28, size, "q", "1"),
+        _heads(keys, y + 84, kept, "k", "2"),
+    ]
     return group(*parts)
 
 
-def _head(x: float, y: float, width: float, label: str, tip: str, hue: str) -> str:
-    box = rect(
-        x - width / 2, y, width, 24, rx=3, fill=colour("fill"), stroke=colour(hue), stroke_width=2
-    )
-    fits = text_width(label) <= width + 2
-    name = text(x, y + 17, label, "middle") if fits else ""
-    return group(box, name, tip=tip)
+def _heads(centres: Sequence[float], y: float, width: float, letter: str, hue: str) -> str:
+    """A row of boxes, with names where these fit."""
+    parts = []
+    for i, x in enumerate(centres):
+        parts.append(rect(x - width / 2, y, width, 24, rx=3))
+        if text_width(f"{letter}{i}") <= width + 2:
+            name = text(x, y + 17, f"{letter}{i}", "middle", stroke="none")
+            parts.append(name)
+    pen = {"fill": colour("fill"), "stroke": colour(hue)}
+    return group(*parts, stroke_width=2 if width > 8 else 1, **pen)
 
 
 def cache_bytes(
@@ -120,9 +122,7 @@ def cache_bytes(
             parts.append(_byte_bar(kind, size, kind == own, scale, y, hues.get(kind, "4")))
             y += 22
         y += 8
-    parts.append(
-        x_axis(scale, y, "bytes in the cache (each grid line: see label)", bytes_label, 4, 4)
-    )
+    parts.append(x_axis(scale, y, f"bytes {per} (logarithmic)", bytes_label, 4))
     own_sizes = "; ".join(f"{name}: {bytes_label(kinds[own])} ({own})" for name, kinds, own in rows)
     alt = f"Bytes of the cache {per} by kind of attention, on a logarithmic axis. {own_sizes}."
     return figure(parts, NARROW, y + 44, "Bytes of the cache", alt)
@@ -175,7 +175,8 @@ def qkv_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Figure:
         y += BAR_HEIGHT + 6
     largest = ", ".join(f"{n} {quantity(float(np.abs(x).max()))}" for n, x in named)
     alt = (
-        f"The elements of one token's {len(q)} query heads, {len(k)} key heads and {len(v)} value "
-        f"heads of {width_c} elements each. The largest magnitudes: {largest}."
+        f"The elements of one token's {count(len(q), 'query head')}, {count(len(k), 'key head')} "
+        f"and {count(len(v), 'value head')} of {width_c} elements each. The largest magnitudes: "
+        f"{largest}."
     )
     return figure(parts, NARROW, y, "Queries, keys and values of one token", alt)

@@ -27,9 +27,9 @@ def logit_lens(
     entropy: np.ndarray,
     pieces: Sequence[str],
 ) -> Figure:
-    """The likeliest next token after every block, if the model stopped there.
+    """The likeliest next token after every layer, if the model stopped there.
 
-    A row per state of the residual stream, from the embedding to the last block; a column per
+    A row per state of the residual stream, from the embedding to the last layer; a column per
     token, the last 10 at most; the colour is the probability. At the right stands the entropy of
     the last column in bits. At most 33 rows are drawn, evenly spread.
 
@@ -60,7 +60,7 @@ def logit_lens(
     parts.append(text(right, 18, "entropy", class_="s"))
     for place, row in enumerate(rows):
         y = 26 + place * _ROW
-        name = "embedding" if row == 0 else f"block {row - 1}"
+        name = "embedding" if row == 0 else f"layer {row - 1}"
         parts.append(text(_LEFT - 8, y + 18, name, "end"))
         parts.append(text(right, y + 18, f"{entropy[row, -1]:.2f} bit", class_="s"))
         for i, t in enumerate(columns):
@@ -75,9 +75,9 @@ def logit_lens(
         colour_bar(shades, _LEFT, y, 220, "probability of the token shown", percent, limit=width)
     )
     alt = (
-        f"The likeliest next token after each of {len(top) - 1} blocks. After "
+        f"The likeliest next token after each of {len(top) - 1} layers. After "
         f"{piece_label(pieces[-1])} the embedding alone says {piece_label(top[0][-1])} "
-        f"({percent(float(probability[0, -1]))}), the last block {piece_label(top[-1][-1])} "
+        f"({percent(float(probability[0, -1]))}), the last layer {piece_label(top[-1][-1])} "
         f"({percent(float(probability[-1, -1]))}); the entropy goes from "
         f"{entropy[0, -1]:.2f} to {entropy[-1, -1]:.2f} bits."
     )

@@ -6,7 +6,7 @@ import numpy as np
 
 from npllama.explore.axes import Scale, row_labels, spread, x_axis, y_axis, y_labels_width
 from npllama.explore.figures.rows import labels_width, piece_labels, rows_height
-from npllama.explore.labels import array, quantity, same_length, window
+from npllama.explore.labels import array, count, quantity, same_length, window
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -51,12 +51,12 @@ def norm_before_after(
         scale = Scale(*spread(values), x + 4, end - 4)
         parts.append(text((x + end) / 2, 16, name, "middle", class_="b"))
         parts.append(_spreads(values, scale, top, height, labels))
-        parts.append(x_axis(scale, top + height, "value of the elements", grid_to=top, most=4))
+        parts.append(x_axis(scale, top + height, "elements", grid_to=top, most=4))
     parts.append(row_labels(labels, left - 6, top, height, "m"))
     parts.append(row_labels([quantity(r) for r in rms], NARROW - 2, top, height, "s"))
     alt = (
-        f"The spread of the {before.shape[1]} elements of {len(pieces)} tokens before and after "
-        f"RMSNorm. Before, the root mean square is {quantity(rms.min())} to "
+        f"The spread of {count(before.shape[1], 'element')} of {count(len(pieces), 'token')} "
+        f"before and after RMSNorm. Before, the root mean square is {quantity(rms.min())} to "
         f"{quantity(rms.max())}; after, the elements lie between {quantity(after.min())} and "
         f"{quantity(after.max())}."
     )
@@ -104,7 +104,7 @@ def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) 
     ]
     names = ("RMSNorm", "LayerNorm")
     entries, y = legend(4, 16, list(zip(marks, names, strict=True)), NARROW - 8)
-    top, base = y + 14, y + 280
+    top, base = y + 20, y + 280
     y_scale = Scale(*spread(np.concatenate(normed)), base, top)
     left = max(y_labels_width(y_scale), 30)
     x_scale = Scale(*spread(x), left + 6, NARROW - 16)

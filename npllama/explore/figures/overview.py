@@ -1,6 +1,6 @@
 """The whole model in one picture."""
 
-from npllama.explore.labels import shorten
+from npllama.explore.labels import count, shorten
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -33,7 +33,7 @@ def pipeline(
 ) -> Figure:
     """The way of a text through the model, with the shapes of this run.
 
-    Text becomes ids, ids become rows of the embedding, L blocks add to them (the vertical line is
+    Text becomes ids, ids become rows of the embedding, L layers add to them (the vertical line is
     the residual stream), and the last row becomes the logits, of which one token is sampled. It
     is appended to the ids, and the model runs again.
 
@@ -49,7 +49,7 @@ def pipeline(
     ids = drawing.middle
     drawing.box("embedding", f"{vocab_size:,} rows → {t:,} × {d:,}", full=True)
     drawing.down()
-    drawing.open_frame(f"{n_layers} blocks" if n_layers > 1 else "1 block")
+    drawing.open_frame(count(n_layers, "layer"))
     drawing.branch()
     drawing.box("RMSNorm", f"{t:,} × {d:,}")
     drawing.down()
@@ -72,9 +72,10 @@ def pipeline(
     drawing.loop(ids)
     model = name or "The model"
     alt = (
-        f"{model}: {t} tokens become {t} by {d} elements, pass {n_layers} blocks of attention "
-        f"({n_heads} query heads, {n_kv_heads} key-value heads of {head_dim}) and SwiGLU "
-        f"({ffn_dim} wide), and become {vocab_size} logits, from which the next token is sampled."
+        f"{model}: {count(t, 'token')} become {t} by {d} elements, pass "
+        f"{count(n_layers, 'layer')} of attention ({n_heads} query heads, {n_kv_heads} key-value "
+        f"heads of {head_dim}) and SwiGLU ({ffn_dim} wide), and become {vocab_size} logits, from "
+        "which the next token is sampled."
     )
     title = f"{name}: from text to the next token" if name else "From text to the next token"
     return figure(drawing.parts, NARROW, drawing.y + 4, title, alt)
@@ -114,7 +115,7 @@ class _Drawing:
         self.y += 18
 
     def open_frame(self, title: str) -> None:
-        """The frame that holds one block; the stem enters it."""
+        """The frame that holds one layer; the stem enters it."""
         self._frame = (self.y, title)
         self._stem_from = self.y - 18
         self.parts.pop()  # the arrow of `down`: here the stem takes its place
@@ -143,7 +144,8 @@ class _Drawing:
     def cache(self, kept_from: float, lines: list[str]) -> None:
         """The cache beside the last box: keys and values go in, attention reads them."""
         left, right = _RIGHT + 24, NARROW - 26
-        top, bottom = kept_from + 16, self._last_box[1] + 8
+        top = kept_from + 16
+        bottom = top + 14 + _LINE * (1 + len(lines))
         centre = (left + right) / 2
         self.parts.append(
             rect(left, top, right - left, bottom - top, rx=5, fill="none", stroke=colour("2"))
@@ -158,7 +160,7 @@ class _Drawing:
         self.parts.append(arrow(left, self.middle, _RIGHT, self.middle, **pen))
 
     def close_frame(self) -> None:
-        """Close the block: the frame and the stem, drawn below all that it holds."""
+        """Close the layer: the frame and the stem, drawn below all that it holds."""
         top, title = self._frame
         width = _LOOP - 14 - 8
         frame = rect(

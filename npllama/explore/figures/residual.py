@@ -5,20 +5,30 @@ from collections.abc import Sequence
 import numpy as np
 
 from npllama.explore.axes import Scale, log_spread, spread, x_axis, y_axis, y_labels_width
-from npllama.explore.labels import array, percent, piece_label, quantity, same_length, shorten
+from npllama.explore.labels import (
+    array,
+    count,
+    percent,
+    piece_label,
+    quantity,
+    same_length,
+    shorten,
+    window,
+)
 from npllama.explore.svg import NARROW, Figure, colour, figure, legend, path, rect, text
 
 
 def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     """The size of each token's vector in the residual stream, from the embedding to the end.
 
-    A line per token on a logarithmic axis; the first and the last token are drawn thick.
+    A line per token on a logarithmic axis, of at most 32 tokens that are evenly spread; the first
+    and the last one are drawn thick.
 
     Args:
-        norms: (L+1, T), not negative; row 0 is the embedding, row i what block i - 1 left.
+        norms: (L+1, T), not negative; row 0 is the embedding, row i what layer i - 1 left.
         pieces: T pieces.
 
-    What to see: blocks add to the stream and take nothing away, so it grows from layer to layer.
+    What to see: layers add to the stream and take nothing away, so it grows from layer to layer.
     """
     norms = array(norms, "norms", 2)
     same_length(norms.shape[1], pieces=pieces)
@@ -35,17 +45,17 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         for t, (hue, dashes) in thick.items()
     ]
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base = y + 14, y + 270
+    top, base = y + 20, y + 270
     y_scale = Scale(*log_spread(drawn), base, top, log=True)
     left = y_labels_width(y_scale)
-    n_blocks = len(norms) - 1
-    x_scale = Scale(0, max(n_blocks, 1), left + 6, NARROW - 16)
+    n_layers = len(norms) - 1
+    x_scale = Scale(0, max(n_layers, 1), left + 6, NARROW - 16)
     parts = [
         marks,
-        x_axis(x_scale, base + 6, "blocks passed (0: the embedding)", lambda v: f"{v:g}", top),
+        x_axis(x_scale, base + 6, "layers passed (0: the embedding)", lambda v: f"{v:g}", top),
         y_axis(y_scale, left, "length of the vector", grid_to=NARROW - 10),
     ]
-    order = [t for t in range(norms.shape[1]) if t not in thick] + list(thick)
+    order = [t for t in window(norms.shape[1], 32) if t not in thick] + list(thick)
     for t in order:
         hue, dashes = thick.get(t, ("line", None))
         points = [(x_scale(i), y_scale(value)) for i, value in enumerate(drawn[:, t])]
@@ -55,9 +65,9 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         tip = f"position {t}, {piece_label(pieces[t])}"
         parts.append(path(points, stroke_dasharray=dashes, tip=tip, **pen))
     alt = (
-        f"The length of {norms.shape[1]} vectors through {n_blocks} blocks. The median grows from "
-        f"{quantity(float(np.median(norms[0])))} to {quantity(float(np.median(norms[-1])))}, the "
-        f"first token's ends at {quantity(float(norms[-1, 0]))}."
+        f"The length of {count(norms.shape[1], 'vector')} through {count(n_layers, 'layer')}. "
+        f"The median grows from {quantity(float(np.median(norms[0])))} to "
+        f"{quantity(float(np.median(norms[-1])))}, the first token's ends at {quantity(float(norms[-1, 0]))}."
     )
     return figure(parts, NARROW, base + 50, "The residual stream", alt)
 
@@ -69,13 +79,13 @@ def _sample(hue: str, dashes: str | None) -> str:
 
 
 def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:
-    """How large what each block adds is, relative to the stream that it is added to.
+    """How large what each layer adds is, relative to the stream that it is added to.
 
     Args:
         attention, feed_forward: (L,) ratios, not negative: the length of what is added, divided
             by the length of the stream before.
 
-    What to see: a bar above 100 % more than doubles what was there; later blocks mostly make
+    What to see: a bar above 100 % more than doubles what was there; later layers mostly make
     small corrections.
     """
     series = [array(attention, "attention", 1), array(feed_forward, "feed_forward", 1)]
@@ -85,7 +95,7 @@ def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:
     n = len(series[0])
     entries = [(_bar(-8, -7, 16, 14, i), name) for i, name in enumerate(_PARTS)]
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base = y + 14, y + 250
+    top, base = y + 20, y + 250
     y_scale = Scale(*spread(np.concatenate(series), zero=True), base, top)
     left = y_labels_width(y_scale, percent)
     step = (NARROW - left - 12) / n
@@ -108,7 +118,7 @@ def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:
         f"{percent(series[0][0])} in the first layer and {percent(series[0][-1])} in the last, "
         f"feed-forward {percent(series[1][0])} and {percent(series[1][-1])}."
     )
-    return figure(parts, NARROW, base + 44, "What each block adds", alt)
+    return figure(parts, NARROW, base + 44, "What each layer adds", alt)
 
 
 _PARTS = ("attention", "feed-forward")

@@ -7,7 +7,7 @@ import numpy as np
 
 from npllama.explore.axes import Scale, log_spread, x_axis, y_axis, y_labels_width
 from npllama.explore.heat_map import BAR_HEIGHT, colour_bar, heat_map, signed
-from npllama.explore.labels import array, quantity, same_length
+from npllama.explore.labels import array, count, quantity, same_length
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -76,9 +76,9 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
         for i, content in enumerate(lines)
     ]
     alt = (
-        f"Pair {pair} of {len(theta)} of a query, drawn at {len(positions)} positions as a hand of "
-        f"length {quantity(float(np.hypot(*q)))}. It turns by {math.degrees(angle):.4g} degrees "
-        "per position."
+        f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(positions), 'position')} as "
+        f"a hand of length {quantity(float(np.hypot(*q)))}. It turns by "
+        f"{math.degrees(angle):.4g} degrees per position."
     )
     return figure(parts, NARROW, 344 + 46, "One pair turns with the position", alt)
 
@@ -105,7 +105,7 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
     draw = {"1": dots, "2": triangles}
     entries = [(draw[hue]([(0, 0)], 4, stroke=colour(hue)), name) for name, _, hue in series]
     marks, y = legend(4, 16, entries, NARROW - 8) if len(series) > 1 else ("", 14.0)
-    top = y + 14
+    top = y + 20
     y_scale = Scale(*log_spread(np.concatenate(lengths)), top + 240, top, log=True)
     left = max(y_labels_width(y_scale), 30)
     n = len(theta)

@@ -1,5 +1,6 @@
 """Section 11: from probabilities to the next token."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from npllama.explore.axes import Scale, x_axis
 from npllama.explore.labels import (
     array,
+    count,
     percent,
     piece_label,
     same_length,
@@ -49,24 +51,40 @@ def sampling_stages(
     shown = [shorten(piece_label(label), _LABEL - 20, mono=True) for label in labels]
     parts, y = [], 0.0
     for first in range(0, len(named), per_line):
-        parts.append(_labels(shown, y + 26, chosen))
-        for i, (name, p) in enumerate(named[first : first + per_line]):
+        on_line = named[first : first + per_line]
+        titles = [_title(name, width) for name, _ in on_line]
+        top = y + 8 + _ROW * max(map(len, titles))
+        parts.append(_labels(shown, top, chosen))
+        for i, (name, p) in enumerate(on_line):
             x = _LABEL + i * width
-            parts.append(text(x + 2, y + 16, shorten(name, width - 4), class_="b"))
-            parts.append(_bars(shown, name, p, x, y + 26, width - 8, largest, chosen))
-        y += 26 + _ROW * len(shown) + 14
+            parts += [
+                text(x + 2, top - 10 - _ROW * (len(titles[i]) - 1 - j), content, class_="b")
+                for j, content in enumerate(titles[i])
+            ]
+            parts.append(_bars(shown, name, p, x, top, width - 8, largest, chosen))
+        y = top + _ROW * len(shown) + 14
     if uniform is not None:
-        parts.append(text(0, y + FONT, f"uniform random number: {uniform:.4f}", class_="s"))
+        parts.append(
+            text(0, y + FONT, f"uniform random number: {_rounded_down(uniform)}", class_="s")
+        )
         y += FONT + 8
     alt = (
-        f"The probabilities of {len(labels)} tokens after {', '.join(n for n, _ in named)}. "
-        f"The likeliest, {piece_label(labels[0])}, goes from {percent(float(named[0][1][0]))} to "
-        f"{percent(float(named[-1][1][0]))}; {int((named[-1][1] > 0).sum())} of the tokens shown "
-        "are left at the end."
+        f"The probabilities of {count(len(labels), 'token')} after "
+        f"{', '.join(n for n, _ in named)}. The likeliest, {piece_label(labels[0])}, goes from "
+        f"{percent(float(named[0][1][0]))} to {percent(float(named[-1][1][0]))}; "
+        f"{int((named[-1][1] > 0).sum())} of the tokens shown are left at the end."
     )
     if chosen is not None:
         alt += f" {piece_label(labels[chosen])} was chosen."
     return figure(parts, NARROW, y, "Stages of sampling", alt)
+
+
+def _title(name: str, width: float) -> list[str]:
+    """A stage's name in one line, or in two where it does not fit one."""
+    if 1.15 * text_width(name) <= width - 8:  # bold
+        return [name]
+    first, _, rest = name.partition(" ")
+    return [shorten(part, (width - 8) / 1.15) for part in (first, rest) if part]
 
 
 def _labels(shown: Sequence[str], y: float, chosen: int | None) -> str:
@@ -141,8 +159,8 @@ def cumulative_choice(
     parts += _intervals(labels, p, ends, scale, top, height, chosen)
     x = scale(uniform)
     parts.append(arrow(x, 28, x, top - 1, 9, stroke=colour("ink"), stroke_width=2))
-    caption = f"uniform {uniform:.4f}"
-    half = text_width(caption) / 2
+    caption = f"uniform {_rounded_down(uniform)}"
+    half = 1.15 * text_width(caption) / 2  # bold
     parts.append(text(min(max(x, half), NARROW - half), 20, caption, "middle", class_="b"))
     parts.append(x_axis(scale, top + height, "sum of the probabilities"))
     y = top + height + 44
@@ -153,10 +171,15 @@ def cumulative_choice(
         parts.append(text(NARROW / 2, y + 16, f"{label} has {span}", "middle", class_="b"))
         y += 26
     alt = (
-        f"The probabilities of {len(labels)} tokens end to end from 0 to {ends[-1]:.3g}. The "
-        f"uniform {uniform:.4f} falls on {name}."
+        f"The probabilities of {count(len(labels), 'token')} end to end from 0 to {ends[-1]:.3g}. "
+        f"The uniform {_rounded_down(uniform)} falls on {name}."
     )
     return figure(parts, NARROW, y, "The uniform chooses a token", alt)
+
+
+def _rounded_down(uniform: float) -> str:
+    """Four decimals, so that a number below 1 stays below it."""
+    return f"{math.floor(uniform * 1e4) / 1e4:.4f}"
 
 
 def _intervals(

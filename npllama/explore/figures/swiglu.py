@@ -7,7 +7,7 @@ import numpy as np
 from npllama.explore.axes import Scale, spread, x_axis, y_axis, y_labels_width
 from npllama.explore.figures.rows import rows_map
 from npllama.explore.heat_map import signed
-from npllama.explore.labels import array, percent, piece_label, quantity, same_length, window
+from npllama.explore.labels import array, count, percent, piece_label, quantity, same_length, window
 from npllama.explore.svg import NARROW, Figure, colour, dots, figure, legend, path, rect, text
 
 _BINS = 48
@@ -50,7 +50,7 @@ def gate_on_silu(
         (dots([(0, 0)], 4, stroke=colour("ink")), "this token's gates"),
     ]
     marks, y = legend(4, 16, entries, NARROW - 8)
-    top, base, floor = y + 14, y + 210, y + 290
+    top, base, floor = y + 20, y + 210, y + 290
     x_range = spread(np.concatenate([gate, x]), margin=0.01)
     y_scale = Scale(*spread(np.concatenate([gated, silu, relu])), base, top)
     left = y_labels_width(y_scale)
@@ -108,8 +108,8 @@ def gate_rows(pieces: Sequence[str], gate: np.ndarray) -> Figure:
     gate = array(gate, "gate", 2)
     same_length(len(gate), pieces=pieces)
     alt = (
-        f"A heat map of the gate values of {gate.shape[0]} tokens, {gate.shape[1]} each, from "
-        f"{quantity(float(gate.min()))} to {quantity(float(gate.max()))}; "
+        f"A heat map of the gate values of {count(gate.shape[0], 'token')}, {gate.shape[1]} each, "
+        f"from {quantity(float(gate.min()))} to {quantity(float(gate.max()))}; "
         f"{percent(float((gate > 0).mean()))} are above 0."
     )
     shades, title = signed(gate), "Gates of all tokens"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from npllama.explore.labels import (
+    count,
     piece_label,
     printable,
     same_length,
@@ -45,7 +46,7 @@ def pieces_strip(full_text: str, pieces: Sequence[str], ids: Sequence[int]) -> F
         parts.append(text(0, height + FONT, f"… and {len(pieces) - _MOST:,} more", class_="s"))
         height += FONT + 8
     alt = (
-        f"The text {shorten(shown, 600)} is cut into {len(pieces)} pieces; the first is "
+        f"The text {shorten(shown, 600)} is cut into {count(len(pieces), 'piece')}; the first is "
         f"{piece_label(pieces[0])} with id {ids[0]}, the last {piece_label(pieces[-1])} with id "
         f"{ids[len(pieces) - 1]}."
     )
