@@ -4,10 +4,18 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
 
+# Its descriptors 3 and 4 are the pipes, whatever numbers these have here.
+_START = """
+import fcntl, os, sys
+for there, here in zip((3, 4), [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]]):
+    os.dup2(here, there)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -122,7 +130,7 @@ def browser(path, profile, timeout=50):
         options.insert(0, "--no-sandbox")
 
     process = subprocess.Popen(
-        ["/bin/sh", "-c", f'exec "$0" "$@" 3<&{command_read} 4>&{answer_write}', path, *options],
+        [sys.executable, "-c", _START, str(command_read), str(answer_write), path, *options],
         pass_fds=(command_read, answer_write),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

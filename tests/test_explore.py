@@ -1,6 +1,7 @@
 """The page about a run: its elements are the model's, and it holds for any model and prompt."""
 
 import html.parser
+import importlib.util
 import inspect
 import re
 import warnings
@@ -10,20 +11,14 @@ import numpy as np
 import pytest
 
 import npllama
-from conftest import FIXTURES, ROOT, TINY, make_llama, make_ops
+from conftest import FIXTURES, ROOT, TINY, make_llama, make_ops, needed
 from model_directory import write_model
 from npllama.errors import NpllamaError
-from npllama.explore.__main__ import main
+from npllama.explore.__main__ import NEEDED, main
 from npllama.explore.record import MAX_WINDOW, record
 from npllama.rope_scaling import RopeScaling
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
-
-pytest.importorskip("jinja2")
-pytest.importorskip("pygments")
-pytest.importorskip("latex2mathml")
-
-from npllama.explore.page import SECTIONS, page
 
 FIXTURE_NAMES = ["gqa", "head-dim", "mha", "mqa", "tied"]
 IDS = [1, 7, 3, 3, 19, 5, 2, 11]
@@ -37,6 +32,16 @@ def shipped():
 @pytest.fixture(scope="module")
 def shipped_run(shipped):
     return record(shipped, "Once upon a time there was a cat named Lily.", budget=0.05)
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The module that makes pages, where its packages are installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    needed(f"{', '.join(missing)} cannot be imported: the extra [explore]" if missing else None)
+    from npllama.explore import page
+
+    return page
 
 
 def load(name):
@@ -141,12 +146,12 @@ def test_scores_of_the_same_distance_are_equal_and_others_are_not(shipped_run):
         assert np.allclose(r.scores.diagonal(d), r.scores.diagonal(d)[0], atol=1e-5)
 
 
-def test_a_scaled_rope_is_shown_beside_the_plain_one():
+def test_a_scaled_rope_is_shown_beside_the_plain_one(pages):
     scaling = RopeScaling("linear", 4.0)
     llama = make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling))
     run = record(llama, "ab", budget=0)
     assert np.allclose(run.rotations.plain, 4 * run.rotations.frequencies)
-    assert "linear, factor 4" in page(run)
+    assert "linear, factor 4" in pages.page(run)
 
 
 def test_costs_beyond_the_budget_are_extrapolated_and_marked(shipped):
@@ -217,9 +222,9 @@ class Outline(html.parser.HTMLParser):
             self.text.append(data)
 
 
-def outlined(run):
+def outlined(pages, run):
     """The page of a run, checked for what holds for every page."""
-    text = page(run)
+    text = pages.page(run)
     outline = Outline(text)
     assert len(outline.ids) == len(set(outline.ids))
     assert all(a.startswith(("#", "data:image/png;base64,")) for a in outline.addresses)
@@ -234,8 +239,8 @@ def outlined(run):
     return text, outline
 
 
-def test_the_page_of_the_shipped_model_is_whole(shipped_run):
-    text, outline = outlined(shipped_run)
+def test_the_page_of_the_shipped_model_is_whole(pages, shipped_run):
+    text, outline = outlined(pages, shipped_run)
     assert len(text.encode()) < 1_500_000
     shown = "".join(outline.text)
     assert "Once upon a time there was a cat named Lily." in shown
@@ -243,56 +248,58 @@ def test_the_page_of_the_shipped_model_is_whole(shipped_run):
 
 
 @pytest.mark.parametrize("name", FIXTURE_NAMES)
-def test_a_model_without_a_tokenizer_says_what_is_missing(name):
-    text, _ = outlined(record(load(name), IDS, max_new_tokens=2, budget=0))
+def test_a_model_without_a_tokenizer_says_what_is_missing(pages, name):
+    text, _ = outlined(pages, record(load(name), IDS, max_new_tokens=2, budget=0))
     assert "The model has no tokenizer" in text
 
 
-def test_a_prompt_of_one_token(shipped):
-    text, _ = outlined(record(shipped, "", budget=0))
+def test_a_prompt_of_one_token(pages, shipped):
+    text, _ = outlined(pages, record(shipped, "", budget=0))
     assert "which can read nothing but itself" in text
 
 
-def test_a_long_prompt_shows_a_window_and_says_so(shipped):
-    text, _ = outlined(record(shipped, "Once upon a time. " * 20, budget=0, max_new_tokens=1))
+def test_a_long_prompt_shows_a_window_and_says_so(pages, shipped):
+    text, _ = outlined(
+        pages, record(shipped, "Once upon a time. " * 20, budget=0, max_new_tokens=1)
+    )
     assert "The pictures show the last 24" in text
 
 
-def test_a_prompt_that_fills_the_context():
+def test_a_prompt_that_fills_the_context(pages):
     llama = make_llama(make_ops("numpy"), replace(TINY, context_length=5))
     run = record(llama, [1, 4, 5, 6, 7], budget=0)
     assert run.new_ids == ()
-    text, _ = outlined(run)
+    text, _ = outlined(pages, run)
     assert "fills the context of 5 tokens" in text
 
 
 @pytest.mark.parametrize("changes", [{"temperature": 0}, {"top_k": 3, "min_p": 0.1, "top_p": 1.0}])
-def test_every_way_of_sampling_has_its_page(shipped, changes):
+def test_every_way_of_sampling_has_its_page(pages, shipped, changes):
     run = record(shipped, "a", budget=0, sampling=Sampling(**changes), max_new_tokens=2)
-    outlined(run)
+    outlined(pages, run)
 
 
-def test_any_text_is_escaped():
+def test_any_text_is_escaped(pages):
     evil = "</script><script>alert(1)</script>\x01\x1b\u202e\"'<b>&amp; {{7*7}} ]]> </svg>é🦙"
     llama = make_llama(make_ops("numpy"), replace(TINY, context_length=100))
     run = record(llama, evil, budget=0, window=MAX_WINDOW)
     run = replace(run, model="<script>alert(2)</script>")
-    text, outline = outlined(run)
+    text, outline = outlined(pages, run)
     assert outline.count["script"] == 1
     assert "alert(1)</script>" not in text and "alert(2)</script>" not in text
     assert "49" not in re.search(r'<span class="prompt">(.*?)</span>', text, re.S).group(1)
     assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", text.replace("\r", ""))
 
 
-def functions(run):
-    return [function for section in SECTIONS for function in section(run).functions]
+def functions(pages, run):
+    return [function for section in pages.SECTIONS for function in section(run).functions]
 
 
-def test_each_function_is_shown_as_it_stands_with_its_source_and_tests(shipped_run):
+def test_each_function_is_shown_as_it_stands_with_its_source_and_tests(pages, shipped_run):
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     table = (ROOT / "npllama" / "ops" / "README.md").read_text(encoding="utf-8")
-    shown = html.unescape(re.sub(r"<[^>]*>", "", page(shipped_run)))
-    for function in functions(shipped_run):
+    shown = html.unescape(re.sub(r"<[^>]*>", "", pages.page(shipped_run)))
+    for function in functions(pages, shipped_run):
         assert function.reference and function.tests
         assert all(f"def {test}(" in tests for test in function.tests), function.name
         name = function.function.__name__
@@ -307,12 +314,12 @@ def test_each_function_is_shown_as_it_stands_with_its_source_and_tests(shipped_r
         )
 
 
-def test_no_number_belongs_to_one_prompt_or_model():
+def test_no_number_belongs_to_one_prompt_or_model(pages):
     """Sentences with numbers are made from the run: another model has others."""
     first = record(make_llama(make_ops("numpy")), "ab", budget=0)
     other = make_llama(make_ops("numpy"), replace(TINY, n_heads=4, n_kv_heads=1, head_dim=12))
     second = record(other, "ab", budget=0)
-    for section in SECTIONS:
+    for section in pages.SECTIONS:
         assert section(first).see != section(second).see or section(first).slug in (
             "text",
             "embedding",
@@ -331,7 +338,7 @@ def call(capsys, *words):
     return code, said.out, said.err
 
 
-def test_the_command_writes_the_page_and_says_how_to_make_it_again(tmp_path, capsys):
+def test_the_command_writes_the_page_and_says_how_to_make_it_again(pages, tmp_path, capsys):
     out = tmp_path / "page.html"
     out.write_text("old")
     words = ["--prompt", "It's <b>", "--out", str(out), "--measure", "0", "--max-new-tokens", "2"]
@@ -392,7 +399,7 @@ def test_what_is_missing_is_named_with_the_extra_that_brings_it(tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(pages, tmp_path, capsys, monkeypatch):
     out = tmp_path / "page.html"
     out.write_text("old")
 
@@ -407,7 +414,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, capsys, monk
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_the_same_command_makes_the_same_page_but_for_times(shipped):
+def test_the_same_command_makes_the_same_page_but_for_times(pages, shipped):
     def made():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -416,4 +423,4 @@ def test_the_same_command_makes_the_same_page_but_for_times(shipped):
 
     first, second = made(), made()
     second = replace(second, growth=first.growth, times=first.times)
-    assert page(first) == page(second)
+    assert pages.page(first) == pages.page(second)

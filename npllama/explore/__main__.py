@@ -28,7 +28,8 @@ from npllama.llama import load
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
 
-_NEEDED = ("jinja2", "pygments", "latex2mathml")
+NEEDED = ("jinja2", "pygments", "latex2mathml")
+"""What the page is made with: the extra [explore]."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, command: str) -> None:
     """What the parsed arguments ask for."""
     out = _checked(args.out)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
             f"{' and '.join(missing)} cannot be imported: pip install 'npllama[explore]' brings "

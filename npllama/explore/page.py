@@ -9,7 +9,7 @@ from markupsafe import Markup
 import npllama
 from npllama.explore.colours import DARK, LIGHT
 from npllama.explore.figures.overview import pipeline
-from npllama.explore.labels import bytes_label, quantity
+from npllama.explore.labels import bytes_label, printable, quantity
 from npllama.explore.record import Record
 from npllama.explore.section import Picture, Section, Table, count, say
 from npllama.explore.sections import (
@@ -66,13 +66,13 @@ def page(run: Record, command: str = "npllama explore") -> str:
     environment.filters |= {"mathml": mathml, "highlighted": highlighted}
     return environment.get_template("page.html").render(
         sections=[section(run) for section in SECTIONS],
-        prompt=run.prompt if run.prompt is not None else " ".join(map(str, run.ids)),
-        new_text=_new_text(run),
+        prompt=_visible(run.prompt if run.prompt is not None else " ".join(map(str, run.ids))),
+        new_text=_visible(_new_text(run)),
         notes=_notes(run),
         facts=_facts(run),
         letters=_letters(run),
         overview=_overview(run),
-        command=command,
+        command=_visible(command),
         version=npllama.__version__,
         style=Markup(_style()),
         script=Markup((_FOLDER / "page.js").read_text(encoding="utf-8")),
@@ -129,6 +129,11 @@ def _style() -> str:
             (_FOLDER / "page.css").read_text(encoding="utf-8"),
         ]
     )
+
+
+def _visible(text: str) -> str:
+    """The text with its lines as they are, and what would be invisible spelled out."""
+    return "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n"))
 
 
 def _new_text(run: Record) -> str:

@@ -67,7 +67,7 @@ def section(run: Record) -> Section:
             ),
             _large(run, weights, layers, heads),
             Picture(
-                first_token_share(weights),
+                first_token_share(run.stacked("to_first")),
                 say("The share of attention that goes to the first token, in each head."),
             ),
         ),
