@@ -37,7 +37,6 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     step = (NARROW - left) / len(heads)
     side = min(step - gap, 120)
     step = side + gap
-    future = _future(weights)
     every = 1 if step >= text_width("h00") else 2
     parts = [
         text(left + i * step + side / 2, 16, f"h{h}", "middle", class_="s")
@@ -49,7 +48,7 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
         parts.append(text(left - 8, y + side / 2 + 5, f"L{layer}", "end", class_="s"))
         for column, head in enumerate(heads):
             box = (left + column * step, y, side, side)
-            small = heat_map(weights[layer, head], _SHARES, box, mask=future, hover=False)
+            small = heat_map(weights[layer, head], _SHARES, box, causal=True, hover=False)
             tip = f"layer {layer}, head {head}"
             parts.append(element("g", small, tip=tip, data_layer=layer, data_head=head))
     y = top + len(layers) * step + 6
@@ -79,13 +78,13 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     _check_square(weights)
     labels = piece_labels(pieces)
     left = labels_width(labels)
-    side = NARROW - left - 4
+    side = NARROW - left - 8
     top = 26.0
     parts = [
         text(left, 16, f"layer {layer}, head {head}", class_="b"),
         rect(left, top, side, side, fill=colour("fill")),
         _hatching(len(pieces), left, top, side),
-        heat_map(weights, _SHARES, (left, top, side, side), labels, labels, _future(weights)),
+        heat_map(weights, _SHARES, (left, top, side, side), labels, labels, causal=True),
         row_labels(labels, left - 6, top, side),
         column_labels(labels, left, top + side, side),
     ]
@@ -162,12 +161,6 @@ def _percent_in_cells(
 def _check_square(weights: np.ndarray) -> None:
     if weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"weights has the shape {weights.shape}: expected T by T at the end")
-
-
-def _future(weights: np.ndarray) -> np.ndarray:
-    """(T, T) bool: the cells above the diagonal."""
-    n = weights.shape[-1]
-    return np.triu(np.ones((n, n), dtype=bool), 1)
 
 
 def _hatching(n: int, left: float, top: float, side: float) -> str:

@@ -67,7 +67,8 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     alt = (
         f"The length of {count(norms.shape[1], 'vector')} through {count(n_layers, 'layer')}. "
         f"The median grows from {quantity(float(np.median(norms[0])))} to "
-        f"{quantity(float(np.median(norms[-1])))}, the first token's ends at {quantity(float(norms[-1, 0]))}."
+        f"{quantity(float(np.median(norms[-1])))}, the first token's ends at "
+        f"{quantity(float(norms[-1, 0]))}."
     )
     return figure(parts, NARROW, base + 50, "The residual stream", alt)
 
