@@ -19,8 +19,8 @@ _SHARES = Shades(0.0, 1.0, VIRIDIS, power=0.5)
 def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     """The attention of all heads as small maps, a row of maps per layer.
 
-    In a map, row i is how token i divides its attention over the tokens 0 to i, in all maps from
-    0 to 1. At most 8 layers and 8 heads are drawn, evenly spread.
+    In a map, row i is how token i divides its attention over the tokens 0 to i. All maps share one
+    scale of colours, which follows the square root of the share. At most 8 layers and 8 heads are drawn, evenly spread.
 
     Args:
         weights: (L, H, T, T).
@@ -53,10 +53,11 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
             parts.append(element("g", small, tip=tip, data_layer=layer, data_head=head))
     y = top + len(layers) * step + 6
     parts.append(colour_bar(_SHARES, left, y, NARROW - left - 14, "share of attention"))
+    later = weights[:, :, 1:, 0] if len(pieces) > 1 else weights[..., 0]
     alt = (
         f"{count(len(layers), 'layer')} by {count(len(heads), 'head')}, each a map of "
-        f"{len(pieces)} by {count(len(pieces), 'token')}. On average a token gives "
-        f"{percent(float(weights[..., 0].mean()))} of its attention to the first token shown."
+        f"{len(pieces)} by {count(len(pieces), 'token')}. On average a later token gives "
+        f"{percent(float(later.mean()))} of its attention to the first token shown."
     )
     if len(layers) * len(heads) < weights.shape[0] * weights.shape[1]:
         alt += f" Of {weights.shape[0]} layers and {weights.shape[1]} heads, a part is drawn."
@@ -110,11 +111,11 @@ def first_token_share(shares: np.ndarray) -> Figure:
     """The share of attention that goes to the first token, per layer and head.
 
     Args:
-        shares: (L, H), of 1; the mean over all tokens but the first, which can look at nothing
+        shares: (L, H), 0 to 1: the mean over all tokens but the first, which can look at nothing
             else.
 
-    What to see: many heads park their attention on the first token when they find nothing to
-    read (an "attention sink", Xiao et al. 2023).
+    What to see: many heads give most of their attention to the first token when no other token
+    matters to them (an "attention sink", Xiao et al. 2023).
     """
     shares = array(shares, "shares", 2)
     if shares.min() < 0 or shares.max() > 1 + 1e-6:
