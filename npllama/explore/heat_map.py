@@ -60,7 +60,7 @@ def heat_map(
     box: tuple[float, float, float, float],
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
-    mask: np.ndarray | None = None,
+    causal: bool = False,
     hover: bool = True,
 ) -> str:
     """A matrix as an image with a frame.
@@ -69,15 +69,16 @@ def heat_map(
         values: (rows, columns).
         box: x, y, width, height.
         rows, columns: names that the page's script shows with a value; default their index.
-        mask: (rows, columns) bool; True leaves a cell transparent.
+        causal: leave the cells above the diagonal of a square transparent.
         hover: carry the values: `data-values` is base64 of float16, little-endian, row by row,
             each the value divided by `data-scale`; `data-shape` is "rows columns"; `data-rows`
-            and `data-columns` are JSON lists of names.
+            and `data-columns` are JSON lists of names. A causal map has `data-lower` instead of
+            `data-values`: row i has only its elements 0 to i.
     """
     x, y, width, height = (float(side) for side in box)
     levels = shades.levels(values)
-    if mask is not None:
-        levels = np.where(mask, 0, levels)
+    if causal:
+        levels = np.tril(levels)
     image = element(
         "image",
         x=x,
@@ -86,20 +87,27 @@ def heat_map(
         height=height,
         preserveAspectRatio="none",
         href=data_uri(png(levels, shades.anchors)),
-        **(_hover_data(values, rows, columns) if hover else {}),
+        **(_hover_data(values, rows, columns, causal) if hover else {}),
     )
     return image + rect(x, y, width, height, fill="none", stroke=colour("line"))
 
 
 def _hover_data(
-    values: np.ndarray, rows: Sequence[str] | None, columns: Sequence[str] | None
+    values: np.ndarray,
+    rows: Sequence[str] | None,
+    columns: Sequence[str] | None,
+    causal: bool,
 ) -> dict[str, str]:
     scale = float(np.abs(values).max()) or 1.0
-    halves = (values / scale).astype("<f2").tobytes()
+    halves = (values / scale).astype("<f2")
+    if causal:
+        halves = halves[np.tril_indices(len(halves))]  # (T, T) -> (T (T + 1) / 2,)
     data = {
         "data_shape": f"{values.shape[0]} {values.shape[1]}",
         "data_scale": f"{scale:.6g}",
-        "data_values": base64.b64encode(halves).decode("ascii"),
+        "data_lower" if causal else "data_values": base64.b64encode(halves.tobytes()).decode(
+            "ascii"
+        ),
     }
     for name, labels in (("data_rows", rows), ("data_columns", columns)):
         if labels is not None:

@@ -80,13 +80,13 @@ def quantity(value: float, digits: int = 3) -> str:
     """A number in few characters: 0.0123, −1,234, 5.67M, 1.2e−7."""
     size, sign = abs(value), "−" if value < 0 else ""
     for power, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if power <= size < power * 1000:
+        if 0.9995 * power <= size < 999.5 * power:
             return f"{sign}{size / power:.{digits}g}{suffix}"
     if size >= 1e15 or 0 < size < 1e-4:
         mantissa, exponent = f"{size:.{max(digits - 1, 0)}e}".split("e")
         short = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return f"{sign}{short}e{int(exponent)}".replace("e-", "e−")
-    if size >= 1000:
+    if size >= 999.5:
         return f"{sign}{size:,.0f}"
     return f"{sign}{size:.{digits}g}"
 
@@ -103,7 +103,7 @@ def wrapped(text: str, width: float, most: int, size: float = 14) -> list[str]:
 def bytes_label(n_bytes: float) -> str:
     """A number of bytes with a decimal prefix: 12.3 kB, 4.56 GB."""
     for power, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= power:
+        if n_bytes >= 0.9995 * power:
             return f"{n_bytes / power:.3g} {unit}"
     return f"{n_bytes:.3g} B"
 
@@ -111,7 +111,7 @@ def bytes_label(n_bytes: float) -> str:
 def seconds_label(seconds: float) -> str:
     """A duration in the unit that suits it: 1.2 s, 3.4 ms, 56 µs."""
     for power, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= power:
+        if seconds >= 0.9995 * power:
             return f"{seconds / power:.3g} {unit}"
     return "0 s" if seconds == 0 else f"{seconds / 1e-9:.3g} ns"
 
@@ -119,7 +119,7 @@ def seconds_label(seconds: float) -> str:
 def percent(share: float) -> str:
     """A share of 1 in percent: 12.3 %."""
     value = 100 * share
-    return f"{value:,.0f} %" if abs(value) >= 1000 else f"{value:.3g} %"
+    return f"{value:,.0f} %" if abs(value) >= 999.5 else f"{value:.3g} %"
 
 
 def count(n: int, noun: str) -> str:

@@ -100,7 +100,7 @@ def rect(x: float, y: float, width: float, height: float, **values: object) -> s
 
 
 def line(x1: float, y1: float, x2: float, y2: float, **values: object) -> str:
-    """A line, thin and of the colour of axes unless told otherwise."""
+    """A line, by default thin and of the colour of axes."""
     ends = {"x1": float(x1), "y1": float(y1), "x2": float(x2), "y2": float(y2)}
     return element("line", **ends, **({"stroke": colour("line")} | values))
 
@@ -111,7 +111,7 @@ def circle(x: float, y: float, radius: float, **values: object) -> str:
 
 
 def path(points: Iterable[tuple[float, float]], closed: bool = False, **values: object) -> str:
-    """A line through points, unfilled unless told otherwise."""
+    """A line through points, by default unfilled."""
     steps = "L".join(f"{number(x)} {number(y)}" for x, y in points)
     drawn = f"M{steps}" + ("Z" if closed else "")
     return element("path", d=drawn, **({"fill": "none", "stroke": colour("ink")} | values))

@@ -19,8 +19,8 @@ _SHARES = Shades(0.0, 1.0, VIRIDIS, power=0.5)
 def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     """The attention of all heads as small maps, a row of maps per layer.
 
-    In a map, row i is how token i divides its attention over the tokens 0 to i, in all maps from
-    0 to 1. At most 8 layers and 8 heads are drawn, evenly spread.
+    In a map, row i is how token i divides its attention over the tokens 0 to i. All maps share one
+    scale of colours, which follows the square root of the share. At most 8 layers and 8 heads are drawn, evenly spread.
 
     Args:
         weights: (L, H, T, T).
@@ -37,7 +37,6 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     step = (NARROW - left) / len(heads)
     side = min(step - gap, 120)
     step = side + gap
-    future = _future(weights)
     every = 1 if step >= text_width("h00") else 2
     parts = [
         text(left + i * step + side / 2, 16, f"h{h}", "middle", class_="s")
@@ -49,15 +48,16 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
         parts.append(text(left - 8, y + side / 2 + 5, f"L{layer}", "end", class_="s"))
         for column, head in enumerate(heads):
             box = (left + column * step, y, side, side)
-            small = heat_map(weights[layer, head], _SHARES, box, mask=future, hover=False)
+            small = heat_map(weights[layer, head], _SHARES, box, causal=True, hover=False)
             tip = f"layer {layer}, head {head}"
             parts.append(element("g", small, tip=tip, data_layer=layer, data_head=head))
     y = top + len(layers) * step + 6
     parts.append(colour_bar(_SHARES, left, y, NARROW - left - 14, "share of attention"))
+    later = weights[:, :, 1:, 0] if len(pieces) > 1 else weights[..., 0]
     alt = (
         f"{count(len(layers), 'layer')} by {count(len(heads), 'head')}, each a map of "
-        f"{len(pieces)} by {count(len(pieces), 'token')}. On average a token gives "
-        f"{percent(float(weights[..., 0].mean()))} of its attention to the first token shown."
+        f"{len(pieces)} by {count(len(pieces), 'token')}. On average a later token gives "
+        f"{percent(float(later.mean()))} of its attention to the first token shown."
     )
     if len(layers) * len(heads) < weights.shape[0] * weights.shape[1]:
         alt += f" Of {weights.shape[0]} layers and {weights.shape[1]} heads, a part is drawn."
@@ -79,13 +79,13 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     _check_square(weights)
     labels = piece_labels(pieces)
     left = labels_width(labels)
-    side = NARROW - left - 4
+    side = NARROW - left - 8
     top = 26.0
     parts = [
         text(left, 16, f"layer {layer}, head {head}", class_="b"),
         rect(left, top, side, side, fill=colour("fill")),
         _hatching(len(pieces), left, top, side),
-        heat_map(weights, _SHARES, (left, top, side, side), labels, labels, _future(weights)),
+        heat_map(weights, _SHARES, (left, top, side, side), labels, labels, causal=True),
         row_labels(labels, left - 6, top, side),
         column_labels(labels, left, top + side, side),
     ]
@@ -111,11 +111,11 @@ def first_token_share(shares: np.ndarray) -> Figure:
     """The share of attention that goes to the first token, per layer and head.
 
     Args:
-        shares: (L, H), of 1; the mean over all tokens but the first, which can look at nothing
+        shares: (L, H), 0 to 1: the mean over all tokens but the first, which can look at nothing
             else.
 
-    What to see: many heads park their attention on the first token when they find nothing to
-    read (an "attention sink", Xiao et al. 2023).
+    What to see: many heads give most of their attention to the first token when no other token
+    matters to them (an "attention sink", Xiao et al. 2023).
     """
     shares = array(shares, "shares", 2)
     if shares.min() < 0 or shares.max() > 1 + 1e-6:
@@ -162,12 +162,6 @@ def _percent_in_cells(
 def _check_square(weights: np.ndarray) -> None:
     if weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"weights has the shape {weights.shape}: expected T by T at the end")
-
-
-def _future(weights: np.ndarray) -> np.ndarray:
-    """(T, T) bool: the cells above the diagonal."""
-    n = weights.shape[-1]
-    return np.triu(np.ones((n, n), dtype=bool), 1)
 
 
 def _hatching(n: int, left: float, top: float, side: float) -> str:

@@ -24,7 +24,8 @@ def embedding_rows(pieces: Sequence[str], rows: np.ndarray) -> Figure:
     same_length(len(rows), pieces=pieces)
     alt = (
         f"A heat map of {count(rows.shape[0], 'embedding row')} of "
-        f"{count(rows.shape[1], 'element')}, from {quantity(rows.min())} to {quantity(rows.max())}; the root mean square is "
+        f"{count(rows.shape[1], 'element')}, from {quantity(rows.min())} to "
+        f"{quantity(rows.max())}; the root mean square is "
         f"{quantity(float(np.sqrt(np.mean(rows**2))))}."
     )
     return rows_map(pieces, rows, signed(rows), "element", "value", "Rows of the embedding", alt)

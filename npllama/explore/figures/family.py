@@ -119,7 +119,8 @@ def time_by_operation(names: Sequence[str], seconds: np.ndarray) -> Figure:
     parts, y = [], 2.0
     for name, duration in bars:
         size = duration / largest * (NARROW - left - room)
-        label = f"{percent(duration / total)}  {seconds_label(duration)}"
+        share = percent(duration / total) if duration >= 0.001 * total else "<0.1 %"
+        label = f"{share}  {seconds_label(duration)}"
         parts.append(
             group(
                 text(left - 8, y + 16, shorten(name, left - 8, mono=True), "end", class_="m"),

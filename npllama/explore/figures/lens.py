@@ -18,7 +18,7 @@ from npllama.explore.labels import (
 from npllama.explore.svg import Figure, colour, figure, group, rect, text
 
 _MOST_COLUMNS, _MOST_ROWS = 10, 33
-_CELL, _ROW, _LEFT, _RIGHT = 69.0, 26.0, 88.0, 74.0
+_CELL, _ROW, _LEFT, _RIGHT = 69.0, 26.0, 92.0, 74.0
 
 
 def logit_lens(

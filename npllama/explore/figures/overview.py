@@ -35,7 +35,7 @@ def pipeline(
 
     Text becomes ids, ids become rows of the embedding, L layers add to them (the vertical line is
     the residual stream), and the last row becomes the logits, of which one token is sampled. It
-    is appended to the ids, and the model runs again.
+    is appended to the ids, and its row of the embedding passes the layers next.
 
     Args:
         vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim: V, D, L, H, K, C, F.
@@ -46,8 +46,8 @@ def pipeline(
     drawing = _Drawing()
     drawing.box("tokenizer", f"text → {t:,} ids", full=True)
     drawing.down()
-    ids = drawing.middle
     drawing.box("embedding", f"{vocab_size:,} rows → {t:,} × {d:,}", full=True)
+    embedding = drawing.middle
     drawing.down()
     drawing.open_frame(count(n_layers, "layer"))
     drawing.branch()
@@ -69,7 +69,7 @@ def pipeline(
     drawing.box("RMSNorm, head", f"last row: {d:,} → {vocab_size:,} logits", full=True)
     drawing.down()
     drawing.box("sampling", "logits → the next id", full=True)
-    drawing.loop(ids)
+    drawing.loop(embedding)
     model = name or "The model"
     alt = (
         f"{model}: {count(t, 'token')} become {t} by {d} elements, pass "

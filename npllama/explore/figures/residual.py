@@ -28,7 +28,7 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
         norms: (L+1, T), not negative; row 0 is the embedding, row i what layer i - 1 left.
         pieces: T pieces.
 
-    What to see: layers add to the stream and take nothing away, so it grows from layer to layer.
+    What to see: each layer adds to the stream and overwrites nothing, and the stream grows.
     """
     norms = array(norms, "norms", 2)
     same_length(norms.shape[1], pieces=pieces)
@@ -67,7 +67,8 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     alt = (
         f"The length of {count(norms.shape[1], 'vector')} through {count(n_layers, 'layer')}. "
         f"The median grows from {quantity(float(np.median(norms[0])))} to "
-        f"{quantity(float(np.median(norms[-1])))}, the first token's ends at {quantity(float(norms[-1, 0]))}."
+        f"{quantity(float(np.median(norms[-1])))}, the first token's ends at "
+        f"{quantity(float(norms[-1, 0]))}."
     )
     return figure(parts, NARROW, base + 50, "The residual stream", alt)
 
@@ -85,8 +86,8 @@ def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:
         attention, feed_forward: (L,) ratios, not negative: the length of what is added, divided
             by the length of the stream before.
 
-    What to see: a bar above 100 % more than doubles what was there; later layers mostly make
-    small corrections.
+    What to see: above 100 %, a layer adds more than there was; later layers mostly make small
+    corrections.
     """
     series = [array(attention, "attention", 1), array(feed_forward, "feed_forward", 1)]
     same_length(len(series[0]), feed_forward=series[1])

@@ -26,7 +26,7 @@ def sampling_stages(
     uniform: float | None = None,
     chosen: int | None = None,
 ) -> Figure:
-    """The same tokens' probabilities after each stage of sampling, three stages side by side.
+    """The same tokens' probabilities after each stage of sampling, three stages in a line.
 
     Args:
         labels: n tokens, the likeliest first.

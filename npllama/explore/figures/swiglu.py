@@ -31,7 +31,7 @@ def gate_on_silu(
         piece: the token.
 
     What to see: most gates lie near 0, where SiLU is smooth and lets a little of both signs
-    through; ReLU would cut everything below 0 and its slope with it.
+    through; ReLU is 0 below 0, and so is its slope.
     """
     gate, gated = array(gate, "gate", 1), array(gated, "gated", 1)
     x, silu, relu = (
@@ -73,7 +73,7 @@ def gate_on_silu(
     alt = (
         f"{len(gate)} gate values of the token {piece_label(piece)} on the curve of SiLU, from "
         f"{quantity(float(gate.min()))} to {quantity(float(gate.max()))}. {percent(negative)} are "
-        "negative: ReLU would make them 0, SiLU keeps up to −0.278 of them."
+        "negative: ReLU makes them 0, SiLU small values down to −0.278."
     )
     return figure(parts, NARROW, floor + 44, "Gates on the curve of SiLU", alt)
 
