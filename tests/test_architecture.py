@@ -31,7 +31,7 @@ FLOORS = [
     # pictures need nothing of the model: they draw arrays
     ["explore", "explore.figures", "explore.colours", "explore.labels"],
     ["explore.svg"],
-    ["explore.axes"],
+    ["explore.axes", "explore.dials"],
     ["explore.heat_map"],
     ["explore.figures.rows"],
     [
@@ -86,7 +86,27 @@ FLOORS = [
     ["generation", "gradients"],
     ["serving", "text_stream"],
     ["llama"],
-    ["__init__", "generate", "plain"],
+    ["explore.calls", "explore.lens", "explore.running"],
+    ["explore.layers", "explore.choice"],
+    ["explore.rotation"],
+    ["explore.record"],
+    ["explore.section"],
+    ["explore.sections", "explore.sections.heads"],
+    [
+        "explore.sections.attention",
+        "explore.sections.cache",
+        "explore.sections.embedding",
+        "explore.sections.family",
+        "explore.sections.lens",
+        "explore.sections.norm",
+        "explore.sections.residual",
+        "explore.sections.rope",
+        "explore.sections.sampling",
+        "explore.sections.swiglu",
+        "explore.sections.text",
+    ],
+    ["explore.page"],
+    ["__init__", "generate", "plain", "explore.__main__"],
     ["__main__"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -14,7 +14,7 @@ from npllama.op_times import watched
 
 OUTSIDE = "outside of ops"
 SHORTEST = 16
-_REPEATS = 3
+_REPEATS = 5
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def _see(run: Record) -> tuple:
             ratio=f"{g.flops_without[i] / g.flops_with[i]:,.0f}",
         ),
         say(
-            "In time it is {fast} {measured_with} with the cache and {slow} {measured_without} "
-            "without.",
+            "There a step takes {fast} with the cache {measured_with} and {slow} without it "
+            "{measured_without}.",
             fast=seconds_label(g.seconds_with[i]),
             slow=seconds_label(g.seconds_without[i]),
             measured_with=_how(g.measured_with[i]),

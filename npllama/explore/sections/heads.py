@@ -74,7 +74,7 @@ def section(run: Record) -> Section:
                 ),
             ),
             Picture(
-                cache_bytes(_cache_rows(run)),
+                cache_bytes(_cache_rows(run), per="of a full cache"),
                 say(
                     "Bytes of the cache for one text that fills the context: {own} positions of "
                     "{itemsize} bytes per element for this model, 4,096 positions of 2 bytes for "

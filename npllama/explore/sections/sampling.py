@@ -191,7 +191,7 @@ def _see(run: Record) -> tuple:
             "The uniform of seed {seed} is {u:.4f}, and it chose {chosen}, which has {p:.1%} "
             "after all steps and had {before:.1%} at first.",
             seed=run.seed,
-            u=choice.uniform,
+            u=int(choice.uniform * 1e4) / 1e4,  # rounded down, as it stays below a bound
             chosen=chosen,
             p=float(last.probability[choice.id]),
             before=float(first.probability[choice.id]),
