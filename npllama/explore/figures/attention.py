@@ -20,7 +20,8 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     """The attention of all heads as small maps, a row of maps per layer.
 
     In a map, row i is how token i divides its attention over the tokens 0 to i. All maps share one
-    scale of colours, which follows the square root of the share. At most 8 layers and 8 heads are drawn, evenly spread.
+    scale of colours, which follows the square root of the share. At most 8 layers and 8 heads are
+    drawn, evenly spread.
 
     Args:
         weights: (L, H, T, T).
