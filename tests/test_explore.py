@@ -78,6 +78,19 @@ def test_what_the_reference_records_is_what_the_overrides_compute(name, window):
     assert_close(run.lens.entropy[-1], entropy)
 
 
+@pytest.mark.array_calls
+def test_every_backend_records_the_same(ops):
+    options = {"budget": 0, "max_new_tokens": 3, "sampling": Sampling(top_k=20, min_p=0.01)}
+    run = record(make_llama(ops), IDS, **options)
+    expected = record(make_llama(make_ops("numpy")), IDS, **options)
+    assert_close(run.hidden, expected.hidden)
+    assert_close(run.stacked("attention"), expected.stacked("attention"))
+    assert_close(run.lens.entropy, expected.lens.entropy)
+    assert_close(run.rotations.scores, expected.rotations.scores)
+    assert (run.choice.id, run.new_ids) == (expected.choice.id, expected.new_ids)
+    assert run.choice.id == run.new_ids[run.choice.step]
+
+
 @pytest.mark.parametrize("name", FIXTURE_NAMES)
 def test_layers_hold_what_the_equations_pass_on(name):
     """Against the definitions, written out for the last token."""
@@ -277,6 +290,19 @@ def test_a_prompt_that_fills_the_context(pages):
 def test_every_way_of_sampling_has_its_page(pages, shipped, changes):
     run = record(shipped, "a", budget=0, sampling=Sampling(**changes), max_new_tokens=2)
     outlined(pages, run)
+
+
+def test_the_uniform_lies_in_the_interval_of_the_chosen_token(shipped):
+    from npllama.explore.sections.sampling import intervals
+
+    for changes in ({}, {"top_p": 1.0, "temperature": 1.5}, {"top_k": 2}):
+        for seed in range(6):
+            run = record(shipped, "The", budget=0, seed=seed, sampling=Sampling(**changes))
+            labels, shares, place = intervals(run)
+            ends = np.cumsum(shares)
+            assert labels[place] == run.piece(run.choice.id)
+            assert ends[place] - shares[place] <= run.choice.uniform < ends[place]
+            assert abs(ends[-1] - 1) < 1e-9 and len(labels) <= 23
 
 
 def test_any_text_is_escaped(pages):

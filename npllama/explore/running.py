@@ -15,6 +15,8 @@ from npllama.op_times import watched
 OUTSIDE = "outside of ops"
 SHORTEST = 16
 _REPEATS = 5
+_PART_TO_REPEAT = 0.1
+"""Of the time that is left: what repeating a measurement may take at most."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ def _measured(
                 raise
             seconds[i], fits = guess, False
         measured[i] = fits
-        for _ in range(_REPEATS - 1):  # the shortest is the one that nothing disturbed
-            if fits and time.perf_counter() + seconds[i] < end - (end - time.perf_counter()) / 2:
-                seconds[i] = min(seconds[i], timed(length))
+        left = end - time.perf_counter()
+        if fits and _REPEATS * seconds[i] < _PART_TO_REPEAT * left:
+            # the shortest is the one that nothing disturbed
+            seconds[i] = min(seconds[i], *(timed(length) for _ in range(_REPEATS - 1)))
     return seconds, measured
 
 

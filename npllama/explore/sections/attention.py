@@ -121,7 +121,7 @@ def _large(run: Record, weights: np.ndarray, layers: list[int], heads: list[int]
         for layer, head in pairs
     )
     caption = say(
-        "One head at a time: choose <var>layer</var>.<var>head</var>. The page opens with the "
+        "One head at a time: choose <var>layer</var>.<var>head</var>. The first one shown is the "
         "head that looks most at the token just before. The hatched half is hidden by the mask."
     )
     return Choices("head", figures, caption, pairs.index(best))

@@ -136,12 +136,12 @@ def _see(run: Record) -> tuple:
     both = [cache_nbytes(large, k, 4096, _FAMILY_ITEMSIZE) for k in (large.n_heads, 8)]
     return (
         say(
-            "This model has {h} and {k}, {kind}: {g} read one key-value head. A token takes "
+            "This model has {h} and {k}, {kind}: {g} one key-value head. A token takes "
             "{bytes} in the cache of all {layers}.",
             h=count(c.n_heads, "query head"),
             k=count(c.n_kv_heads, "key-value head"),
             kind=kinds[_kind(c)],
-            g=count(c.n_heads // c.n_kv_heads, "query head"),
+            g=count(c.n_heads // c.n_kv_heads, "query head reads", "query heads read"),
             bytes=bytes_label(per_token),
             layers=count(c.n_layers, "layer"),
         ),

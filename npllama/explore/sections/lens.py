@@ -7,7 +7,7 @@ from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, piece, say, shape
 from npllama.ops import Ops
 
-_COLUMNS = 12
+_COLUMNS = 10
 
 
 def section(run: Record) -> Section:

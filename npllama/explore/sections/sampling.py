@@ -14,6 +14,7 @@ from npllama.explore.section import Function, Picture, Section, Table, count, pi
 from npllama.ops import Ops
 
 BARS = 10
+_OTHERS = "…"
 _NAMES = {
     "softmax": "softmax",
     "penalize_repetition": "repetition penalty",
@@ -131,24 +132,37 @@ def _drawn(run: Record) -> tuple[Picture, ...]:
     choice = run.choice
     if choice.uniform is None:
         return ()
-    last = choice.stages[-1].probability
-    kept = np.flatnonzero(last > 0)
-    few = np.sort(kept[np.argsort(-last[kept], kind="stable")[:BARS]])
-    if choice.id not in few:
-        few = np.sort(np.append(few[:-1], choice.id))
-    if len(few) < len(kept):  # the others are drawn as gaps between those that are named
-        return ()
-    labels = [run.piece(id_) for id_ in few]
-    place = int(np.flatnonzero(few == choice.id)[0])
+    labels, shares, place = intervals(run)
     return (
         Picture(
-            cumulative_choice(labels, last[few], choice.uniform, place),
+            cumulative_choice(labels, shares, choice.uniform, place),
             say(
-                "The tokens that are left lie beside one another from 0 to 1, in the order of "
-                "their ids; the uniform falls into the chosen one."
+                "The tokens that are left lie end to end from 0 to 1, in the order of their ids"
+                "{others}. The uniform falls into the chosen one.",
+                others=f"; {_OTHERS} are unlikely ones together" if _OTHERS in labels else "",
             ),
         ),
     )
+
+
+def intervals(run: Record) -> tuple[list[str], np.ndarray, int]:
+    """Labels and probabilities of the tokens that are left, in the order of their ids, and the
+    place of the chosen one. All but the likeliest and the chosen one are joined to neighbours."""
+    choice = run.choice
+    last = choice.stages[-1].probability.astype("float64")
+    kept = np.flatnonzero(last > 0)
+    named_ids = {*kept[np.argsort(-last[kept], kind="stable")[:BARS]].tolist(), choice.id}
+    labels: list[str] = []
+    shares: list[float] = []
+    place = 0
+    for id_ in kept.tolist():
+        if id_ not in named_ids and labels and labels[-1] == _OTHERS:
+            shares[-1] += last[id_]
+            continue
+        place = len(labels) if id_ == choice.id else place
+        labels.append(run.piece(id_) if id_ in named_ids else _OTHERS)
+        shares.append(last[id_])
+    return labels, np.array(shares) / sum(shares), place
 
 
 def _table(run: Record) -> Table:
