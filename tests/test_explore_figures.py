@@ -103,7 +103,7 @@ def pictures(pieces, n_layers, n_heads, n_kv_heads, scale):
         "distance": lambda: rope_distance(scores),
         "maps": lambda: attention_maps(causal(n_layers, n_heads, n, n), pieces),
         "map": lambda: attention_map(causal(n, n), pieces, n_layers - 1, n_heads - 1),
-        "first token": lambda: first_token_share(np.full((n_layers, n_heads), 0.25)),
+        "first token": lambda: first_token_share(np.ones((n_layers, n_heads))),
         "FLOPs": lambda: cost_growth(positions, 1e9 + positions, 1e9 * positions, "FLOPs"),
         "seconds": lambda: cost_growth(
             positions,
@@ -435,8 +435,14 @@ def test_the_diagram_of_heads_has_a_line_per_query_head(h, k, titles):
     tree = ET.fromstring(heads_diagram(h, k).svg)
     own = [label for label in labels(tree) if "this model" in label]
     assert len(own) == 1 and f"{k} key-value head" in own[0]
-    lines = [path.get("d").count("M") for path in tree.iter(SVG + "path")]
-    assert lines == [h] * titles
+    lines = [path.get("d") for path in tree.iter(SVG + "path")]
+    assert [line.count("M") for line in lines] == [h] * titles
+    ends = [[end.split()[0] for end in line.split("L")[1:]] for line in lines]
+    assert [len(set(of_line)) for of_line in ends] == sorted({h, k, 1}, reverse=True)
+    for of_line in ends:  # neighbours share a head, the same number of them each
+        assert of_line == [
+            end for end in dict.fromkeys(of_line) for _ in range(h // len(set(of_line)))
+        ]
 
 
 def test_extrapolated_costs_are_hollow_and_dashed():
@@ -445,6 +451,9 @@ def test_extrapolated_costs_are_hollow_and_dashed():
     tree = ET.fromstring(figure.svg)
     assert sum("extrapolated" in tip for tip in tips(tree)) == 4
     assert len([p for p in tree.iter(SVG + "path") if p.get("stroke-dasharray")]) == 2
+    marks = [m for m in tree.iter() if m.find(SVG + "title") is not None and m.get("fill")]
+    hollow = [m.get("fill") == "var(--paper)" for m in marks]
+    assert hollow == ["extrapolated" in m.find(SVG + "title").text for m in marks]
     assert "8 times as much" in figure.alt and "hollow: extrapolated" in labels(tree)
     sure = cost_growth([1, 2], [1, 1], [1, 2], "seconds")
     assert "extrapolated" not in sure.svg
@@ -531,3 +540,62 @@ def test_more_heads_and_columns_than_fit_are_a_part_that_says_so():
     assert "a part is drawn" in maps.alt
     wide = embedding_rows(["a"], np.ones((1, 4096)))
     assert "the first 512 of 4,096" in wide.svg and "Only the first 512" in wide.alt
+
+
+def points(path):
+    """(n, 2): the ends of the segments of a path's data."""
+    return np.array(re.findall(r"[ML]?(-?[\d.]+) (-?[\d.]+)", path.get("d")), dtype=float)
+
+
+def test_gates_lie_on_the_curve():
+    x = np.linspace(-4, 4, 81)
+    figure = gate_on_silu(x[::10], silu(x[::10]), x, silu(x), np.maximum(x, 0), "a")
+    paths = list(ET.fromstring(figure.svg).iter(SVG + "path"))
+    curve, gates = paths[-2], paths[-1]
+    np.testing.assert_allclose(points(gates), points(curve)[::10], atol=0.02)
+    assert "44.4 % are negative" in figure.alt
+
+
+def test_the_residual_stream_is_drawn_in_decades():
+    figure = residual_norms([[1, 5], [10, 5], [100, 5]], ["a", "b"])
+    first, last = list(ET.fromstring(figure.svg).iter(SVG + "path"))[-2:]
+    heights = points(first)[:, 1]
+    assert (
+        heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.02)
+        and heights[0] > heights[1]
+    )
+    assert len(set(points(last)[:, 1])) == 1
+    assert first.get("stroke-dasharray") and not last.get("stroke-dasharray")
+    assert "grows from 3 to 52.5, the first token's ends at 100" in figure.alt
+
+
+def test_the_norm_shows_the_range_and_the_middle_half():
+    before = np.array([[0.0, 1, 2, 3, 4]])
+    tree = ET.fromstring(norm_before_after(["a"], before, before / 2, [2.45]).svg)
+    groups = [group for group in tree.iter(SVG + "g") if group.find(SVG + "line") is not None]
+    assert len(groups) == 2
+    for group in groups:
+        thin, thick = group.find(SVG + "line"), group.find(SVG + "rect")
+        length = float(thin.get("x2")) - float(thin.get("x1"))
+        assert float(thick.get("width")) == pytest.approx(length / 2, abs=0.05)
+    assert tips(tree)[0] == "a: 0 to 4, the middle half 1 to 3, the median 2"
+    assert "2.45" in labels(tree)
+
+
+def test_the_norms_differ_by_the_mean():
+    x = np.array([1.0, 2.0, 3.0])
+    figure = norm_kinds(x, x / 2, (x - 2) / 2)
+    assert "mean is 2" in figure.alt and "differ by at most 1." in figure.alt
+    drawn = list(ET.fromstring(figure.svg).iter(SVG + "path"))[-2:]  # triangles, then discs
+    starts = [np.array(re.findall(r"M([\d.]+) ([\d.]+)", p.get("d")), dtype=float) for p in drawn]
+    assert (starts[0][:, 1] > starts[1][:, 1] + 20).all()  # the mean lower
+
+
+def test_the_attention_of_the_last_token_is_described():
+    weights = [[1, 0, 0], [0.75, 0.25, 0], [0.125, 0.5, 0.375]]
+    alt = attention_map(np.array(weights), ["a", "b", "c"], 3, 1).alt
+    assert "layer 3, head 1" in alt
+    assert "gives 12.5 % to the first token and 37.5 % to itself" in alt
+    assert "75 %, from b to a" in alt
+    shares = ET.fromstring(first_token_share([[0.2, 0.7]]).svg)
+    assert {"20", "70"} <= set(labels(shares))

@@ -177,7 +177,7 @@ def legend(x: float, y: float, entries: list[tuple[str, str]], width: float) -> 
 def figure(parts: Iterable[str], width: float, height: float, title: str, alt: str) -> Figure:
     """The elements as a whole picture, on paper that the page may make transparent."""
     least = min(width * _LEAST_PIXELS / FONT, width)
-    style = f"width:100%;max-width:{number(width * 1.3)}px;min-width:{number(least)}px;height:auto"
+    style = f"width:100%;max-width:{number(width * 1.2)}px;min-width:{number(least)}px;height:auto"
     svg = element(
         "svg",
         f"<title>{escape(title)}</title><desc>{escape(alt)}</desc>{STYLE_ELEMENT}",

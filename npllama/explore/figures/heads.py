@@ -162,7 +162,7 @@ def qkv_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Figure:
     for name, x in named:
         if x.shape[1] != width_c or (name == "v" and x.shape != named[1][1].shape):
             raise ValueError(f"{name} has the shape {x.shape}: expected heads of {width_c}")
-    left, width, y = 52.0, NARROW - 64.0, 4.0
+    left, width, y = 52.0, NARROW - 64.0, 8.0
     parts = []
     for name, x in named:
         step = min(max(320 / len(x), 6), 18)
