@@ -60,6 +60,10 @@ def window(tmp_path_factory):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_every_section_is_drawn_and_nothing_leaves_the_page(window, file, width, scheme):
+    check(window, file, width, scheme)
+
+
+def check(window, file, width, scheme):
     window.open(file, width, scheme=scheme)
     assert window.complaints() == []
     asked = [url for url in window.requests() if not url.startswith("data:")]
@@ -89,10 +93,32 @@ def test_formulas_are_drawn_as_formulas(window, file):
 def test_it_is_read_without_its_script(window, file):
     window.open(file, WIDE, script=False)
     assert window.complaints() == []
-    drawn = window.call("DOM.getDocument", depth=-1)
-    assert drawn["root"]["childNodeCount"]
-    layout = window.call("Page.getLayoutMetrics")["cssContentSize"]
-    assert layout["width"] == WIDE and layout["height"] > 5000
+    assert window.evaluate("document.getElementById('tip') === null")  # so no script has run
+    for section in window.evaluate(_SECTIONS):
+        assert section["visible"] and section["pictures"] >= 1 and section["flat"] == 0, section
+    assert window.evaluate("[...document.querySelectorAll('.control')].every((e) => e.hidden)")
+    window.evaluate("document.getElementById('head-0').click()")  # this choice is CSS alone
+    assert window.evaluate("document.querySelector('.choice').checkVisibility()")
+
+
+FAULTS = {
+    "a request": ("</footer>", '<img src="http://localhost:9/x.png" alt=""></footer>'),
+    "a request of the style": ("</style>", "body{background:url(http://localhost:9/x)}</style>"),
+    "an error": ('"use strict";', '"use strict"; nothing();'),
+    "too wide": ("</footer>", '<div style="width:2000px;height:3px"></div></footer>'),
+    "hidden": ('<section id="lens"', '<section hidden id="lens"'),
+    "no formula": ("<math", "<maths"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_page_with_a_fault_does_not_pass(window, file, tmp_path, fault):
+    text, (right, wrong) = file.read_text(encoding="utf-8"), FAULTS[fault]
+    assert right in text
+    faulty = tmp_path / "page.html"
+    faulty.write_text(text.replace(right, wrong), encoding="utf-8")
+    with pytest.raises(AssertionError):
+        check(window, faulty, NARROW, "light")
 
 
 def test_sliders_and_hover_show_numbers(window, file):

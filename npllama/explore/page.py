@@ -45,6 +45,7 @@ SECTIONS: tuple[Callable[[Record], Section], ...] = tuple(
     )
 )
 _FOLDER = Path(__file__).parent
+_ENDS = {"eos": ", then the model ended the text"}
 _LIGHT_CODE, _DARK_CODE = "default", "github-dark"
 
 
@@ -180,7 +181,7 @@ def _facts(run: Record) -> Table:
         ("weights", f"{run.dtype}, {bytes_label(run.weight_nbytes)} read per step"),
         ("computed on", f"{run.backend}, {run.device}"),
         ("prompt", count(len(run.ids), "token")),
-        ("written", f"{count(len(run.new_ids), 'token')} ({run.finish_reason})"),
+        ("written", count(len(run.new_ids), "token") + _ENDS.get(run.finish_reason, "")),
         ("seed", str(run.seed)),
     ]
     return Table((), tuple(rows), say("This run."))

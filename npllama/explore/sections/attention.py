@@ -122,7 +122,8 @@ def _large(run: Record, weights: np.ndarray, layers: list[int], heads: list[int]
     )
     caption = say(
         "One head at a time: choose <var>layer</var>.<var>head</var>. The first one shown is the "
-        "head that looks most at the token just before. The hatched half is hidden by the mask."
+        "head, of those above, that gives most to the token just before. The mask hides the "
+        "hatched half."
     )
     return Choices("head", figures, caption, pairs.index(best))
 
@@ -143,19 +144,18 @@ def _see(run: Record, weights: np.ndarray) -> tuple:
             ),
         )
     layer, head = np.unravel_index(before.argmax(), before.shape)
-    share, even = float(first.mean()), _even_share(run)
     seen = [
         say(
-            "Averaged over all heads, {share:.1%} of the attention goes to the first token; if "
-            "each token looked at all before it alike, it would be {even:.1%}. {how}",
-            share=share,
-            even=even,
-            how=say(
-                "The shares must sum to 1, so a head that finds nothing to read puts them where "
-                "they do least harm: such a token is called an attention sink (Xiao et al. 2023)."
-            )
-            if share > 1.2 * even
-            else "The first token is no attention sink here.",
+            "On average {share:.1%} of the attention goes to the first token; it would be "
+            "{even:.1%} if every token looked at all tokens before it alike. Head {head} of layer "
+            "{layer} gives it most, {most:.0%}. Shares sum to 1, so a head that finds nothing to "
+            "read must still put them somewhere, in many models on the first token: an "
+            "<em>attention sink</em> (Xiao et al. 2023).",
+            share=float(first.mean()),
+            even=_even_share(run),
+            head=int(first.argmax() % first.shape[1]),
+            layer=int(first.argmax() // first.shape[1]),
+            most=float(first.max()),
         ),
         say(
             "Head {head} of layer {layer} gives {share:.0%} of its attention to the token just "

@@ -26,7 +26,8 @@ def section(run: Record) -> Section:
             say(
                 "With it a step computes one token, whatever the length of the text; only the "
                 "scores with the past keys grow. Without it each step computes the whole text "
-                "again. The price is memory, which section 4 counts, and the time to read it."
+                "again. The price is memory, which section 4 counts, and the time to read it. In "
+                "the equations <var>P</var> is the number of weights that a token is multiplied by."
             ),
         ),
         equations=(

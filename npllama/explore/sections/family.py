@@ -1,5 +1,7 @@
 """12: the family, and where the time of this run went."""
 
+from markupsafe import Markup
+
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.costs import attention_flops, forward_flops, parameters_by_part
 from npllama.explore.figures.family import parameters_by_part as parts_picture
@@ -30,7 +32,7 @@ def section(run: Record) -> Section:
                 "(GQA) make it faster."
             ),
         ),
-        equations=(r"P = 2VD + L\,(2D(H + K)C + 3DF + 2D) + D",),
+        equations=(r"\text{parameters} = 2VD + L\,(2D(H + K)C + 3DF + 2D) + D",),
         functions=(
             Function(
                 forward_flops,
@@ -62,7 +64,9 @@ def section(run: Record) -> Section:
                 say(
                     "Seconds per operation while this model read {read} and wrote {new} on "
                     "{backend} ({device}), without the operations that each one calls. These are "
-                    "the backend's own versions of the functions above.",
+                    "the backend's own versions of the functions above; "
+                    "<code>outside of ops</code> "
+                    "is the Python around them.",
                     read=count(times.n_read, "token"),
                     new=count(times.n_new, "token"),
                     backend=run.backend,
@@ -72,6 +76,10 @@ def section(run: Record) -> Section:
         ),
         see=_see(run),
     )
+
+
+def _code(name: str) -> Markup:
+    return say("<code>{name}</code>", name=name)
 
 
 def _table(models: list[tuple[str, LlamaConfig]]) -> Table:
@@ -117,18 +125,17 @@ def _column(config: LlamaConfig) -> dict[str, str]:
 
 def _see(run: Record) -> tuple:
     times, large = run.times, LLAMA_2
-    top = times.names[:3]
+    top, places = times.names[:3], ("first", "second", "third")
     share = times.seconds[:3].sum() / max(times.total, 1e-30)
     read = (large["70B"].n_parameters - 32000 * 8192) * _ITEMSIZE
     per_token = times.total / max(times.n_new, 1)
     return (
         say(
-            "This run took {total}{each}. {first}, {second} and {third} took {share:.0%} of it.",
+            "This run took {total}{each}. Most of it, {share:.0%}, went to {first}, {second} and "
+            "{third}.",
             total=seconds_label(times.total),
             each=f", {seconds_label(per_token)} for each new token" if times.n_new else "",
-            first=top[0],
-            second=top[1],
-            third=top[2],
+            **{place: _code(name) for place, name in zip(places, top, strict=True)},
             share=share,
         ),
         say(

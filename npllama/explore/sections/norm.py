@@ -76,7 +76,7 @@ def _see(run: Record, size: np.ndarray) -> tuple:
         say(
             "Before the first block the root mean squares lie between {low:.3g} and {high:.3g}; "
             "after the last block they lie between {deep_low:.3g} and {deep_high:.3g}. RMSNorm "
-            "makes each of them 1, before the weight.",
+            "brings each of them to 1 before it multiplies by the weight.",
             low=size.min(),
             high=size.max(),
             deep_low=deep.min(),

@@ -35,8 +35,8 @@ def section(run: Record) -> Section:
         idea=(
             say(
                 "The dot product of a query and a key does not depend on where the tokens stand: "
-                "<q>the cat saw the dog</q> and <q>the dog saw the cat</q> would give the same "
-                "scores. Something must bring in the order."
+                "in <q>the cat saw the dog</q> and <q>the dog saw the cat</q> the same words would "
+                "have the same scores. Something must bring in the order."
             ),
             say(
                 "<strong>RoPE</strong>, rotary position embedding, takes the elements of each "
@@ -120,12 +120,17 @@ def _see(run: Record) -> tuple:
     seen = [
         say(
             "The fastest pair turns once in {fast:.1f} tokens, the slowest once in {slow} tokens. "
-            "The context of {context} tokens is {part} of that turn, so no two distances look "
-            "alike to all pairs.",
+            "{context}",
             fast=fast,
             slow=f"{slow:,.0f}",
-            context=f"{run.context:,}",
-            part=f"{run.context / slow:.1%}" if run.context < slow else f"{run.context / slow:.1f}",
+            context=say(
+                "The context of {n} tokens is {part:.1%} of that turn, so no two distances look "
+                "alike to all pairs.",
+                n=f"{run.context:,}",
+                part=run.context / slow,
+            )
+            if run.context < slow
+            else f"The context is {run.context:,} tokens.",
         ),
         say(
             "Measured: scores of the same distance differ by at most {spread:.1e}, which is "

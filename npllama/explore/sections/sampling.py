@@ -39,7 +39,7 @@ def section(run: Record) -> Section:
             say(
                 "The head gives every piece a logit. Always taking the likeliest piece makes dull "
                 "texts that repeat themselves; drawing from the whole softmax now and then draws "
-                "nonsense, since thousands of unlikely pieces have some probability together. "
+                "nonsense, since the many unlikely pieces have some probability together. "
                 "Sampling lies between."
             ),
             say(
@@ -88,9 +88,8 @@ def section(run: Record) -> Section:
                     place,
                 ),
                 say(
-                    "The {n} likeliest tokens after each step of this run, from left to right as "
-                    "the steps are applied.",
-                    n=len(labels),
+                    "The likeliest tokens and the chosen one after each step of this run; the "
+                    "steps are applied from left to right."
                 ),
                 _slider(run, likeliest, labels),
             ),

@@ -27,19 +27,19 @@ def section(run: Record) -> Section:
             say(
                 "Attention moves information between tokens. The feed-forward network then works "
                 "on each token alone, with {share:.0%} of this model's parameters. It widens the "
-                "vector to <var>F</var> = {f} elements, bends each of them by a nonlinear "
-                "function, and projects back.",
+                "vector to <var>F</var> = {f} elements, applies a nonlinear "
+                "function to each of them, and projects back.",
                 share=part["feed-forward"] / c.n_parameters,
                 f=f"{c.ffn_dim:,}",
             ),
             say(
-                "The first transformers bend by ReLU, which sets negative elements to 0: on or "
+                "The first transformers used ReLU there, which sets negative elements to 0: on or "
                 "off. <strong>SwiGLU</strong> computes two projections, <em>up</em> and "
                 "<em>gate</em>, and multiplies up by SiLU(gate). So the token itself decides, "
                 "element by element, how much of up passes. A product of two projections can also "
-                "say <q>this <em>and</em> that</q>, which a sum cannot. SiLU is smooth, and below "
-                "0 its slope is small but not zero, so that a closed gate can still learn to "
-                "open."
+                "say <q>this <em>and</em> that</q>, which a sum cannot. ReLU has a slope of 0 for "
+                "every negative element, SiLU at one point only: a gate that is nearly closed "
+                "still gets a gradient, and can learn to open."
             ),
             say(
                 "Shazeer compared such gates at equal size and found them better than ReLU. Three "

@@ -48,7 +48,14 @@ def section(run: Record) -> Section:
                 say("The text is cut into pieces; below each piece is its id."),
             ),
         ),
-        see=(*_see(run), say("The vocabulary has {v} pieces, numbered from 0.", v=f"{size:,}")),
+        see=(
+            *_see(run),
+            say(
+                "This vocabulary has {v} pieces, LLaMA-2's own has 32,000. With more pieces a text "
+                "needs fewer tokens, and the embedding more rows.",
+                v=f"{size:,}",
+            ),
+        ),
     )
 
 
