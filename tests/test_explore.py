@@ -1,5 +1,6 @@
 """The page about a run: its elements are the model's, and it holds for any model and prompt."""
 
+import ast
 import html.parser
 import importlib.util
 import inspect
@@ -303,6 +304,29 @@ def test_the_uniform_lies_in_the_interval_of_the_chosen_token(shipped):
             assert labels[place] == run.piece(run.choice.id)
             assert ends[place] - shares[place] <= run.choice.uniform < ends[place]
             assert abs(ends[-1] - 1) < 1e-9 and len(labels) <= 23
+
+
+def test_the_example_for_a_notebook_runs(pages):
+    text = (ROOT / "npllama" / "explore" / "README.md").read_text(encoding="utf-8")
+    example = inspect.cleandoc("\n" + re.search("```python\n(.*?)```", text, re.S).group(1))
+    assert eval_last(example)._repr_svg_().startswith("<svg")
+
+
+def eval_last(code):
+    """The value of the last line of a script, as a notebook shows it."""
+    *before, last = ast.parse(code).body
+    names = {}
+    exec(compile(ast.Module(before, []), "README", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "README", "eval"), names)
+
+
+@pytest.mark.parametrize("name, kinds", [("mha", 3), ("gqa", 3), ("mqa", 3)])
+def test_all_three_kinds_of_attention_are_drawn_for_any_model(pages, name, kinds):
+    run = record(load(name), IDS, max_new_tokens=1, budget=0)
+    (heads,) = [part for part in (s(run) for s in pages.SECTIONS) if part.slug == "heads"]
+    drawn = heads.parts[0].figure.svg
+    assert sum(f"{kind}: " in drawn for kind in ("multi-head", "grouped", "multi-query")) == kinds
+    assert drawn.count("this model") >= 1
 
 
 def test_any_text_is_escaped(pages):

@@ -11,6 +11,7 @@ from npllama.explore.__main__ import NEEDED
 from npllama.explore.record import record
 
 WIDE, NARROW = 1280, 400
+PROMPT = "Once upon a time there was a cat named Lily."
 
 # Elements that reach beyond the window, but for those inside of a box that scrolls by itself.
 _TOO_WIDE = """
@@ -44,7 +45,7 @@ def file(tmp_path_factory):
     needed(f"{', '.join(missing)} cannot be imported: the extra [explore]" if missing else None)
     from npllama.explore.page import page
 
-    run = record(npllama.load(), "Once upon a time there was a cat named Lily.", budget=0.1)
+    run = record(npllama.load(), PROMPT, budget=0.1)
     path = tmp_path_factory.mktemp("page") / "page.html"
     path.write_text(page(run), encoding="utf-8")
     return path
@@ -137,19 +138,38 @@ def test_sliders_and_hover_show_numbers(window, file):
     spans = "[...document.querySelectorAll('#sampling .bars span')]"
     shares = window.evaluate(spans + ".map((e) => parseFloat(e.textContent))")
     assert len(shares) == 10 and shares == sorted(shares, reverse=True) and sum(shares) < 100
-    point = window.evaluate(
-        """(() => {
-          const image = document.querySelector('#embedding image[data-values]');
-          image.scrollIntoView({block: 'center', behavior: 'instant'});
+    trace = npllama.load().trace(npllama.load().encode(PROMPT))
+    said = pointed_at(window, "#embedding image[data-values]", 0, 0)
+    assert said.startswith("<s>, 0: ") and number_in(said) == near(trace.hidden[0, 0, 0])
+    window.evaluate("document.getElementById('head-7').click()")  # layer 1, head 1
+    said = pointed_at(window, ".choices input:checked + label + .choice image[data-lower]", 5, 2)
+    assert number_in(said) == near(trace.attention[1, 1, 5, 2])
+    assert pointed_at(window, ".choices :checked + label + .choice image[data-lower]", 2, 5) is None
+
+
+def near(value):
+    return pytest.approx(float(value), rel=3e-3, abs=1e-4)
+
+
+def number_in(said):
+    return float(said.rsplit(" ", 1)[1])
+
+
+def pointed_at(window, selector, row, column):
+    """What the page says of an element of a map; None where it says nothing."""
+    x, y = window.evaluate(
+        f"""(() => {{
+          const image = document.querySelector({selector!r});
+          image.scrollIntoView({{block: 'center', behavior: 'instant'}});
           const r = image.getBoundingClientRect();
-          return [r.left + 2, r.top + 2];
-        })()"""
+          const [rows, columns] = image.dataset.shape.split(' ');
+          return [r.left + (({column} + 0.5) * r.width) / columns,
+                  r.top + (({row} + 0.5) * r.height) / rows];
+        }})()"""
     )
-    window.call("Input.dispatchMouseEvent", type="mouseMoved", x=point[0], y=point[1])
-    tip = window.evaluate("document.getElementById('tip').textContent")
-    assert tip.startswith("<s>, 0: ")
-    first = float(npllama.load().trace([1]).hidden[0, 0, 0])
-    assert abs(float(tip.rsplit(" ", 1)[1]) - first) < 2e-3 * max(1, abs(first))
+    window.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tip = "document.getElementById('tip')"
+    return window.evaluate(f"{tip}.hidden ? null : {tip}.textContent")
 
 
 def test_one_head_at_a_time_is_large(window, file):

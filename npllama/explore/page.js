@@ -17,17 +17,20 @@
     const clamp = (x, n) => Math.min(Math.max(Math.floor(x), 0), n - 1);
     const row = clamp(((event.clientY - box.top) / box.height) * rows, rows);
     const column = clamp(((event.clientX - box.left) / box.width) * columns, columns);
-    image.halves ??= new DataView(bytes(image.dataset.values).buffer);
-    const value = half(image.halves.getUint16(2 * (row * columns + column), true));
+    const lower = image.dataset.lower !== undefined; // row i of a map with a mask ends at column i
+    tip.hidden = lower && column > row;
+    if (tip.hidden) return;
+    image.halves ??= new DataView(bytes(image.dataset.lower ?? image.dataset.values).buffer);
+    const place = lower ? (row * (row + 1)) / 2 + column : row * columns + column;
+    const value = half(image.halves.getUint16(2 * place, true));
     const name = (list, i) => (list ? JSON.parse(list)[i] : i);
     tip.textContent = `${name(image.dataset.rows, row)}, ` +
       `${name(image.dataset.columns, column)}: ${Number((value * image.dataset.scale).toPrecision(3))}`;
-    tip.hidden = false;
     tip.style.left = `${Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
     tip.style.top = `${Math.max(event.clientY - 34, 4)}px`;
   };
   document.addEventListener("pointermove", (event) => {
-    const image = event.target.closest?.("image[data-values]");
+    const image = event.target.closest?.("image[data-values], image[data-lower]");
     if (image) show(event, image);
     else tip.hidden = true;
   });

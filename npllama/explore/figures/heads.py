@@ -20,21 +20,21 @@ from npllama.explore.svg import (
 )
 
 
-def heads_diagram(n_heads: int, n_kv_heads: int) -> Figure:
-    """Which query heads share which key-value head: multi-head, this model, multi-query.
+def heads_diagram(n_heads: int, n_kv_heads: int, grouped: int | None = None) -> Figure:
+    """Which query heads share which key-value head: multi-head, grouped, multi-query.
 
     Args:
         n_heads: H.
         n_kv_heads: K, which divides H.
+        grouped: K of a grouped variant to be drawn too, for a model that is none; divides H.
 
     What to see: the boxes below are what the cache keeps, per token and layer. Each query head
     reads the one that its line leads to.
     """
-    if n_kv_heads < 1 or n_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(
-            f"{n_heads} query heads and {n_kv_heads} key-value heads: expected a multiple"
-        )
-    counts = sorted({n_heads, n_kv_heads, 1}, reverse=True)
+    for n in (n_kv_heads, grouped or 1):
+        if n < 1 or n_heads < 1 or n_heads % n:
+            raise ValueError(f"{n_heads} query heads and {n} key-value heads: expected a multiple")
+    counts = sorted({n_heads, n_kv_heads, grouped or 1, 1}, reverse=True)
     parts, y = [], 0.0
     for n in counts:
         parts.append(_sharing(n_heads, n, y, n == n_kv_heads))

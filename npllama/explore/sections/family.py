@@ -131,8 +131,7 @@ def _see(run: Record) -> tuple:
     per_token = times.total / max(times.n_new, 1)
     return (
         say(
-            "This run took {total}{each}. Most of it, {share:.0%}, went to {first}, {second} and "
-            "{third}.",
+            "This run took {total}{each}. {share:.0%} of it went to {first}, {second} and {third}.",
             total=seconds_label(times.total),
             each=f", {seconds_label(per_token)} for each new token" if times.n_new else "",
             **{place: _code(name) for place, name in zip(places, top, strict=True)},

@@ -63,7 +63,7 @@ def section(run: Record) -> Section:
         ),
         parts=(
             Picture(
-                heads_diagram(c.n_heads, c.n_kv_heads),
+                heads_diagram(c.n_heads, c.n_kv_heads, grouped_heads(c)),
                 say("Which query heads share a key-value head."),
             ),
             Picture(
@@ -99,7 +99,7 @@ def _kind(config: LlamaConfig) -> str:
     return "multi-query" if config.n_kv_heads == 1 else "grouped"
 
 
-def _grouped(config: LlamaConfig) -> int | None:
+def grouped_heads(config: LlamaConfig) -> int | None:
     """K of the grouped variant: the model's own, or 8 as 70B has it, or any; None for none."""
     if _kind(config) == "grouped":
         return config.n_kv_heads
@@ -114,7 +114,7 @@ def _cache_rows(run: Record) -> list[tuple[str, dict[str, int], str]]:
     ]
     rows = []
     for name, config, context, itemsize in models:
-        heads = {"multi-head": config.n_heads, "grouped": _grouped(config), "multi-query": 1}
+        heads = {"multi-head": config.n_heads, "grouped": grouped_heads(config), "multi-query": 1}
         sizes = {
             kind: cache_nbytes(config, k, context, itemsize)
             for kind, k in heads.items()
