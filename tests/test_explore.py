@@ -273,10 +273,11 @@ def test_a_prompt_of_one_token(pages, shipped):
 
 
 def test_a_long_prompt_shows_a_window_and_says_so(pages, shipped):
-    text, _ = outlined(
-        pages, record(shipped, "Once upon a time. " * 20, budget=0, max_new_tokens=1)
-    )
+    run = record(shipped, "Once upon a time. " * 20, budget=0, max_new_tokens=1)
+    text, _ = outlined(pages, run)
     assert "The pictures show the last 24" in text
+    assert run.window_text.endswith("Once upon a time. ") and len(run.window_text) < 120
+    assert run.piece(run.config.bos_id) == "<s>"
 
 
 def test_a_prompt_that_fills_the_context(pages):

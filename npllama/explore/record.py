@@ -40,6 +40,7 @@ class Record:
         prompt: the text; None where ids were given.
         ids: (N,), those of the prompt.
         start: the window's first position; its tokens are ids[start:].
+        window_text: the window's text; None where there is no tokenizer.
         embedded: (T, D), the stream before the first block.
         layers: L of them.
         layer_normed: (T, D), what LayerNorm without a bias would make of `embedded` in the first
@@ -66,6 +67,7 @@ class Record:
     prompt: str | None
     ids: tuple[int, ...]
     start: int
+    window_text: str | None
     embedded: np.ndarray
     layers: tuple[LayerRecord, ...]
     layer_normed: np.ndarray
@@ -178,7 +180,7 @@ def record(
         llama.logits(ids)
         return 0
 
-    shown = {*ids[start:], *new, choice.id, *map(int, lens.ids.ravel())}
+    shown = {llama.config.bos_id, *ids[start:], *new, choice.id, *map(int, lens.ids.ravel())}
     shown |= set(map(int, np.argsort(-choice.logits, kind="stable")[:64]))
     return Record(
         model=model,
@@ -190,6 +192,7 @@ def record(
         prompt=prompt if isinstance(prompt, str) else None,
         ids=tuple(ids),
         start=start,
+        window_text=_window_text(llama, prompt, ids, start),
         embedded=embedded,
         layers=layers,
         layer_normed=llama.backend.to_host(
@@ -210,5 +213,11 @@ def record(
         cache_itemsize=llama.cache_dtype.itemsize,
         pieces_by_id={}
         if llama.tokenizer is None
-        else {id_: llama.tokenizer.piece(id_) for id_ in shown},
+        else {id_: llama.tokenizer.piece(id_) for id_ in shown if id_ < llama.tokenizer.n_ids},
     )
+
+
+def _window_text(llama: Llama, prompt: Prompt, ids: list[int], start: int) -> str | None:
+    if llama.tokenizer is None:
+        return None
+    return prompt if isinstance(prompt, str) and start == 0 else llama.decode(ids[start:])

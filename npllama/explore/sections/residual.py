@@ -18,10 +18,10 @@ def section(run: Record) -> Section:
         idea=(
             say(
                 "A block, one layer of the model, has two halves: attention and feed-forward. Each "
-                "reads the normalized stream and <em>adds</em> its result to the stream as it was. So what one layer "
-                "wrote stays readable for all later ones, and in training the gradient reaches "
-                "every layer along the sum, unweakened by the layers above. Without the sum, "
-                "networks of dozens of layers hardly train."
+                "reads the normalized stream and <em>adds</em> its result to the stream as it "
+                "was. So what one layer wrote stays readable for all later ones, and in training "
+                "the gradient reaches every layer along the sum, unweakened by the layers above. "
+                "Without the sum, networks of dozens of layers hardly train."
             ),
         ),
         equations=(

@@ -44,8 +44,11 @@ def section(run: Record) -> Section:
         shapes=(shape("ids", "N", n),),
         parts=(
             Picture(
-                pieces_strip(run.prompt or "", run.pieces, list(run.ids[run.start :])),
-                say("The text is cut into pieces; below each piece is its id."),
+                pieces_strip(run.window_text or "", run.pieces, list(run.ids[run.start :])),
+                say(
+                    "{what} cut into pieces; below each piece is its id.",
+                    what=f"The last {len(run.pieces)} tokens," if run.start else "The text is",
+                ),
             ),
         ),
         see=(
