@@ -294,7 +294,7 @@ def test_every_way_of_sampling_has_its_page(pages, shipped, changes):
     outlined(pages, run)
 
 
-def test_the_uniform_lies_in_the_interval_of_the_chosen_token(shipped):
+def test_the_uniform_lies_in_the_interval_of_the_chosen_token(pages, shipped):
     from npllama.explore.sections.sampling import intervals
 
     for changes in ({}, {"top_p": 1.0, "temperature": 1.5}, {"top_k": 2}):
@@ -423,7 +423,9 @@ def test_the_command_writes_the_page_and_says_how_to_make_it_again(pages, tmp_pa
         (["--out", "p.html"], "required"),
     ],
 )
-def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch, words, what):
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    pages, tmp_path, capsys, monkeypatch, words, what
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = call(capsys, *words)
     assert (code, out) == (2, "")
@@ -431,7 +433,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_text_for_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
+def test_a_text_for_a_model_without_a_tokenizer_is_refused(pages, tmp_path, capsys):
     model = write_model(tmp_path / "model", TINY, tokenizer=False)
     out = tmp_path / "page.html"
     code, _, err = call(capsys, "--model", str(model), "--prompt", "a", "--out", str(out))

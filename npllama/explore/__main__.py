@@ -25,6 +25,7 @@ from npllama.console import exit_code, open_streams, started_as, tell, utf8
 from npllama.errors import InputError, TokenizerError, TokenizerWarning
 from npllama.explore.record import BUDGET, NEW_TOKENS, WINDOW, record
 from npllama.llama import load
+from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
 
@@ -117,11 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     arguments = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    return exit_code(
-        "explore",
-        lambda: run(args, command=shlex.join(["python", "-m", "npllama.explore", *arguments])),
-        out_of_memory="use a shorter prompt, or a narrower --dtype",
-    )
+
+    def work() -> None:
+        with progress_shown("explore"):
+            run(args, command=shlex.join(["python", "-m", "npllama.explore", *arguments]))
+
+    return exit_code("explore", work, out_of_memory="use a shorter prompt, or a narrower --dtype")
 
 
 def run(args: argparse.Namespace, command: str) -> None:
