@@ -30,7 +30,7 @@ NEW_TOKENS = 24
 BUDGET, MAX_BUDGET = 1.2, 5.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """One run.
 
@@ -84,6 +84,12 @@ class Record:
     weight_nbytes: int
     cache_itemsize: int
     pieces_by_id: dict[int, str]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Record of {len(self.ids)} tokens and {len(self.new_ids)} new ones through "
+            f"{self.config.n_layers} layers of {self.model}>"
+        )
 
     @property
     def hidden(self) -> np.ndarray:

@@ -38,7 +38,7 @@ def section(run: Record) -> Section:
             Function(
                 Tokenizer.encode,
                 ("test_ids_and_text_are_sentencepieces_whatever_it_does_with_spaces",),
-                "Kudo & Richardson 2018 (SentencePiece), section 3",
+                "Kudo & Richardson 2018 (SentencePiece)",
             ),
         ),
         shapes=(shape("ids", "N", n),),
