@@ -7,6 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 import npllama
+from npllama.config import LLAMA_2
 from npllama.explore.colours import DARK, LIGHT
 from npllama.explore.figures.overview import pipeline
 from npllama.explore.labels import bytes_label, printable, quantity
@@ -73,6 +74,7 @@ def page(run: Record, command: str = "npllama explore") -> str:
         facts=_facts(run),
         letters=_letters(run),
         overview=_overview(run),
+        reasons=_reasons(run),
         command=_visible(command),
         version=npllama.__version__,
         style=Markup(_style()),
@@ -205,6 +207,56 @@ def _letters(run: Record) -> Table:
         tuple(rows),
         say("Letters, the same everywhere. Layers, heads and positions count from 0."),
     )
+
+
+def _reasons(run: Record) -> list[tuple[str, Markup]]:
+    c, growth = run.config, run.growth
+    shared = c if c.n_kv_heads < c.n_heads else LLAMA_2["70B"]
+    ratio = growth.flops_without[-1] / growth.flops_with[-1]
+    return [
+        (
+            "RMSNorm",
+            say(
+                "The stream grows from layer to layer. RMSNorm gives every layer input of the same "
+                "size, which keeps training stable, and does it with less work than LayerNorm."
+            ),
+        ),
+        (
+            "RoPE",
+            say(
+                "A dot product does not know positions. RoPE turns queries and keys so that their "
+                "score depends on the distance between two tokens, without a parameter."
+            ),
+        ),
+        (
+            "Grouped-query attention",
+            say(
+                "The cache has to be kept and read for every token. With {k} in place of {h}, as "
+                "{name} has them, it is {g} times smaller, at nearly the same quality.",
+                k=count(shared.n_kv_heads, "key-value head"),
+                h=shared.n_heads,
+                g=shared.n_heads // shared.n_kv_heads,
+                name="this model" if shared is c else "70B",
+            ),
+        ),
+        (
+            "The KV cache",
+            say(
+                "Keys and values of past tokens never change. Computed once and kept, they save "
+                "computing the whole text again for each token: a factor of {ratio} at position "
+                "{n}.",
+                ratio=f"{ratio:,.0f}",
+                n=f"{int(growth.n[-1]):,}",
+            ),
+        ),
+        (
+            "SwiGLU",
+            say(
+                "Each token opens and closes the elements of the feed-forward network by gates of "
+                "its own, smoothly. At equal size this predicts better than ReLU."
+            ),
+        ),
+    ]
 
 
 def _overview(run: Record) -> Picture:
