@@ -20,13 +20,14 @@ from benchmarking.measure import Sample, generate, make_task, open_model, roofli
 from benchmarking.peak_memory import PeakMemory
 from benchmarking.rivals import Command, Transformers, printed_speed
 from benchmarking.roofline import Roofline, roofline_nbytes, roofline_of
-from benchmarking.shapes import SHAPES, forward_flops, prompt_lengths, random_llama
-from benchmarking.step_profile import OUTSIDE, profile, watched
+from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
+from benchmarking.step_profile import OUTSIDE, profile
 from benchmarking.table import COLUMNS
 from conftest import ROOT, TINY, make_llama, make_ops
 from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
+from npllama.op_times import watched
 from npllama.operating_system import resident_bytes
 from npllama.ops import Ops
 from npllama.threads import Threads
@@ -137,14 +138,6 @@ def test_random_weights_are_no_zeros_in_their_dtype(dtype):
     assert llama.dtype == dtype
     assert llama.context == 32
     assert all((m.values != 0).mean() > 0.9 for m in matrices(llama))
-
-
-def test_flops_are_two_a_number_and_row():
-    norms = (2 * TINY.n_layers + 1) * TINY.dim
-    numbers = TINY.n_parameters - norms - TINY.vocab_size * TINY.dim
-    assert forward_flops(TINY, 1, 1) == 2 * numbers
-    head = TINY.vocab_size * TINY.dim
-    assert forward_flops(TINY, 5, 2) == 2 * (5 * (numbers - head) + 2 * head)
 
 
 def test_a_batch_is_ragged_where_it_can_be():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarking.device_weights import device_parameters
-from benchmarking.shapes import SHAPES, forward_flops, prefill_flops
+from benchmarking.shapes import SHAPES, prefill_flops
 from checking_gpu import rival
 from checking_gpu.decoding import Decoding, decode
 from checking_gpu.results import BELOW, FAILED, OK, Results, markdown, why_it_ended
@@ -20,6 +20,7 @@ from checking_gpu.stage import Stage
 from checking_gpu.unit_tests import FILES
 from conftest import FAKE_CUPY, ROOT, STRICT_CUPY, TINY, make_llama, make_ops
 from cuda_simulator import compiler
+from npllama.costs import forward_flops
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
 

@@ -7,7 +7,7 @@ import pytest
 
 MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config"]
 MODULES += ["npllama.rope_scaling", "npllama.not_a_model", "npllama.sampling_options"]
-MODULES += ["npllama.escapes", "npllama.special_tokens"]
+MODULES += ["npllama.escapes", "npllama.special_tokens", "npllama.explore.record"]
 
 
 @pytest.mark.parametrize("name", MODULES)

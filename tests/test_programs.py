@@ -65,7 +65,7 @@ def test_each_word_starts_a_program_whose_help_has_that_name(capsys, monkeypatch
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: npllama {word} ")
     alone = f"python tools/{word}.py"
-    if word in ("generate", "plain"):
+    if word in ("generate", "plain", "explore"):
         alone = f"python -m npllama.{word}"
     monkeypatch.setattr(sys, "argv", [f"/somewhere/{word}.py"])
     assert call(capsys, word, "--help")[1].startswith(f"usage: {alone} ")

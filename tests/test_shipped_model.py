@@ -1,6 +1,7 @@
 """The shipped model: the statements of its model card are true, and every package contains it."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import pytest
 
 import npllama
 import perplexity
-from conftest import ROOT, TINY, data_file
+from conftest import ROOT, TINY, data_file, needed
 from model_directory import write_model
+from npllama.explore.__main__ import NEEDED
 from npllama.llama import SHIPPED
 from npllama.sampling_options import Sampling
 from training.stories import read_stories
@@ -122,9 +124,13 @@ def test_wheel_and_sdist_contain_the_model_and_the_kernels(packages):
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     kernels = list((ROOT / "npllama").rglob("*.cu"))
     assert kernels
-    for path in (*SHIPPED.iterdir(), *kernels, *(ROOT / "npllama").rglob("*.py")):
+    page = [path for end in ("html", "css", "js") for path in (ROOT / "npllama").rglob(f"*.{end}")]
+    assert page
+    for path in (*SHIPPED.iterdir(), *kernels, *page, *(ROOT / "npllama").rglob("*.py")):
         assert path.relative_to(ROOT).as_posix() in in_sdist
         assert path.relative_to(ROOT).as_posix() in in_wheel
+    assert (ROOT / "npllama" / "explore" / "page.png").exists()
+    assert "npllama/explore/page.png" not in in_wheel  # it is for who reads the repository
 
 
 def test_wheel_contains_the_programs_inside_the_package(packages):
@@ -163,6 +169,19 @@ def test_an_installed_wheel_tells_a_story(installed, tmp_path):
     assert (told.returncode, told.stderr) == (0, f"{installed / 'npllama' / '__init__.py'}\n")
     assert told.stdout.startswith("Once upon a time")
     assert len(told.stdout.split()) > 50
+
+
+def test_an_installed_wheel_explains_a_run(installed, tmp_path):
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    needed(f"{', '.join(missing)} cannot be imported: the extra [explore]" if missing else None)
+    command = [sys.executable, str(installed / "bin" / "npllama"), "explore", "--prompt", "Once"]
+    command += ["--out", "page.html", "--measure", "0", "--max-new-tokens", "2"]
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    made = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (made.returncode, made.stdout) == (0, ""), made.stderr
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<section id=") == 12
+    assert "npllama/ops/equations.py:" in page
 
 
 def test_an_installed_wheel_converts_and_measures(installed, tmp_path):
