@@ -47,8 +47,8 @@ _LOOK = 2000
 clock or whether the other process still runs."""
 
 # Indices of the int64 counters. The main process writes _SEQUENCE to _N_PARTS. A worker writes
-# _DONE, _ASLEEP and _READY, which are relative to its first counter. _LINE is the number of counters
-# in a cache line: each process writes to a cache line of its own.
+# _DONE, _ASLEEP and _READY, which are relative to its first counter. _LINE is the number of
+# counters in a cache line: each process writes to a cache line of its own.
 _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
 _DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
