@@ -18,13 +18,15 @@ MAX_HEAD_DIM = 256
 class Division:
     """How the attention is divided among thread blocks and threads.
 
-    The threads of a thread block form teams. The threads of a team share each key (see `lanes`).
+    The threads of a thread block form thread groups, and the threads of a group share each key (see
+    `lanes`). These groups are not the G query heads of a key-value head.
 
     Attributes:
         heads: the number of query heads of one key-value head that a thread block computes (GB in
             decode_attention.cu).
-        keys: the number of keys that a team loads at a time. It computes them one after another.
-        groups: the number of teams in a thread block (the groups of decode_attention.cu).
+        keys: the number of keys that a thread group loads at a time. It computes them one after
+            another.
+        groups: the number of thread groups in a thread block.
         splits: the number of parts into which a row's keys are split. A separate thread block
             computes each part.
     """
@@ -49,9 +51,9 @@ def divide(
     Most of the time goes into reading keys and values, so all multiprocessors (SMs) should read.
 
     - splits: as many as all SMs can compute at the same time. An SM has registers for 512 threads
-      of this kernel. If a row of `bucket` keys is split, each team of a split loads keys at least
-      twice, because starting and ending a split takes time. There are at most 16 splits per row,
-      because one thread block combines their results.
+      of this kernel. If a row of `bucket` keys is split, each thread group of a split loads keys at
+      least twice, because starting and ending a split takes time. There are at most 16 splits per
+      row, because one thread block combines their results.
     - heads: two query heads per thread block halve the number of times that keys are read. Four
       would leave too few thread blocks for short contexts.
 
@@ -140,5 +142,6 @@ def attend(
 
 
 def lanes(head_dim: int) -> int:
-    """The number of threads that share a key: a power of two, with at most 8 columns per thread."""
+    """The number of threads in a thread group, which share each key: a power of two, with at most 8
+    columns of the key per thread."""
     return 1 << (head_dim // 8 - 1).bit_length()

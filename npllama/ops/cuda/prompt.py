@@ -207,8 +207,8 @@ def _attend_tile(
 ) -> None:
     """o = softmax(q k^T / sqrt(C) + mask) v for the last t of N positions, all 16 bit.
 
-    The size of `room` limits the number of key heads that are computed at a time. The queries of
-    the G query heads of a key head are multiplied by its keys in one product.
+    The size of `room` limits K', the number of key heads that are computed at a time. The queries
+    of the G query heads of a key head are multiplied by its keys in one product.
 
     Args:
         q: t * H * C elements in the order (H, t, C), as `rotate_and_cache` writes them. Its nominal
