@@ -292,7 +292,8 @@ class Ops(SamplingEquations, Derivatives):
           call. A different number of rows needs a different state.
         - A replay uses the Python values of the capture. The step must therefore not read
           place.rows and place.starts, which change from call to call. Two calls share a capture
-          if they have the same state, cache and constants, and equal place.bucket and `frozen`.
+          if they have the same state, cache, place.device_rows and constants, and equal
+          place.bucket and `frozen`.
         - The step does all its work on the device, and advances the positions and the counters of
           random numbers there. It copies nothing between the host and the device.
         - The next call may overwrite the results. The caller must start to copy them before that
