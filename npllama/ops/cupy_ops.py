@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class CupyOps(Ops):
     """Overrides for CUDA. Each computes the same result as the method of that name in Ops.
 
-    Kernels and cuBLAS compute the result if they support the shapes and dtypes. Otherwise the array
-    calls of Ops compute it.
+    Kernels compute the result, with cuBLAS for large products, if they support the shapes and
+    dtypes. Otherwise array calls compute it.
 
     Args:
         graph: whether decode steps are captured as CUDA graphs.

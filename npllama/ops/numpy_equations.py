@@ -75,9 +75,9 @@ class NumpyEquations(Equations):
     def _is_finite(self, w: Matrix) -> bool:
         """Whether all elements of a matrix are finite.
 
-        Tiles, some rows of a matrix at a time, are widened to float32 (see tiles.py). For float16
-        this gives wrong results for infinities and NaNs. The reference therefore computes products
-        with such matrices, so that the model raises the same NumericalError as in other formats.
+        A float16 matrix is widened in tiles of some rows (see tiles.py), by integer operations that
+        give wrong results for infinities and NaNs. The reference therefore computes products with
+        such matrices, so that the model raises the same NumericalError as in other formats.
 
         The check runs at the first product, which has to read the matrix anyway. A check while
         loading would read the whole file.
@@ -200,9 +200,9 @@ class NumpyEquations(Equations):
         """softmax(q k^T / sqrt(C) + mask) v, with the scores in `scratch`.
 
         The work is divided into items. An item consists of a few tokens, the keys up to the last of
-        these tokens, and some key heads. It has as many key heads as possible while the scores fit
-        `scratch` and the processor's cache, but at least one. The reference allocates four arrays
-        with the scores of all tokens.
+        these tokens, and some key heads: as many as possible so that the scores fit `scratch` and
+        the processor's cache, but at least one. The reference allocates four arrays with the scores
+        of all tokens.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
