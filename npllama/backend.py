@@ -68,9 +68,9 @@ class Backend:
         """Start to copy device arrays to the host after the operations that are queued so far.
 
         Returns:
-            A function that waits for the copies, but not for operations that are queued later, and
-            returns them. On the CPU it returns the arrays themselves, so the caller must not
-            overwrite them before.
+            A function that waits for the copies and returns them. It does not wait for operations
+            that are queued later. On the CPU it returns the arrays themselves, so the caller must
+            not overwrite them before it has used them.
         """
         return lambda: arrays
 

@@ -3,7 +3,7 @@
 The forward pass calls the model's blocks, and stores the input of each block. The backward pass
 goes through the blocks in reverse order. Each block recomputes its intermediate results from its
 input, so there is neither a tape nor a second implementation of the model. The memory is
-(2 L + 1) * B * T * D elements, and the intermediate results of one block.
+(2 L + 1) * B * T * D elements for these inputs, and the intermediate results of one block.
 """
 
 from dataclasses import replace

@@ -213,8 +213,8 @@ class Transformer:
     def compute(self, tokens: Array, cache: KVCache, place: Place, n_last: int = 1) -> Array:
         """The part of `forward` that runs on the device, and that a CUDA graph can capture.
 
-        It does not advance the cache's lengths on the host. The last layer computes only keys and
-        values for the positions that need no logits.
+        It does not advance the cache's lengths on the host. For the positions that need no logits,
+        the last layer computes only keys and values.
 
         Args:
             tokens, n_last: as in `forward`.

@@ -52,7 +52,7 @@ def rope(x: np.ndarray, start: int, theta: float) -> np.ndarray:
 
 
 class Block:
-    """One transformer block and its part of the KV cache."""
+    """One layer of the transformer (attention and feed-forward), and its part of the KV cache."""
 
     def __init__(self, layer: Layer, config: LlamaConfig, context: int) -> None:
         self.layer, self.config = layer, config

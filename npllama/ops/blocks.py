@@ -1,7 +1,10 @@
-"""The upper level of ops: the four blocks of the model, each a short composition of equations.
+"""The four blocks of the model (embedding, attention, feed-forward, head), composed of equations.
 
-A sharded layer holds this shard's H query heads, K key-value heads and F ffn elements. Every shard
-holds the whole residual stream. Shards communicate only in `all_reduce` and `all_gather`.
+A layer of the model is an attention block and a feed-forward block.
+
+A model can be sharded over several devices. Each shard then has some of the heads and ffn elements
+of every layer, and H, K and F count only these. Every shard has the whole residual stream. Shards
+communicate only in `all_reduce` and `all_gather`.
 """
 
 from collections.abc import Callable, Hashable
@@ -25,12 +28,12 @@ Step = TypeVar("Step", bound=Callable)
 class Ops(SamplingEquations, Derivatives):
     """The reference implementation of all mathematics of the model, for any `xp`.
 
-    A block returns the new residual stream, (B, T, D) float32. An override may overwrite its
-    input and the cache's scratch memory. Callers may rely only on the result and on the cached
-    keys and values.
+    `embed`, `attention_block` and `feed_forward` return the new residual stream, and `head` returns
+    the logits. An override of a block may overwrite its input and the cache's scratch memory.
+    Callers may rely only on the result and on the cached keys and values.
     """
 
-    # -- the model ---------------------------------------------------------------------------
+    # -- the blocks --------------------------------------------------------------------------
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
         """The residual stream of token ids: (B, T) -> (B, T, D) float32."""
@@ -101,7 +104,7 @@ class Ops(SamplingEquations, Derivatives):
     def attention_map(self, x: Array, layer: Layer, positions: "Positions") -> Array:
         """The attention weights of each head in `attention_block`, for display.
 
-        Generation does not call this method. It does not round keys to the cache's dtype.
+        Generation does not call this method, which does not round keys to the cache's dtype.
 
         Args:
             x: (1, T, D), the input of the block for one row without cached positions.
@@ -218,12 +221,12 @@ class Ops(SamplingEquations, Derivatives):
     # -- hooks that a backend or a sharded model overrides -----------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """Prepare a part of the model for computation while it is loaded.
+        """Prepare a part of the model, which is being loaded, for computation.
 
         Weights are joined, uploaded or sharded only here.
 
         Args:
-            may_copy: allows copies that make matrices with the same input contiguous.
+            may_copy: whether matrices with the same input may be copied in order to join them.
         """
         return part.map(self.backend.to_device)
 
@@ -278,20 +281,26 @@ class Ops(SamplingEquations, Derivatives):
     ) -> Step:
         """Return a version of a decode step that is fast to repeat. Here it is the step itself.
 
+        A step is called as step(state, cache, place). `state` has the device arrays of the rows
+        that are decoded (see StepState). `place` has their positions (see Place), and place.bucket
+        is an upper bound of the number of keys.
+
         A device captures the step once and replays it, also in later generations. Step and caller
         must therefore follow these rules:
 
-        - The step reads and writes the arrays of `state` and `cache`, and place.device_rows, at
-          the same addresses in every call. A different number of rows needs a different state.
-        - Python values keep the values that they had at the capture, so the step does not read
-          place.rows and place.starts. Calls with equal state, place.bucket, `frozen` and
-          `constants` share one capture.
+        - The arrays of `state` and `cache`, and place.device_rows, have the same addresses in every
+          call. A different number of rows needs a different state.
+        - A replay uses the Python values of the capture. The step must therefore not read
+          place.rows and place.starts, which change from call to call. Two calls share a capture
+          if they have the same state, cache, place.device_rows and constants, and equal
+          place.bucket and `frozen`.
         - The step does all its work on the device, and advances the positions and the counters of
           random numbers there. It copies nothing between the host and the device.
-        - The next call may overwrite the results, so the caller starts copying them before it.
+        - The next call may overwrite the results. The caller must start to copy them before that
+          call.
 
         Args:
-            step: (state, cache, place) -> (ids, log_probs), followed by further arrays if
+            step: the function. It returns (ids, log_probs), followed by further arrays if
                 requested.
             frozen: the Python values that the step depends on, and anything else that
                 distinguishes it from other steps.

@@ -57,7 +57,7 @@ def in_chunks(
     Args:
         n_columns: columns to split, such as heads or ffn elements.
         n_rows: tokens.
-        width: elements per row and column.
+        width: the number of elements of one token in one column, such as the head width.
     """
     if n_rows < MANY_ROWS:
         function(slice(None))

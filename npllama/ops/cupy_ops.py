@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class CupyOps(Ops):
     """Overrides for CUDA. Each computes the same result as the method of that name in Ops.
 
-    A kernel computes the result if it supports the shapes and dtypes. Otherwise array calls do.
+    Kernels compute the result, with cuBLAS for large products, if they support the shapes and
+    dtypes. Otherwise array calls compute it.
 
     Args:
         graph: whether decode steps are captured as CUDA graphs.
@@ -41,7 +42,7 @@ class CupyOps(Ops):
     ) -> Step:
         """Return a callable that captures the step as a CUDA graph and replays the graph.
 
-        Steps that call cuBLAS are not captured.
+        Steps that call cuBLAS are not captured, because CuPy cannot capture such calls.
         """
         return DecodeSteps(self.kernels, step, frozen, constants, is_on=self.keeps_caches)
 
@@ -56,7 +57,8 @@ class CupyOps(Ops):
         """`attention_block`, which may overwrite x.
 
         For one new token per row and few rows, it takes three kernels. Otherwise cuBLAS computes
-        the two projections, and kernels compute the operations before and between them.
+        the products with W_qkv and W_o and, for several tokens per row, the products of attention.
+        Kernels compute the rest.
         """
         if self._fits_step(x, layer.qkv, layer.wo) and decode_attention.fits(cache):
             norm, eps = layer.attention_norm, layer.norm_eps
@@ -100,7 +102,8 @@ class CupyOps(Ops):
         return self._plus_product(last(x, n_last), o, wo)
 
     def _plus_product(self, x: Array, h: Array, w: Matrix) -> Array:
-        """x + h W^T for h (M, D) with 16-bit elements; computed in-place if x is not sharded."""
+        """x + h W^T for h (M, D) with 16-bit elements; computed in-place if the model is not
+        sharded."""
         if getattr(self.all_reduce, "__func__", None) is Ops.all_reduce:
             x = self.xp.ascontiguousarray(x)
             prompt.add_product(self.kernels, x, h, w)
@@ -112,7 +115,7 @@ class CupyOps(Ops):
         """`feed_forward`, which may overwrite x.
 
         For one new token per row and few rows, it takes two kernels. Otherwise cuBLAS computes the
-        two products, and two kernels compute the operations before and between them.
+        products with W_gate_up and W_down. Kernels compute the rest.
         """
         if self._fits_step(x, layer.gate_up, layer.w_down):
             norm, eps = layer.ffn_norm, layer.norm_eps
@@ -172,10 +175,10 @@ class CupyOps(Ops):
     def cached_attention(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """`cached_attention` for one new token per row, in a form that a CUDA graph can capture.
+        """`cached_attention` for one new token per row, computed for all rows together.
 
-        It reads the positions only from the device. All rows attend together to the first
-        positions.bucket keys, and the mask hides the keys after each row's own position.
+        It reads the positions only from the device, as `Ops.compile` requires. All rows attend to
+        the first positions.bucket keys, and the mask hides the keys after each row's own position.
         """
         xp = self.xp
         if k.shape[1] > 1:
@@ -195,9 +198,10 @@ class CupyOps(Ops):
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """`attention` for a limited number of queries at a time, as `attention_nbytes` requires.
+        """`attention` for a limited number of queries at a time, so that it allocates no more than
+        `attention_nbytes`.
 
-        Each part uses the keys up to its last query.
+        Each of these parts uses the keys up to its last query.
         """
         n_new, n_keys = q.shape[1], k.shape[1]
         at_once = prompt.queries_at_once(len(q) // len(k), n_keys)

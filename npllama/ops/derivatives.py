@@ -1,9 +1,10 @@
-"""The derivative of each equation in equations.py, in the same letters.
+"""The derivatives of the equations in equations.py, in the same letters.
 
-Each method takes the gradient of a scalar loss with respect to the equation's output, and the
-equation's inputs. The gradient's name is d and the output's letter: dy = dLoss/dy. The method
-returns the gradients with respect to the differentiable inputs, in the order of the inputs. A
-gradient has the shape of its variable.
+The gradient of a scalar loss with respect to y is called dy: dy = dLoss/dy. It has the shape of y.
+
+The first argument of each method is the gradient with respect to the equation's output. The other
+arguments are the inputs and outputs of the equation that the derivative needs. The method returns
+the gradients with respect to the differentiable inputs, in the order of the inputs.
 
 dtypes: as in the equations, every method computes in the dtype of the activations (float32 in
 training, float64 in the tests). Weights have the same dtype and no scale, because training does
@@ -18,7 +19,8 @@ from npllama.parameters import Matrix
 
 
 class Derivatives(Equations):
-    """The chain rule, as one method `<equation>_backward` per equation."""
+    """The chain rule: a method `<equation>_backward` for each equation that training differentiates
+    as a whole."""
 
     # -- embedding and projections ---------------------------------------------------------
 

@@ -17,7 +17,10 @@ from npllama.parameters import Matrix
 
 
 class Equations:
-    """The lower level of ops. A backend overrides a method under the same signature."""
+    """The equations, from which blocks.py composes the blocks of the model.
+
+    A backend overrides a method under the same signature.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -181,8 +184,9 @@ class Equations:
     def is_hidden(self, query: Array, key: Array) -> Array:
         """The causal mask: a query attends to the keys up to and including its own position.
 
-        This method alone defines the mask. A query must never attend to a later key, because
-        overrides skip all keys after their last query.
+        All array code takes the mask from this method. The CUDA kernels compute the same mask
+        themselves. Whoever changes the mask must keep hiding all later keys: overrides do not
+        compute the scores of keys after the last query.
 
         Args:
             query, key: positions, integers whose shapes broadcast.
@@ -198,9 +202,10 @@ class Equations:
         """The mask of the last T of N = S + T positions, from `is_hidden`.
 
         Returns:
-            (T, M) bool for the last M keys, True where query t may not attend to the key. Every
-            query attends to all keys before the last M. This implementation returns M = T, the
-            new keys. None if every query attends to every key.
+            bool, with a row for each of the T queries, True where the query may not attend to the
+            key. The columns are the last keys, and every query attends to all keys before them.
+            Here the last keys are the T new ones, so the shape is (T, T). None if every query
+            attends to every key.
         """
         if n_new == 1:  # the last position attends to all positions
             return None
@@ -232,7 +237,7 @@ class Equations:
         scores = scores.reshape(n_heads, n_new, n_keys) / math.sqrt(head_dim)  # -> (H, T, N)
         hidden = self.hidden_keys(n_new, n_keys)
         if hidden is not None:
-            masked = scores[..., n_keys - hidden.shape[1] :]  # (H, T, M)
+            masked = scores[..., n_keys - hidden.shape[1] :]  # (H, T, columns of the mask)
             masked[...] = self.xp.where(hidden, -math.inf, masked)
         return self.softmax(scores)
 

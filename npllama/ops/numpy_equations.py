@@ -28,8 +28,8 @@ A product of fewer queries is inefficient. More queries waste work: the scores o
 computed up to the last query's key, and the mask then discards many of them."""
 
 IN_CACHE = 256 * 1024
-"""The maximum number of attention scores per product. Six operations read them in turn, so they
-should fit the cache."""
+"""The maximum number of attention scores per product, unless one key head alone has more. Six
+operations read the scores in turn, so they should fit the cache."""
 
 _KEPT, _KEPT_SIZE = 32, 2**20
 """The maximum number of masks that are cached for other heads and layers, and the maximum number of
@@ -57,9 +57,9 @@ class NumpyEquations(Equations):
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O).
 
-        For many rows, y is a transposed view of the array y^T (O, M) that `_product` computes. The
-        elements of consecutive tokens are then contiguous in memory, a layout on which the next
-        operations are fast.
+        For many rows, y is a transposed view of the array y^T (O, M) that `_product` computes. In
+        memory, each output of a token is then next to the same output of the following token, not
+        next to the token's other outputs. The next operations are fast in this layout.
         """
         format_ = w.format
         n_out, width = w.shape
@@ -75,9 +75,9 @@ class NumpyEquations(Equations):
     def _is_finite(self, w: Matrix) -> bool:
         """Whether all elements of a matrix are finite.
 
-        Widening a float16 tile gives wrong results for infinities and NaNs. The reference computes
-        products with such matrices, so that the model raises the same NumericalError as in other
-        formats.
+        A float16 matrix is widened in tiles of some rows (see tiles.py), by integer operations that
+        give wrong results for infinities and NaNs. The reference therefore computes products with
+        such matrices, so that the model raises the same NumericalError as in other formats.
 
         The check runs at the first product, which has to read the matrix anyway. A check while
         loading would read the whole file.
@@ -101,7 +101,9 @@ class NumpyEquations(Equations):
         threads = self.backend.threads
         is_cut_up = n_rows >= MANY_ROWS
         if is_cut_up and threads.most == 1 and w.format.is_wide:
-            return x @ w.values.T  # row-contiguous, as training's derivatives read it
+            # one thread has no parts to split; training's derivatives are fastest with y in this
+            # layout, in which the outputs of a token are contiguous
+            return x @ w.values.T
         if self.shared.has(w) and n_rows <= self.shared.most_rows(w):
             y = self.shared.product(x, w)
         else:
@@ -135,8 +137,8 @@ class NumpyEquations(Equations):
     def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
         """The sum of x^2 over the last axis: (B, T, D) -> (B, T).
 
-        If the tokens are contiguous (see `linear`), NumPy adds the D elements of a token one after
-        another, which accumulates rounding errors. Partial sums of 64 elements keep the error
+        If the elements of a token are not contiguous in memory (see `linear`), NumPy adds them one
+        after another, which accumulates rounding errors. Partial sums of 64 elements keep the error
         small.
         """
         if x.strides[-1] == x.itemsize:
@@ -197,9 +199,10 @@ class NumpyEquations(Equations):
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, with the scores in `scratch`.
 
-        The work is divided into items. An item has a few tokens, the keys up to the last of these
-        tokens, and as many key heads as have scores that fit the processor's cache. The reference
-        allocates four arrays with the scores of all tokens.
+        The work is divided into items. An item consists of a few tokens, the keys up to the last of
+        these tokens, and some key heads: as many as possible so that the scores fit `scratch` and
+        the processor's cache, but at least one. The reference allocates four arrays with the scores
+        of all tokens.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -258,8 +261,8 @@ class NumpyEquations(Equations):
 def _exp(scores: np.ndarray) -> np.ndarray:
     """Replace scores (..., N) with e^(scores - max), and return the sums of these, (..., 1).
 
-    The softmax is the quotient of the two. A caller may divide the next product instead, because
-    it has fewer elements.
+    The softmax is the new `scores` divided by the sums. A caller may instead multiply the new
+    `scores` by the values and divide that product by the sums, because it has fewer elements.
     """
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -280,7 +283,7 @@ def _hide(scores: np.ndarray, hidden: np.ndarray | None) -> None:
     """Apply the mask to scores (heads, T, N) in-place: set those of hidden keys to -inf.
 
     Args:
-        hidden: (T, M) for the last M keys, or None, as returned by `hidden_keys`.
+        hidden: (T, number of last keys) bool, or None, as returned by `hidden_keys`.
     """
     if hidden is not None:
         np.copyto(scores[..., scores.shape[-1] - hidden.shape[1] :], -np.inf, where=hidden)

@@ -68,9 +68,11 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     # -- hooks ---------------------------------------------------------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """Join contiguous matrices, and register large ones whose products worker processes share.
+        """Join matrices that have the same input, and register large matrices, so that worker
+        processes help with their products.
 
-        Registered matrices that are not in a file are moved to shared memory.
+        Matrices whose products are worth sharing are moved to shared memory if they are not in a
+        file.
         """
         part = part.map(self.backend.to_device)
         if isinstance(part, Layer):
@@ -82,7 +84,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return w
 
     def _prepared_layer(self, layer: Layer, may_copy: bool) -> Layer:
-        """The layer with joined matrices, and with its own matrices as views of their rows."""
+        """The layer with the joined matrices added. Its own matrices, such as wq, then become views
+        of the rows of a joined matrix."""
         width = layer.wq.shape[1]
         groups = [[getattr(layer, weight.field) for weight in ws] for ws in PRODUCTS.values()]
         changed: dict[str, Matrix] = {}
@@ -128,7 +131,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
         """The number of float32 elements for the scores that all threads compute at a time.
 
-        One thread computes the scores of one key head for `tokens_at_once` tokens.
+        Each thread has memory for the scores of one key head, of `tokens_at_once` tokens and all
+        positions of the context. If there are fewer positions so far, several key heads fit.
         """
         groups = n_heads // n_kv_heads
         queries = groups * min(chunk, tokens_at_once(groups))
@@ -143,7 +147,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """The number of bytes of the scratch memory, and of the queries and outputs of one chunk.
+        """The number of bytes of the scratch memory, and of three arrays (H, T, C) for one chunk:
+        the outputs, the scaled queries, and a temporary copy of queries or outputs.
 
         If the cache is not float32, the scores of the whole chunk and the widened keys and values
         of one row are added.

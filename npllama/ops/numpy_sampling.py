@@ -13,8 +13,8 @@ class NumpySampling(SamplingEquations):
         """Top-p, with a sort of only those tokens that may be kept.
 
         Consider all tokens with a probability below (1 - p) / V. Their probabilities add up to
-        less than 1 - p, so the more likely tokens add up to more than p. Top-p therefore drops all
-        of them, and they need no sorting.
+        less than 1 - p, so those of the more likely tokens add up to more than p. Top-p therefore
+        drops all the unlikely tokens, and they need no sorting.
         """
         probability = self.softmax(logits)
         # The bound is halved because the computed probabilities do not add up to exactly 1. If

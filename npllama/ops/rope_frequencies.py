@@ -97,13 +97,18 @@ def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> A
     The pair `first` makes beta_fast rotations in L0 positions, and the pair `last` makes beta_slow
     rotations.
 
-    Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its reference code:
-    the ramp is linear in the index i, and its ends are rounded outwards and clipped to
-    [0, C - 1].
+    The ends `first` and `last` are rounded outwards if the config's `truncate` is true, and then
+    clipped to [0, C - 1].
+
+    Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its reference code,
+    in which the ramp r is linear in the index i.
     """
 
     def pair_that_turns(times: float) -> float:
-        """i with  L0 theta^(-2i / C) = 2 pi times."""
+        """The index i of the pair with `times` rotations in L0 positions:
+
+        L0 theta^(-2i / C) = 2 pi * times.
+        """
         original = scaling.original_max_position_embeddings
         return head_dim * math.log(original / (2 * math.pi * times)) / (2 * math.log(theta))
 

@@ -3,8 +3,9 @@
 The steps are, in this order: repetition penalty, temperature, the filters in the order of
 Sampling's fields, and the sample.
 
-Each filter sets all logits below a threshold to -inf, and treats equal logits equally. A backend
-may compute the threshold in any way, and still samples the same token.
+Each filter sets all logits below a threshold to -inf, so it treats equal logits equally. The kept
+tokens therefore do not depend on how a backend finds the threshold, for example by sorting or by
+bisection.
 """
 
 import math
@@ -89,9 +90,10 @@ class SamplingEquations(Equations):
         """Inverse transform: the first token whose cumulative probability exceeds `uniform`.
 
         The cumulative probability is float64. Rounding may give a total other than 1. On a device,
-        which adds in parallel, the cumulative sum may also change after the last token with a
-        positive probability. `uniform` is therefore scaled by the largest cumulative probability
-        among the tokens with a positive probability, and only these tokens are returned.
+        which adds in parallel, rounding may also make the cumulative sum at a token of probability
+        0 differ from the sum at the token before. `uniform` is therefore scaled by the largest
+        cumulative probability among the tokens with a positive probability, and only these tokens
+        are returned.
 
         Args:
             logits: (B, V).

@@ -25,15 +25,15 @@ shared product takes little time compared with widening so many elements."""
 SMALL_WIDTH = 678
 """The largest model width D for which float32 products of few rows are shared.
 
-OpenBLAS multiplies one row by a matrix on one core if the matrix has fewer than 460,800 elements,
-which D x D matrices of these models have. Workers use the other cores."""
+OpenBLAS uses only one core to multiply one row by a matrix of fewer than 460,800 elements. The
+D x D matrices of these models are that small. Workers use the other cores."""
 
 SHARED_SMALL_SIZE = 64 * 1024
-"""The minimum number of elements of a float32 matrix of such a model for which its products are
-shared."""
+"""The minimum number of elements of a float32 matrix for which its products are shared, in a model
+of at most SMALL_WIDTH."""
 
 CACHED_SIZE = 8 * 1024 * 1024
-"""The minimum number of elements of all these float32 matrices together for which workers are
+"""The minimum number of elements of all registered float32 matrices together for which workers are
 started. Fewer elements stay in the processor's cache, where sharing gains nothing."""
 
 MAX_WORKERS = 16
@@ -47,8 +47,9 @@ _numbers = count()
 class SharedProducts:
     """The matrix products that worker processes help this process to compute.
 
-    Products with large narrow matrices are always shared, and wait until the workers have started.
-    Products of a small float32 model are shared as soon as the workers have started.
+    Only products of few rows are shared (see `most_rows`). With large narrow matrices they are
+    shared from the first product on, which waits until the workers have started. In a small float32
+    model they are shared as soon as the workers have started.
 
     Attributes:
         workers: the worker processes; None before they are started.
@@ -68,9 +69,10 @@ class SharedProducts:
     def joined(self, groups: Sequence[Sequence[Matrix]], may_copy: bool) -> list[Matrix | None]:
         """Join each group of matrices (O_i, D) to one matrix (sum O_i, D).
 
-        Contiguous matrices become a view. A group is moved to shared memory if its products are
-        worth sharing and other processes cannot map it yet, as after a conversion while loading.
-        Matrices that are not contiguous are copied only if may_copy is true.
+        Matrices that are neighbours in memory are joined as a view. Others are joined by a copy if
+        may_copy is true. If products with a group are worth sharing, the copy is in shared memory.
+        Such a group is also moved there if other processes cannot map its matrices, for example
+        because their dtype was converted while loading.
 
         Returns:
             The matrix of each group, or None for a group that remains separate.
@@ -158,11 +160,12 @@ class SharedProducts:
         self._end()
 
     def has(self, w: Matrix) -> bool:
-        """Whether workers share the products of few rows with this matrix in this forward pass."""
+        """Whether workers help to multiply few rows by this matrix in this forward pass."""
         return self._is_helped and w.number in self._known
 
     def most_rows(self, w: Matrix) -> int:
-        """The maximum number of rows of x for which a product is shared. Threads compute others."""
+        """The maximum number of rows of x for which a product is shared. Threads of this process
+        compute products of more rows."""
         return MANY_ROWS - 1 if w.format.is_wide else MAX_ROWS
 
     def product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
@@ -216,7 +219,7 @@ def _least(w: Matrix, width: int) -> float:
 
 
 def _can_be_mapped(w: Matrix) -> bool:
-    """Whether other processes can map all arrays that tiles are widened from."""
+    """Whether other processes can map all arrays from which tiles (see tiles.py) are widened."""
     return all(location_of(getattr(w, name)) is not None for name in w.format.tiled)
 
 
@@ -225,7 +228,7 @@ def _is_joinable(matrices: Sequence[Matrix]) -> bool:
 
 
 def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
-    """All matrices as one view, if they are contiguous in memory; else None."""
+    """All matrices as one view, if they are neighbours in memory; else None."""
     if len(matrices) == 1:
         return matrices[0]
     if not _is_joinable(matrices):
@@ -235,7 +238,8 @@ def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
 
 
 def _as_one(matrices: Sequence[Matrix], joined: dict[str, np.ndarray]) -> Matrix:
-    """All matrices as one matrix, of the arrays in `joined` and of copies of the other arrays."""
+    """Join the matrices. An array in `joined` is used as it is. Other arrays are concatenated, so
+    they are copied."""
     arrays = {}
     for name in ("values", "scale"):
         parts = [getattr(w, name) for w in matrices]

@@ -1,8 +1,8 @@
 """Matrix products on the CPU with weights in any format, tile by tile.
 
-BLAS has no products for 16-bit or 8-bit weights. Widening a whole matrix to float32 would write it
-to memory and read it back. A tile is instead widened into a buffer that stays in the processor's
-cache, and multiplied from there.
+A tile is some consecutive rows of a matrix. BLAS has no products for 16-bit or 8-bit weights.
+Widening a whole matrix to float32 would write it to memory and read it back. Instead one tile at a
+time is widened into a buffer that stays in the processor's cache, and multiplied from there.
 """
 
 import threading
@@ -26,8 +26,8 @@ def product(
 
     Args:
         x: (M, D) float32.
-        w: (O, D) in any format.
-        some: the rows of W to multiply by, O of them; None for all.
+        w: (O, D) in any format, or with more rows, of which `some` selects O.
+        some: the rows of W by which x is multiplied; None for all.
         out: (O, M) float32, the memory of the result; None allocates it.
 
     Returns:

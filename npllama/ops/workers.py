@@ -1,14 +1,15 @@
 """Worker processes that share a matrix product: each process computes some rows of the result.
 
-Threads would be slower, because they would wait for the interpreter's lock: widening a tile
-acquires it many times, and the cast of bfloat16 holds it. Worker processes also help with float32
-matrices that are too small for OpenBLAS to use several threads.
+Threads would be slower, because they would wait for the interpreter's lock: widening a tile (some
+rows of a matrix, see tiles.py) acquires the lock many times, and the cast of bfloat16 holds it.
+Worker processes also help with float32 matrices that are too small for OpenBLAS to use several
+threads.
 
-The main process starts the workers with `subprocess`. All processes map the same memory: the
-matrices, which are in files or in shared memory, one input, one output, and a few counters. The
-main process starts a product by incrementing a counter, and a worker reports its part as done in
-another counter. Neither needs a system call. A worker that has waited for a few milliseconds
-sleeps until it can read a byte from its pipe, and exits when the pipe is closed.
+The main process starts the workers with `subprocess`. All processes map the same memory: one input,
+one output, a few counters, and the matrices, which are in files or in shared memory. The main
+process starts a product by incrementing a counter, and a worker reports its part as done in another
+counter. Neither needs a system call. A worker that has waited for a few milliseconds sleeps until
+it can read a byte from its pipe, and exits when the pipe is closed.
 
 The protocol requires that other processes see the stores of one process in program order. x86-64
 guarantees this order, so workers exist only there.
@@ -42,9 +43,12 @@ _SPIN = 0.005
 """Seconds for which a worker polls for the next product before it sleeps."""
 
 _LOOK = 2000
-"""The number of times that a process reads a counter before it reads the clock."""
+"""The number of times that a process reads a counter before it checks anything else, such as the
+clock or whether the other process still runs."""
 
-# Indices of the int64 counters. Those of different processes are in different cache lines.
+# Indices of the int64 counters. The main process writes _SEQUENCE to _N_PARTS. A worker writes
+# _DONE, _ASLEEP and _READY, which are relative to its first counter. _LINE is the number of
+# counters in a cache line: each process writes to a cache line of its own.
 _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
 _DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
@@ -67,7 +71,7 @@ class _Job:
     counters: Location
     x: Location  # (MAX_ROWS * widest D,)
     y: Location  # (longest O * MAX_ROWS,)
-    matrices: list[dict[str, Location]]  # per matrix the arrays that tiles are widened from
+    matrices: list[dict[str, Location]]  # per matrix the arrays from which tiles are widened
 
 
 class Workers:

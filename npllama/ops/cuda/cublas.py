@@ -12,7 +12,7 @@ _TYPES = {"float16": "CUDA_R_16F", "bfloat16": "CUDA_R_16BF", "float32": "CUDA_R
 def product(
     cupy: ModuleType, x: Array, w: Array, out: Array, alpha: float = 1.0, beta: float = 0.0
 ) -> None:
-    """out = alpha x w^T + beta out, for two matrices or two stacks, with float32 accumulation.
+    """out = alpha x w^T + beta out, for matrices or stacks of matrices. Sums are float32.
 
     The operands may be views of larger arrays, and are not copied.
 

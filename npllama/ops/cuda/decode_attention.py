@@ -16,13 +16,19 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Division:
-    """How the attention is divided among blocks and threads.
+    """How the attention is divided among thread blocks and threads.
+
+    The threads of a thread block form thread groups, and the threads of a group share each key (see
+    `lanes`). These groups are not the G query heads of a key-value head.
 
     Attributes:
-        heads: GB, the query heads of one key-value head that a block computes.
-        keys: the number of keys that a thread loads at a time.
-        groups: groups of lanes in a block. Each group computes one key at a time.
-        splits: parts of a row's keys. Each is computed by a separate block.
+        heads: the number of query heads of one key-value head that a thread block computes (GB in
+            decode_attention.cu).
+        keys: the number of keys that a thread group loads at a time. It computes them one after
+            another.
+        groups: the number of thread groups in a thread block.
+        splits: the number of parts into which a row's keys are split. A separate thread block
+            computes each part.
     """
 
     heads: int
@@ -44,11 +50,12 @@ def divide(
 
     Most of the time goes into reading keys and values, so all multiprocessors (SMs) should read.
 
-    - splits: as many as occupy all SMs once. An SM has registers for 512 threads of this kernel. A
-      split has at least two steps, because starting and ending it takes time. There are at most 16
-      splits per row, because one block combines their results.
-    - heads: two query heads per block halve the number of times that keys are read. Four would
-      leave too few blocks for short contexts.
+    - splits: as many as all SMs can compute at the same time. An SM has registers for 512 threads
+      of this kernel. If a row of `bucket` keys is split, each thread group of a split loads keys at
+      least twice, because starting and ending a split takes time. There are at most 16 splits per
+      row, because one thread block combines their results.
+    - heads: two query heads per thread block halve the number of times that keys are read. Four
+      would leave too few thread blocks for short contexts.
 
     Args:
         n_groups: G, the query heads of a key-value head.
@@ -82,8 +89,8 @@ def attend(
 ) -> Array:
     """Rotate q and k, write k and v to the cache, and attend to the keys 0 .. S of each row.
 
-    The kernel reads the positions only from the device; positions.bucket bounds them. In each row
-    it reads only the cached positions, and writes only position S.
+    The kernel reads S only from the device, and positions.bucket is an upper bound of S + 1. In
+    each row of the cache it reads only the keys and values 0 .. S - 1, and writes only those at S.
 
     Args:
         qkv: (B, 1, (H + 2K) C) float32, not rotated.
@@ -135,5 +142,6 @@ def attend(
 
 
 def lanes(head_dim: int) -> int:
-    """The number of threads that share a key: a power of two, with at most 8 columns per thread."""
+    """The number of threads in a thread group, which share each key: a power of two, with at most 8
+    columns of the key per thread."""
     return 1 << (head_dim // 8 - 1).bit_length()

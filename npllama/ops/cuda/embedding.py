@@ -4,7 +4,7 @@ from npllama.backend import Array
 from npllama.ops.cuda.kernels import Kernels, instance
 
 THREADS = 256
-"""Threads per block, as in embedding.cu."""
+"""Threads per thread block, as in embedding.cu."""
 
 
 def embedding_backward(kernels: Kernels, dx: Array, tokens: Array, n_vocab: int) -> Array:

@@ -12,11 +12,13 @@ MAX_ROWS = 8
 """The maximum number of rows of x per launch. Matrix products are used for more rows."""
 _CHUNK = 16  # bytes that a thread copies in one instruction
 _MOST_THREADS = {1: 448, 2: 480, 4: 480}
-"""The maximum number of threads per block, by bytes per element of W. Two blocks share the
-registers of a multiprocessor, and would have too few of them with more threads."""
-_BATCH = 32 * 1024  # maximum bytes of a batch of rows, the unit in which a block requests W
-_QUEUE = 96 * 1024  # maximum bytes of W that a block has requested and not yet used
-_SHARED = 112 * 1024  # shared memory per block, such that a block of the next kernel fits beside it
+"""The maximum number of threads per thread block, by bytes per element of W. A multiprocessor needs
+registers for two thread blocks, because one of the next kernel may start before this one ends (see
+kernels.py). With more threads, the registers would not suffice for both."""
+_BATCH = 32 * 1024  # maximum bytes of a batch of rows, the unit in which a thread block requests W
+_QUEUE = 96 * 1024  # maximum bytes of W that a thread block has requested and not yet used
+# shared memory per thread block, such that a thread block of the next kernel has space too
+_SHARED = 112 * 1024
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Plan:
 
     Attributes:
         m: the number of rows of x that the kernel is compiled for: 1, 2, 4 or 8.
-        threads: threads per block. They share the 16-byte chunks of each row of W.
-        chunks: chunks per thread and tile.
-        rows: rows of W per batch. A block copies W to shared memory batch by batch.
+        threads: threads per thread block. They share the 16-byte chunks of each row of W.
+        chunks: the number of chunks of a tile that each thread processes. A tile is the part of a
+            row of W that a thread block processes at a time.
+        rows: rows of W per batch. A thread block copies W to shared memory batch by batch.
         stages: the number of batches that are copied at the same time.
-        grid: blocks.
-        shared: bytes of shared memory per block.
+        grid: the number of thread blocks.
+        shared: bytes of shared memory per thread block.
     """
 
     m: int
@@ -59,7 +62,7 @@ def plan(
         itemsize: bytes per element of W.
         norm, swiglu: whether the kernel applies RMSNorm or SwiGLU.
         n_sms: multiprocessors of the device.
-        max_shared: the maximum number of bytes of shared memory per block.
+        max_shared: the maximum number of bytes of shared memory per thread block.
     """
     m = next(m for m in (1, 2, 4, 8) if m >= n_rows)
     limit = min(_SHARED, max_shared)
@@ -78,11 +81,10 @@ def plan(
 
 
 def _tile(itemsize: int, width: int, m: int, norm: bool, most_bytes: int) -> tuple[int, int]:
-    """The threads per block, and the chunks per thread and tile.
+    """The numbers of threads and of chunks, as in Plan.
 
-    A tile is the part of a row of W that a block processes at a time. It has at most most_bytes,
-    and the registers must hold the same columns of m rows of x. If a row is longer than that, it is
-    split into tiles of about equal size.
+    Two limits bound the size of a tile: most_bytes, and the registers, which hold the tile's
+    columns for m rows of x. A longer row is split into tiles of about equal size.
     """
     numbers = _CHUNK // itemsize  # elements per chunk
     if m == 1:  # the registers also hold the elements of norm
@@ -91,7 +93,8 @@ def _tile(itemsize: int, width: int, m: int, norm: bool, most_bytes: int) -> tup
         most_threads, most_numbers = 256 if m * numbers <= 64 else 128, 32
     most_chunks = max(1, min(3, most_numbers // (m * numbers)))
     n_chunks = width // numbers
-    most = min(most_threads * most_chunks, most_bytes // _CHUNK // 96 * 96)  # in whole warps
+    # 96 chunks are 3, the largest number of chunks per thread, for each of the 32 threads of a warp
+    most = min(most_threads * most_chunks, most_bytes // _CHUNK // 96 * 96)
     n_tiles = -(-n_chunks // most)
     tile = -(-n_chunks // n_tiles)
     chunks = -(-tile // most_threads)
@@ -110,16 +113,16 @@ def blocks(
     n_sms: int,
     limit: int,
 ) -> tuple[int, int]:
-    """The number of blocks, and the bytes of shared memory per block.
+    """The number of thread blocks, and the bytes of shared memory per thread block.
 
-    There is one block per multiprocessor, or several if the sums of one block's rows would exceed
-    the limit.
+    There is one thread block per multiprocessor, or several if one would need more than `limit`
+    bytes of shared memory to store the sums of its rows.
     """
     warps, of_unit = threads // 32, 2 if swiglu else 1
     n_units = n_out // of_unit
     fixed = stages * rows * chunks * threads * _CHUNK + 4 * warps * m  # queue, sums of squares
     of_row = 4 * (warps * m + m + 1)  # sums, residuals, scale
-    units = max(1, (limit - fixed) // (of_row * of_unit))  # maximum per block
+    units = max(1, (limit - fixed) // (of_row * of_unit))  # maximum per thread block
     grid = min(n_units, n_sms * -(-n_units // (n_sms * units)))
     return grid, fixed + -(-n_units // grid) * of_unit * of_row
 

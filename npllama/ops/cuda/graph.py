@@ -32,7 +32,7 @@ Step = Callable[[StepState, "KVCache", "Place"], Results]
 
 @dataclass
 class Capture:
-    """A step for one state, bucket and set of frozen values.
+    """A step for one state, bucket (see `Ops.compile`) and set of frozen values.
 
     Attributes:
         reads: objects that must live as long as the graph, because it contains the addresses of
@@ -99,7 +99,7 @@ class Captures:
 
 
 def _free(captures: dict[Hashable, Capture], pool: object, device: object) -> None:
-    """Free a pool's memory, which CuPy may leak if it deletes a pool with allocated blocks.
+    """Free a pool's memory, which CuPy may leak if it deletes a pool that still has memory.
 
     The pool frees only memory of the current device, so the capture's device is selected first.
     """
@@ -115,8 +115,8 @@ class DecodeSteps:
     calls run on the current stream, like the work before and after them.
 
     Args:
-        kernels: the kernels that the step launches. They count the calls to cuBLAS, because a step
-            with such calls cannot be captured.
+        kernels: the kernels that the step launches. The object also counts the calls to cuBLAS,
+            because CuPy cannot capture a step with such calls.
         step, frozen, constants: as in `Ops.compile`.
         is_on: whether steps are captured at all.
 
@@ -159,7 +159,7 @@ class DecodeSteps:
             results = self._run(state, cache, place)
             because = None
             if cublas.n_calls > n_calls:
-                because = self.eager_because = "cuBLAS computes a product, which cannot be captured"
+                because = self.eager_because = "cuBLAS computes a product that CuPy cannot capture"
             captures.put(key, Capture((state, place.device_rows), because))
             return results
         if capture.graph is None and capture.eager_because is None:
@@ -179,8 +179,8 @@ class DecodeSteps:
         return told if self.eager_because is None else f"{told}: {self.eager_because}"
 
     def _captures_of(self, cache: "KVCache") -> Captures:
-        """The captures of a cache. Those of other constants are replaced, because they would keep
-        these constants alive."""
+        """The captures of a cache. Captures with other constants are deleted, because they would
+        keep those other constants alive."""
         captures = cache.captured
         if captures is None or [*map(id, captures.constants)] != [*map(id, self._constants)]:
             captures = cache.captured = Captures(self._kernels.xp, self._constants)
@@ -194,7 +194,9 @@ class DecodeSteps:
         try:
             capture.graph, capture.results = captures.record(launch)
             self.n_captured += 1
-        except Exception as error:  # CUDA has many error types; a failing eager step raises too
+        # CUDA has many error types, so all are caught; an error of the step itself is raised again
+        # when the step runs eagerly
+        except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             capture.eager_because = f"the capture failed: {reason}"
             LOG.warning("decode steps are not captured: %s", reason)

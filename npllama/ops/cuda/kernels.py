@@ -24,7 +24,7 @@ C_TYPES = {
     "int8": "signed char",
 }
 """The C++ types of the dtypes."""
-STATIC_LIMIT = 48 * 1024  # bytes of shared memory that a kernel may use without setting a limit
+STATIC_LIMIT = 48 * 1024  # bytes of shared memory per thread block that a kernel may use by default
 
 OPTIONS = ("--std=c++17",)
 LOG = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def _in_cpp(argument: np.dtype | str | int) -> str:
 
 
 class CublasCalls(threading.local):
-    """The number of cuBLAS calls of each thread. A step with such a call cannot be captured."""
+    """The number of cuBLAS calls of each thread. CuPy cannot capture a step with such a call."""
 
     n_calls = 0
 
@@ -82,7 +82,7 @@ class Kernels:
 
     @cached_property
     def max_shared(self) -> int:
-        """The maximum number of bytes of shared memory per block."""
+        """The maximum number of bytes of shared memory per thread block."""
         return self.xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
     def counters(self, n: int) -> Array:
@@ -110,7 +110,9 @@ class Kernels:
             name: the kernel's name. `instance` returns that of a template's instance.
             args: contiguous arrays, None for a null pointer, and numbers. An int is passed as
                 int32 and a float as float32. NumPy scalars keep their types.
-            shared: bytes of dynamic shared memory.
+            grid: the number of thread blocks along each axis.
+            block: the number of threads of a thread block along each axis.
+            shared: bytes of dynamic shared memory per thread block.
         """
         kernel = self._kernel(file, name)
         if shared > STATIC_LIMIT and kernel.max_dynamic_shared_size_bytes < shared:
@@ -170,7 +172,8 @@ class Kernels:
 
 
 def _as_c(value: Argument) -> Argument:
-    if isinstance(value, bool | np.generic) or value is None:  # first, as np.float64 is a float
+    # these types come first, because bool is a subclass of int, and np.float64 of float
+    if isinstance(value, bool | np.generic) or value is None:
         return value
     if isinstance(value, int):
         return np.int32(value)
@@ -204,8 +207,8 @@ class _Config(ctypes.Structure):
 class _Overlap:
     """Programmatic dependent launch: a kernel may start before the previous one ends.
 
-    CuPy has no function for this, so the class calls the driver. Captured graphs preserve the
-    attribute.
+    CuPy has no function for this, so the class calls the driver. The overlap is an attribute of the
+    launch, and captured graphs preserve it.
 
     Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
     """

@@ -1,4 +1,4 @@
-"""The operations of a block on many tokens: 16-bit products on tensor cores, and our own kernels.
+"""The blocks of the model for many tokens: 16-bit products on tensor cores, and our own kernels.
 
 M = B * T rows. "16 bit" means float16 or bfloat16. The residual stream x and the results of
 products are float32. The kernels that compute the operands of products round them to 16 bits.
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
 
 THREADS = 256
-"""Threads per block, as in prompt.cu."""
+"""Threads per thread block, as in prompt.cu."""
 QUERIES = 512
 """The maximum number of tokens per attention product. More tokens would waste work on masked
 scores."""
 SCORES = 2**25
 """The maximum number of attention scores in memory, unless one key head alone has more. If all
-heads have more, a few heads are computed at a time. Each score takes 6 bytes."""
+heads together have more, a few heads are computed at a time. Each score takes 6 bytes."""
 WIDENED = 2**25
 """The maximum number of elements of an int8 matrix that are widened at a time."""
 
@@ -50,21 +50,23 @@ def _fits(w: Matrix) -> bool:
 
 
 def fits_attention(kernels: Kernels, cache: "LayerCache", w: Matrix) -> bool:
-    """Whether `attend` supports the cache's head width, dtype and context, together with W_o."""
+    """Whether `attend` supports the cache's head width and context, and the cache has the dtype in
+    which the result is multiplied by w, which is W_o."""
     *_, context, head_dim = cache.k.shape
     is_same = cache.k.dtype == w.format.operand_dtype
     return is_same and head_dim % 8 == 0 and _has_room(kernels, _stride(context))
 
 
 def _has_room(kernels: Kernels, n: int) -> bool:
-    """Whether a row of n float32 elements fits the shared memory of a block."""
+    """Whether a row of n float32 elements fits the shared memory of a thread block."""
     return _of_row(n) <= kernels.max_shared
 
 
 def queries_at_once(groups: int, context: int) -> int:
-    """The number of tokens per tile, whose queries are computed together.
+    """The number of tokens per tile. A tile is some consecutive tokens of a row, whose queries are
+    computed together.
 
-    It is at most QUERIES, and small enough that one key head has at most SCORES scores.
+    It is at most QUERIES, and small enough that one key head has about SCORES scores at most.
     """
     return max(1, min(QUERIES, SCORES // (groups * context)))
 
@@ -189,8 +191,8 @@ def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
 
 
 def _heads_at_once(n_kv_heads: int, of_key_head: int, room: int) -> int:
-    """The number of key heads per turn, if each has of_key_head scores. The scores of a turn fit
-    `room`, and all turns have about the same size."""
+    """The number of key heads that are computed at a time, if each has of_key_head scores. Their
+    scores fit `room`, and the key heads are divided as evenly as possible."""
     turns = -(-n_kv_heads // (room // of_key_head))
     return -(-n_kv_heads // turns)
 
@@ -205,11 +207,12 @@ def _attend_tile(
 ) -> None:
     """o = softmax(q k^T / sqrt(C) + mask) v for the last t of N positions, all 16 bit.
 
-    The function computes as many key heads at a time as `room` can hold scores for. The queries of
-    the G query heads of a key head are multiplied by its keys in one product.
+    The size of `room` limits K', the number of key heads that are computed at a time. The queries
+    of the G query heads of a key head are multiplied by its keys in one product.
 
     Args:
-        q: (t, H*C), but with its elements in the order (H, t, C), as `rotate_and_cache` writes it.
+        q: t * H * C elements in the order (H, t, C), as `rotate_and_cache` writes them. Its nominal
+            shape is (t, H*C).
         k, v: (K, N, C), views of the cache.
         o: (t, H*C), which the function writes.
         room: memory for the scores, float32, and for their softmax, 16 bit.
@@ -245,7 +248,7 @@ def _of_row(n: int) -> int:
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The grid for an array (M, columns). A block computes 4 * THREADS elements of a row."""
+    """The grid for an array (M, columns). A thread block computes 4 * THREADS elements of a row."""
     return shape[0], -(-shape[1] // (4 * THREADS))
 
 

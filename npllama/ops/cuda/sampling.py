@@ -13,7 +13,7 @@ FILTERS = ("keep_top_k", "keep_top_p", "keep_min_p")
 MOST_TOKENS = 2**18  # for more tokens, sums of fixed-point probabilities would not fit 64 bits
 MOST_THREADS = 1024
 OWN_SHARED = 10 * 1024
-"""Bytes of shared memory per block besides the row of logits, rounded up."""
+"""Bytes of shared memory per thread block besides the row of logits, rounded up."""
 
 
 def fits(logits: Array, sampling: Sampling) -> bool:

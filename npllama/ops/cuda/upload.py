@@ -15,8 +15,9 @@ def upload(backend: Backend, layer: Layer) -> Layer:
     """The layer on the device, in which wq, wk and wv are views of `qkv`, and w_gate and w_up are
     views of `gate_up`.
 
-    Each tensor is uploaded separately and copied into its rows of the joined matrix. The device
-    therefore never holds more than one tensor twice. Matrices of different formats are not joined.
+    Tensors that are neighbours in the host's memory are uploaded together. Others are uploaded one
+    by one, and each is copied into its rows of the joined matrix. The device therefore never holds
+    more than one tensor twice. Matrices of different formats are not joined.
     """
     wholes: dict[str, Matrix] = {}
     parts: dict[str, Matrix] = {}
