@@ -21,8 +21,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """A name of `__all__`, imported when it is first asked for: `python -m npllama.generate`
-    imports this file before any line of its own can run (see npllama.early_interrupt)."""
+    """Import a name of `__all__` on first access.
+
+    `python -m npllama.generate` runs this file first. Imports here would delay the handling of
+    Ctrl-C in npllama.early_interrupt.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module in ("completion", "conversation", "errors", "llama", "sampling_options"):

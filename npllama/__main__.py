@@ -23,8 +23,15 @@ PROGRAMS = {
     "benchmark": "measure the speed and memory of a model",
     "equivalence": "compare each backend with float64, operation by operation",
     "plain": "continue a text by the model on one page of NumPy",
+    "explore": "explain one run of a model as an HTML page",
 }
-_IN_PACKAGE = ("generate", "chat", "plain")  # the others are in tools/
+# the others are in tools/
+_IN_PACKAGE = {
+    "generate": "npllama.generate",
+    "chat": "npllama.chat",
+    "plain": "npllama.plain",
+    "explore": "npllama.explore.__main__",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _program(word: str) -> ModuleType:
     if word in _IN_PACKAGE:
-        return importlib.import_module(f"npllama.{word}")
+        return importlib.import_module(_IN_PACKAGE[word])
     folder = str(tools_folder())
     if folder not in sys.path:
         sys.path.insert(0, folder)

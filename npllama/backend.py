@@ -1,7 +1,7 @@
-"""Which array module computes, and on which device.
+"""The choice of the array module and of the device.
 
-This is the one place that picks CuPy. Everything above works on `backend.xp`, the array
-module (`numpy` or `cupy`), and moves arrays in and out through the backend alone.
+Only this module imports CuPy. All other modules compute with `backend.xp`, which is numpy or cupy,
+and copy arrays between host and device with the methods of `Backend`.
 """
 
 import importlib
@@ -26,23 +26,23 @@ __all__ = ["BACKENDS", "Array", "Backend", "CupyBackend", "cuda_device_count", "
 
 
 class Backend:
-    """NumPy on the CPU, and the interface that every backend serves.
+    """NumPy on the CPU, and the interface of every backend.
 
     Attributes:
         name: "numpy" or "cupy".
-        xp: the array module that all mathematics is written against.
-        steps_ahead: how many decode steps are queued before the first one's token is read.
-            0 where an operation is done when its call returns; 1 where work is queued on a
-            device, which then never waits for the text.
-        threads: how many threads compute on the host; one where a device does.
-        slow_dtypes: storage dtypes that it computes with slowly, and what is faster.
-        no_gpu: why "auto" did not take a GPU; None where it was not asked for one.
+        xp: the array module with which all mathematics computes.
+        steps_ahead: how many further decode steps are queued before the token of a step is read.
+            It is 0 if an operation is complete when its call returns. It is 1 if operations are
+            queued on a device, so that the device does not wait for the host.
+        threads: the threads that compute on the host. There is only one if a device computes.
+        slow_dtypes: storage dtypes that are slow with this backend, and advice for each.
+        no_gpu: the reason why "auto" did not select a GPU; None unless "auto" selected NumPy.
     """
 
     name = "numpy"
     steps_ahead = 0
     slow_dtypes: Mapping[str, str] = {
-        "float16": "--dtype bfloat16 is up to twice as fast, --dtype int8 faster still, and smaller"
+        "float16": "--dtype bfloat16 is up to twice as fast; --dtype int8 is faster still"
     }
 
     def __init__(
@@ -53,39 +53,41 @@ class Backend:
         self.no_gpu = no_gpu
 
     def use(self) -> None:
-        """Make the device the one that this thread computes on; on the CPU there is one alone."""
+        """Select this backend's device for the current thread. On the CPU it does nothing."""
 
     def to_device(self, array: Array) -> Array:
-        """Host array -> device array. On the CPU the array itself, memory-mapped or not."""
+        """Copy a host array to the device. On the CPU this returns the array itself, which may be
+        memory-mapped."""
         return array
 
     def to_host(self, array: Array) -> np.ndarray:
-        """Device array -> NumPy array; waits for the work that computes it."""
+        """Copy a device array to a NumPy array. The call waits until the array is computed."""
         return np.asarray(array)
 
     def to_host_later(self, *arrays: Array) -> Callable[[], tuple[np.ndarray, ...]]:
-        """Begin to copy device arrays to the host, as they are once the work queued so far is done.
+        """Start to copy device arrays to the host after the operations that are queued so far.
 
         Returns:
-            a function that waits for the copies alone, not for work queued later, and returns
-            them. On the CPU the arrays themselves, which are not to be overwritten before.
+            A function that waits for the copies and returns them. It does not wait for operations
+            that are queued later. On the CPU it returns the arrays themselves, so the caller must
+            not overwrite them before it has used them.
         """
         return lambda: arrays
 
     def free_bytes(self) -> int | None:
-        """Bytes that a new allocation may take without swapping, or None where unknown."""
+        """The bytes that can be allocated without swapping, or None if unknown."""
         return operating_system.free_bytes()
 
     def peak_bytes(self) -> int | None:
-        """The most memory held, worker processes included, or None where unknown."""
+        """The peak memory in bytes, including that of worker processes, or None if unknown."""
         return operating_system.peak_bytes()
 
     def memory_name(self) -> str:
-        """What free_bytes counts, in the words of an error message."""
+        """The name of the memory that `free_bytes` counts, for error messages."""
         return "memory"
 
     def device_name(self) -> str:
-        """The device, for --stats."""
+        """A description of the device, for --stats."""
         return f"CPU, {os.cpu_count()} cores"
 
 
@@ -93,7 +95,7 @@ class CupyBackend(Backend):
     """CuPy on a CUDA device.
 
     Args:
-        device: its number; None for the one that is current in this thread, by default 0.
+        device: the number of the device; None selects the thread's current device, by default 0.
     """
 
     name = "cupy"
@@ -101,12 +103,13 @@ class CupyBackend(Backend):
     slow_dtypes: Mapping[str, str] = {}
 
     def __init__(self, xp: ModuleType, device: int | None = None) -> None:
-        super().__init__(xp, Threads(1))  # the device is parallel in itself
+        super().__init__(xp, Threads(1))  # the host does not compute
         self.device = xp.cuda.Device().id if device is None else device
         self.use()
 
     def use(self) -> None:
-        """Make the device current; each thread has a current device of its own."""
+        """Select this backend's device for the current thread. In CUDA each thread has its own
+        current device."""
         self.xp.cuda.Device(self.device).use()
 
     def to_device(self, array: Array) -> Array:
@@ -129,7 +132,7 @@ class CupyBackend(Backend):
         return wait
 
     def _begin_copy(self, array: Array) -> np.ndarray:
-        """A copy in pinned memory, which alone is written while the host goes on."""
+        """Start a copy to pinned memory. A copy to other memory would block the host."""
         memory = self.xp.cuda.alloc_pinned_memory(array.nbytes)
         copy = np.ndarray(array.shape, array.dtype, memory)
         return array.get(out=copy, blocking=False)
@@ -141,7 +144,7 @@ class CupyBackend(Backend):
 
     def peak_bytes(self) -> int | None:
         self.use()
-        return self.xp.get_default_memory_pool().total_bytes()  # the pool gives nothing back
+        return self.xp.get_default_memory_pool().total_bytes()  # the pool never frees memory
 
     def memory_name(self) -> str:
         return "GPU memory"
@@ -158,18 +161,18 @@ _COPYING_LOCK = threading.Lock()
 
 
 def _keep_until(copied: Any, copies: tuple[np.ndarray, ...]) -> None:
-    """Keep arrays in pinned memory until an event has happened, whoever drops them before: CuPy
-    would hand out their memory again while they are still written."""
+    """Keep references to arrays in pinned memory until their copies are complete. Otherwise CuPy
+    could reuse the memory of a deleted array while the device still writes to it."""
     with _COPYING_LOCK:
         _COPYING[:] = [pair for pair in _COPYING if not pair[0].done]
         _COPYING.append((copied, copies))
 
 
 class _UnusableError(Exception):
-    """CuPy cannot compute.
+    """CuPy cannot be used.
 
     Args:
-        found: why, in a few words.
+        found: the reason, in a few words.
         remedy: what was expected, and what to do.
     """
 
@@ -182,15 +185,18 @@ class _UnusableError(Exception):
 def get_backend(
     name: str = "auto", threads: int | None = None, device: int | None = None
 ) -> Backend:
-    """The backend called `name`; "auto" is CuPy where a CUDA device and CuPy are, else NumPy.
+    """Return the backend with the given name.
 
     Args:
-        threads: of NumPy; None for as many as there are free cores.
-        device: the number of a CUDA device, which "auto" then takes or fails; None for the
-            first.
+        name: "numpy", "cupy" or "auto". "auto" selects CuPy if a CUDA device can be used, else
+            NumPy.
+        threads: the number of threads for NumPy; None for as many as there are free cores.
+        device: the number of a CUDA device; None for the current one. With a number, "auto" never
+            selects NumPy.
 
     Raises:
-        BackendError: an unknown name, no threads, or CuPy asked for where it cannot compute.
+        BackendError: an unknown name, an invalid number of threads or device, or CuPy was requested
+            and cannot be used.
     """
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
@@ -201,7 +207,7 @@ def get_backend(
     if name == "numpy":
         if device is not None:
             raise BackendError(
-                f"device is {device}, a GPU's number, and backend numpy computes on the CPU: "
+                f"device is {device}, the number of a GPU, but backend numpy uses the CPU: "
                 "leave one of them out"
             )
         return Backend(threads=Threads(threads))
@@ -218,13 +224,13 @@ def get_backend(
 
 
 def _usable_cupy(device: int | None) -> ModuleType:
-    """CuPy, once it has computed.
+    """Import CuPy and check that it works.
 
-    Everything is tried that fails later otherwise: the driver at the first array, the compiler at
-    the first kernel, cuBLAS at the first product.
+    The function tries everything that CuPy would load only later: the driver at the first array,
+    the compiler at the first kernel and cuBLAS at the first product.
 
     Raises:
-        _UnusableError: what is missing, from the driver upwards.
+        _UnusableError: something is missing. The driver is checked first.
     """
     driver = cuda_driver()
     if driver.n_devices == 0:
@@ -243,20 +249,20 @@ def _usable_cupy(device: int | None) -> ModuleType:
         if device is not None and device >= n_devices:
             most = "0, the only one" if n_devices == 1 else f"0 to {n_devices - 1}"
             raise _UnusableError("there is no such GPU", f"expected {most}; nvidia-smi lists them")
-        with cupy.cuda.Device(device):  # without a number the current one
+        with cupy.cuda.Device(device):  # None is the current device
             cupy.zeros(1)
     except _UnusableError:
         raise
-    except Exception as error:  # CUDA has many
+    except Exception as error:  # CUDA has many types of errors
         if "cudaErrorInsufficientDriver" in str(error):
             raise _too_old(driver, built_for) from None
-        remedy = "expected a GPU that is free and that CuPy supports; nvidia-smi shows who uses it"
+        remedy = "expected a free GPU that CuPy supports; nvidia-smi lists the programs that use it"
         raise _UnusableError(f"CuPy: {_first_line(error)}", remedy) from None
     libraries = {
         "NVRTC": lambda: cupy.cuda.nvrtc.getVersion(),
         "cuBLAS": lambda: cupy.cuda.cublas,
     }
-    for library, look in libraries.items():  # CuPy itself looks for one at its first use
+    for library, look in libraries.items():  # CuPy loads each library at its first use
         try:
             look()
         except Exception:
@@ -266,21 +272,22 @@ def _usable_cupy(device: int | None) -> ModuleType:
 
 
 def _too_old(driver: Driver, built_for: tuple[int, int]) -> _UnusableError:
-    """The driver supports an older CUDA than the one that CuPy was built for."""
+    """The error for a driver that supports only an older CUDA than the one CuPy was built for."""
     has, needs = (".".join(map(str, version)) for version in (driver.version, built_for))
     remedy = f"expected a driver for CUDA {built_for[0]} or newer; install one"
     if built_for[0] > driver.version[0] >= 12:
         remedy += f", or pip uninstall cupy-cuda{built_for[0]}x and {_install(driver.version)}"
-    found = f"CuPy: driver too old, for CUDA {has} and not for CuPy's CUDA {needs}"
+    found = f"CuPy: the driver supports CUDA up to {has}, but this CuPy needs CUDA {needs}"
     return _UnusableError(found, remedy)
 
 
 def _install(version: tuple[int, int]) -> str:
-    """How to install CuPy for a driver or a CuPy of a version of CUDA."""
+    """The command that installs CuPy for a version of CUDA."""
     return f"pip install 'npllama[cuda{13 if version[0] >= 13 else 12}]'"
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error that says something; CuPy begins some with a rule."""
+    """The first line of an error message with letters or digits. CuPy begins some messages with a
+    line of "=" signs."""
     lines = [line for line in str(error).splitlines() if any(map(str.isalnum, line))]
     return lines[0].strip() if lines else type(error).__name__

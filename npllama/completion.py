@@ -1,20 +1,25 @@
-"""What a generation leaves: text, ids, log-probabilities, and where the time went."""
+"""The results of a generation: text, ids, log-probabilities and timings."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Timings:
-    """Where the time of one generation went; shared by all rows of a batch.
+    """The timings of one generation. All rows of the generation share them.
 
     Attributes:
-        rows: prompts of the generation, whose timings these are, however many at once.
-        prompt_tokens, new_tokens: over all rows; of prompts those that were read, not those that a
-            cache held.
-        first_token_seconds: from the start to the first row's first token.
-        prefill_seconds: the prompts, and the first token of each row.
-        decode_seconds: all further tokens, without the caller's own time between them.
-        prefill_forwards, decode_steps: forwards; each reads the weights once.
+        prompt_tokens: the number of prompt tokens that were computed, summed over all rows. Tokens
+            that were already in a cache do not count.
+        new_tokens: the number of new tokens, summed over all rows.
+        first_token_seconds: the time from the start to the first new token of any row.
+        prefill_seconds: the time for the prompts and for the first new token of each row.
+        decode_seconds: the time for all other new tokens. The time that the caller of a stream
+            spends between tokens does not count.
+        decode_tokens: the number of new tokens that were generated during decode_seconds.
+        prefill_forwards: the number of forward passes over prompt tokens.
+        decode_steps: the number of forward passes over new tokens. Every forward pass reads the
+            weights once.
+        rows: the number of prompts of the generation, even if not all were decoded together.
     """
 
     prompt_tokens: int = 0
@@ -38,13 +43,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class LikelyToken:
-    """One of the tokens that were likeliest at a step.
+    """One of the most likely tokens at a step.
 
     Attributes:
-        id: its token id.
-        text: as the vocabulary writes it: "\u2581" is a space, "<0x0A>" a byte; None where there
-            is no tokenizer.
-        log_prob: under the unmodified logits, in nats.
+        id: the token id.
+        text: the token as the vocabulary contains it, with "\u2581" for a space and "<0x0A>" for a
+            byte; None without a tokenizer.
+        log_prob: the log-probability in nats, computed from the unmodified logits.
     """
 
     id: int
@@ -54,23 +59,25 @@ class LikelyToken:
 
 @dataclass(repr=False)
 class Completion:
-    """What the model said.
+    """The completion of one prompt.
 
     Attributes:
-        text: the completion without the prompt; None where there is no tokenizer.
-        ids: its token ids, the end-of-sequence id included where there was one.
-        log_probs: of each id under the unmodified logits, in nats.
-        finish_reason: "eos" (an end-of-sequence id), "stop" (a stop text; ids and log_probs
-            then hold its tokens, text does not), "length" (max_new_tokens, or the context is
-            full), or "interrupted" (a stream or a generation that was left before its end, by
-            its caller or by Ctrl-C).
-        timings: of the whole batch; see Timings.
-        seed: reproduces the text.
-        prompt_tokens: ids of this row's own prompt, those that a cache held included.
-        new_tokens: this row's own, as many as `ids`.
-        top_logprobs: of each id, the tokens that were likeliest in its place, the likeliest first
-            and whether it is one of them or not; fewer where all others are impossible. None
-            where they were not asked for.
+        text: the completion without the prompt; None without a tokenizer.
+        ids: the token ids of the completion, including a final end-of-sequence id.
+        log_probs: the log-probability of each id in nats, computed from the unmodified logits.
+        finish_reason: why the completion ended.
+            "eos": the model generated an end-of-sequence id.
+            "stop": the text reached a stop text. `ids` and `log_probs` include the tokens of the
+            stop text, but `text` does not include it.
+            "length": the completion has max_new_tokens tokens, or the context is full.
+            "interrupted": the caller or Ctrl-C ended the generation early.
+        timings: the timings of the whole batch; see Timings.
+        seed: the seed, with which the same completion can be generated again.
+        prompt_tokens: the number of tokens of the prompt, including those that a cache contained.
+        new_tokens: the number of tokens of the completion, which is len(ids).
+        top_logprobs: for each id, the most likely tokens at its step, in descending order of
+            probability. The id itself is not always one of them. Tokens with probability 0 are left
+            out. None unless they were requested.
     """
 
     text: str | None

@@ -1,4 +1,4 @@
-"""What a decode step reads and writes on the device, besides the cache."""
+"""The device arrays that a decode step reads and writes, besides the cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ from npllama.backend import Array, Backend
 
 @dataclass(frozen=True)
 class StepState:
-    """The device arrays of the rows that are decoded together; a step updates them in place.
+    """The device arrays of the rows that are decoded together. A step updates them in-place.
 
     Attributes:
         rows: (B,) int32, the rows of the cache.
-        tokens: (B,) int64, each row's last token: what the next step feeds, and then replaces.
-        uniforms: (rows of the cache, n_steps) float64, the random numbers of all steps; None where
-            the likeliest token is taken.
-        at: (B,) int64, where each row's next number is in the flattened `uniforms`: rows that
-            began at different times are at different steps.
-        seen: (B, V) bool, the tokens of each row so far; None where no penalty needs them.
+        tokens: (B,) int64, the last token of each row. The next step reads it as input, and
+            replaces it with the new token.
+        uniforms: (rows of the cache, n_steps) float64, the random numbers of all steps; None for
+            greedy decoding.
+        at: (B,) int64, the index of each row's next random number in the flattened `uniforms`. Rows
+            that began at different times are at different steps.
+        seen: (B, V) bool, the tokens of each row so far; None without a repetition penalty.
     """
 
     rows: Array
@@ -29,24 +30,23 @@ class StepState:
     seen: Array | None
 
     def next_uniform(self) -> Array | None:
-        """(B,) numbers for the tokens that are chosen now."""
+        """The random numbers (B,) of this step; advances `at` to the next step."""
         if self.uniforms is None:
             return None
         at = self.at
         uniform = self.uniforms.reshape(-1)[at]  # (rows, n_steps) -> (rows * n_steps,) -> (B,)
-        at += 1  # in place
+        at += 1  # in-place
         return uniform
 
 
 class StepBuffers:
-    """The memory of a cache's states. A captured step holds its addresses.
+    """The memory of the states of one cache. Captured steps contain its addresses.
 
-    States of different numbers of rows lie in the same memory, one at a time: the next one takes
-    the place of the one before.
+    All states that `joined` returns share this memory, so only the newest one is valid.
 
     Args:
-        batch: rows of the cache, and of the largest state.
-        n_steps: tokens that a row may be given at most.
+        batch: the number of rows of the cache, and the maximum number of rows of a state.
+        n_steps: the maximum number of new tokens per row.
     """
 
     def __init__(self, backend: Backend, batch: int, n_steps: int) -> None:
@@ -59,11 +59,13 @@ class StepBuffers:
     def begin(
         self, rows: Sequence[int], uniforms: np.ndarray | None, seen: np.ndarray | None
     ) -> StepState:
-        """The state of B rows before their first step, in memory of its own but for `uniforms`;
-        `joined` puts it where decode steps read it.
+        """The state of B rows before their first step.
+
+        Except for `uniforms`, its arrays are newly allocated. `joined` copies them to the shared
+        memory that decode steps read.
 
         Args:
-            rows: of the cache; none of a state whose steps go on.
+            rows: B rows of the cache, none of which belongs to a state that is still in use.
             uniforms: (B, n) float64 on the host, the random numbers of the first n steps.
             seen: (B, V) bool on the host.
         """
@@ -77,13 +79,16 @@ class StepBuffers:
             rows=on_device,
             tokens=self._backend.xp.zeros(len(rows), dtype="int64"),
             uniforms=all_uniforms,
-            at=on_device.astype("int64") * self._n_steps,  # each row's step 0
+            at=on_device.astype("int64") * self._n_steps,  # step 0 of each row
             seen=None if seen is None else move(seen),
         )
 
     def joined(self, states: Sequence[StepState], index: Array) -> StepState:
-        """One state of some rows of several, `index` (B,) on the device in the order in which
-        `states` have them; it takes the place of the others."""
+        """One state of B rows, selected from several states. It replaces the earlier states.
+
+        Args:
+            index: (B,) on the device, indices into the concatenated rows of `states`.
+        """
         xp = self._backend.xp
 
         def gathered(parts: Sequence[Array]) -> Array:
@@ -118,7 +123,8 @@ class StepBuffers:
         return self._states[key]
 
     def _uniforms(self) -> Array:
-        """(batch, n_steps): a row of the cache keeps its place, whoever joins and leaves."""
+        """The random numbers (batch, n_steps). Row i belongs to row i of the cache, so nothing is
+        copied when rows join or leave a state."""
         return self._part("uniforms", "float64", self._batch, self._n_steps)
 
     def _part(self, name: str, dtype: str, *shape: int) -> Array:

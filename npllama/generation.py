@@ -1,4 +1,4 @@
-"""The loop that drives it all: prefill, decode, sample, and text as it becomes certain."""
+"""The generation loop: prefill prompts, decode tokens, and return text as soon as it is final."""
 
 import math
 import sys
@@ -23,42 +23,50 @@ from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
 Groups = tuple[tuple[Sampling, int, int | None], ...]
-"""(sampling, begin, end): the rows begin .. end-1 of a state, whose tokens are chosen alike."""
+"""(sampling, begin, end): the rows begin .. end-1 of a state have the same sampling options. If
+all rows have the same options, end is None."""
 
 PROMPT_TOKENS_BETWEEN_STEPS = 128
-"""Prompt tokens that are read between two decode steps, at most: the rows that are being decoded
-wait for no more, and this many read the weights nearly as well as a whole chunk."""
+"""The most prompt tokens to prefill between two decode steps. The rows in the decode batch wait
+during this prefill, so the limit must be small. A forward pass over this many tokens is still
+nearly as efficient per token as one over a full chunk."""
 
 TURN = 0.02
-"""Seconds of steps in one turn of a generation whose text nobody waits for."""
+"""The duration of one turn in seconds; see `Generation.turns`."""
 
 
 class Generation:
-    """Runs a batch of rows to their ends; iterating yields (row number, text) as it is made.
+    """Generates completions for a batch of rows.
 
-    Rows are prefilled one by one and decoded jointly, each at its own position. A row that has
-    ended leaves the batch, and the next prompt that waits takes its place: it is read into the
-    same row of the cache, a piece between two decode steps of the others. The loop launches a
-    decode step, reads the oldest one that was launched, and lets each row accept its token. On a
-    device with a queue, `backend.steps_ahead` steps are launched before the oldest one's tokens
-    are read, and their copies to the host are queued behind each, so the device never waits for
-    the text.
+    Iteration yields a pair (row number, text) for each new token. The text may be empty, for
+    example if a character consists of several tokens.
+
+    The loop prefills rows one at a time and decodes them together, each row at its own position.
+    Each row uses one row of the cache, its cache row. When a row ends, it leaves the batch, and the
+    next waiting prompt gets its cache row. The loop prefills this prompt in parts, one part between
+    two decode steps of the other rows.
+
+    Each iteration of the loop launches decode steps, reads the results of the oldest step in
+    flight, and passes each row its new token. A GPU executes steps asynchronously. The loop keeps
+    `backend.steps_ahead` further steps in flight while it reads the results of one, so the GPU
+    does not wait for the host.
 
     Args:
         model: the transformer.
-        rows: prompts that fit the model's context.
-        sampling: how tokens are chosen.
-        seed: an integer.
-        n_tokens: only ids below it are chosen.
-        allowed: (n_tokens,) bool on the device, the ids that are; None for all of them.
-        cache: row i may hold the first ids of prompt i, which are then not read again, and has
-            room for the prompt and its completion; None for a cache of this generation's own.
-            Afterwards row i holds its prompt and its completion without the last id.
-        batch_size: rows that are decoded together at most, without a cache given; None for all.
-        waiting: rows of a server, each with its own seed, sampling and n_likeliest, to which it
-            adds while this runs. They share the rows of `cache`, and an error of one row ends that
-            row alone.
-        n_likeliest: how many of the likeliest tokens are reported for each step.
+        rows: the prompts. Each fits the model's context.
+        sampling: the options for choosing tokens.
+        seed: the seed of the random numbers.
+        n_tokens: all generated ids are less than n_tokens.
+        allowed: (n_tokens,) bool on the device, which ids may be generated; None for all.
+        cache: a cache with a row per prompt; None to take one from the model. Row i may contain the
+            first ids of prompt i, which are then not computed again. Row i needs capacity for the
+            prompt and its completion. After the generation, it contains both, except for the last
+            id of the completion.
+        batch_size: the most rows to decode together, if `cache` is None; None for all rows.
+        waiting: a queue to which a server may append rows while this generation runs; None without
+            a server. Each of these rows has its own seed, sampling options and n_likeliest, and
+            uses any free row of `cache`. An error in one row ends only that row.
+        n_likeliest: how many of the most likely tokens to report per step.
     """
 
     def __init__(
@@ -85,12 +93,12 @@ class Generation:
         self._began = False
         self._in_flight: deque[tuple[list[Row], Callable[[], tuple], bool]] = deque()
         self._compiled: dict[tuple[Groups, int], Callable] = {}
-        self._active: list[Row] = []  # the rows of self._state, in its order
+        self._active: list[Row] = []  # the rows of self._state, in the same order
         self._state: StepState | None = None
-        self._reading: deque[Row] = deque()  # rows of which a part of the prompt is not yet read
-        self._seated: list[Row] = []  # rows that hold a row of the cache
-        self._free: list[int] = []  # rows of the cache that nobody holds
-        self._failed: list[Row] = []
+        self._reading: deque[Row] = deque()  # rows whose prefill is not complete
+        self._seated: list[Row] = []  # rows that have a cache row
+        self._free: list[int] = []  # unused rows of the cache
+        self._failed: list[Row] = []  # rows whose prefill failed
         self._is_served = waiting is not None
         self._batch_size = min(batch_size or len(rows), len(rows))
         for row in rows:
@@ -103,16 +111,16 @@ class Generation:
         self.waiting = deque(active) if waiting is None else waiting
 
     def completions(self) -> list[Completion]:
-        """Each row's completion; a row that has not ended is interrupted."""
+        """The completion of each row. Interrupts rows that have not ended."""
         return [self.completion(row) for row in self.rows]
 
     def completion(self, row: Row) -> Completion:
-        """One row's completion."""
+        """The completion of one row. Interrupts the row if it has not ended."""
         row.interrupt()
         return row.completion(self.timings)
 
     def has_begun(self, row: Row) -> bool:
-        """Whether there was a place for a row, or it needs none."""
+        """Whether a row has started. A row that waits for a cache row has not."""
         has_place = row.number < self._batch_size or row.cache_row is not None
         return has_place or row.finish_reason is not None
 
@@ -125,24 +133,25 @@ class Generation:
         )
 
     def steps_report(self) -> str | None:
-        """How a device ran the decode steps: captured, replayed or eager; None where it has only
-        one way."""
+        """How often decode steps were captured, replayed and run eagerly; None if the backend
+        cannot capture steps."""
         reports = [step.report() for step in self._compiled.values() if hasattr(step, "report")]
         return "; ".join(reports) or None
 
     def run(self) -> None:
-        """Iterate to the end, for a caller who does not take the text as it is made."""
+        """Run the generation to its end without streaming text."""
         for _ in self.turns():
             pass
 
     def turns(self, take: Callable[[Row, str], None] | None = None) -> Generator[None, None, None]:
-        """As `run`, with a pause for the caller after each turn.
+        """Run the generation in turns, and yield after each turn.
 
-        Several steps are one turn (`Ops.turn`): handing it to another thread takes longer than a
-        small model's NumPy calls.
+        Generations in several threads alternate, because each turn holds a lock (`Ops.turn`). A
+        turn lasts several steps, because passing the lock to another thread can take longer than
+        one step of a small model.
 
         Args:
-            take: called with each piece of text, within the turn.
+            take: called within the turn, with each row and text that `pieces` yields.
         """
         is_running = True
         with closing(self.pieces()) as pieces:
@@ -163,9 +172,14 @@ class Generation:
         return ((row.number, text) for row, text in self.pieces())
 
     def pieces(self) -> Generator[tuple[Row, str], None, None]:
-        """As iterating, with the rows themselves."""
+        """An iterator over (row, text) pairs. Iterating over the generation itself yields row
+        numbers instead of rows.
+
+        Raises:
+            InputError: the generation has been run before.
+        """
         if self._began:
-            raise InputError("this generation has run: make another to run it again")
+            raise InputError("this generation has run already: create a new one")
         self._began = True
         return self._run()
 
@@ -203,22 +217,22 @@ class Generation:
                         yield row, self._accept(row, *result)
                 began = time.perf_counter()
         except Exception:
-            if is_own:  # what a failed step has left is not used again
+            if is_own:  # discard the cache, because the failed step may have damaged it
                 self._cache.user, is_own = None, False
             raise
         finally:
             self._end(is_own)
 
     def _keep_places(self) -> None:
-        """In a cache of the caller's, row i is that of prompt i."""
+        """Assign row i of the caller's cache to prompt i."""
         while self.waiting:
             row = self.waiting.popleft()
-            # another generation may have run since this one was made
+            # another generation may have changed the cache since this one was created
             self._cache.check_prefix(row.number, row.prompt_ids)
             self._take_place(row, row.number)
 
     def _seat(self) -> None:
-        """Give the rows of the cache whose prompts have ended to those that wait."""
+        """Free the cache rows of ended rows, and assign free cache rows to waiting rows."""
         if not self.waiting:
             return
         for row in self._seated:
@@ -238,8 +252,10 @@ class Generation:
         self._reading.append(row)
 
     def _read_prompts(self) -> None:
-        """Read what the cache does not hold of the prompts, or some of it while other rows are
-        decoded, and choose the first token of each row whose prompt is read."""
+        """Prefill prompts, and choose the first token of each row whose prefill is complete.
+
+        While other rows are decoding, one call prefills at most PROMPT_TOKENS_BETWEEN_STEPS tokens.
+        """
         is_decoding = any(map(_goes_on, self._active))
         left = PROMPT_TOKENS_BETWEEN_STEPS if is_decoding else sys.maxsize
         read, logits = [], []
@@ -251,7 +267,7 @@ class Generation:
                 if row.finish_reason is None:
                     left -= len(part)
                     last = self._prefill(row, part)  # (1, V)
-                if row.finish_reason is not None:  # its caller has left, or it failed
+                if row.finish_reason is not None:  # it was cancelled, or its prefill failed
                     self._reading.popleft()
                 elif len(part) == len(rest):
                     self._reading.popleft()
@@ -261,18 +277,25 @@ class Generation:
             self._begin(read, logits)
 
     def _unread(self, row: Row) -> list[int]:
-        """The ids of a prompt that the cache does not hold."""
+        """The ids of a row's prompt that are not in the cache yet."""
         return row.prompt_ids[self._cache.lengths[row.cache_row] :]
 
     def _reported_reading(self) -> AbstractContextManager:
-        """The prompts that are read before the first token are one work. Later ones report
-        nothing: there is text then, and a line of progress would be drawn over it."""
+        """A context manager that reports the progress of prefilling.
+
+        All prompts before the first new token share one report. Later prompts report nothing,
+        because a progress line would overwrite text on the terminal.
+        """
         if self.timings.new_tokens:
             return on_progress(None)
         return self.model.reading(sum(len(self._unread(row)) for row in self._reading))
 
     def _prefill(self, row: Row, ids: list[int]) -> Array | None:
-        """The model's, counted."""
+        """Prefill a part of a row's prompt.
+
+        Returns:
+            Logits (1, V) of the next token; None if the prefill failed, which ends the row.
+        """
         self.timings.prefill_forwards += math.ceil(len(ids) / self.ops.prefill_chunk())
         try:
             with _unwarned():
@@ -283,7 +306,8 @@ class Generation:
             return None
 
     def _begin(self, rows: list[Row], logits: list[Array]) -> None:
-        """Choose the first tokens of rows whose prompts are read, and let the rows join."""
+        """Choose the first tokens of rows whose prefill is complete, and add these rows to the
+        decode batch."""
         order = _by_sampling(rows)
         rows, logits = [rows[i] for i in order], [logits[i] for i in order]
         new = self._cache.step_buffers.begin(
@@ -303,10 +327,13 @@ class Generation:
             self._arrange(rows, [new])
 
     def _arrange(self, rows: list[Row], states: list[StepState]) -> None:
-        """Make the rows that go on the ones that are decoded, those of one sampling side by side.
+        """Rebuild the decode batch from the rows that need further steps.
+
+        Rows with the same sampling options become adjacent.
 
         Args:
-            rows: of the states, in their order.
+            rows: the rows of all `states`, in the same order.
+            states: the device arrays of these rows.
         """
         kept = [i for i, row in enumerate(rows) if _goes_on(row)]
         kept = [kept[i] for i in _by_sampling([rows[i] for i in kept])]
@@ -316,13 +343,13 @@ class Generation:
             self._state = self._cache.step_buffers.joined(states, index)
 
     def _launch(self) -> bool:
-        """Queue the next decode step of the rows that need one; whether there are any."""
+        """Queue the next decode step. Returns False if no row needs one."""
         if not all(map(_goes_on, self._active)):
             self._arrange(self._active, [self._state])
         if not self._active:
             return False
-        if self._cache.user is not self:  # the buffers of its steps are the other's, too
-            raise InputError("another generation uses the cache: this one cannot go on")
+        if self._cache.user is not self:  # the other one has overwritten the state
+            raise InputError("another generation uses the cache: this one cannot continue")
         rows = self._active
         place = self._cache.place(1, tuple(row.cache_row for row in rows), self._state.rows)
         step = self._compiled_for(_groups(rows), _most_likeliest(rows))
@@ -347,8 +374,11 @@ class Generation:
     def _step(
         self, groups: Groups, n_likeliest: int, state: StepState, cache: KVCache, place: Place
     ) -> tuple[Array, ...]:
-        """One decode step, from state.tokens (B,) to what `_choose` returns. See Ops.compile for
-        what it may read."""
+        """Run one decode step: compute logits from state.tokens, and choose the next tokens.
+
+        Returns the results of `_choose`. A backend may capture and replay this function, so it must
+        follow the rules in `Ops.compile`.
+        """
         with _unwarned():
             logits = self.model.compute(state.tokens[:, None], cache, place)  # -> (B, 1, V)
             return self._choose(logits[:, 0], state, groups, n_likeliest)
@@ -356,9 +386,12 @@ class Generation:
     def _choose(
         self, logits: Array, state: StepState, groups: Groups, n_likeliest: int
     ) -> tuple[Array, ...]:
-        """The ids (B,) that follow (B, V) logits, which become state.tokens, and their
-        log-probabilities (B,); where they are asked for, ids and log-probabilities (B, n) of the
-        likeliest."""
+        """Choose the next token of each row from logits (B, V), and write the ids to state.tokens.
+
+        Returns:
+            Ids (B,) and log-probabilities (B,) of the tokens. If n_likeliest is not 0, also ids
+            and log-probabilities, both (B, n_likeliest), of the most likely tokens.
+        """
         uniform, results = state.next_uniform(), []
         for sampling, begin, end in groups:
             part = slice(begin, end)
@@ -381,8 +414,13 @@ class Generation:
         return ids, log_probs, *self.ops.likeliest(logits, n_likeliest)
 
     def _read(self) -> tuple[list[Row], bool, tuple[list, list, list]]:
-        """The oldest step in flight: its rows, whether it chose their first tokens, and each row's
-        id, log-probability, and pairs of both of the likeliest."""
+        """Wait for the oldest step in flight, and read its results.
+
+        Returns:
+            The rows of the step; whether the step chose their first tokens; and three lists with
+            one entry per row: the new id, its log-probability, and a list of the most likely tokens
+            as (id, log-probability) pairs.
+        """
         rows, copied, is_first = self._in_flight.popleft()
         ids, log_probs, *top = (array.tolist() for array in copied())
         pairs = [[*zip(*both, strict=True)] for both in zip(*top, strict=True)] or [
@@ -393,7 +431,12 @@ class Generation:
     def _accept(
         self, row: Row, id_: int, log_prob: float, likeliest: list[tuple[int, float]]
     ) -> str:
-        """Give a row its next token; the text that it makes certain."""
+        """Append the next token to a row, and return the text that became final.
+
+        Raises:
+            NumericalError: the log-probability is not finite, and the row does not belong to a
+                server. A server's row ends with this error instead.
+        """
         try:
             if not math.isfinite(log_prob):
                 raise NumericalError(
@@ -407,30 +450,34 @@ class Generation:
             return ""
 
     def _fail(self, row: Row, error: Exception) -> None:
-        """End a row by an error: alone where it is served, else with the whole generation."""
+        """End a row with an error. Without a server, raise the error, which ends the generation."""
         if not self._is_served:
             raise error
         row.finish_reason, row.error = "error", error
-        self._cache.clear_row(row.cache_row)  # what is not finite would harm the next one
+        self._cache.clear_row(row.cache_row)  # NaNs would affect the next row that uses it
 
     def _end(self, keeps: bool) -> None:
-        """Leave the cache to whoever uses it next, and hold none of its arrays.
+        """Release the cache.
 
         Args:
-            keeps: it is this generation's own, and to be kept for another.
+            keeps: whether to return the cache to the model, which may keep it for the next
+                generation.
         """
         cache, self._cache, self._state = self._cache, None, None
         if keeps:
             for _rows, copied, _is_first in self._in_flight:
-                copied()  # nothing of this generation runs any more, on whatever stream
+                copied()  # wait for each step, because the next user may use another stream
             self.model.give_cache_back(cache)
         elif cache.user is self:
             self._settle(cache)
         self._in_flight.clear()
 
     def _settle(self, cache: KVCache) -> None:
-        """Leave in each row of the cache its prompt and its completion without the last id, as
-        far as they were read: steps that were launched ahead or interrupted may have left more."""
+        """Truncate each row of the caller's cache to its prompt and completion.
+
+        The last id of a completion has never been an input, so it is not in the cache. Steps that
+        were launched ahead or interrupted may have written further positions, which are removed.
+        """
         cache.user = None
         for row in self.rows:
             ids = row.prompt_ids + row.ids
@@ -440,8 +487,8 @@ class Generation:
             cache.ids[row.number] = ids[:length]
 
     def _uniforms(self, rows: list[Row]) -> np.ndarray | None:
-        """(B, n_steps) random numbers of all tokens that may be chosen, to be moved at once."""
-        if all(row.sampling.temperature == 0 for row in rows):  # nothing is drawn
+        """The random numbers of all steps, (B, n_steps); None if all rows decode greedily."""
+        if all(row.sampling.temperature == 0 for row in rows):
             return None
         steps = range(max(row.limit for row in rows))
         if len({row.seed for row in rows}) == 1:
@@ -450,6 +497,8 @@ class Generation:
         return np.concatenate(each)
 
     def _seen(self, rows: list[Row]) -> np.ndarray | None:
+        """Which tokens occur in each prompt, (B, V) bool; None if no row has a repetition
+        penalty."""
         if all(row.sampling.repetition_penalty == 1 for row in rows):
             return None
         seen = np.zeros((len(rows), self.model.config.vocab_size), dtype=bool)
@@ -458,14 +507,22 @@ class Generation:
         return seen
 
     def _count_reading(self, began: float) -> float:
-        """Count the time since `began` as that of prompts; when it was counted to."""
-        if self.timings.new_tokens == 0:  # the first token's is not over
+        """Add the time since `began` to prefill_seconds, and return the current time, at which the
+        next measurement begins."""
+        if self.timings.new_tokens == 0:  # `_count` adds all time up to the first token
             return began
         now = time.perf_counter()
         self.timings.prefill_seconds += now - began
         return now
 
     def _count(self, seconds: float, rows: list[Row], is_first: bool) -> None:
+        """Add one step's time and tokens to the timings.
+
+        Args:
+            seconds: the time since the last measurement.
+            rows: the rows of the step.
+            is_first: whether the step chose the first tokens of these rows.
+        """
         timings = self.timings
         n_new = sum(row.finish_reason is None for row in rows)
         if timings.new_tokens == 0:
@@ -479,23 +536,27 @@ class Generation:
 
 
 def _goes_on(row: Row) -> bool:
-    """Whether a row needs a further step."""
+    """Whether a row needs a further decode step."""
     return row.finish_reason is None and row.launched < row.limit
 
 
 def _most_likeliest(rows: list[Row]) -> int:
-    """The largest number of likeliest tokens that one of the rows reports."""
+    """The largest n_likeliest of the rows."""
     return max(row.n_likeliest for row in rows)
 
 
 def _by_sampling(rows: list[Row]) -> list[int]:
-    """The indices of rows in an order in which those of one sampling are side by side."""
+    """The indices of the rows, sorted so that rows with the same sampling options are adjacent."""
     samplings = list(dict.fromkeys(row.sampling for row in rows))
     return sorted(range(len(rows)), key=lambda i: samplings.index(rows[i].sampling))
 
 
 def _groups(rows: list[Row]) -> Groups:
-    """The rows of each sampling; of a single one they read the same for any number of rows."""
+    """Divide sorted rows into groups with the same sampling options.
+
+    If there is only one group, its end is None. The result then does not depend on the number of
+    rows, so one compiled step works for any number of rows.
+    """
     found: list[tuple[Sampling, int, int | None]] = []
     begin = 0
     for sampling, of_it in groupby(rows, key=lambda row: row.sampling):
@@ -506,6 +567,6 @@ def _groups(rows: list[Row]) -> Groups:
 
 
 def _unwarned() -> AbstractContextManager:
-    """NumPy's warnings of infinities and NaNs are off: each token's log-probability is checked,
-    and the NumericalError says more."""
+    """Turn off NumPy's warnings about infinities and NaNs. `_accept` checks every log-probability
+    and raises a more helpful error."""
     return np.errstate(over="ignore", invalid="ignore")

@@ -1,8 +1,9 @@
-"""Learning: a loss over a batch of tokens, and its gradient with respect to every parameter.
+"""The loss over a batch of tokens, and its gradient with respect to every parameter.
 
-The forward is the model's own, block by block, and keeps each block's input. The backward goes
-through the blocks in reverse; each computes again from its input what its derivative needs.
-There is no tape and no second model. Memory: (2 L + 1) * B * T * D numbers and one block's own.
+The forward pass calls the model's blocks, and stores the input of each block. The backward pass
+goes through the blocks in reverse order. Each block recomputes its intermediate results from its
+input, so there is neither a tape nor a second implementation of the model. The memory is
+(2 L + 1) * B * T * D elements for these inputs, and the intermediate results of one block.
 """
 
 from dataclasses import replace
@@ -24,21 +25,22 @@ def loss_and_gradients(
 ) -> tuple[Array, Parameters]:
     """loss = sum over b, t of weights[b, t] * -log p(targets[b, t] | tokens[b, :t+1]).
 
-    Weights of 1 / (number of targets) make it the mean in nats a token; 0 leaves a place out,
-    as padding at the end of a row, which no earlier place can see.
+    With weights of 1 / (number of targets) the loss is the mean in nats per token. A weight of 0
+    excludes a position, such as padding at the end of a row. Earlier positions do not attend to
+    padding.
 
     Args:
-        model: its parameters are all in one dtype, float32 or float64, without a scale.
-        tokens: (B, T) integers in [0, V), T no more than the model's context.
-        targets: (B, T) integers in [0, V), as a rule the tokens one place on.
+        model: a model whose parameters are all float32 or all float64, without a scale.
+        tokens: (B, T) integers in [0, V); T is at most the model's context.
+        targets: (B, T) integers in [0, V), usually the token after each position.
         weights: (B, T) in the parameters' dtype.
 
     Returns:
-        The loss, an array of shape (), and its gradient, in the shape of model.parameters. A
-        tied head is one matrix with the embedding, and its gradient the sum of both uses.
+        The loss, an array of shape (), and its gradients in the structure of model.parameters. If
+        the head is tied to the embedding, both have the same gradient, the sum over both uses.
 
     Raises:
-        InputError: weights of another dtype, such as those of an int8 model.
+        InputError: the parameters have another dtype, such as those of an int8 model.
 
     Source: Rumelhart et al. 1986 (back-propagation); Chen et al. 2016 (recomputation).
     """
@@ -74,7 +76,7 @@ def loss_and_gradients(
 def _loss_of_head(
     model: Transformer, x: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """Loss, dx and the head's gradients; the logits, (B, T, V), live no longer than this."""
+    """The loss, dx and the head's gradients. The logits, (B, T, V), are freed at the end."""
     ops, head = model.ops, model.parameters.head
     logits = ops.head(x, head)  # (B, T, D) -> (B, T, V)
     loss = (ops.cross_entropy(logits, targets) * weights).sum()
@@ -96,7 +98,8 @@ def _dtype_of(parameters: Parameters) -> np.dtype:
 
 
 def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dtype) -> KVCache:
-    """Keys and values are used within their block alone: every layer writes over the last."""
+    """A cache for one layer. All layers use it in turn, because keys and values are not needed
+    after their block."""
     ops, sizes = model.ops, model.sizes
     return KVCache(
         model.backend,
@@ -112,9 +115,9 @@ def _cache_of_one_layer(model: Transformer, batch: int, n_new: int, dtype: np.dt
 
 
 def _like(part: Part, gradients: dict[str, Array]) -> Part:
-    """Gradients by field name, in the shape of the part whose they are."""
+    """A part that contains gradients, given by field name, in place of its parameters."""
     arrays = {
         name: Matrix(gradient) if isinstance(getattr(part, name), Matrix) else gradient
         for name, gradient in gradients.items()
     }
-    return replace(part, **arrays)  # norm_eps stays
+    return replace(part, **arrays)  # norm_eps does not change

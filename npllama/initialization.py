@@ -1,4 +1,4 @@
-"""A model that has learnt nothing: seeded random weights, where training begins."""
+"""Random weights from a seed, with which training begins."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from npllama.weight_table import OF_LAYER, PRODUCTS, Weight
 def random_parameters(
     config: LlamaConfig, ops: Ops, seed: int = 0, dtype: np.dtype | str = "float32"
 ) -> Parameters:
-    """Weights as at the start of training: normal with variance 1 / (inputs), norms 1.
+    """Initial parameters: matrices are normally distributed with variance 1 / inputs, norms are 1.
 
-    The two matrices of a layer that add to the residual stream are 1 / sqrt(2 L) of that, so
-    that the sum of all layers does not grow with their number, and the embedding has a standard
-    deviation of 0.02.
+    The results of two matrices per layer, wo and w_down, are added to the residual stream. These
+    matrices are multiplied by 1 / sqrt(2 L), so that the sum over all layers does not grow with L.
+    The embedding has a standard deviation of 0.02.
 
     Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
@@ -31,7 +31,7 @@ def random_parameters(
         return Matrix(*format_of(dtype).from_float(values))
 
     def product(weights: tuple[Weight, ...]) -> dict[str, Matrix]:
-        """Matrices of one input by their field, side by side as a converted file has them."""
+        """Matrices with the same input, by field name; contiguous, as in converted files."""
         shapes = [weight.sizes(config) for weight in weights]
         sizes, is_residual = [n_out for n_out, _n_in in shapes], weights[0].shape[0] == "D"
         together = matrix(sum(sizes), shapes[0][1], residual if is_residual else 1.0)

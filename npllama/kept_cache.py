@@ -1,4 +1,4 @@
-"""The cache of the last generation that was given none, kept for the next."""
+"""Keeps one KV cache for reuse by the next generation."""
 
 from collections import deque
 
@@ -6,24 +6,25 @@ from npllama.kv_cache import KVCache
 
 
 class KeptCache:
-    """One cache at most, while no generation uses it.
+    """Holds at most one cache that no generation uses.
 
-    Allocating another would do. But a captured step is replayed on the arrays that it was captured
-    with, so each generation would capture its steps anew. Several threads may use this.
+    A captured step can be replayed only with the arrays with which it was captured. With a new
+    cache, a generation would have to capture its steps again. This class is thread-safe.
     """
 
     def __init__(self) -> None:
         self._kept: deque[KVCache] = deque(maxlen=1)  # its operations are atomic
 
     def put(self, cache: KVCache) -> None:
-        """Keep a cache whose generation has ended, and no other."""
+        """Keep a cache whose generation has ended, instead of the one that was kept before."""
         cache.user = None
         self._kept.append(cache)
 
     def take(self, batch: int, context: int) -> KVCache | None:
-        """An empty cache of `batch` rows with room for `context` positions.
+        """Return the kept cache, cleared, if it has `batch` rows of at least `context` positions.
 
-        None where there is none; one that is too small is given up, before a larger one is made.
+        Otherwise free the kept cache, so that its memory is available for a new one, and return
+        None.
         """
         for cache in self._popped():
             if _serves(cache, batch, context):
@@ -32,14 +33,15 @@ class KeptCache:
         return None
 
     def serves(self, batch: int, context: int) -> bool:
-        """Whether `take` has such a cache."""
+        """Whether `take` would return a cache."""
         return any(_serves(cache, batch, context) for cache in tuple(self._kept))
 
     def give_up(self) -> bool:
-        """Free its memory; whether there was any."""
+        """Free the kept cache. Returns False if there was none."""
         return bool(self._popped())
 
     def _popped(self) -> list[KVCache]:
+        """Remove the kept cache, and return it in a list. The list is empty if there was none."""
         try:
             return [self._kept.pop()]
         except IndexError:
@@ -47,4 +49,5 @@ class KeptCache:
 
 
 def _serves(cache: KVCache, batch: int, context: int) -> bool:
+    """Whether a cache has `batch` rows of at least `context` positions."""
     return len(cache.lengths) == batch and cache.context >= context

@@ -1,4 +1,4 @@
-"""The transformer: embedding, L blocks, head. One forward for every backend and every phase."""
+"""The transformer: embedding, L layers and head, with one forward pass for prefill and decode."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,12 +21,13 @@ from npllama.sampling_options import is_integer
 
 @dataclass(frozen=True)
 class Trace:
-    """What every layer saw and did, for readers and for the equivalence tests.
+    """The hidden states and attention weights of all layers.
 
     Attributes:
-        hidden: (L+1, T, D) float32; hidden[0] is the embedding, hidden[i] what block i-1 left.
-        attention: (L, H, T, T) float32; attention[i, h, t] is how head h of layer i divides
-            token t's attention over the tokens, 0 for those after it.
+        hidden: (L+1, T, D) float32. hidden[0] is the embedding, and hidden[i] is the output of
+            layer i-1.
+        attention: (L, H, T, T) float32. attention[i, h, t] contains the attention weights of token
+            t in head h of layer i. They are 0 for later tokens.
     """
 
     hidden: np.ndarray
@@ -37,18 +38,17 @@ class Transformer:
     """LLaMA-2 as a function of its parameters.
 
     Args:
-        config: the shape of the model.
+        config: the model's configuration.
         parameters: the weights, on the backend's device.
         ops: the mathematics.
-        context: positions that a cache has room for at most.
-        cache_dtype: of the keys and values that are kept; default what `ops` keeps for such
-            weights.
+        context: the maximum number of positions per row of a cache; by default the config's
+            context length.
+        cache_dtype: the dtype of cached keys and values; by default the choice of `ops`.
 
     Attributes:
-        rotation: the rotary frequencies, for inference and training; `rope_table` is their cosines
-            and sines, one table for all that the model computes.
-        sizes: the config with the H, K and F of these weights: a shard's own, where the
-            parameters are one shard's.
+        rotation: the rotary frequencies, for inference and training.
+        rope_table: the cosines and sines of these frequencies.
+        sizes: the config, but with H, K and F of these parameters, which may be one shard's.
     """
 
     def __init__(
@@ -73,12 +73,15 @@ class Transformer:
         self._kept_cache = KeptCache()
 
     def new_cache(self, batch: int = 1, context: int | None = None) -> KVCache:
-        """An empty cache of `batch` rows with room for `context` positions each, by default the
-        model's.
+        """Allocate an empty cache.
+
+        Args:
+            batch: the number of rows.
+            context: positions per row; by default the model's context.
 
         Raises:
-            InputError: no rows, or a context of none or of more positions than the model's; numbers
-                that are not whole.
+            InputError: batch is not an integer from 1, or context is not an integer from 1 to the
+                model's context.
         """
         sizes = self.sizes
         context = self.context if context is None else context
@@ -104,42 +107,49 @@ class Transformer:
         )
 
     def take_cache(self, batch: int, n_positions: int) -> KVCache:
-        """An empty cache for a generation that is given none: where they are kept, the last one's.
+        """An empty cache for a generation whose caller provides none.
 
-        `give_cache_back` keeps it.
+        It has `batch` rows of at least n_positions positions. It is the cache of the last
+        generation if `give_cache_back` kept one that fits.
         """
         context = self._own_context(n_positions)
         return self._kept_cache.take(batch, context) or self.new_cache(batch, context)
 
     def give_cache_back(self, cache: KVCache) -> None:
-        """Keep a cache of `take_cache` for the next generation, where that gains by it."""
+        """Return a cache, which is kept for the next generation if `ops.keeps_caches` is true."""
         if self.ops.keeps_caches:
             self._kept_cache.put(cache)
 
     def _own_context(self, n_positions: int) -> int:
-        """A kept cache has room for whole buckets: the next prompt may be longer."""
+        """The positions per row that `take_cache` allocates. A cache that may be kept gets whole
+        buckets, because the next prompt may be longer."""
         if self.ops.keeps_caches:
             return min(whole_buckets(n_positions), self.context)
         return n_positions
 
     def check_memory(self, batch: int, context: int, more: int = 0) -> None:
-        """Raise OutOfMemoryError where `batch` rows of `context` positions, and `more` bytes,
-        do not fit beside the weights. A kept cache is given up before."""
+        """Check that the free memory can hold a cache of `batch` rows of `context` positions and
+        `more` bytes, besides the weights. If it cannot, the kept cache is freed and the check is
+        repeated.
+
+        Raises:
+            OutOfMemoryError: the memory is not sufficient.
+        """
         self._check_memory(batch, context, more)
 
     def check_own_memory(self, batch: int, n_positions: int) -> None:
-        """`check_memory` for `take_cache`."""
+        """`check_memory` for the cache that `take_cache` would return."""
         context = self._own_context(n_positions)
         self._check_memory(batch, context, has_cache=self._kept_cache.serves(batch, context))
 
     def rows_that_fit(self, most: int, n_positions: int) -> int:
-        """Rows of n_positions for `take_cache`, at most `most`, that fit the memory that is free.
+        """The maximum number of rows, up to `most`, that fit the free memory in `take_cache`.
 
         Raises:
-            OutOfMemoryError: not one does.
+            OutOfMemoryError: one row does not fit.
         """
         fits, too_many = 0, most + 1
-        rows = most  # all of them are tried first, then the middle of what is left
+        rows = most  # tries all rows first, and then bisects
         while too_many - fits > 1:
             try:
                 self.check_own_memory(rows, n_positions)
@@ -162,7 +172,7 @@ class Transformer:
             batch,
             context,
             min(self.ops.prefill_chunk(), context),
-            # mapped weights count as free memory, and would be pushed out of it
+            # the system counts the memory of mapped weights as free, but using it evicts them
             weights=mapped_nbytes(self.parameters),
             more=more,
         )
@@ -180,18 +190,18 @@ class Transformer:
         rows: tuple[int, ...] | None = None,
         n_last: int = 1,
     ) -> Array:
-        """Logits of the next token, and the cache filled with the new tokens.
+        """Compute the logits of the next token, and append the new tokens to the cache.
 
         Args:
-            tokens: (B, T) integers on the device; row b continues row rows[b] of the cache.
-            rows: B rows of the cache, each at a position of its own; default all.
-            n_last: of how many of the T positions, the last ones, logits are computed.
+            tokens: (B, T) integers on the device. Row b continues row rows[b] of the cache.
+            rows: B rows of the cache, which may be at different positions; None for all rows.
+            n_last: compute logits only for the last n_last of the T positions.
 
         Returns:
             (B, n_last, V) float32.
 
         Raises:
-            InputError: the cache has no room for T more positions, or n_last is not 0 to T.
+            InputError: T more positions do not fit the cache, or n_last is not between 0 and T.
         """
         if not 0 <= n_last <= tokens.shape[1]:
             raise InputError(f"n_last is {n_last}: expected 0 to the {tokens.shape[1]} new tokens")
@@ -201,10 +211,17 @@ class Transformer:
         return logits
 
     def compute(self, tokens: Array, cache: KVCache, place: Place, n_last: int = 1) -> Array:
-        """`forward` without the host's counting: all that happens on the device, which a captured
-        step may replay.
+        """The part of `forward` that runs on the device, and that a CUDA graph can capture.
 
-        Of the last layer, all but the last positions need no more than their keys and values.
+        It does not advance the cache's lengths on the host. For the positions that need no logits,
+        the last layer computes only keys and values.
+
+        Args:
+            tokens, n_last: as in `forward`.
+            place: the rows and positions of the tokens, from `cache.place`.
+
+        Returns:
+            (B, n_last, V) float32.
         """
         ops, parameters = self.ops, self.parameters
         last = len(parameters.layers) - 1
@@ -214,7 +231,7 @@ class Transformer:
             for i, (layer, layer_cache) in enumerate(
                 zip(parameters.layers, cache.layers, strict=True)
             ):
-                n = max(n_last, 1) if i == last else None  # at least 1: no array is empty
+                n = max(n_last, 1) if i == last else None  # at least 1, to avoid empty arrays
                 x = ops.attention_block(x, layer, layer_cache, positions, n)  # -> (B, n, D)
                 x = ops.feed_forward(x, layer)
                 advance(tokens.size)
@@ -223,16 +240,24 @@ class Transformer:
                 logits = self.backend.xp.zeros(shape, dtype="float32")
             else:
                 logits = ops.head(x, parameters.head)  # (B, n, D) -> (B, n, V)
-            cache.advance_on_device(place)  # last: an error before it leaves the cache as it was
+            cache.advance_on_device(place)  # comes last, so an error leaves the cache unchanged
             return logits
 
     def prefill(
         self, ids: Sequence[int], cache: KVCache, row: int = 0, chunk: int | None = None
     ) -> Array:
-        """Feed a prompt, or the rest of one, to a row in chunks; (1, V) logits of the next token.
+        """Append a prompt, or the rest of one, to a row of the cache, in chunks.
 
-        The head runs once, on the last position. Any `chunk` gives the same logits; None is
-        `ops.prefill_chunk()`.
+        The head runs only for the last position.
+
+        Args:
+            ids: the token ids.
+            row: the row of the cache.
+            chunk: tokens per forward pass, by default `ops.prefill_chunk()`. The logits do not
+                depend on it.
+
+        Returns:
+            The logits of the next token, (1, V) float32.
         """
         chunk = chunk or self.ops.prefill_chunk()
         tokens = self.to_tokens(ids)
@@ -249,18 +274,18 @@ class Transformer:
     def reading(
         self, n_tokens: int, what: str = "reading the prompt"
     ) -> AbstractContextManager[Work]:
-        """The context of forwards that read `n_tokens` together, for npllama.progress, where each
-        layer of each token counts."""
+        """A context manager that reports the progress of forward passes over `n_tokens` tokens. The
+        unit of progress is one layer of one token."""
         return work(what, n_tokens * self.config.n_layers)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced logits: row t scores what follows ids[0..t].
+        """Teacher-forced logits: row t contains the logits of the token after ids[0], ..., ids[t].
 
         Returns:
             (T, V) float32 NumPy array.
 
         Raises:
-            InputError: no ids, ids outside the vocabulary, or more than the context holds.
+            InputError: no ids, ids outside the vocabulary, or more ids than the context.
 
         >>> import npllama
         >>> logits = npllama.load().logits([1, 100, 101])
@@ -269,7 +294,7 @@ class Transformer:
         """
         tokens = self.to_tokens(ids)
         chunk = self.ops.prefill_chunk()
-        n_rows = len(ids) + min(len(ids), chunk)  # the result, and one chunk's
+        n_rows = len(ids) + min(len(ids), chunk)  # the result, and the logits of one chunk
         self.check_memory(1, len(ids), more=4 * n_rows * self.config.vocab_size)
         cache = self.new_cache(context=len(ids))
         out = np.empty((len(ids), self.config.vocab_size), dtype="float32")
@@ -281,13 +306,13 @@ class Transformer:
         return out
 
     def trace(self, ids: Sequence[int]) -> Trace:
-        """Every layer's hidden state and attention weights for `ids`; see Trace.
+        """The hidden states and attention weights of every layer for `ids`; see Trace.
 
-        Attention weights are recomputed from each block's input by the reference equations.
-        Memory: L * H * T^2 numbers.
+        `attention_map` recomputes the attention weights from the input of each layer. The result
+        has about L * H * T^2 elements.
 
         Raises:
-            InputError: as for `logits`.
+            InputError: as in `logits`.
 
         >>> import npllama
         >>> trace = npllama.load().trace([1, 100, 101])
@@ -297,7 +322,7 @@ class Transformer:
         ops, to_host = self.ops, self.backend.to_host
         tokens = self.to_tokens(ids)
         c, n = self.sizes, len(ids)
-        maps = (c.n_layers * 2 + 4) * c.n_heads * n * n  # kept, stacked, and in the making
+        maps = (c.n_layers * 2 + 4) * c.n_heads * n * n  # separate, stacked and intermediate maps
         self.check_memory(1, n, more=4 * (maps + 2 * (c.n_layers + 1) * n * c.dim))
         cache = self.new_cache(context=len(ids))
         positions = cache.positions(len(ids))
@@ -312,17 +337,17 @@ class Transformer:
         return Trace(np.stack(hidden), np.stack(attention))
 
     def to_tokens(self, ids: Sequence[int]) -> Array:
-        """Ids -> (T,) int32 on the device, checked here because arrays take -1 silently.
+        """Check token ids, and copy them to the device: T ids -> (T,) int32.
 
         Raises:
-            InputError: no ids, ids outside the vocabulary, or more than the context holds.
+            InputError: no ids, ids outside the vocabulary, or more ids than the context.
         """
         if isinstance(ids, str | bytes):
-            raise InputError("a text was given: expected token ids; llama.encode(text) makes them")
+            raise InputError("found a text: expected token ids, which llama.encode(text) returns")
         try:
             n = len(ids)
         except TypeError:
-            raise InputError(f"the token ids are {ids!r:.60}: expected a list of them") from None
+            raise InputError(f"found {ids!r:.60}: expected a list of token ids") from None
         if n == 0:
             raise InputError("there are no token ids: expected at least one, such as BOS")
         for i, id_ in enumerate(ids):
@@ -343,6 +368,6 @@ class Transformer:
 
 
 def _sizes(config: LlamaConfig, layer: Layer) -> LlamaConfig:
-    """`config` with the numbers of heads and the ffn width that the weights of a layer have."""
+    """`config` with the numbers of heads and the ffn width of a layer's weights."""
     n_heads, n_kv_heads = (w.shape[0] // config.head_dim for w in (layer.wq, layer.wk))
     return replace(config, n_heads=n_heads, n_kv_heads=n_kv_heads, ffn_dim=layer.w_gate.shape[0])

@@ -1,8 +1,7 @@
-"""The model's parameters as plain data: what the equations are given, and nothing that acts.
+"""The model's parameters as plain data.
 
 Shapes: D width, H query heads, K key-value heads, C head width, F ffn width, V vocabulary,
-O outputs of any matrix. Every matrix maps its last axis to its first, (O, D), as Hugging Face
-stores it.
+O outputs of any matrix. Every matrix has the shape (outputs, inputs), as in Hugging Face's files.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,13 +18,13 @@ Part = TypeVar("Part", bound="_Mapped")
 class _Mapped:
     """A frozen dataclass of arrays and of other parts.
 
-    Fields that follow from the others are not given when a part is made. Those that `ops.prepare`
-    sets are None until then, and again in what `map` or `dataclasses.replace` makes.
+    Derived fields are not arguments of the constructor. `ops.prepare` sets some of them. These are
+    None until then, and None again in the results of `map` and `dataclasses.replace`.
     """
 
     def map(self: Part, move: Callable[[Array], Array]) -> Part:
-        """The part with `move` applied to each of its arrays, one after the other; itself where
-        that changes none."""
+        """A copy of the part with `move` applied to each array. It is the part itself if `move`
+        returns every array unchanged."""
         changed = {}
         for name in self._own_fields():
             value = getattr(self, name)
@@ -40,7 +39,7 @@ class _Mapped:
         return replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def arrays(self) -> Iterator[Array]:
-        """Each of its arrays, in the same order."""
+        """All arrays of the part, in the order of `map`."""
         for name in self._own_fields():
             value = getattr(self, name)
             if isinstance(value, _Mapped):
@@ -49,7 +48,7 @@ class _Mapped:
                 yield value
 
     def with_derived(self: Part, **derived: object) -> Part:
-        """The same part with these derived fields."""
+        """A copy of the part with these values of derived fields."""
         made = replace(self)  # type: ignore[type-var]
         for name, value in derived.items():
             object.__setattr__(made, name, value)
@@ -61,14 +60,15 @@ class _Mapped:
 
 @dataclass(frozen=True, eq=False)
 class Matrix(_Mapped):
-    """A weight W (O, D) as it is stored; its format knows how that is read.
+    """A weight matrix W (O, D) in its storage format.
 
     Attributes:
         values: (O, D) in the format's dtype.
-        scale: (O,) float32, one factor an output row; None means 1.
-        format: which one it is, by the dtype of the values.
-        shape: (O, D), that of W.
-        number: by which an `ops` that has prepared it knows it; None where it does not.
+        scale: (O,) float32, one factor per row of W; None means 1.
+        format: the format, which follows from the dtype of the values.
+        shape: the shape (O, D) of W.
+        number: a number that identifies the matrix if worker processes share its products, else
+            None.
     """
 
     values: Array
@@ -86,22 +86,22 @@ class Matrix(_Mapped):
         return sum(array.nbytes for array in self.arrays())
 
     def split(self, n_rows: Iterable[int]) -> "list[Matrix]":
-        """Views of its rows, so many and then so many: (sum O_i, D) -> (O_i, D) each."""
+        """Views of n_rows[0], n_rows[1], ... consecutive rows: (sum O_i, D) -> (O_i, D) each."""
         ends = [0, *accumulate(n_rows)]
         return [self.slice_rows(slice(a, b)) for a, b in pairwise(ends)]
 
     def slice_rows(self, some: slice) -> "Matrix":
-        """A view of some of its rows."""
+        """A view of some rows."""
         return self.map(lambda array: array[some])
 
 
 @dataclass(frozen=True, eq=False)
 class Layer(_Mapped):
-    """One transformer block. Under sharding H, K and F are the counts of this shard.
+    """The parameters of one transformer layer. In a sharded model, H, K and F are those of a shard.
 
     Attributes:
-        qkv, gate_up: the matrices of one input as one, of which they are views; None where they
-            are not contiguous in memory.
+        qkv: wq, wk and wv as one matrix, of which they are views; None if they are not contiguous.
+        gate_up: the same for w_gate and w_up.
     """
 
     attention_norm: Array  # (D,) float32
@@ -120,16 +120,16 @@ class Layer(_Mapped):
 
 @dataclass(frozen=True, eq=False)
 class Head(_Mapped):
-    """What turns the last hidden state into logits."""
+    """The parameters that compute logits from the last hidden state."""
 
     norm: Array  # (D,) float32
-    lm_head: Matrix  # (V, D); the embedding itself where the checkpoint ties them
+    lm_head: Matrix  # (V, D); the embedding itself if the two are tied
     norm_eps: float
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """All of a model: embedding (V, D), L layers, head."""
+    """All parameters of a model: the embedding (V, D), L layers and the head."""
 
     embedding: Matrix
     layers: tuple[Layer, ...]
@@ -137,7 +137,7 @@ class Parameters:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in their storage dtype; a tied head counts once."""
+        """The bytes of all tensors in their storage dtype. A tied head counts once."""
         parts = (self.embedding, *self.layers, self.head)
         nbytes = {id(array): array.nbytes for part in parts for array in part.arrays()}
         return sum(nbytes.values())

@@ -1,15 +1,15 @@
-"""LLaMA-2 on one page: the whole model in plain NumPy, float32, one prompt, greedy.
+"""LLaMA-2 on one page: the whole model in plain NumPy, for one prompt, float32 and greedy.
 
     python -m npllama.plain --prompt "Once upon a time" [--model DIR]
 
-It prints what `python -m npllama.generate --temperature 0 --backend numpy` prints (which never
-chooses rows of the vocabulary that only pad it). Nothing here is fast; the tests hold the library
-to it. It knows no RoPE scaling for longer contexts, and refuses such a config. Letters: T new
-tokens, N cached positions with them, D width, H query heads, K key-value heads, G = H/K, C head
-width, F ffn width, V vocabulary.
+The program prints the same text as `python -m npllama.generate --temperature 0 --backend numpy`,
+except that the latter never chooses ids that only pad the vocabulary. The code is written to be
+read and not to be fast, and the tests compare the library with it. It does not support RoPE
+scaling. Letters: T new tokens, N cached positions including the new ones, D width, H query heads,
+K key-value heads, G = H/K, C head width, F ffn width, V vocabulary.
 """
 
-if __name__ == "__main__":  # first of all, since the imports take a while
+if __name__ == "__main__":  # before the imports, because they take a while
     from npllama.early_interrupt import end_at_once
 
     end_at_once()
@@ -52,7 +52,7 @@ def rope(x: np.ndarray, start: int, theta: float) -> np.ndarray:
 
 
 class Block:
-    """One transformer block and its part of the KV cache."""
+    """One layer of the transformer (attention and feed-forward), and its part of the KV cache."""
 
     def __init__(self, layer: Layer, config: LlamaConfig, context: int) -> None:
         self.layer, self.config = layer, config
@@ -92,10 +92,10 @@ class Block:
 def generate(
     parameters: Parameters, config: LlamaConfig, ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[int]:
-    """The likeliest next id, again and again, until an end-of-text id or the context's end."""
+    """Yield at most max_new_tokens ids, each the most likely next one, until an end-of-text id."""
     context = min(config.context_length, len(ids) + max_new_tokens)
     blocks = [Block(layer, config, context) for layer in parameters.layers]
-    head, start, new = parameters.head, 0, np.array(ids)  # (T,): first the prompt, then each id
+    head, start, new = parameters.head, 0, np.array(ids)  # (T,): the prompt, later the last id
     while start + len(new) < context:
         x = parameters.embedding.values[new]  # (T,) -> (T, D)
         for block in blocks:
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=started_as("plain", "python -m npllama.plain"), description=__doc__.split("\n")[0]
     )
     p.add_argument("--prompt", required=True, type=utf8, help="the text to continue")
-    p.add_argument("--model", default=SHIPPED, help="(default: the shipped model)")
+    p.add_argument("--model", default=SHIPPED, help="model directory (default: the shipped model)")
     p.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     options = p.parse_args(arguments)
     return exit_code("plain", lambda: run(options.model, options.prompt, options.max_new_tokens))
@@ -127,16 +127,21 @@ def run(model: str | Path, prompt: str, max_new_tokens: int) -> None:
     directory = Path(model)
     config = LlamaConfig.from_directory(directory)
     if config.rope_scaling is not None:
-        raise InputError(f"{directory} scales RoPE, which this page does not: use npllama.generate")
+        raise InputError(
+            f"{directory} uses RoPE scaling, which npllama.plain does not support: "
+            "use npllama.generate"
+        )
     parameters = Checkpoint(directory, config, "float32").parameters(Ops(Backend()))
     tokenizer = read_tokenizer(directory, config)
     if tokenizer is None:
-        raise TokenizerError(f"{directory} has no tokenizer.model or tokenizer.json")
+        raise TokenizerError(
+            f"{directory} has no tokenizer.model or tokenizer.json: put the checkpoint's there"
+        )
     ids = tokenizer.encode_prompt(prompt)  # BOS first
     if len(ids) > config.context_length or max_new_tokens < 0:
         raise InputError(
-            f"{len(ids)} ids and {max_new_tokens} new ones: expected at most "
-            f"{config.context_length} ids, and at least 0 new ones"
+            f"{len(ids)} tokens in the prompt and {max_new_tokens} new ones: expected at most "
+            f"{config.context_length} tokens in the prompt, and at least 0 new ones"
         )
     new = list(generate(parameters, config, ids, max_new_tokens))
     said = tokenizer.decode(ids)

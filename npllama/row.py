@@ -1,4 +1,4 @@
-"""One row of a batch: its prompt, its completion so far, and where that ends."""
+"""One row of a batch: its prompt, its completion so far, and the reason why it ends."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from npllama.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopFilter:
-    """Lets text through until a stop text appears, holding back what may become one.
+    """Passes text on until a stop text occurs, and delays text that may be the start of one.
 
-    Of several stop texts the one that is complete first counts (the longer of two that end
-    together): that alone does not depend on how the text was cut into pieces.
+    Of several stop texts, the one that is complete first ends the text. If two are complete at the
+    same time, the longer one does. With this rule the result does not depend on how the text was
+    divided into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -22,7 +23,11 @@ class StopFilter:
         self.found = False
 
     def push(self, text: str, final: bool = False) -> str:
-        """The text that is certain to come before any stop text."""
+        """Add a piece of text, and return the text that no stop text can affect any more.
+
+        Args:
+            final: whether this piece is the last, so that no text needs to be delayed.
+        """
         self._held += text
         places = ((self._held.find(stop), len(stop)) for stop in self._stops)
         found = [(at + length, at) for at, length in places if at >= 0]
@@ -37,7 +42,7 @@ class StopFilter:
         return certain
 
     def _prefix_of_a_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
+        """The length of the longest suffix of the delayed text that is a prefix of a stop text."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):
@@ -47,18 +52,27 @@ class StopFilter:
 
 @dataclass(eq=False)
 class Row:
-    """One prompt and what has been said after it.
+    """One prompt and its completion so far.
 
     Args:
-        number: which of the prompts it is; with the seed, all that its random numbers depend on.
-        limit: new tokens at most: max_new_tokens, or what the context leaves.
+        number: the number of the prompt. The row's random numbers depend only on it and the seed.
+        prompt_ids: the token ids of the prompt.
+        limit: the maximum number of new tokens: max_new_tokens, or fewer if the context is full.
+        eos_ids: the token ids that end the completion.
+        stop: the filter for stop texts.
+        tokenizer: the tokenizer; None to generate ids without text.
+        fresh_text: whether the completion is a new text rather than a continuation of the prompt's.
 
     Attributes:
-        seed, sampling: how its tokens are chosen.
-        n_likeliest: how many of the likeliest tokens are told of each step.
-        cache_row: the row of the cache that holds it; None while it waits for one.
-        launched: its tokens that are computed or queued.
-        error: what ended it, where finish_reason is "error".
+        ids, log_probs: the new tokens, and their log-probabilities.
+        likeliest: per new token, the ids and log-probabilities of the most likely tokens.
+        text: the text of the completion so far, without delayed text.
+        finish_reason: why the row ended; None while it continues.
+        seed, sampling: the options for choosing tokens.
+        n_likeliest: how many of the most likely tokens each step reports.
+        cache_row: the row of the cache; None while the row waits for one.
+        launched: the number of new tokens that have been computed or queued.
+        error: the exception that ended the row, if finish_reason is "error".
     """
 
     number: int
@@ -83,13 +97,13 @@ class Row:
     def __post_init__(self) -> None:
         self._decoder = None if self.tokenizer is None else StreamDecoder(self.tokenizer)
         if self._decoder is not None and not self.fresh_text:
-            for id_ in self.prompt_ids:  # the completion continues the prompt's text
+            for id_ in self.prompt_ids:  # the completion's text continues that of the prompt
                 self._decoder.push(id_)
         if self.limit == 0:
             self.finish_reason = "length"
 
     def interrupt(self) -> str:
-        """End here; the text that was held back in case it became something else."""
+        """End the row, and return the text that was delayed until now."""
         held = ""
         if self.finish_reason is None and self._decoder is not None:
             held = self.stop.push(self._decoder.flush(), final=True)
@@ -98,10 +112,12 @@ class Row:
         return held
 
     def accept(self, id_: int, log_prob: float, likeliest: Sequence[tuple[int, float]] = ()) -> str:
-        """Take the next token; the text that it makes certain.
+        """Add the next token, and return the new text that is certain with it.
 
         Args:
-            likeliest: ids and log-probabilities of the tokens likeliest in its place.
+            id_: the token id.
+            log_prob: its log-probability.
+            likeliest: the ids and log-probabilities of the most likely tokens at this step.
         """
         self.ids.append(id_)
         self.log_probs.append(log_prob)
@@ -124,7 +140,7 @@ class Row:
         return text
 
     def completion(self, timings: Timings) -> Completion:
-        """What was said so far, in so much time."""
+        """The result so far, with the given timings."""
         return Completion(
             text=None if self.tokenizer is None else self.text,
             ids=self.ids,
@@ -137,6 +153,6 @@ class Row:
         )
 
     def _named(self) -> list[list[LikelyToken]]:
-        """The likeliest tokens of each step, with their names."""
+        """The most likely tokens of each step, with their texts."""
         name = (lambda id_: None) if self.tokenizer is None else self.tokenizer.piece
         return [[LikelyToken(i, name(i), p) for i, p in likeliest] for likeliest in self.likeliest]

@@ -1,4 +1,4 @@
-"""What `Llama.stream` returns: the pieces of a text, and the completion that they add up to."""
+"""The result of `Llama.stream`: an iterator over pieces of text that ends with a Completion."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ from npllama.generation import Generation
 
 
 class TextStream(Iterator[str]):
-    """Iterates over a generation of one row: its text in pieces, none of them empty.
+    """Iterates over the text of a generation with one row. No piece is empty.
 
     Attributes:
-        completion: finish reason, log-probabilities, timings and all else that is known of the
-            text once the stream has ended: by itself, by `close`, by Ctrl-C or by an error. None
-            until then. After the last three its finish reason is "interrupted", and its text has
-            what was held back because it might have become a stop text or half a character.
+        completion: the Completion, as soon as the stream has ended; None before. If `close`, Ctrl-C
+            or an error ended the stream early, the finish reason is "interrupted". The text of this
+            completion also contains text that the stream had delayed: the start of a possible stop
+            text, or an incomplete character.
     """
 
     def __init__(self, generation: Generation) -> None:
@@ -33,7 +33,7 @@ class TextStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """End it here, if it has not ended, and leave the cache to others."""
+        """End the stream if it has not ended, and release the cache."""
         self._steps.close()
         if self.completion is None:
             self.completion = self._generation.completions()[0]

@@ -1,7 +1,7 @@
-"""How many threads compute: as many as a user asks for, or as many cores as are free.
+"""The number of threads that compute: the number that a user requests, or that of the free cores.
 
-More threads than free cores is a disaster: threads of BLAS wait for one another, and one that
-has lost its core to another program holds up all of them (measured: 31 us become 4 ms).
+More threads than free cores are very slow. The threads of BLAS wait for each other, so one thread
+that has lost its core to another program delays all of them.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 _INTERVAL = 0.25
-"""Seconds between two looks at what other programs do."""
+"""Seconds between two measurements of the cores that other programs use."""
 
 _STALE = 1.0
-"""Seconds after which the last look is too long ago."""
+"""Seconds after which the last measurement is out of date."""
 
 
 class Threads:
-    """The number of threads to compute with, and the means to use them.
+    """The number of threads to compute with, and functions that use so many threads.
 
     Args:
-        n: that many; None for as many as there are free cores, and no more than NumPy's BLAS
-            is set to (OPENBLAS_NUM_THREADS and the like).
+        n: the number of threads; None for the number of free cores, limited by the settings of
+            NumPy's BLAS (such as OPENBLAS_NUM_THREADS).
 
     Attributes:
-        most: the number that `count` never exceeds.
-        helpers: ids of processes that compute for this one, and so are no other programs.
+        most: the upper bound of `count`.
+        helpers: ids of this program's worker processes, which do not count as other programs.
     """
 
     def __init__(self, n: int | None = None) -> None:
@@ -58,27 +58,29 @@ class Threads:
 
     @property
     def count(self) -> int:
-        """How many to use now."""
+        """The number of threads to use now."""
         return self.most if self._fixed is not None else min(self.most, self._free.count())
 
     def turn(self) -> AbstractContextManager:
-        """A context that one thread of the program is in at a time; others wait for it.
+        """A context manager that only one thread of the program can hold at a time.
 
-        BLAS has one number of threads for the whole process, and two forwards at once would take
-        the cores from each other. Contexts of one thread nest. A fork waits for its turn as well:
-        OpenBLAS hangs in both processes where one is made during another thread's product.
+        Other threads wait for it, because BLAS has one number of threads for the whole process, and
+        two forward passes at the same time would compete for the cores. A thread may nest these
+        contexts. A fork also waits: if a process forks while another thread computes a product,
+        OpenBLAS hangs in both processes.
         """
         _guard_forks()
         return _turn
 
     def give_way(self) -> None:
-        """Let a thread that waits for its turn have it; for nothing where none does."""
+        """Sleep briefly if another thread waits for its turn, so that it can start. Call this
+        outside of `turn`."""
         if _turn.waiting:
-            time.sleep(0.0005)  # long enough for it to wake up
+            time.sleep(0.0005)  # long enough for the other thread to wake up
 
     @contextlib.contextmanager
     def blas(self, n: int) -> Iterator[None]:
-        """A `turn` in which products of NumPy's BLAS use n threads; it restores their number."""
+        """A `turn` in which NumPy's BLAS uses n threads. At its end the old number is restored."""
         with self.turn(), _numbers_restored():
             before = _numbers_of_threads()
             try:
@@ -89,18 +91,22 @@ class Threads:
 
     @contextlib.contextmanager
     def blas_alone(self) -> Iterator[None]:
-        """A context in which products of NumPy's BLAS use one thread, and which several threads of
-        a program are in at once, each on a core of its own."""
+        """A context in which NumPy's BLAS uses one thread. Unlike `turn`, several threads of the
+        program can hold it at the same time, and each of them computes on its own core."""
         with _numbers_restored():
             _set_blas([1] * len(_blas_libraries()))
             yield
 
     def map(self, function: Callable[[Any, int], Any], items: Sequence[Any]) -> list[Any]:
-        """function(item, slot) for each item, in order, `count` of them at a time; two that run
-        at once have different slots below `most`, and BLAS has one thread meanwhile."""
+        """The list of function(item, slot) for all items, computed by up to `count` threads.
+
+        Calls that run at the same time have different slots, which are integers in [0, most). BLAS
+        uses one thread meanwhile.
+        """
         n = min(self.count, len(items))
-        is_free = os.getpid() == self._owner  # a fork has none of this process's threads
-        if n < 2 or not is_free or not self._lock.acquire(blocking=False):  # a map in a map
+        is_free = os.getpid() == self._owner  # a forked process has no threads in its pool
+        # the lock is taken if this is a call within another `map`
+        if n < 2 or not is_free or not self._lock.acquire(blocking=False):
             return [function(item, 0) for item in items]
         try:
             with self.blas(1):
@@ -110,7 +116,7 @@ class Threads:
 
     def _map(self, function: Callable[[Any, int], Any], items: Sequence[Any], n: int) -> list[Any]:
         results: list[Any] = [None] * len(items)
-        left = iter(range(len(items)))  # one for all threads, which the interpreter's lock keeps
+        left = iter(range(len(items)))  # shared by all threads; the interpreter's lock protects it
 
         def run(slot: int) -> None:
             for i in left:
@@ -119,10 +125,10 @@ class Threads:
         futures = []
         try:
             for slot in range(1, n):
-                with contextlib.suppress(RuntimeError):  # no more threads to be had
+                with contextlib.suppress(RuntimeError):  # the system allows no more threads
                     futures.append(self._pool.submit(run, slot))
             run(0)
-        finally:  # nobody writes to what the caller holds after an error or Ctrl-C
+        finally:  # after an error or Ctrl-C, wait until no thread writes to the caller's arrays
             for _ in left:
                 pass
             errors = [future.exception() for future in futures]
@@ -137,13 +143,13 @@ class Threads:
 
     @cached_property
     def _pool(self) -> "ThreadPoolExecutor":
-        from concurrent.futures import ThreadPoolExecutor  # not for --help
+        from concurrent.futures import ThreadPoolExecutor  # imported here so --help starts fast
 
         return ThreadPoolExecutor(max(1, self.most - 1), thread_name_prefix="npllama")
 
 
 class _Turn:
-    """A reentrant lock that knows which threads wait for it."""
+    """A reentrant lock that records which threads wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -169,14 +175,17 @@ class _Turn:
 
 _turn = _Turn()
 _lock = threading.Lock()
-_n_inside = 0  # contexts that have been entered and not left
-_original: list[int] = []  # threads of each library before the first of them
+_n_inside = 0  # the number of `_numbers_restored` contexts that are active
+_original: list[int] = []  # threads of each BLAS library before the first of these contexts
 
 
 @contextlib.contextmanager
 def _numbers_restored() -> Iterator[None]:
-    """BLAS has the numbers of threads from before the first such context once the last is left,
-    whatever contexts of several threads did to each other's."""
+    """Restore BLAS's numbers of threads when the last active context of this kind ends.
+
+    They are restored to their values before the first of these contexts. Contexts of several
+    threads may overlap, so one context alone cannot restore them.
+    """
     global _n_inside
     with _lock:
         if _n_inside == 0:
@@ -186,15 +195,15 @@ def _numbers_restored() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _n_inside = max(0, _n_inside - 1)  # in a fork it begins anew
+            _n_inside = max(0, _n_inside - 1)  # `_new_locks` sets it to 0 in a forked process
             if _n_inside == 0:
                 _set_blas(_original)
 
 
 @lru_cache(maxsize=1)
 def _guard_forks() -> None:
-    """Let forks wait for their turn from now on."""
-    import concurrent.futures.thread  # noqa: F401 (its handler, which takes a lock, must run after)
+    """Make every later fork wait for its turn."""
+    import concurrent.futures.thread  # noqa: F401 (registers a handler that must run after ours)
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
@@ -205,23 +214,23 @@ def _guard_forks() -> None:
 
 
 def _new_locks() -> None:
-    """In a fork: the threads that held them do not exist here."""
+    """Replace the locks in a forked process, where the threads that held them do not exist."""
     global _turn, _lock, _n_inside
     _turn, _lock, _n_inside = _Turn(), threading.Lock(), 0
 
 
 def _numbers_of_threads() -> list[int]:
-    """Of each BLAS library; what the environment asks for is read before anything is changed."""
-    _blas_limits()
+    """The current number of threads of each BLAS library."""
+    _blas_limits()  # stores the environment's settings before they are changed
     return [library.get_num_threads() for library in _blas_libraries()]
 
 
 def _set_blas(numbers: Sequence[int]) -> None:
-    """Set each library's threads, from whichever thread calls.
+    """Set the number of threads of each BLAS library. Any thread may call this function.
 
-    threadpoolctl (3.8 and later) lets the first thread that sets the number of OpenBLAS control
-    it, and ignores all others without a word. Our threads take turns, so each takes control, and
-    gives it up for those who use threadpoolctl themselves.
+    From version 3.8 on, threadpoolctl gives control of OpenBLAS to the first thread that sets the
+    number, and silently ignores other threads. Our threads take turns, so each call takes control
+    first. It then releases control, because the program may use threadpoolctl itself.
     """
     for library, number in zip(_blas_libraries(), numbers, strict=True):
         if library.get_num_threads() != number:
@@ -233,19 +242,19 @@ def _set_blas(numbers: Sequence[int]) -> None:
 
 @lru_cache(maxsize=1)
 def _blas_libraries() -> list[Any]:
-    from threadpoolctl import ThreadpoolController  # when first computing, not at --help
+    from threadpoolctl import ThreadpoolController  # imported here so --help starts fast
 
     return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
 @lru_cache(maxsize=1)
 def _blas_limits() -> list[int]:
-    """As they were when first looked at: what the user's environment asks for."""
+    """The numbers of threads at the first call, which are those of the user's environment."""
     return [library.get_num_threads() for library in _blas_libraries()]
 
 
 class _FreeCores:
-    """The cores that this process may use, less those that other programs keep busy."""
+    """The number of cores that this process may use and that other programs leave free."""
 
     def __init__(self, helpers: Sequence[int]) -> None:
         self._helpers = helpers
@@ -259,7 +268,7 @@ class _FreeCores:
         elapsed = now - self._time
         if elapsed >= _INTERVAL:
             others = self._seconds_of_others()
-            if elapsed > _STALE:  # what ran then says nothing of now
+            if elapsed > _STALE:  # an average over a long time says nothing about the present
                 self._count = self._left(os.cpu_count(), _others_running(self._helpers))
             elif others is not None and self._others is not None:
                 busy = max(0, round((others - self._others) / elapsed))
@@ -268,11 +277,11 @@ class _FreeCores:
         return self._count
 
     def _left(self, n_looked_at: int | None, busy: int) -> int:
-        """Of the cores that were looked at, which may be more than this process may use."""
+        """The free cores for this process, if `busy` of n_looked_at cores are in use."""
         return max(1, min(self._cores, (n_looked_at or self._cores) - busy))
 
     def _seconds_of_others(self) -> float | None:
-        """Seconds of computing by other programs so far, on the cores that this one may use."""
+        """The CPU seconds of other programs so far, on the cores that this process may use."""
         busy = busy_seconds()
         if busy is None:
             return None
@@ -280,9 +289,9 @@ class _FreeCores:
 
 
 def _others_running(helpers: Sequence[int]) -> int:
-    """Threads of other programs that compute now; 0 off Linux.
+    """The number of running threads of other programs; 0 on systems other than Linux.
 
-    The least of ten looks in 20 ms: what only wakes up for a moment does not count.
+    The result is the minimum of ten samples in 20 ms, which ignores threads that run only briefly.
     """
     least = sys.maxsize
     for _ in range(10):

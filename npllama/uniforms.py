@@ -1,6 +1,7 @@
-"""Random numbers as a function of (seed, row, step): Philox, a counter-based generator.
+"""Random numbers as a function of (seed, row, step), by the counter-based generator Philox.
 
-A row's text then does not depend on which other rows run, on the backend, or on what came before.
+The text of a row therefore depends neither on the other rows of its batch, nor on the backend, nor
+on random numbers that were generated before.
 """
 
 from collections.abc import Sequence
@@ -8,26 +9,32 @@ from collections.abc import Sequence
 import numpy as np
 
 _MULTIPLIERS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
-_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)  # what the key grows by in each round
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)  # added to the key in each round
 _ROUNDS = 10
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def uniforms(seed: int, rows: Sequence[int], steps: Sequence[int]) -> np.ndarray:
-    """One number in [0, 1) for each step and row: (n_steps, B) float64.
+    """One random number in [0, 1) per step and row.
 
-    The number is what np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0,
-    step])).random() gives: the upper 53 bits of the first output word of Philox4x64-10.
+    Each number equals np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0,
+    step])).random(). These are the upper 53 bits of the first output word of Philox4x64-10.
 
     Args:
-        seed: of [0, 2^64).
+        seed: an integer in [0, 2^64).
+        rows: the numbers of the B rows.
+        steps: the numbers of the steps.
+
+    Returns:
+        (n_steps, B) float64.
 
     Source: Salmon et al. 2011, section 3.3 (Philox).
     """
     step = np.array(steps, dtype="uint64")[:, None]  # (n_steps, 1)
     zeros = np.zeros((len(step), len(rows)), dtype="uint64")  # (n_steps, B)
-    counter = [zeros + np.uint64(1), zeros, zeros, zeros + step]  # NumPy counts before it draws
-    keys = [np.uint64(seed), np.array(rows, dtype="uint64")]  # the second: (B,)
+    # NumPy increments the counter before it generates a number, so its first word is 1
+    counter = [zeros + np.uint64(1), zeros, zeros, zeros + step]
+    keys = [np.uint64(seed), np.array(rows, dtype="uint64")]  # (), (B,)
     with np.errstate(over="ignore"):  # the sums are modulo 2^64
         for round_ in range(_ROUNDS):
             high_0, low_0 = _product(counter[0], _MULTIPLIERS[0])

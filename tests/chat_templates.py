@@ -1,4 +1,4 @@
-"""Chat templates of published checkpoints, and messages."""
+"""Chat templates of published checkpoints, and dialogues rendered with them."""
 
 import importlib.util
 import json
@@ -7,8 +7,8 @@ from conftest import FIXTURES, needed
 
 DIRECTORY = FIXTURES / "chat_templates"
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in DIRECTORY.glob("*.jinja")}
-# of tools/make_reference.py, from transformers: dialogues with the text by template, None where
-# the template refuses the roles
+# The dialogues, each with its rendered text per template, or None if the template refuses the
+# roles. tools/make_reference.py wrote the file with transformers.
 DIALOGUES = json.loads((DIRECTORY / "expected.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: the implementations of ops they run on, small models, and data."""
+"""Shared fixtures: the implementations of ops, small models, and data files."""
 
 import importlib.util
 import os
@@ -26,16 +26,17 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 FIXTURES = Path(__file__).parent / "fixtures"
 FAKE_CUPY = Path(__file__).parent / "fake_cupy"
-sys.path.insert(0, str(ROOT / "tools"))  # where convert.py finds its modules
+sys.path.insert(0, str(ROOT / "tools"))  # convert.py imports its modules from there
 
-# A shell's background job ignores Ctrl-C, and so would every program that the tests start
+# A background job of a shell ignores Ctrl-C, and its child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as one that nohup started does
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores this signal
 
-# Every way to compute the same mathematics: the reference and each backend's overrides.
-# "strict" arrays refuse what CuPy refuses, so what runs on them needs no GPU to be tried;
-# "strict-kernels" runs the kernels too. Simulated, they take seconds: a test of the logic around
-# them is marked array_calls where it is slow, and runs "strict-cupy", the calls they fall back to.
+# Every implementation of the mathematics: the reference, and the overrides of each backend.
+# "strict" arrays refuse what CuPy refuses, so tests on them need no GPU. "strict-kernels" also runs
+# the kernels, in a simulator that takes seconds. Slow tests of the code around the kernels are
+# therefore marked array_calls. They run "strict-cupy", with the array calls that CupyOps uses if no
+# kernel fits.
 STRICT_CUPY = "strict-kernels" if compiler() else "strict-cupy"
 CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 
@@ -49,12 +50,12 @@ def pytest_addoption(parser):
         "--backend",
         choices=("all", "numpy", "cupy"),
         default="all",
-        help="all that are present; numpy: without CuPy; cupy: CuPy alone, and fail without it",
+        help="all: every installed backend; numpy: NumPy only; cupy: CuPy only, which must exist",
     )
     parser.addoption(
         "--array-calls",
         action="store_true",
-        help="strict-cupy for strict-kernels everywhere: runs no simulated kernels",
+        help="run no simulated kernels: strict-cupy replaces strict-kernels in all tests",
     )
 
 
@@ -85,7 +86,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class ArrayCalls(CupyOps):
-    """CupyOps where nothing can be launched: its array calls, and the reference's for the rest."""
+    """CupyOps without kernels: its array calls, and the reference for everything else."""
 
 
 for _name in set(vars(CupyOps)) - {"linear", "cached_attention", "cache_dtype"}:
@@ -133,13 +134,13 @@ TINY = LlamaConfig(
 
 
 def make_llama(ops, config=TINY, seed=0, tokenizer=None, dtype="float32") -> Llama:
-    """A small model with random weights, and by default a tokenizer of bytes."""
+    """A small model with random weights. The default tokenizer has one token per byte."""
     parameters = random_parameters(config, ops, seed, dtype)
     return Llama(config, parameters, ops, tokenizer=tokenizer or byte_tokenizer())
 
 
 def rope_table(ops, n_positions, head_dim, theta, dtype="float32"):
-    """Cosines and sines of a model that differs in head_dim and theta alone."""
+    """Cosines and sines of RoPE for a number of positions, a head width and a base."""
     config = LlamaConfig(head_dim, 1, 1, 1, 1, 1, rope_theta=theta)
     return ops.rope_table(n_positions, ops.rope_frequencies(config), dtype)
 
@@ -150,13 +151,14 @@ def llama(ops) -> Llama:
 
 
 def run_script(code):
-    """A Python script in a process of its own, which must end well; warnings are off."""
+    """Run Python code in a separate process, with warnings off. The process must exit with code
+    0."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     assert subprocess.run(command, timeout=60).returncode == 0
 
 
 def needed(missing: str | None) -> None:
-    """Skip where a tool is missing, with what it says; fail where CI runs, which installs it."""
+    """Skip the test if a tool is missing. On CI, which installs all tools, fail instead."""
     if missing is not None:
         (pytest.fail if os.environ.get("NPLLAMA_CI") == "1" else pytest.skip)(missing)
 

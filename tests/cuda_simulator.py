@@ -1,10 +1,10 @@
-"""Compiles CUDA C++ with g++ and runs its kernels on NumPy arrays; every access is watched.
+"""Compiles CUDA C++ with g++, runs its kernels on NumPy arrays, and checks every memory access.
 
     module = Module(code, ("scale<float>",))
     module.launch("scale<float>", (4,), (32,), (x, y, np.int32(len(x))))
 
-A mistake ends in a KernelError of one line: what, file and line, block and thread. The runtime in
-cuda_sim/ says how it is found.
+An error in a kernel raises a KernelError with one line: the error, the file and line, and the block
+and thread. The comments of the runtime in cuda_sim/ explain the checks.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ HERE = Path(__file__).parent / "cuda_sim"
 COMMON = ("-std=c++17", "-fPIC", "-g1", "-gdwarf-4", "-w", f"-I{HERE}")
 KERNEL = (
     "-O1",
-    "-fsanitize=thread",  # linked without its library: cuda_sim.cpp is called instead
+    "-fsanitize=thread",  # linked without libtsan: cuda_sim.cpp defines its functions
     "-fno-sanitize-recover=all",
     "-fsanitize=alignment,bounds,null,signed-integer-overflow,shift,integer-divide-by-zero",
-    "-fvisibility=hidden",  # each library has its own __shared__
+    "-fvisibility=hidden",  # each library needs its own copies of __shared__ variables
     "-fno-gnu-unique",
 )
 MAX_STATIC_SHARED = 48 * 1024
 MAX_SHARED = 227 * 1024
 ORDERS = ("forward", "backward", "random")
-"""Orders in which the threads of a block run, and the blocks of a grid."""
+"""The orders in which to run the blocks of a grid and the threads of a block."""
 
 _DYNAMIC = re.compile(
     r"extern\s+__shared__\s+(?:(?:__align__|alignas)\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]\s*;"
@@ -50,16 +50,17 @@ _OVERLAP = ("cuda_sim::wait_for_previous_kernel", "cuda_sim::let_next_kernel_sta
 
 
 class KernelError(Exception):
-    """What a kernel did wrong, and where."""
+    """An error in a kernel or in its arguments, with its place in the source."""
 
 
 class CompilationError(Exception):
-    """What g++ says of a source."""
+    """The error messages of g++."""
 
 
 @functools.cache
 def compiler() -> str | None:
-    """g++ 12 or later, which has _Float16, on Linux; None where there is none."""
+    """The path of g++ 12 or later, which supports _Float16; None if it is missing or not on
+    Linux."""
     path = shutil.which("g++")
     if path is None or sys.platform != "linux":
         return None
@@ -67,17 +68,18 @@ def compiler() -> str | None:
         subprocess.run([path, option], capture_output=True, text=True).stdout
         for option in ("--version", "-dumpversion")
     )
-    is_gcc = "Free Software Foundation" in about  # clang calls itself g++ as well
+    is_gcc = "Free Software Foundation" in about  # clang can also be installed as g++
     return path if is_gcc and int(version.split(".")[0]) >= 12 else None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that ended well.
+    """A launch that finished without errors.
 
     Attributes:
-        read, written: bytes of each argument, by all threads; 0 for a number or a null pointer.
-        number: by which later launches name it.
+        read, written: bytes accessed in each argument, summed over all threads; 0 for scalars and
+            null pointers.
+        number: the number of this launch, which later launches may refer to.
     """
 
     name: str
@@ -140,13 +142,13 @@ class _Launch(ctypes.Structure):
 
 
 class Module:
-    """Kernels of a source.
+    """The kernels of one source file.
 
-    A source with one of the calls in _OVERLAP is launched to overlap the kernels before
-    it: then the rules of npllama/ops/kernels/common.cu are checked.
+    If the source contains one of the calls in _OVERLAP, its kernels may start before earlier
+    kernels have ended. The simulator then also checks the rules in npllama/ops/kernels/common.cu.
 
     Attributes:
-        names: its kernels: those given, and those declared extern "C".
+        names: the names of the kernels: the given names, and those of all extern "C" kernels.
     """
 
     def __init__(self, code: str, names: Sequence[str] = (), filename: str = "kernel.cu") -> None:
@@ -159,7 +161,7 @@ class Module:
         self._kernels = dict(zip(self.names, _registered(self._path), strict=True))
 
     def check(self, name: str, args: Sequence) -> None:
-        """KernelError where the arguments do not fit the kernel's parameters."""
+        """Raise KernelError if the arguments do not match the parameters of the kernel."""
         self._arguments(name, args)
 
     def launch(
@@ -179,15 +181,17 @@ class Module:
         """Run a kernel.
 
         Args:
-            args: NumPy arrays as device memory, NumPy scalars of the exact type, None for null.
+            args: NumPy arrays for device memory, NumPy scalars of exactly the parameter's type, or
+                None for a null pointer.
             shared: bytes of dynamic shared memory.
-            order: one of ORDERS.
-            first_running: number of the oldest launch that may still run; 0 where none does.
-            before: begins and ends of the memory that other work wrote before that launch.
-            max_accesses: how many, barriers included, a kernel makes that ends.
+            order: the order in which threads run, one of ORDERS.
+            first_running: the number of the oldest launch that may still be running; 0 if none is.
+            before: (begin, end) of memory that work other than kernels wrote before that launch.
+            max_accesses: a limit on memory accesses and barriers. A kernel that exceeds it is
+                assumed not to terminate.
 
         Raises:
-            KernelError: arguments that do not fit, or a mistake of the kernel.
+            KernelError: the arguments do not match, or the kernel has an error.
         """
         values, extents = self._arguments(name, args)
         grid, block = ((*size, 1, 1)[:3] for size in (grid, block))
@@ -219,7 +223,7 @@ class Module:
         return Launch(name, grid, block, shared, tuple(read), tuple(written), given.number)
 
     def _arguments(self, name, args):
-        """The parameters as bytes, and the extents of the arrays."""
+        """The bytes of each parameter, and the address ranges of the arrays."""
         kernel = self._kernels[name].contents
         if len(args) != kernel.n_parameters:
             raise KernelError(f"{name} takes {kernel.n_parameters} arguments, not {len(args)}")
@@ -286,7 +290,7 @@ def _headers() -> str:
 
 
 def _library(stem, text, flags, parts=()) -> Path:
-    """A shared library of a source; compiled where the cache has none."""
+    """The path of the shared library of a source. Compiles it unless the cache contains it."""
     key = hashlib.sha256("\0".join((text, _headers(), *COMMON, *flags, *parts)).encode())
     target = _cache() / f"lib{stem}-{key.hexdigest()[:24]}.so"
     if target.exists():
@@ -297,16 +301,16 @@ def _library(stem, text, flags, parts=()) -> Path:
         part = Path(folder) / "part.o"
         read_first = f"-I{_precompiled(flags)}"
         _run([compiler(), read_first, *COMMON, *flags, "-c", source, "-o", part])
-        # linked without the flags, which would bring the thread sanitizer's own library
+        # without `flags`: -fsanitize=thread would link libtsan
         _run([compiler(), "-shared", part, *parts, "-o", partial, "-ldl"])
-        partial.replace(target)  # at once: another process may do the same
+        partial.replace(target)  # atomic, because another process may write the same file
     return target
 
 
 @functools.cache
 def _precompiled(flags) -> Path:
-    """A folder with cuda_sim.h as g++ keeps it for these flags: a third of a kernel's compilation
-    is reading it."""
+    """A folder with the precompiled header of cuda_sim.h for these flags, which speeds up
+    compilation."""
     key = hashlib.sha256("\0".join((_headers(), *COMMON, *flags)).encode())
     target = _cache() / f"headers-{key.hexdigest()[:24]}"
     if not target.exists():
@@ -315,7 +319,7 @@ def _precompiled(flags) -> Path:
             header.parent.mkdir()
             command = [compiler(), *COMMON, *flags, "-x", "c++-header", HERE / "cuda_sim.h"]
             _run([*command, "-o", header])
-            with contextlib.suppress(OSError):  # another process was first
+            with contextlib.suppress(OSError):  # another process has already written it
                 header.parent.rename(target)
     return target
 
@@ -333,7 +337,7 @@ def _runtime_path() -> Path:
 
 @functools.cache
 def _runtime() -> ctypes.PyDLL:
-    # PyDLL keeps the interpreter's lock: there is one device, and one launch runs at a time
+    # PyDLL keeps the interpreter's lock, so only one launch runs at a time
     library = ctypes.PyDLL(str(_runtime_path()), mode=ctypes.RTLD_GLOBAL)
     library.cuda_sim_kernel.restype = ctypes.POINTER(_Kernel)
     library.cuda_sim_launch.restype = ctypes.c_char_p
@@ -345,7 +349,8 @@ _KERNELS: dict[Path, list] = {}
 
 
 def _registered(path):
-    """Its kernels, which a library registers when it is loaded, which is once."""
+    """The kernels of a library. A library registers its kernels when it is loaded, so it is loaded
+    only once."""
     with _LOADING:
         if path not in _KERNELS:
             runtime = _runtime()

@@ -1,8 +1,9 @@
-"""Runs of pytest on copies of the package, each in a fork of this program.
+"""Runs pytest on copies of the package, each run in a fork of this process.
 
-The imports that every run needs, but not the package, are made once, before the first fork: they
-took longer than most runs. Reads a job a line from standard input, {"copy": folder that holds
-npllama, "arguments": pytest's}, and writes the run's result as a line to standard output.
+This process first imports all modules that every run needs, except for the package, because these
+imports take longer than most runs. It reads one JSON job per line from standard input, {"copy": the
+folder that contains npllama, "arguments": the arguments of pytest}, and writes one line with the
+result per job to standard output.
 """
 
 import gc
@@ -21,7 +22,7 @@ import tqdm  # noqa: F401
 
 
 class Failed:
-    """A plugin that keeps the ids of the tests that failed."""
+    """A pytest plugin that collects the ids of failed tests."""
 
     def __init__(self):
         self.ids = []
@@ -32,7 +33,7 @@ class Failed:
 
 
 def run(job, output):
-    """In the fork: pytest from the copy's folder, which comes first on the path; never returns."""
+    """Run pytest in the forked process, with the copy first on the import path. Never returns."""
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     os.chdir(job["copy"])
@@ -51,9 +52,9 @@ def run(job, output):
 
 
 def main():
-    # The next runs find what one compiles: the copy's files, and the tests as pytest rewrites them
+    # Cache the bytecode of the copy and of the rewritten tests, so later runs can use it.
     sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
-    gc.freeze()  # a fork's collections need not look at what was imported before
+    gc.freeze()  # the garbage collector of a fork then skips the imported objects
     for line in sys.stdin:
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             pid = os.fork()

@@ -1,7 +1,7 @@
-"""Which kernels would be launched for real models, found out without a GPU and without computing.
+"""Finds the kernel launches of real models without a GPU and without computing anything.
 
-CupyOps runs on NumPy arrays whose memory nobody touches, with a Kernels that notes each launch.
-Where it falls back to the reference's blocks, nothing is computed.
+CupyOps runs on uninitialized NumPy arrays, with a Kernels object that records each launch. The
+reference's blocks and products are replaced by functions that compute nothing.
 """
 
 from collections.abc import Iterator
@@ -37,16 +37,16 @@ ALL_FILTERS = Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, repetit
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a kernel's launch may depend on, and what limits it."""
+    """The properties of a GPU that kernel launches depend on, and its limits."""
 
     arch: str
     compute_capability: str
     n_sms: int
-    shared_limit: int  # bytes that a block may have
+    shared_limit: int  # bytes of shared memory per block
 
     @property
     def cuda(self) -> SimpleNamespace:
-        """As much of cupy.cuda as code that launches kernels asks."""
+        """The parts of cupy.cuda that the launching code uses."""
         attributes = {
             "MultiProcessorCount": self.n_sms,
             "MaxSharedMemoryPerBlockOptin": self.shared_limit,
@@ -61,12 +61,12 @@ class Gpu:
 A100 = Gpu("sm_80", "80", 108, 163 * 1024)
 H100 = Gpu("sm_90", "90", 132, 227 * 1024)
 GPUS = (A100, H100)
-REGISTERS = 65_536  # of a streaming multiprocessor, and so of a block at most
+REGISTERS = 65_536  # per streaming multiprocessor, and therefore the limit of a block
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of one file, with threads of a block and bytes of dynamic shared memory."""
+    """One kernel of one file, with threads per block and bytes of dynamic shared memory."""
 
     file: str
     name: str
@@ -75,8 +75,8 @@ class Launch:
 
 
 def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
-    """What decode steps of so many rows, the first chunk of a prompt and training launch for all
-    models in each dtype."""
+    """The launches of decode steps with n_rows rows, of a prompt's first chunk and of training, for
+    all models and dtypes."""
     noted: set[Launch] = set()
     with _nothing_computed(), np.errstate(all="ignore"):
         for config in MODELS.values():
@@ -87,11 +87,14 @@ def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
 
 
 def few(launched: set[Launch], with_first: bool) -> set[str]:
-    """Some of the kernels' names, in which each argument of their templates stands that stands in
-    any. Of several the one of the largest block: a thread has the fewest registers there.
+    """Select a few kernels that together cover every template argument.
+
+    If several kernels cover the same arguments, the one with the largest block is selected, because
+    its threads have the fewest registers.
 
     Args:
-        with_first: each stands with each that is the first one, which is a dtype.
+        with_first: cover every pair of the first template argument, which is a dtype, and another
+            one.
     """
     parts = {launch: _parts(launch.name, with_first) for launch in launched}
     left: set[tuple] = set().union(*parts.values())
@@ -117,7 +120,7 @@ def _parts(name: str, with_first: bool) -> set[tuple]:
 def _run(ops: CupyOps, config: LlamaConfig, dtype: str, n_rows: int) -> None:
     model = Transformer(config, _parameters(config, dtype), ops)
     n = config.context_length
-    for length in (1, n - 1):  # the shortest cache and the longest
+    for length in (1, n - 1):  # the shortest and the longest cache
         cache = model.new_cache(n_rows)
         cache.lengths = [length] * n_rows
         cache.device_lengths[:] = length
@@ -136,7 +139,7 @@ def _run(ops: CupyOps, config: LlamaConfig, dtype: str, n_rows: int) -> None:
 
 
 def _parameters(config: LlamaConfig, dtype: str) -> Parameters:
-    """Weights of one layer that nobody has written, joined as CupyOps has them."""
+    """Uninitialized weights of one layer, joined in the same way as by CupyOps."""
     shapes = tensor_shapes(config)
 
     def matrix(n_out: int, n_in: int) -> Matrix:
@@ -162,7 +165,7 @@ def _parameters(config: LlamaConfig, dtype: str) -> Parameters:
 
 
 class _Untouched(Backend):
-    """NumPy's functions and a GPU's attributes."""
+    """NumPy's functions with the attributes of a GPU."""
 
     def __init__(self, gpu: Gpu) -> None:
         super().__init__(_Module(gpu))
@@ -205,7 +208,7 @@ class _NotingKernels(Kernels):
 
 @contextmanager
 def _nothing_computed() -> Iterator[None]:
-    """The reference's blocks and products return memory that nobody has written."""
+    """Replace the reference's blocks and products by functions that return uninitialized memory."""
 
     def attention_block(self, x, layer, cache, positions, n_last=None):
         return np.empty((x.shape[0], n_last or x.shape[1], x.shape[2]), "float32")

@@ -1,4 +1,4 @@
-"""Small model directories on disk, as Hugging Face lays them out."""
+"""Writes small model directories in the layout of Hugging Face."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ BYTE_PIECES = [*special_and_byte_pieces(), ("\u2581", 0.0, PieceType.NORMAL)]
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer without merges: the three special ids, 256 bytes, and the space."""
+    """A tokenizer without merges: three special tokens, 256 byte tokens, and the space."""
     return Tokenizer.from_bytes(bpe_model(BYTE_PIECES))
 
 
 def random_tensors(config, seed=0, dtype="float32"):
-    """Name -> array for every tensor of a checkpoint; norms are near 1, but not at 1."""
+    """Random tensors of a checkpoint by name. Norm weights are close to 1, but not equal to 1."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
@@ -35,8 +35,10 @@ def write_model(
 ):
     """Write config.json, weights and tokenizer.model, and return the directory.
 
-    `tensors` are written in place of random ones; `shards` above 1 writes that many files and
-    their index; further keywords are fields of config.json, None removes one.
+    Args:
+        tensors: the tensors to write; by default random ones.
+        shards: the number of weight files. With more than one, an index is also written.
+        fields: fields of config.json to add or replace. None removes a field.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""NVRTC and nvdisasm from pip: what CuPy would make of the kernels, on a machine without a GPU.
+"""Compiles kernels with NVRTC, and disassembles them with nvdisasm, on a machine without a GPU.
 
-The compiler is called with the options that CuPy 14 gives it. Its report tells registers, spills
-and shared memory of each kernel; the disassembler tells the instructions.
+Both programs are pip packages. The compiler options are those of CuPy 14. The compiler reports
+registers, spills and shared memory of each kernel, and the disassembler lists its instructions.
 """
 
 import atexit
@@ -27,14 +27,14 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one architecture.
+    """One kernel, compiled for one architecture.
 
     Attributes:
-        registers: of a thread.
-        stack: bytes of local memory of a thread, for arrays that are indexed at run time, say.
-        spills: bytes of registers that are stored to and loaded from local memory.
+        registers: registers per thread.
+        stack: bytes of local memory per thread, for example for arrays with run-time indices.
+        spills: bytes of register spills, stores and loads together.
         shared: bytes of static shared memory.
-        instructions: names, each once, as "LDG.E.128".
+        instructions: the distinct names of its instructions, such as "LDG.E.128".
     """
 
     registers: int
@@ -45,11 +45,12 @@ class Compiled:
 
 
 class CompilationError(Exception):
-    """What the compiler said."""
+    """The error messages of the compiler."""
 
 
 def installed(package: str, name: str) -> Path | None:
-    """The file of an installed package whose name matches a pattern; None where there is none."""
+    """The file of an installed package whose name matches a regular expression; None if there is
+    none."""
     try:
         files = metadata.distribution(package).files or ()
     except metadata.PackageNotFoundError:
@@ -59,7 +60,7 @@ def installed(package: str, name: str) -> Path | None:
 
 
 def missing() -> str | None:
-    """What is missing here, and how to get it; None where nothing is."""
+    """What is missing, and the command that installs it; None if everything is installed."""
     packages = {"nvidia-cuda-nvrtc": r"libnvrtc\.so\.\d+", "nvidia-cuda-nvdisasm": "nvdisasm"}
     for package, name in packages.items():
         if installed(package, name) is None:
@@ -68,14 +69,14 @@ def missing() -> str | None:
 
 
 def compile_kernels(code: str, names: Collection[str], arch: str) -> dict[str, Compiled]:
-    """Kernels of a source as CuPy's RawModule compiles them.
+    """Compile kernels in the same way as CuPy's RawModule.
 
     Args:
-        names: kernels, templates with their arguments.
-        arch: such as "sm_90".
+        names: the names of the kernels, with template arguments.
+        arch: the architecture, such as "sm_90".
 
     Raises:
-        CompilationError: the source has an error, or no such kernel.
+        CompilationError: the source has an error, or does not contain one of the kernels.
     """
     cubin, lowered, log = _compiler().compile(code, names, arch)
     instructions = _instructions(cubin)
@@ -107,7 +108,7 @@ class _Compiler:
     def compile(
         self, code: str, names: Iterable[str], arch: str
     ) -> tuple[bytes, dict[str, str], str]:
-        """The machine code, each kernel's name in it, and the compiler's report."""
+        """Compile, and return the machine code, the mangled name of each kernel, and the report."""
         program = ctypes.c_void_p()
         self._call(
             "nvrtcCreateProgram", ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None
@@ -121,7 +122,7 @@ class _Compiler:
                 "--device-as-default-execution-space",
                 f"-arch={arch}",
                 f"-I{self._headers}",
-                "--ptxas-options=-v",  # the report, which CuPy does not ask for
+                "--ptxas-options=-v",  # writes the report; CuPy does not use this option
             ]
             array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             failed = self._library.nvrtcCompileProgram(program, len(options), array)
@@ -158,7 +159,7 @@ def _compiler() -> _Compiler:
 
 
 def _instructions(cubin: bytes) -> dict[str, set[str]]:
-    """Kernel's name in the machine code -> names of its instructions."""
+    """The instructions in the machine code, by mangled kernel name."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,9 +1,9 @@
-"""A stand-in for CuPy that runs on the CPU and refuses what CuPy refuses.
+"""A replacement for CuPy that runs on the CPU and refuses what CuPy refuses.
 
-Its arrays do not mix with NumPy's, are not converted to them silently, have only the methods
-and keywords of CuPy's, and cannot be read as Python numbers: on a GPU that waits for the
-device, and while a graph is captured it raises. What is computed is asked of a `Device`:
-strict_cupy.py has one with streams, graphs and kernels.
+Its arrays cannot be mixed with NumPy arrays or converted to them implicitly, and support only the
+methods and keywords of CuPy arrays. Their elements cannot be read as Python numbers: on a GPU, such
+a read waits for the device, and during a graph capture it raises an error. A `Device` executes the
+operations; strict_cupy.py defines one with streams, graphs and kernels.
 """
 
 import json
@@ -36,14 +36,14 @@ _IN_PLACE_FUNCTIONS = ("copyto", "fill_diagonal", "place", "put", "put_along_axi
 
 
 class Device:
-    """Computes on the NumPy arrays inside of strict arrays; this one at once."""
+    """Executes operations on the NumPy arrays inside of strict arrays, without delay."""
 
     def call(self, name, function, args, kwargs):
-        """The result of an operation; it may be a view of an argument."""
+        """The result of an operation, which may be a view of an argument."""
         return function(*args, **kwargs)
 
     def change(self, name, function, target, args, kwargs):
-        """An operation that writes to its first argument."""
+        """Run an operation that writes to its first argument."""
         function(target, *args, **kwargs)
 
     def wrap(self, array):
@@ -85,7 +85,7 @@ def _check_keywords(name, allowed, kwargs):
 
 
 def _item(array, key):
-    """array[key], as CuPy a view also where it is one number."""
+    """array[key]. As in CuPy, the result is a view even if it is a single element."""
     keys = key if isinstance(key, tuple) else (key,)
     if any(isinstance(k, np.ndarray | list) for k in keys) or any(k is Ellipsis for k in keys):
         return array[key]
@@ -95,7 +95,7 @@ def _item(array, key):
 class StrictArray:
     """A device array."""
 
-    __array_ufunc__ = None  # NumPy arrays then leave operators to this class, which refuses
+    __array_ufunc__ = None  # operators with NumPy arrays then call this class, which refuses them
     __hash__ = None
 
     def __init__(self, array, device=None):
@@ -166,8 +166,11 @@ for _name in _UNARY_AND_COMPARING:
 
 
 def _cumsum(array, axis=None, dtype=None):
-    """A sum in another order, as a device's parallel scan: blocks, and then the sums of the blocks
-    before each. Where a token of probability 0 follows, the sum may still grow by a rounding."""
+    """Cumulative sum in the order of a parallel scan on a device: within blocks, and then over
+    blocks.
+
+    Because of rounding, the sum may increase even at a token with probability 0.
+    """
     x = np.asarray(array, dtype=dtype)
     if axis is None:
         x, axis = x.reshape(-1), -1
@@ -182,16 +185,16 @@ def _cumsum(array, axis=None, dtype=None):
 
 def _partition(array, kth, axis=-1):
     if isinstance(kth, np.generic):
-        raise TypeError(f"{type(kth).__name__!r} object is not iterable")  # in CuPy's words
+        raise TypeError(f"{type(kth).__name__!r} object is not iterable")  # the message of CuPy
     return np.partition(array, kth, axis=axis)
 
 
 _OWN = {"cumsum": _cumsum, "partition": _partition}
-"""Functions of NumPy that do what CuPy's do not."""
+"""Functions that behave differently in NumPy and CuPy, with CuPy's behaviour."""
 
 
 class StrictModule:
-    """An `xp` with CuPy's functions and keywords, and no others."""
+    """An `xp` module with the functions and keywords of CuPy, and no others."""
 
     __version__ = API["version"]
 
@@ -220,7 +223,7 @@ class StrictModule:
 
 
 class StrictBackend(Backend):
-    """A device that is none: its arrays are StrictArrays, and its steps run ahead."""
+    """A backend whose arrays are StrictArrays, and whose steps run ahead as on a device."""
 
     name = "strict"
     steps_ahead = 1

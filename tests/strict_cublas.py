@@ -1,9 +1,9 @@
-"""cuBLAS for tests: the two products that the project calls, on the memory of strict arrays.
+"""A cuBLAS for tests: the two products that the project uses, on the memory of strict arrays.
 
-An operand is an address. It must be that of a live array, taken from `array.data.ptr`, and the
-matrix that the call describes must lie within that array and have its dtype. What cuBLAS refuses
-is refused, and so is what it computes in silence: slowly, at addresses of less than 16 bytes, or
-wrongly, into memory of an operand.
+An operand is an address that must come from `array.data.ptr` of a live array. The matrix that a
+call describes must lie within this array and have its dtype. Calls that cuBLAS refuses raise an
+error. So do calls that cuBLAS accepts although they are slow (addresses that are not multiples of
+16 bytes) or wrong (an output that overlaps an operand).
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 
 HANDLE = 12
 TYPES = {"CUDA_R_32F": 0, "CUDA_R_16F": 2, "CUDA_R_16BF": 14}
-"""The numbers of library_types.h, which cupy.cuda.runtime has."""
+"""Constants from library_types.h, as in cupy.cuda.runtime."""
 _DTYPES = {0: "float32", 2: "float16", 14: "bfloat16"}
 _LIVE: dict[int, weakref.ref] = {}
 
@@ -25,7 +25,7 @@ class CUBLASError(RuntimeError):
 
 
 class Memory:
-    """`array.data`: what a device array has instead of a buffer."""
+    """The attribute `array.data` of a device array."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.ptr = array.ctypes.data
@@ -33,13 +33,13 @@ class Memory:
 
 
 class StrictCublas:
-    """`cupy.cuda.cublas`, as far as the project uses it; signatures are those of CuPy 14.
+    """The part of `cupy.cuda.cublas` that the project uses, with the signatures of CuPy 14.
 
     Args:
-        device: what knows the current stream (strict_cupy.CupyDevice).
+        device: a strict_cupy.CupyDevice, which has the current stream.
 
     Attributes:
-        calls: the names of the calls so far.
+        calls: the names of all calls so far.
     """
 
     CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
@@ -68,7 +68,7 @@ class StrictCublas:
         self._gemm(name, handle, transa, transb, m, n, k, alpha, a, b, beta, c, batch_count, how)
 
     def _gemm(self, name, handle, transa, transb, m, n, k, alpha, a, b, beta, c, stack, how):
-        """C = alpha op(A) op(B) + beta C, all stored by columns: (m, k), (k, n) -> (m, n)."""
+        """C = alpha op(A) op(B) + beta C with column-major matrices: (m, k), (k, n) -> (m, n)."""
         if self._device.stream.capture is not None:
             raise NotImplementedError("cuBLAS's stream cannot be set while a stream is capturing")
         if handle != HANDLE:
@@ -94,7 +94,7 @@ class StrictCublas:
         a, b = (x.swapaxes(1, 2) if t else x for x, t in ((a, transa), (b, transb)))
         alpha, beta = (ctypes.c_float.from_address(x).value for x in (alpha, beta))
         y = np.float32(alpha) * (a.astype("float32") @ b.astype("float32"))
-        if beta != 0:  # with 0, C is not read and may hold anything
+        if beta != 0:  # with beta 0, C is not read and may contain anything
             y += np.float32(beta) * c.astype("float32")
         self._device.stream.touch([a, b, c])
         c[...] = y

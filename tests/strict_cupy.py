@@ -1,10 +1,11 @@
-"""A CuPy for tests on a machine without a GPU.
+"""A CuPy for tests on machines without a GPU.
 
-Strict arrays with CuPy's streams, events, graphs and RawModule, whose kernels cuda_simulator.py
-runs. It refuses what CuPy refuses, and what CuPy passes in silence: a Python float for a `float`
-parameter, a strided view as a kernel's array, memory that a graph no longer has, two streams that
-use one array without a synchronization, a host copy that is read before it is there. Semantics are
-those of CuPy 14.2 (raw.pyx, function.pyx, stream.pyx, graph.pyx).
+It provides strict arrays with CuPy's streams, events, graphs and RawModule; cuda_simulator.py runs
+the kernels. It refuses what CuPy refuses, and also these errors, which CuPy does not detect: a
+Python float for a `float` parameter, a strided view as an argument of a kernel, memory that a graph
+no longer owns, an array that two streams use without synchronization, and a host copy that is read
+before it is complete. The semantics are those of CuPy 14.2 (raw.pyx, function.pyx, stream.pyx,
+graph.pyx).
 
     backend = StrictCupyBackend()
     with DEVICE.recording() as launches, DEVICE.thread_order("backward"):
@@ -42,18 +43,19 @@ CAPTURABLE = {
     *("all", "any", "argmax", "argmin", "cumsum", "max", "mean", "min", "prod", "sum", "amax"),
     *("argsort", "partition", "argpartition", "sort", "put_along_axis", *UPLOADS),
 }
-"""What CuPy 14.2 captures: kernels of one launch whose result's shape the host knows."""
+"""The operations that CuPy 14.2 can capture: one launch, and a result shape known to the host."""
 
 
 class CupyArray(StrictArray):
-    """A device array of CuPy's."""
+    """An array on the device."""
 
     @property
     def data(self):
         return Memory(self.array)
 
     def get(self, stream=None, order="C", out=None, blocking=True):
-        """A copy on the host; where `blocking` is off, it is there when the stream has done it."""
+        """Copy to the host. If `blocking` is false, the copy is complete only after a
+        synchronization."""
         stream = stream or self._on.stream
         if blocking:
             values = self._on.download(self.array, stream)
@@ -67,10 +69,11 @@ class CupyArray(StrictArray):
 
 
 class Uses:
-    """The last use of each allocation: a use on another stream needs a synchronization between."""
+    """The last use of each allocation. A use on another stream requires a synchronization in
+    between."""
 
     def __init__(self, pool):
-        self._last, self._pool = {}, pool  # id of owner -> (stream, its clock then)
+        self._last, self._pool = {}, pool  # id of the owner -> (stream, clock of the stream)
 
     def touch(self, array, stream):
         owner = owner_of(array)
@@ -87,12 +90,12 @@ class Uses:
 
 
 class CupyDevice(strict_array.Device):
-    """The one device of the machine.
+    """The only device of the machine.
 
     Attributes:
-        n_sms: its multiprocessors, on which grids depend.
-        max_shared: bytes of shared memory that a block may ask for.
-        n_captures: graphs captured so far.
+        n_sms: the number of multiprocessors, which grid sizes depend on.
+        max_shared: the largest number of bytes of shared memory per block.
+        n_captures: the number of graphs captured so far.
     """
 
     def __init__(self):
@@ -105,11 +108,11 @@ class CupyDevice(strict_array.Device):
         self._local = threading.local()
         self._launches = None
 
-    # -- what a thread has set
+    # -- state of a thread
 
     @property
     def stack(self) -> list[Stream]:
-        """The current streams of this thread, innermost last."""
+        """The stack of current streams of this thread, innermost last."""
         if not hasattr(self._local, "stack"):
             self._local.stack = [self.Stream.null]
         return self._local.stack
@@ -120,7 +123,7 @@ class CupyDevice(strict_array.Device):
 
     @property
     def current(self) -> int:
-        """The number of this thread's device, as if there were several."""
+        """The index of this thread's current device, as if there were several."""
         return getattr(self._local, "device", 0)
 
     @current.setter
@@ -162,7 +165,7 @@ class CupyDevice(strict_array.Device):
         if self._private_pool:
             result = map_arrays(self._moved, result)
         if name in ("empty", "empty_like"):
-            self.uses.touch(poison(result), stream)  # without work on the device
+            self.uses.touch(poison(result), stream)  # needs no work on the device
         else:
             outputs = arrays_in(result)
             stream.touch(inputs + outputs, outputs)
@@ -175,7 +178,7 @@ class CupyDevice(strict_array.Device):
             function(target, *args, **kwargs)
             return
         _check_capturable(name, (target, *args), kwargs)
-        _trial(function, (target, *args), kwargs)  # an error is raised at the caller's line
+        _trial(function, (target, *args), kwargs)  # raises errors at the caller's line
 
         def run(_, __, target, args, kwargs):
             function(target, *args, **kwargs)
@@ -183,7 +186,7 @@ class CupyDevice(strict_array.Device):
         stream.queue(Node(run, (target, args, kwargs), written=0))
 
     def _capture(self, stream, name, function, args, kwargs):
-        """Record an operation; its result is new memory, or a view of an argument."""
+        """Record an operation. Its result is new memory, or a view of an argument."""
         _check_capturable(name, args, kwargs)
         trial, is_view = _trial(function, args, kwargs)
         if is_view:
@@ -239,7 +242,8 @@ class CupyDevice(strict_array.Device):
 
     @contextmanager
     def thread_order(self, order):
-        """The order in which threads and blocks run: one of cuda_simulator.ORDERS."""
+        """A context manager that sets the order of threads and blocks to one of
+        cuda_simulator.ORDERS."""
         before, self._local.order = self._order, order
         try:
             yield
@@ -248,7 +252,8 @@ class CupyDevice(strict_array.Device):
 
     @contextmanager
     def recording(self):
-        """A list of the launches that follow, replayed ones too (cuda_simulator.Launch)."""
+        """A context manager that collects all launches in a list of cuda_simulator.Launch,
+        including launches of replayed graphs."""
         before, self._launches = self._launches, []
         try:
             yield self._launches
@@ -276,7 +281,8 @@ def _are_views(outputs, inputs):
 
 
 def _trial(function, args, kwargs):
-    """What an operation gives for zeros, for its shape and dtype, and whether that is a view."""
+    """Run an operation on zeros. Returns the result, which has the right shape and dtype, and
+    whether it is a view of an argument."""
     zeros = {}
 
     def stand_in(array):
@@ -289,7 +295,7 @@ def _trial(function, args, kwargs):
 
 
 def _zeros_like(array):
-    """Zeros of the shape, dtype and strides of `array`, in memory of their own."""
+    """Zeros with the shape, dtype and strides of `array`, in separate memory."""
     begin, end = np.lib.array_utils.byte_bounds(array)
     memory = np.zeros(max(end - begin, 1), "uint8")
     return np.ndarray(array.shape, array.dtype, memory, array.ctypes.data - begin, array.strides)
@@ -322,7 +328,7 @@ def _lists_in(value):
 
 
 class RawKernel:
-    """A kernel as CuPy launches it."""
+    """A kernel with the launch semantics of CuPy."""
 
     def __init__(self, device, module, name):
         self._device, self._module, self.name = device, module, name
@@ -339,7 +345,7 @@ class RawKernel:
                 f"max_dynamic_shared_size_bytes {limit}, of at most {self._device.max_shared}"
             )
         values = tuple(_kernel_argument(value) for value in args)
-        self._module.check(self.name, values)  # here is the caller's line; a replay has none
+        self._module.check(self.name, values)  # raises at the caller's line
         self._device.launch(self._module, self.name, grid, block, values, shared_mem)
 
 
@@ -349,16 +355,16 @@ def _kernel_argument(value):
     if isinstance(value, bool):
         return np.bool_(value)
     if isinstance(value, int):
-        return np.int64(value)  # as CuPy: 8 bytes
+        return np.int64(value)  # 8 bytes, as in CuPy
     if isinstance(value, float):
-        return np.float64(value)  # as CuPy: 8 bytes, of which a `float` parameter reads 4
+        return np.float64(value)  # 8 bytes, as in CuPy; a `float` parameter would read 4 of them
     if value is None or isinstance(value, np.generic):
         return value
     raise TypeError(f"a kernel's argument is a {type(value).__name__}: expected a device array")
 
 
 class RawModule:
-    """Kernels of a source, as NVRTC would compile them."""
+    """The kernels of a source, compiled by the simulator."""
 
     def __init__(self, device, code, names):
         self._device = device
@@ -377,7 +383,7 @@ _module = functools.cache(Module)
 
 
 class DeviceOfANumber:
-    """cupy.cuda.Device: a number, by default the current one, and what that device has."""
+    """cupy.cuda.Device with an index, by default that of the current device."""
 
     compute_capability, mem_info, cublas_handle = "80", (64 << 30, 80 << 30), HANDLE
 
@@ -404,7 +410,7 @@ class DeviceOfANumber:
 
 
 class StrictCupy(StrictModule):
-    """CuPy's functions, and what the package uses of cupy.cuda."""
+    """The functions of CuPy, and the parts of cupy.cuda that the package uses."""
 
     def __init__(self, device):
         super().__init__(device)
@@ -440,7 +446,7 @@ DEVICE = CupyDevice()
 
 
 class StrictCupyBackend(CupyBackend):
-    """The CuPy backend on this CuPy, with the strict arrays' rules on what is moved how."""
+    """The CuPy backend with this CuPy. Uploads and downloads follow the rules of strict arrays."""
 
     def __init__(self):
         super().__init__(StrictCupy(DEVICE))

@@ -1,4 +1,4 @@
-"""Device and pinned memory of the CuPy for tests: pools, and what a graph knows of an array."""
+"""Device and pinned memory of the CuPy for tests: memory pools, and arrays in graphs."""
 
 import math
 import weakref
@@ -8,18 +8,19 @@ import numpy as np
 
 
 class CUDARuntimeError(RuntimeError):
-    """What CuPy raises under this name, and what CUDA passes in silence."""
+    """CuPy's exception of this name. The tests also raise it for errors that CUDA does not
+    detect."""
 
 
 def owner_of(array: np.ndarray) -> np.ndarray:
-    """The array that a view is of."""
+    """The array that owns the memory of a view."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 def poison(array: np.ndarray) -> np.ndarray:
-    """Fresh memory holds anything: here NaN, and the largest or negative integers."""
+    """Fill new memory with bytes 0xFF, which are NaN, -1 or the largest unsigned integer."""
     array.reshape(-1).view("uint8")[:] = 0xFF
     return array
 
@@ -29,25 +30,26 @@ class Block(bytearray):
 
 
 class MemoryPool:
-    """Hands out memory, takes it back when an array dies, and hands it out again.
+    """Allocates memory for arrays, and reuses it when an array is deleted.
 
-    The memory lives as long as the pool. The default pool hands out none itself: it counts what
-    the arrays that are alive hold.
+    The memory lives as long as the pool. The default pool allocates nothing; it only counts the
+    bytes of the arrays that are alive.
     """
 
     _ALIGNMENT = 512
 
     def __init__(self):
-        self._free = defaultdict(list)  # size -> blocks
+        self._free = defaultdict(list)  # size -> free blocks
         self._blocks = []
         self._used = self._total = 0
 
     def malloc(self, size):
-        """What `using_allocator` is given, which then asks the pool for arrays (`empty`)."""
-        raise NotImplementedError("memory that is no array's")
+        """The allocator for `using_allocator`. Arrays are allocated by `empty`, so this is never
+        called."""
+        raise NotImplementedError("memory without an array")
 
     def empty(self, shape, dtype) -> np.ndarray:
-        """An array in memory of this pool, filled with 0xFF."""
+        """An array in memory of this pool, filled with bytes 0xFF."""
         dtype = np.dtype(dtype)
         size = max(1, math.prod(shape) * dtype.itemsize)
         size = -(-size // self._ALIGNMENT) * self._ALIGNMENT
@@ -62,7 +64,7 @@ class MemoryPool:
         return poison(array)
 
     def count(self, owner, size):
-        """Count an array for as long as it lives."""
+        """Count an array's bytes until it is deleted."""
         self._used += size
         self._total = max(self._total, self._used)
         weakref.finalize(owner, _uncount, weakref.ref(self), size)
@@ -83,7 +85,7 @@ class MemoryPool:
         self._total = self._used
 
 
-# an array does not keep its pool alive, as in CuPy
+# As in CuPy, an array does not keep its pool alive.
 
 
 def _uncount(pool, size):
@@ -97,10 +99,10 @@ def _take_back(pool, size, block):
 
 
 class Held:
-    """An array as a graph holds it: by address, without keeping its memory alive.
+    """A reference to an array by its address, as in a graph. It does not keep the memory alive.
 
-    Memory of a private pool is there for as long as the pool; other memory goes back to the
-    default pool when its array dies, and then belongs to somebody else.
+    Memory of a private pool is valid as long as the pool. Other memory returns to the default pool
+    when its array is deleted, and may then be allocated again.
     """
 
     def __init__(self, array: np.ndarray):
@@ -113,7 +115,7 @@ class Held:
         self._shape, self._strides, self._dtype = array.shape, array.strides, array.dtype
 
     def array(self) -> np.ndarray:
-        """The array again."""
+        """The array at the address."""
         owner, block = self._owner(), self._block()
         if owner is not None:
             if owner.size == 0:
@@ -135,15 +137,15 @@ def _address(block: Block) -> int:
 
 
 class PinnedMemory(bytearray):
-    """What `alloc_pinned_memory` gives: a buffer for np.frombuffer(memory, dtype, count)."""
+    """The result of `alloc_pinned_memory`: a buffer for np.frombuffer(memory, dtype, count)."""
 
     def __init__(self, n_bytes):
-        super().__init__(-(-n_bytes // 512) * 512)  # CuPy rounds up as well
+        super().__init__(-(-n_bytes // 512) * 512)  # CuPy also rounds the size up
         self[:] = b"\xff" * len(self)
 
 
 def pinned_memory_of(array: np.ndarray) -> PinnedMemory | None:
-    """The pinned memory that an array lies in, if it does."""
+    """The pinned memory that contains an array; None if its memory is not pinned."""
     base = owner_of(array).base
     memory = base.obj if isinstance(base, memoryview) else base
     return memory if isinstance(memory, PinnedMemory) else None

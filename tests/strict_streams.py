@@ -1,8 +1,9 @@
 """Streams, events and graphs of the CuPy for tests.
 
-All work is done when it is queued, in the order of the calls. What the order does not promise is an
-error: memory used on two streams without a synchronization, memory that a graph no longer has, and
-a host copy is made when the host waits for it.
+All work is executed when it is queued, in the order of the calls. Uses of memory that are correct
+only in this order, and not on a GPU, raise an error: memory that two streams use without a
+synchronization, and memory that a graph no longer owns. A copy to the host is made only when the
+host waits for it.
 """
 
 import weakref
@@ -15,13 +16,14 @@ from strict_memory import CUDARuntimeError, Held, pinned_memory_of, poison
 
 @dataclass
 class Node:
-    """A piece of device work; arrays in its arguments are held by address.
+    """One operation on the device. It refers to the arrays in its arguments by address.
 
-    run(first_running, before, *arguments) is given the number of the oldest kernel that may still
-    run, or 0, and what other work wrote before it; it returns its own number if it is a kernel.
+    `run(first_running, before, *arguments)` executes it. `first_running` is the number of the
+    oldest kernel that may still be running, or 0, and `before` is the memory that other work wrote
+    before that kernel. The function returns the launch number if the operation is a kernel.
 
     Attributes:
-        written: the place of the argument that it writes, if it is no kernel.
+        written: the index of the argument that it writes; None for kernels.
     """
 
     run: object
@@ -44,7 +46,7 @@ def map_arrays(change, value, kind=np.ndarray):
 
 
 def arrays_in(value):
-    """The arrays in its tuples, lists and dictionaries."""
+    """All arrays in the tuples, lists and dictionaries of `value`."""
     found = []
     map_arrays(found.append, value)
     return found
@@ -52,13 +54,14 @@ def arrays_in(value):
 
 @dataclass(eq=False)
 class Stream:
-    """A queue of device work; `device` is set by the class that `device.streams()` makes.
+    """A queue of device work. CupyDevice.Stream is a subclass in which `device` is set.
 
     Attributes:
-        clock: how much work was queued.
-        first_running: number of the oldest kernel that may still run: the first one after other
-            work, which waits for all before it; 0 where there is none.
-        before: what that other work wrote: begins and ends of memory.
+        clock: the number of operations queued so far.
+        first_running: the number of the oldest kernel that may still be running; 0 if there is
+            none. It is the first kernel after an operation of another kind, because such an
+            operation waits for all earlier work.
+        before: (begin, end) of the memory that this other operation wrote.
     """
 
     null: bool = False
@@ -72,9 +75,9 @@ class Stream:
 
     def __post_init__(self):
         self.ptr = 0 if self.null else id(self)
-        self._done = 0  # the host has waited for all work until then
-        self._waited = []  # (own clock, other stream, its clock)
-        self._copies = []  # (clock, weak reference to the host memory, what it will hold)
+        self._done = 0  # the host has waited for all work up to this clock
+        self._waited = []  # (own clock, other stream, clock of the other stream)
+        self._copies = []  # (clock, weak reference to the host memory, values to write)
         self._invalid = False
 
     def __repr__(self):
@@ -83,7 +86,7 @@ class Stream:
     # -- order
 
     def is_after(self, other, time):
-        """Whether work queued here from now on comes after that of `other` until `time`."""
+        """Whether work queued on this stream now runs after the work of `other` up to `time`."""
         if other is self or time <= other._done:
             return True
         if any(other is stream and time <= until for _, stream, until in self._waited):
@@ -93,7 +96,7 @@ class Stream:
         return null.null and not plain.non_blocking
 
     def queue(self, node: Node):
-        """Do device work, or record it while capturing."""
+        """Execute an operation, or record it during a capture."""
         if self.capture is not None:
             self.capture.append(node)
         else:
@@ -109,14 +112,14 @@ class Stream:
             self.first_running, self.before = first_running or number, before
 
     def touch(self, arrays, written=()):
-        """Note that queued work uses these arrays, and that a kernel writes some of them."""
+        """Record that queued work uses `arrays`, and that it writes the arrays `written`."""
         self.clock += 1
         self.first_running = 0
         self.before = [np.lib.array_utils.byte_bounds(array) for array in written]
         for array in arrays:
             self.device.uses.touch(array, self)
 
-    # -- the host waits
+    # -- synchronization with the host
 
     def synchronize(self):
         self.wait_until(self.clock, "synchronize")
@@ -124,7 +127,7 @@ class Stream:
     @property
     def done(self):
         if self.capture is not None:
-            self._invalid = True  # CuPy returns False, and the capture is lost
+            self._invalid = True  # CuPy returns False and invalidates the capture
             return False
         self.synchronize()
         return True
@@ -153,7 +156,8 @@ class Stream:
             raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while capturing")
 
     def copy_to_host(self, array, out):
-        """Queue a copy to pinned memory, which holds 0xFF until the host has waited for it."""
+        """Queue a copy to pinned memory, which contains bytes 0xFF until the host has waited for
+        it."""
         if pinned_memory_of(out) is None:
             raise CUDARuntimeError("a copy that does not block needs pinned memory")
         if not out.flags.c_contiguous or (out.shape, out.dtype) != (array.shape, array.dtype):
@@ -214,7 +218,7 @@ class Stream:
 
 
 class Event:
-    """A point in a stream's work."""
+    """A point in the work of a stream."""
 
     def __init__(self, block=False, disable_timing=False, interprocess=False):
         self.at = None
@@ -234,7 +238,7 @@ class Event:
 
 
 class Graph:
-    """Recorded work with recorded addresses."""
+    """Recorded operations with recorded addresses."""
 
     def __init__(self, device, nodes):
         self._device, self._nodes = device, nodes
@@ -245,4 +249,4 @@ class Graph:
             stream.queue(node)
 
     def upload(self, stream=None):
-        """Makes the first launch quicker; here there is nothing to do."""
+        """Prepare the first launch. There is nothing to do here."""

@@ -1,4 +1,4 @@
-"""The optimizer against its formula, written again number by number in float64."""
+"""The optimizer against its formula, evaluated element by element in float64."""
 
 import math
 

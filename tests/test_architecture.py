@@ -1,4 +1,4 @@
-"""The house rules that a program can check: what imports what, and where CuPy is named."""
+"""Structural rules that a program can check: the layering of imports, and uses of CuPy's name."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "npllama"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# From the ground up; a module imports only from floors below its own.
+# From the lowest level to the highest. A module may import only from lower levels.
 FLOORS = [
     [
         "errors",
@@ -29,10 +29,31 @@ FLOORS = [
         "progress",
         "interrupts",
     ],
+    # pictures need nothing of the model: they draw arrays
+    ["explore", "explore.figures", "explore.colours", "explore.labels"],
+    ["explore.svg"],
+    ["explore.axes", "explore.dials"],
+    ["explore.heat_map"],
+    ["explore.figures.rows"],
+    [
+        "explore.figures.attention",
+        "explore.figures.cache",
+        "explore.figures.embedding",
+        "explore.figures.family",
+        "explore.figures.heads",
+        "explore.figures.lens",
+        "explore.figures.norm",
+        "explore.figures.overview",
+        "explore.figures.residual",
+        "explore.figures.rope",
+        "explore.figures.sampling",
+        "explore.figures.swiglu",
+        "explore.figures.text",
+    ],
     ["threads", "weight_formats", "rope_scaling", "atomic_file"],
     ["backend", "config", "sentencepiece_model", "console", "progress_line", "escapes"],
     ["parameters", "weight_table", "tokenizer_json", "sampling_options", "input_history"],
-    ["tokenizer", "ops.tiles", "ops.rope_frequencies"],
+    ["tokenizer", "ops.tiles", "ops.rope_frequencies", "costs"],
     ["special_tokens", "message_input"],
     ["dialogue_parts"],
     ["chat_formats", "chat_template", "own_answers", "saved_dialogue"],
@@ -59,6 +80,7 @@ FLOORS = [
     ],
     ["ops.numpy_ops", "ops.cupy_ops"],
     ["ops"],
+    ["op_times"],
     ["kv_cache", "weights", "initialization"],
     ["memory", "kept_cache"],
     ["model"],
@@ -69,7 +91,27 @@ FLOORS = [
     ["options"],
     ["chat_settings", "chat_session"],
     ["chat_commands"],
-    ["__init__", "generate", "chat", "plain"],
+    ["explore.calls", "explore.lens", "explore.running"],
+    ["explore.layers", "explore.choice"],
+    ["explore.rotation"],
+    ["explore.record"],
+    ["explore.section"],
+    ["explore.sections", "explore.sections.heads"],
+    [
+        "explore.sections.attention",
+        "explore.sections.cache",
+        "explore.sections.embedding",
+        "explore.sections.family",
+        "explore.sections.lens",
+        "explore.sections.norm",
+        "explore.sections.residual",
+        "explore.sections.rope",
+        "explore.sections.sampling",
+        "explore.sections.swiglu",
+        "explore.sections.text",
+    ],
+    ["explore.page"],
+    ["__init__", "generate", "chat", "plain", "explore.__main__"],
     ["__main__"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
@@ -81,7 +123,8 @@ def module_name(path):
 
 
 def imports(path):
-    """npllama modules that a file imports when it runs (not those for type checkers alone)."""
+    """The npllama modules that a file imports at run time. Imports for type checkers do not
+    count."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

@@ -1,4 +1,5 @@
-"""Files whole or not at all; without locks or syncs work goes on; errors of the disk are errors."""
+"""Files are written completely or not at all. A file system without locks or fsync is accepted, and
+disk errors are reported."""
 
 import errno
 import os
@@ -165,7 +166,7 @@ def test_without_locks_a_conversion_goes_on(tmp_path, source, monkeypatch, numbe
 
 
 def test_a_lock_that_is_denied_is_held_by_another(tmp_path, monkeypatch):
-    """CIFS says EACCES where others say EAGAIN."""
+    """CIFS reports EACCES instead of EAGAIN if another process holds the lock."""
     refuse_locks(monkeypatch, errno.EACCES)
     with pytest.raises(InputError, match="busy"), locked(tmp_path / "lock", "busy"):
         raise AssertionError

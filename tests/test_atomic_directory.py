@@ -1,4 +1,5 @@
-"""DEST appears whole or not at all: interrupted, killed, crowded, on a full disk."""
+"""DEST appears completely or not at all: after interrupts, kills, concurrent runs or a full
+disk."""
 
 import errno
 import os
@@ -14,7 +15,7 @@ from convert import main as convert_main
 from model_directory import random_tensors
 from test_convert import convert, error_line, loadable, write_llama2c
 
-# convert.py, but for a pause at the first tensor, when half-written work stands beside DEST
+# Runs convert.py, but pauses at the first tensor, while partial files are next to DEST.
 PAUSED = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
@@ -123,7 +124,7 @@ def test_two_conversions_to_one_dest_are_kept_apart(tmp_path, source):
     line = error_line(source, dest, "--overwrite")
     assert "out is being written by another conversion: wait until it ends" in line
     assert names(tmp_path) == before
-    assert convert(source, tmp_path / "other").returncode == 0  # another one is no matter
+    assert convert(source, tmp_path / "other").returncode == 0  # another destination is free
     first.kill()
     ended(first)
     assert convert(source, dest).returncode == 0  # a killed process holds no lock
@@ -144,11 +145,11 @@ def test_many_conversions_to_one_dest_at_once_leave_a_whole_model(tmp_path, sour
     assert names(dest.parent) == ["out"]
 
 
-# -- what a killed run left
+# -- leftovers of killed runs
 
 
 def aside_of(tmp_path, source):
-    """A model that stands aside, as after a kill between the renames."""
+    """A model that was moved aside, as after a kill between the two renames of a replacement."""
     assert convert_main([str(source), str(tmp_path / ".out.replaced")]) == 0
     return tmp_path / ".out.replaced", tmp_path / "out"
 
@@ -195,7 +196,7 @@ def test_a_dry_run_changes_nothing(tmp_path, source):
 
 
 def test_a_disk_that_is_full_in_mid_write_is_one_line_and_leaves_nothing(tmp_path, source):
-    """A limit on the size of files stands for the disk: write fails half-way in a tensor."""
+    """A limit on the file size replaces a full disk: the write fails in the middle of a tensor."""
     result = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(tmp_path / "a/out")],
         capture_output=True,
@@ -227,7 +228,7 @@ def test_everything_is_on_the_disk_before_dest_is_named(tmp_path, source, monkey
     monkeypatch.setattr("atomic.os.rename", renaming)
     assert convert_main([str(source), str(tmp_path / "out")]) == 0
     assert {"model.safetensors", "config.json"} <= inode.keys()
-    assert order[-1] == tmp_path.stat().st_ino  # the new name itself
+    assert order[-1] == tmp_path.stat().st_ino  # the directory with the new name is synced last
 
 
 def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_one(

@@ -1,4 +1,4 @@
-"""Which backend is picked, what it says where it cannot, and how much memory it reports."""
+"""Which backend is chosen, the reasons given if there is no GPU, and the reported memory."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ MB = 10**6
 
 
 def refused(name, device=None):
-    """The one line with which a backend is refused."""
+    """The one-line message with which a backend is refused."""
     with pytest.raises(BackendError) as caught:
         get_backend(name, device=device)
     assert caught.value.__suppress_context__ and caught.value.__cause__ is None
@@ -43,12 +43,13 @@ def run_python(code):
 
 
 class FakeCupy(ModuleType):
-    """As much of CuPy as choosing it needs.
+    """The parts of CuPy that the choice of a backend uses.
 
     Args:
-        at: what fails, by the name of a call.
-        error: how.
-        built_for: CUDA's version as the runtime counts it.
+        at: the name of the call that fails.
+        error: the exception that it raises.
+        n_devices: the number of devices.
+        built_for: the CUDA version of this CuPy, as the runtime encodes it.
     """
 
     def __init__(self, at=None, error=None, n_devices=1, built_for=13020):
@@ -101,7 +102,7 @@ def set_driver(monkeypatch, driver):
 
 
 def set_cupy(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, "cupy", module)  # None: it is not installed
+    monkeypatch.setitem(sys.modules, "cupy", module)  # None: not installed
 
 
 # -- names
@@ -180,9 +181,9 @@ def test_numpy_is_numpy_even_where_there_is_a_device(monkeypatch):
     assert (chosen.name, chosen.no_gpu) == ("numpy", None)
 
 
-# -- why there is no GPU: driver, CuPy, what CuPy says of itself, what to do
+# -- reasons for no GPU, and what to do: driver, CuPy, and CuPy's own errors
 
-INSUFFICIENT = RuntimeError(  # CUDARuntimeError is one
+INSUFFICIENT = RuntimeError(  # the base class of CUDARuntimeError
     "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
 )
 NOT_FOUND = RuntimeError('Failure finding "libnvrtc.so.13": No such file: libnvrtc.so.13')
@@ -193,13 +194,13 @@ CASES = {
     "no driver": (Driver(found="no NVIDIA driver", remedy="install it"), None, "install it"),
     "CuPy is not installed": (READY, None, "pip install 'npllama[cuda13]'"),
     "CuPy is not installed ": (Driver(1, (12, 4)), None, "pip install 'npllama[cuda12]'"),
-    "CuPy: driver too old, for CUDA 12.4 and not for CuPy's CUDA 13.2": (
+    "CuPy: the driver supports CUDA up to 12.4, but this CuPy needs CUDA 13.2": (
         Driver(1, (12, 4)),
         FakeCupy("getDeviceCount", INSUFFICIENT),
         "expected a driver for CUDA 13 or newer; install one, or pip uninstall cupy-cuda13x and "
         "pip install 'npllama[cuda12]'",
     ),
-    "CuPy: driver too old, for CUDA 11.8 and not for CuPy's CUDA 12.9": (
+    "CuPy: the driver supports CUDA up to 11.8, but this CuPy needs CUDA 12.9": (
         Driver(1, (11, 8)),
         FakeCupy("getDeviceCount", INSUFFICIENT, built_for=12090),
         "expected a driver for CUDA 12 or newer; install one; --backend",
@@ -240,7 +241,7 @@ def test_a_gpu_that_cannot_be_used_is_one_line_with_the_reason_and_what_to_do(
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", f"npllama: error: {message}\n")
 
-    assert refused("auto", 0).startswith(f"device 0 cannot be used ({found}): ")  # asked for
+    assert refused("auto", 0).startswith(f"device 0 cannot be used ({found}): ")  # device 0 given
     chosen = get_backend("auto")
     assert (chosen.name, chosen.no_gpu) == ("numpy", found)
     assert main(["--prompt", "a", "--max-new-tokens", "1", "--stats"]) == 0
@@ -271,7 +272,7 @@ def test_a_device_is_current_in_every_thread_that_moves_arrays(monkeypatch):
     module.current = 0  # as in another thread
     assert chosen.to_device("a") == (2, "a")
     module.current = 0
-    chosen = get_backend("cupy")  # whichever is current, then and later
+    chosen = get_backend("cupy")  # uses the device that is current now, also later
     module.current = 1
     assert chosen.to_device("a") == (0, "a")
     set_cupy(monkeypatch, FakeCupy())
@@ -298,7 +299,7 @@ def test_a_device_that_is_no_number_is_refused(device):
 
 
 def test_a_device_is_not_for_numpy(capsys):
-    with pytest.raises(BackendError, match="device is 1, a GPU's number, and backend numpy"):
+    with pytest.raises(BackendError, match="device is 1, the number of a GPU, but backend numpy"):
         npllama.load(backend="numpy", device=1)
     assert main(["--prompt", "a", "--backend", "numpy", "--device", "1"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
@@ -396,7 +397,7 @@ def test_arrays_go_to_the_backend_and_come_back_the_same(ops, to_device, to_host
     assert to_device(there) is there
 
 
-# -- every program
+# -- all programs
 
 
 def test_every_program_takes_a_device(monkeypatch, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Prompts that wait for a place in the batch: nothing that is said depends on how many run."""
+"""Prompts that wait for a free row: no result depends on how many rows are decoded together."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PROMPTS = [[1, 100, 7], [1], [1, *range(9, 39)], [1, 42], [1] * 62, [1, 7, 7, 8]
 
 @pytest.fixture(params=["numpy", "strict-cupy"])
 def llama(request) -> Llama:
-    """On CuPy's arrays three steps are launched ahead."""
+    """With CuPy arrays, steps are launched ahead."""
     llama = make_llama(make_ops(request.param))
     assert (llama.backend.steps_ahead > 0) == (request.param == "strict-cupy")
     return llama
@@ -30,7 +30,7 @@ def said(completions):
 def test_no_batch_size_changes_what_a_prompt_is_answered(llama, sampling, monkeypatch):
     monkeypatch.setattr(loop, "PROMPT_TOKENS_BETWEEN_STEPS", 7)
     stop = llama.generate(PROMPTS[0], sampling=sampling, seed=3, max_new_tokens=9).text[3:6]
-    is_slow = llama.backend.steps_ahead > 0  # kernels run in a simulator
+    is_slow = llama.backend.steps_ahead > 0  # a simulator runs the kernels
     options = {"sampling": sampling, "seed": 3, "max_new_tokens": 7 if is_slow else 14}
     options["stop"] = stop
     want = said(llama.generate_batch(PROMPTS, batch_size=1, **options))
@@ -85,7 +85,7 @@ def test_the_cache_has_no_more_rows_than_the_batch(llama, monkeypatch):
 
 
 def test_rows_are_decoded_together_while_prompts_wait(monkeypatch):
-    """Nine prompts of equal length by threes: no step has fewer rows than it could have."""
+    """Nine prompts of equal length, three at a time: each step decodes as many rows as possible."""
     llama = make_llama(make_ops("numpy"))
     sizes, compute = [], llama.compute
     monkeypatch.setattr(
@@ -124,7 +124,7 @@ def test_timings_count_all_prompts(llama):
 
 def test_as_many_run_as_fit_the_memory(llama, monkeypatch):
     chunk = llama.ops.prefill_chunk()
-    free = 10_000_000 if chunk == 512 else 80_000_000  # of workspace CuPy needs more
+    free = 10_000_000 if chunk == 512 else 80_000_000  # CuPy needs more workspace
     monkeypatch.setattr(llama.backend, "free_bytes", lambda: free)
     generation = llama.new_generation([[1, 5]] * 2000, max_new_tokens=60)
     fits = generation._batch_size

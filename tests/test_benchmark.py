@@ -1,4 +1,4 @@
-"""tools/benchmark.py: its figures follow from what was timed, and fit together."""
+"""tools/benchmark.py: its results follow from the measured times and agree with each other."""
 
 import json
 import re
@@ -20,13 +20,14 @@ from benchmarking.measure import Sample, generate, make_task, open_model, roofli
 from benchmarking.peak_memory import PeakMemory
 from benchmarking.rivals import Command, Transformers, printed_speed
 from benchmarking.roofline import Roofline, roofline_nbytes, roofline_of
-from benchmarking.shapes import SHAPES, forward_flops, prompt_lengths, random_llama
-from benchmarking.step_profile import OUTSIDE, profile, watched
+from benchmarking.shapes import SHAPES, prompt_lengths, random_llama
+from benchmarking.step_profile import OUTSIDE, profile
 from benchmarking.table import COLUMNS
 from conftest import ROOT, TINY, make_llama, make_ops
 from model_directory import write_model
 from npllama.backend import Backend
 from npllama.errors import InputError, NpllamaError
+from npllama.op_times import watched
 from npllama.operating_system import resident_bytes
 from npllama.ops import Ops
 from npllama.threads import Threads
@@ -36,19 +37,19 @@ GB = 10**9
 
 @pytest.fixture
 def llama():
-    """A tiny model on the reference, which fuses nothing."""
+    """A tiny model on the reference, which has no fused operations."""
     return make_llama(Ops(Backend()))
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    """Between runs a thread of BLAS that still spins matters to speeds, which no test reads."""
+    """Shorten the pauses, which only make measured speeds more accurate."""
     monkeypatch.setattr(measure, "PAUSE", 1e-6)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Every look at the clock is a second after the last."""
+    """Replace the clock: each call returns one second more than the last."""
     now = iter(range(10**9))
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
 
@@ -63,11 +64,11 @@ def report(*arguments):
     return benchmark.benchmark(options)
 
 
-# -- figures -----------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------
 
 
 def test_tokens_a_second_are_tokens_over_the_librarys_own_time(llama, clock):
-    """A second for the prompts and one for each decode step, on this clock."""
+    """With this clock, prefill takes one second, and so does each decode step."""
     task = make_task([7, 6, 5], 9, 260)
     assert generate(llama, task) == Sample(prefill=18.0, decode=3.0, first_token=1.0)
 
@@ -82,7 +83,8 @@ def test_decode_goes_on_past_any_end_of_text():
 
 
 def test_all_figures_follow_from_the_times(directory, clock):
-    """On this clock prompts and steps take a second each, a roofline pass two: layers and head."""
+    """With this clock, prefill and decode steps take one second each, and a pass over the weights
+    two: one for the layers and one for the head."""
     got = report(
         "--model", directory, "--prompt-tokens", 8, "--new-tokens", 5, "--batch", 2, "--runs", 2
     )  # fmt: skip
@@ -91,7 +93,7 @@ def test_all_figures_follow_from_the_times(directory, clock):
     n_bytes = llama.parameters.nbytes - llama.parameters.embedding.nbytes
     assert ours.prefill_tokens_per_second.median == 8 + 7
     assert ours.decode_tokens_per_second.median == 2
-    assert roof.prefill_tokens_per_second.median == (8 + 7) / 4  # a pass for each prompt
+    assert roof.prefill_tokens_per_second.median == (8 + 7) / 4  # one pass per prompt
     assert roof.decode_tokens_per_second.median == 2 / 2
     assert ours.prefill_of_roofline.median == 4
     assert ours.decode_of_roofline.median == 2
@@ -109,7 +111,7 @@ def test_all_figures_follow_from_the_times(directory, clock):
 
 
 def test_a_spread_is_median_least_and_largest_run_by_run():
-    """The ratio of each pair, not the ratio of the medians."""
+    """The ratio is computed per run, so its median is not the ratio of the medians."""
     task = make_task([1], 2, 260)
     ours = [Sample(10.0, 2.0, 1.0), Sample(20.0, 9.0, 2.0), Sample(30.0, 4.0, 3.0)]
     roof = [Sample(10.0, 4.0, 1.0), Sample(10.0, 10.0, 2.0), Sample(60.0, 4.0, 3.0)]
@@ -124,7 +126,7 @@ def test_a_spread_is_median_least_and_largest_run_by_run():
 
 
 def test_shapes_are_those_that_speeds_are_published_for():
-    assert SHAPES["1.1b"].n_parameters == 1_100_048_384  # TinyLlama's
+    assert SHAPES["1.1b"].n_parameters == 1_100_048_384  # TinyLlama
     assert SHAPES["7b"].n_parameters == 6_738_415_616
     n_15m, n_110m = (SHAPES[name].n_parameters for name in ("15m", "110m"))
     assert (n_15m - 32000 * 288, n_110m - 32000 * 768) == (15_191_712, 109_529_856)  # llama2.c ties
@@ -136,14 +138,6 @@ def test_random_weights_are_no_zeros_in_their_dtype(dtype):
     assert llama.dtype == dtype
     assert llama.context == 32
     assert all((m.values != 0).mean() > 0.9 for m in matrices(llama))
-
-
-def test_flops_are_two_a_number_and_row():
-    norms = (2 * TINY.n_layers + 1) * TINY.dim
-    numbers = TINY.n_parameters - norms - TINY.vocab_size * TINY.dim
-    assert forward_flops(TINY, 1, 1) == 2 * numbers
-    head = TINY.vocab_size * TINY.dim
-    assert forward_flops(TINY, 5, 2) == 2 * (5 * (numbers - head) + 2 * head)
 
 
 def test_a_batch_is_ragged_where_it_can_be():
@@ -215,7 +209,7 @@ def test_where_memory_is_short_some_layers_are_timed_and_scaled(monkeypatch, clo
     assert held(all_free - 5000) == 1
     roofline, remark = needs
     assert roofline.scale == 2
-    assert roofline.seconds(1, 1) == 1 * 2 + 1  # layers twice, head
+    assert roofline.seconds(1, 1) == 1 * 2 + 1  # two times the layers, and the head
     assert "1 of 2 layers and scaled" in remark
     assert held(50_000) == 0
     assert "no roofline" in needs[1]
@@ -237,7 +231,7 @@ def test_passes_bracket_the_run_that_they_are_compared_with(llama):
 
 def test_programs_take_turns_in_each_run_and_pause_between(llama, monkeypatch):
     order = []
-    monkeypatch.setattr(llama.backend, "threads", Threads(2))  # which looks at nobody else
+    monkeypatch.setattr(llama.backend, "threads", Threads(2))  # does not observe other programs
     monkeypatch.setattr(time, "sleep", lambda seconds: order.append(seconds))
     roofline, _ = roofline_of(llama, 1, 64)
     llama.new_generation = lambda *args, original=llama.new_generation, **kwargs: (
@@ -259,7 +253,7 @@ def test_the_peak_is_seen_though_it_has_passed():
         block = np.ones(50 * 10**6, dtype="uint8")
         until = time.monotonic() + 60
         while (peak.nbytes or 0) < before + 45 * 10**6 and time.monotonic() < until:
-            time.sleep(0.01)  # until the thread has looked
+            time.sleep(0.01)  # wait until the thread has measured
         del block
     assert peak.nbytes > before + 45 * 10**6
 
@@ -274,10 +268,10 @@ def test_shares_of_a_profile_sum_to_one_and_all_ops_are_counted(llama):
     calls = {line.op: line.calls for line in lines}
     assert calls["rms_norm"] == 2 * TINY.n_layers + 1
     assert calls[f"linear {TINY.ffn_dim} x {TINY.dim}"] == 2 * TINY.n_layers
-    assert calls["attention"] == 2 * TINY.n_layers  # a row at a time
+    assert calls["attention"] == 2 * TINY.n_layers  # once per row
     assert calls["next_token"] == 1
     assert lines[-1].op == OUTSIDE
-    assert not {"linear", "rms_norm"} & vars(llama.ops).keys()  # as it was
+    assert not {"linear", "rms_norm"} & vars(llama.ops).keys()  # unchanged
 
 
 def test_attention_has_its_line_with_numpys_overrides_too():
@@ -299,7 +293,7 @@ def test_an_op_that_calls_another_counts_its_own_time_alone(clock):
         ops.silu(1)
         ops.sigmoid(1)
     assert watch.calls == {"sigmoid": 2, "silu": 1}
-    assert watch.seconds == {"sigmoid": 2.0, "silu": 2.0}  # silu: 3 seconds, less 1
+    assert watch.seconds == {"sigmoid": 2.0, "silu": 2.0}  # silu: 3 seconds, minus 1 in sigmoid
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -315,7 +309,7 @@ def test_everything_is_measured_on_a_device_too(ops, dtype):
     assert next(line.calls for line in lines if line.op == "next_token") == 1
 
 
-# -- what is printed ---------------------------------------------------------------------------
+# -- printed reports ---------------------------------------------------------------------------
 
 
 def test_table_and_json_tell_the_same(directory, tmp_path, capsys, monkeypatch):
@@ -383,7 +377,7 @@ def test_text_has_the_figures_of_the_table_in_80_columns(directory, capsys, monk
             shown[title] += re.split("  +", line.removeprefix(title).strip())
     for title, cell in COLUMNS:
         assert shown[title] == [cell(p).replace("–", "-") for p in programs], title
-    for p in programs:  # names go on below
+    for p in programs:  # long names continue on further lines
         assert all(word[:24] in text for word in p.name.split())
     assert all(any(line.startswith(one.op) for line in lines) for one in report_.profile)
 
@@ -493,7 +487,7 @@ def test_transformers_answers_each_run_until_it_fails(tmp_path, monkeypatch):
     worker.write_text(WORKER)
     monkeypatch.setattr(rivals, "WORKER", worker)
     task = make_task([8, 7], 5, 260)
-    with Transformers(TINY, "int8", task, n_threads=4) as rival:  # warmed up once
+    with Transformers(TINY, "int8", task, n_threads=4) as rival:  # after one warm-up run
         assert rival.name == "transformers float32"
         assert rival.versions == "float32"
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""The upper level of ops: a whole transformer in float64, written again in a few lines."""
+"""The upper level of ops, against a float64 transformer written independently in a few lines."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from test_equations import EXACT, assert_close, attention_one_by_one, rope_one
 
 
 def random_layer(rng, move, dim=18, n_heads=6, n_kv_heads=3, ffn_dim=11, dtype="float64"):
-    """A layer in float64 NumPy, and the same on the device."""
+    """A random layer, as float64 NumPy arrays and as a Layer on the device."""
     kv = n_kv_heads * dim // n_heads
     shapes = {
         "wq": (dim, dim), "wk": (kv, dim), "wv": (kv, dim), "wo": (dim, dim),
@@ -80,7 +80,7 @@ def test_head_is_norm_and_projection(ops, to_device, to_host, rng):
 
 
 def test_decoding_continues_where_prefill_ended(ops, to_device, to_host, rng):
-    """One block over 5 tokens at once, and over 3 and then 1 and 1: the same rows."""
+    """One block over 5 tokens at once, and over 3, 1 and 1 tokens, returns the same rows."""
     _, layer = random_layer(rng, to_device, dim=36)
     x = rng.standard_normal((1, 5, 36))
     cache = make_cache(ops)
@@ -102,7 +102,7 @@ def test_the_hooks_of_the_reference_change_nothing(ops, to_device, rng):
     assert ops.all_reduce(x) is x
     assert ops.all_gather(x) is x
     step = object()
-    if not isinstance(ops, CupyOps):  # test_capture.py
+    if not isinstance(ops, CupyOps):  # test_capture.py tests CupyOps
         assert ops.compile(step) is step
 
 
@@ -110,8 +110,8 @@ def test_the_hooks_of_the_reference_change_nothing(ops, to_device, rng):
 def test_a_layer_split_over_two_shards_is_the_whole(
     ops, to_device, to_host, rng, monkeypatch, dtype
 ):
-    """H, K and F may be local counts: with the shards' partial sums added up by `all_reduce`, and
-    nothing else exchanged, a half layer's output is the layer's."""
+    """A block with local H, K and F computes the output of its shard. The sum of both outputs,
+    which `all_reduce` computes, is the output of the whole layer. Nothing else is exchanged."""
     host, layer = random_layer(rng, to_device, 24, n_heads=4, n_kv_heads=2, ffn_dim=10, dtype=dtype)
 
     def half(i):
@@ -138,7 +138,7 @@ def test_a_layer_split_over_two_shards_is_the_whole(
         a = ops.attention_block(to_device(x), part, cache.layers[0], cache.positions(5))
         return to_host(a), to_host(ops.feed_forward(to_device(x), part))
 
-    partial = []  # of attention and feed-forward, of one half and the other
+    partial = []  # outputs of attention and feed-forward, first one half and then the other
     for i in range(2):
         run(half(i), 1, lambda y: partial.append(to_host(y).copy()) or y)
     truth = run(layer, 2, lambda y: y)

@@ -30,7 +30,8 @@ OPTIONS = {"max_new_tokens": 12, "sampling": LIVELY, "seed": 7, "ignore_eos": Tr
 
 
 class SumOps(CupyOps):
-    """Neither kernels nor cuBLAS: products are sums, which a graph can hold."""
+    """CupyOps without kernels and cuBLAS. Products are elementwise products and sums, which a graph
+    can contain."""
 
     attention_block, feed_forward, head = Ops.attention_block, Ops.feed_forward, Ops.head
     attention, next_token = Ops.attention, Ops.next_token
@@ -78,27 +79,27 @@ def warnings_in(caplog):
 
 
 def run(llama, prompts, **options):
-    """ids, and how the steps ran."""
+    """Generate. Returns the ids, and the compiled step with its counts."""
     before = DEVICE.n_captures
     generation = llama.new_generation(prompts, **OPTIONS | options)
     generation.run()
     assert DEVICE.stream.null and DEVICE.stream.capture is None
     (steps,) = generation._compiled.values()
     assert steps.n_eager + steps.n_replayed == generation.timings.decode_steps
-    assert steps.n_captured <= DEVICE.n_captures - before  # some may have failed
+    assert steps.n_captured <= DEVICE.n_captures - before  # some captures may have failed
     return ids_of(generation.completions()), steps
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, LIVELY], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["B1", "B3"])
 def test_a_replayed_step_says_what_numpy_says(llama, on_numpy, prompts, sampling):
-    options = {"sampling": sampling, "max_new_tokens": 28}  # in two buckets
+    options = {"sampling": sampling, "max_new_tokens": 28}  # spans two buckets
     want = ids_of(on_numpy.generate_batch(prompts, **OPTIONS | options))
     before = DEVICE.n_captures
     got, steps = run(llama, prompts, **options)
     assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 2, 2, 25)
     assert DEVICE.n_captures == before + 2
-    got, steps = run(llama, prompts, **options)  # the next generation replays from the start
+    got, steps = run(llama, prompts, **options)  # the next generation replays from its first step
     assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 0, 0, 27)
     assert steps.report() == "27 replayed; 0 graphs captured"
     assert DEVICE.n_captures == before + 2
@@ -108,7 +109,7 @@ def test_the_likeliest_tokens_are_told_by_a_captured_step(llama, on_numpy):
     def told(completions):
         return [[[t.id for t in top] for top in c.top_logprobs or ()] for c in completions]
 
-    for n_top in (4, 2, 0, 4):  # each is a step of its own
+    for n_top in (4, 2, 0, 4):  # each n_top needs a separate step
         options = OPTIONS | {"top_logprobs": n_top, "max_new_tokens": 14}
         want = on_numpy.generate_batch(PROMPTS, **options)
         generation = llama.new_generation(PROMPTS, **options)
@@ -116,7 +117,7 @@ def test_the_likeliest_tokens_are_told_by_a_captured_step(llama, on_numpy):
         got, (steps,) = generation.completions(), generation._compiled.values()
         assert (ids_of(got), told(got)) == (ids_of(want), told(want))
         assert steps.eager_because is None and steps.n_replayed >= 11
-    assert steps.n_captured == 0  # the last had run before
+    assert steps.n_captured == 0  # the last one was captured before
 
 
 def test_without_graphs_each_step_is_launched(on_numpy):
@@ -155,8 +156,8 @@ def test_rows_that_leave_the_batch_leave_the_others_as_they_were(llama, on_numpy
     want = ids_of(on_numpy.generate_batch(prompts, **OPTIONS))
     got, steps = run(llama, prompts)
     assert [len(ids) for ids in got] == [12, 4, 9] and got == want
-    assert steps.n_captured == 3  # of three rows, of two and of one
-    # the same numbers of rows, and others that leave
+    assert steps.n_captured == 3  # with three rows, with two and with one
+    # the same numbers of rows, but other rows end first
     other = [prompts[1], prompts[2], prompts[0]]
     got, steps = run(llama, other)
     assert got == ids_of(on_numpy.generate_batch(other, **OPTIONS))
@@ -177,7 +178,7 @@ def test_a_longer_generation_captures_one_bucket_more(llama, on_numpy):
 
 
 def test_each_way_to_sample_is_captured_once(llama, on_numpy):
-    ways = [GREEDY, LIVELY, Sampling(0.5), Sampling(1.5, top_k=9)]  # two have one state
+    ways = [GREEDY, LIVELY, Sampling(0.5), Sampling(1.5, top_k=9)]  # two of them share a state
     for i, sampling in enumerate(ways * 2):
         got, steps = run(llama, PROMPTS[:1], sampling=sampling, seed=i)
         want = on_numpy.generate_batch(PROMPTS[:1], **OPTIONS | {"sampling": sampling, "seed": i})
@@ -232,7 +233,7 @@ def test_a_cache_of_the_callers_goes_on_with_its_graphs(llama, on_numpy):
         )
         n_captured.append(steps.n_captured)
         prompts = [p + ids + [9, 11] for p, ids in zip(prompts, got, strict=True)]
-    assert n_captured == [1, 1, 0]  # the last in the bucket of the one before
+    assert n_captured == [1, 1, 0]  # the last one stays in the bucket of the one before
     for row in range(3):
         cache.truncate(row, 1)
         own.truncate(row, 1)
@@ -242,7 +243,7 @@ def test_a_cache_of_the_callers_goes_on_with_its_graphs(llama, on_numpy):
 
 
 def test_the_kept_cache_is_emptied(llama, on_numpy):
-    """What a later query does not see is multiplied by 0, and must be finite."""
+    """Attention multiplies hidden values by 0, which gives 0 only if they are finite."""
     run(llama, PROMPTS[:1], max_new_tokens=40)
     (cache,) = llama._kept_cache._kept
     for layer in cache.layers:
@@ -290,7 +291,7 @@ def test_a_generation_that_lost_its_cache_writes_nothing_to_the_others_state(lla
     pieces = iter(new)
     next(pieces)
     with pytest.raises(InputError, match="another generation uses the cache"):
-        list(old)  # a row of its batch would leave now
+        list(old)  # the next step would remove a row from its batch
     list(pieces)
     assert ids_of(new.completions()) == ids_of(on_numpy.generate_batch(prompts, **OPTIONS))
 
@@ -309,7 +310,7 @@ def test_the_kept_cache_is_given_up_before_memory_is_missing(llama, monkeypatch)
     run(llama, PROMPTS[:1], max_new_tokens=40)
     (cache,) = llama._kept_cache._kept
     needed = []
-    # the workspace fits beside a cache that is there, but not another cache
+    # The workspace fits together with the kept cache, but not together with a second cache.
     monkeypatch.setattr(
         "npllama.model.require_free_memory", lambda *a, **k: needed.append(k["has_cache"])
     )
@@ -323,7 +324,7 @@ def test_the_kept_cache_is_given_up_before_memory_is_missing(llama, monkeypatch)
             raise OutOfMemoryError("full")
 
     monkeypatch.setattr("npllama.model.require_free_memory", full)
-    llama.logits([1, 5])  # with a cache of its own
+    llama.logits([1, 5])  # allocates a separate cache
     assert not llama._kept_cache._kept
     monkeypatch.setattr("npllama.model.require_free_memory", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -344,7 +345,7 @@ def test_a_dropped_model_frees_its_graphs():
 
 @pytest.fixture
 def another_device():
-    """Makes another device current, as a caller may who uses several."""
+    """A function that makes another device current, as a caller with several devices may do."""
     yield lambda: setattr(DEVICE, "current", 1)
     DEVICE.current = 0
 
@@ -369,7 +370,7 @@ def test_a_replay_is_on_the_models_device_in_every_thread(llama, monkeypatch, an
 
     monkeypatch.setattr(Graph, "launch", noted)
     for _ in llama.new_generation(PROMPTS, **OPTIONS):
-        another_device()  # the caller's own
+        another_device()  # the caller's choice
     assert len(launched) > 3 and set(launched) == {0}
 
 
@@ -386,7 +387,7 @@ def test_the_generation_itself_holds_no_array_of_its_cache(llama):
     generation.run()
     buffer = weakref.ref(llama._kept_cache._kept[0].layers[0].k.array.base)
     assert llama._kept_cache.give_up()
-    assert buffer() is None  # and without a collection of garbage
+    assert buffer() is None  # freed even without a garbage collection
 
 
 def test_numpy_keeps_no_cache(on_numpy):
@@ -449,7 +450,7 @@ def test_on_numpy_the_results_are_not_copied():
 
 
 def while_capturing(llama, monkeypatch, act):
-    """`act` is called in the head of each step that is captured."""
+    """Call `act` in the head of each step that is being captured."""
     head = llama.ops.head
 
     def watched(*args):
@@ -484,8 +485,8 @@ def test_a_step_whose_capture_fails_runs_eagerly(llama, on_numpy, monkeypatch, c
     assert (got, steps.n_captured, steps.n_eager) == (want, 0, 11)
     assert f"the capture failed: {reason}" in steps.report()
     assert len(warnings_in(caplog)) == 1
-    assert run(llama, PROMPTS)[1].n_eager == 11  # for good
-    got, steps = run(llama, PROMPTS, sampling=GREEDY)  # another key is captured all the same
+    assert run(llama, PROMPTS)[1].n_eager == 11  # permanently
+    got, steps = run(llama, PROMPTS, sampling=GREEDY)  # a step with another key is still captured
     assert steps.n_captured == 1
 
 
@@ -494,7 +495,7 @@ def test_a_step_that_fails_in_both_ways_raises(llama, monkeypatch):
 
     def failing(*args):
         calls.append(1)
-        if len(calls) > len(PROMPTS) + 1:  # the prompts, and the first step
+        if len(calls) > len(PROMPTS) + 1:  # after the prompts and the first step
             raise RuntimeError(f"in call {len(calls)}")
         return head(*args)
 
@@ -549,7 +550,8 @@ def test_states_of_fewer_rows_lie_in_the_same_memory(llama):
 
 
 def test_a_row_that_joins_begins_with_its_first_random_number(llama):
-    """Beside one that is at its third, whatever row of the cache it has."""
+    """The new row starts with its own first number, independent of the other row's step and of the
+    cache row."""
     buffers = llama.new_cache(batch=2).step_buffers
     to_host, move = llama.backend.to_host, llama.backend.to_device
     old = buffers.begin([1], np.array([[0.1, 0.2, 0.3, 0.4]]), None)
@@ -559,7 +561,7 @@ def test_a_row_that_joins_begins_with_its_first_random_number(llama):
     assert to_host(state.rows).tolist() == [0, 1]
     assert to_host(state.next_uniform()).tolist() == [0.5, 0.3]
     assert to_host(state.next_uniform()).tolist() == [0.6, 0.4]
-    assert to_host(state.seen).tolist() == [[True] * 3, [False] * 3]  # which nothing reads
+    assert to_host(state.seen).tolist() == [[True] * 3, [False] * 3]  # the second row's is unused
 
 
 def test_a_sampling_of_no_penalty_needs_no_seen_tokens(llama):
@@ -568,14 +570,15 @@ def test_a_sampling_of_no_penalty_needs_no_seen_tokens(llama):
 
 
 def test_frozen_options_are_those_that_the_step_depends_on(llama):
-    """n_tokens, too: the ids that may be chosen are no array."""
+    """The step is captured again for another n_tokens, which is a Python number and not an
+    array."""
     run(llama, PROMPTS[:1])
     llama._n_tokens = 50
     got, steps = run(llama, PROMPTS[:1], sampling=replace(LIVELY))
     assert steps.n_captured == 1 and max(got[0]) < 50
 
 
-# -- the whole step on kernels
+# -- a complete step with kernels
 
 ON_KERNELS = LlamaConfig(
     dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=260, context_length=64
@@ -595,7 +598,7 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on thi
     ],
 )
 def test_a_step_of_kernels_is_replayed_and_says_what_numpy_says(dtype, prompts, sampling):
-    options = {"sampling": sampling, "max_new_tokens": 24}  # in two buckets
+    options = {"sampling": sampling, "max_new_tokens": 24}  # spans two buckets
     on_numpy = make_llama(NumpyOps(Backend()), ON_KERNELS, dtype=dtype)
     want = ids_of(on_numpy.generate_batch(prompts, **OPTIONS | options))
     llama = make_llama(CupyOps(StrictCupyBackend()), ON_KERNELS, dtype=dtype)
@@ -603,7 +606,7 @@ def test_a_step_of_kernels_is_replayed_and_says_what_numpy_says(dtype, prompts, 
         got, steps = run(llama, prompts, **options)
     assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 2, 2, 21)
     names = Counter(launch.name.partition("<")[0] for launch in launches)
-    assert names["gemv"] >= 23 * (4 * 2 + 1)  # of each layer four, and the head
+    assert names["gemv"] >= 23 * (4 * 2 + 1)  # four per layer, and the head
     assert (names["attend"], names["next_token"]) == (23 * 2, 24)
     got, steps = run(llama, prompts, **options)
     assert (got, steps.n_captured, steps.n_eager, steps.n_replayed) == (want, 0, 0, 23)
@@ -611,7 +614,8 @@ def test_a_step_of_kernels_is_replayed_and_says_what_numpy_says(dtype, prompts, 
 
 @needs_compiler
 def test_a_step_of_kernels_in_bfloat16_says_the_same_replayed_and_launched():
-    """NumPy's cache is float32 there, and says another thing."""
+    """The reference is a run without a graph, because NumPy's cache is float32 and gives other
+    ids."""
     replayed, launched = (
         make_llama(CupyOps(StrictCupyBackend(), graph), ON_KERNELS, dtype="bfloat16")
         for graph in (True, False)
@@ -621,7 +625,7 @@ def test_a_step_of_kernels_in_bfloat16_says_the_same_replayed_and_launched():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "float16"])  # products of cupy.matmul, and of gemmEx
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # products by cupy.matmul and by gemmEx
 def test_nine_rows_are_eager_and_eight_are_captured(dtype, caplog):
     llama = make_llama(CupyOps(StrictCupyBackend()), ON_KERNELS, dtype=dtype)
     on_numpy = make_llama(NumpyOps(Backend()), ON_KERNELS, dtype=dtype)
@@ -638,7 +642,7 @@ def test_a_second_generation_replays_wherever_there_are_kernels(ops, on_numpy):
     for sampling in (GREEDY, LIVELY):
         options = OPTIONS | {"sampling": sampling, "max_new_tokens": 24}
         want = ids_of(on_numpy.generate_batch(PROMPTS, **options))
-        for n_eager in (2, 0):  # in two buckets
+        for n_eager in (2, 0):  # spans two buckets
             generation = llama.new_generation(PROMPTS, **options)
             generation.run()
             assert ids_of(generation.completions()) == want

@@ -1,4 +1,4 @@
-"""tools/check_gpu.sh from end to end on the CuPy for tests: what waits for a GPU is its speed."""
+"""tools/check_gpu.sh from start to end on the CuPy for tests. Only the speeds need a GPU."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarking.device_weights import device_parameters
-from benchmarking.shapes import SHAPES, forward_flops, prefill_flops
+from benchmarking.shapes import SHAPES, prefill_flops
 from checking_gpu import rival
 from checking_gpu.decoding import Decoding, decode
 from checking_gpu.results import BELOW, FAILED, OK, Results, markdown, why_it_ended
@@ -20,6 +20,7 @@ from checking_gpu.stage import Stage
 from checking_gpu.unit_tests import FILES
 from conftest import FAKE_CUPY, ROOT, STRICT_CUPY, TINY, make_llama, make_ops
 from cuda_simulator import compiler
+from npllama.costs import forward_flops
 from npllama.initialization import random_parameters
 from npllama.llama import Llama
 
@@ -66,7 +67,7 @@ def test_every_stage_runs_to_its_end_on_the_cupy_for_tests(tmp_path):
         assert part in figures
     assert all("not run" in by_stage[stage][0][2] for stage in ("rival", "sanitizer"))
     assert {row[1] for row in by_stage["equivalence"]} >= {"cupy reference, float16"}
-    # a table after each stage and one at the end, under the card, the date and the command
+    # one table after each stage and one at the end, each below the GPU, the date and the command
     assert done.stdout.count("| stage |") == len(STAGES) + 1
     heading = done.stdout[: done.stdout.rindex("| stage |")].splitlines()[-2]
     for part in (f"--tiny --out {tmp_path}", "CuPy for tests", "UTC", "driver", "tiny models"):
@@ -90,7 +91,7 @@ def max(x):
 
 @pytest.fixture
 def broken_cupy(tmp_path):
-    """A CuPy that ends one stage's program, lets one hang, and fails in a part of a third."""
+    """A CuPy with which one stage crashes, one hangs, and one partly fails."""
     (tmp_path / "cupy").mkdir()
     path = str(FAKE_CUPY / "cupy" / "__init__.py")
     (tmp_path / "cupy" / "__init__.py").write_text(BROKEN.format(path=path))
@@ -106,7 +107,7 @@ def test_it_goes_on_after_a_failure(broken_cupy):
         ["prompt", "", "exit code 3: the driver is gone", "", FAILED],
         ["large", "read bandwidth", "RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS", "", FAILED],
     ]
-    # without a bandwidth the speeds are rows all the same
+    # the speeds are reported even without a measured bandwidth
     assert len(rows) == 6 and all("tokens/s" in row[2] for row in rows[2:])
 
 
@@ -138,7 +139,7 @@ def test_launches_run_under_a_sanitizer_where_there_is_one(tmp_path, monkeypatch
 
 
 def fake_worker(monkeypatch, answers):
-    """transformers_worker.py answers so; returns the jobs that it is given."""
+    """Replace transformers_worker.py by one with these answers. Returns the list of its jobs."""
     jobs = []
 
     def run(command, **settings):
@@ -170,7 +171,7 @@ def test_transformers_is_a_row_and_a_ratio_for_each_way(tmp_path, monkeypatch):
         ["npllama to transformers compiled", "0.90", "at least 1", BELOW],
     ]
     assert jobs[0]["config"]["hidden_size"] == 2048 and jobs[0]["dtype"] == "float16"
-    assert (jobs[0]["context"], jobs[0]["new_tokens"]) == (512, 64)  # as npllama's own case has
+    assert (jobs[0]["context"], jobs[0]["new_tokens"]) == (512, 64)  # as npllama's own case
     assert f"{rival.SHAPE} {rival.DTYPE}, context {rival.CONTEXT}" == rival.OURS
 
 
@@ -225,12 +226,12 @@ def test_help_is_the_scripts_own_heading():
 
 
 def test_the_test_files_of_the_stage_exist():
-    """Those that are named whole; patterns are of files that more kernels bring."""
+    """Checks the files that are listed by name, and not those that match a pattern."""
     named = [name for name in FILES if "*" not in name]
     assert not [name for name in named if not (ROOT / "tests" / name).exists()]
 
 
-# -- the figures -------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------
 
 
 def test_a_bar_is_met_or_not(tmp_path):
@@ -269,8 +270,8 @@ def test_a_part_without_time_is_a_row(tmp_path):
 
 
 def test_a_step_reads_the_weights_and_the_live_cache():
-    """Of 20 + 8 positions the middle step reads 24: in each of 2 layers keys and values of 3
-    heads of 8 float32 numbers, for each of 2 rows."""
+    """The middle step of 8 reads 24 positions. A position has keys and values of 3 heads with 8
+    float32 elements in each of 2 layers, for each of 2 rows."""
     llama = make_llama(make_ops("numpy"), TINY)
     found = decode(llama, context=28, batch=2, new_tokens=8, runs=1)
     a_position = 2 * 2 * 3 * 8 * 4
@@ -292,12 +293,12 @@ def test_decoding_ends_at_the_context_and_reads_the_prompts_once():
     decode(llama, context=28, batch=1, new_tokens=8, runs=2)
     prompts, steps = [n for n, _ in read if n > 1], [end for n, end in read if n == 1]
     assert prompts == [20]
-    assert max(steps) == 27 and steps.count(27) == 3  # the last token is not read
+    assert max(steps) == 27 and steps.count(27) == 3  # the last token is not an input
 
 
 def test_a_prompts_operations_are_two_a_weight_and_token():
     config = SHAPES["7b"]
-    n_weights = config.n_parameters - 2 * 32000 * 4096 - 65 * 4096  # of the layers' matrices
+    n_weights = config.n_parameters - 2 * 32000 * 4096 - 65 * 4096  # of the matrices in the layers
     assert forward_flops(config, 2048, 0) == 2 * n_weights * 2048
     assert prefill_flops(config, [2048]) == 2 * (n_weights * 2048 + 32000 * 4096)
 
@@ -327,7 +328,7 @@ def test_weights_made_on_the_device_are_as_large_as_those_of_the_host(which, dty
         assert abs(mine.mean()) < 0.1 * mine.std()
     assert ours.layers[0].wq.format.name == dtype
     first, second = (ops.backend.to_host(layer.wq.values) for layer in ours.layers)
-    assert (first != second).mean() > 0.9  # no two matrices are alike
+    assert (first != second).mean() > 0.9  # all layers have different weights
 
 
 def test_matrices_made_in_parts_are_those_made_at_once(monkeypatch):

@@ -1,4 +1,4 @@
-"""Work that is cut up: every column once, whatever the size of a chunk."""
+"""Divided work: each column is computed once, for any chunk size."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace

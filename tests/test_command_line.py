@@ -1,4 +1,4 @@
-"""python -m npllama.generate, as a user runs it: what is on stdout, on stderr, the exit code."""
+"""python -m npllama.generate as users run it: standard output, standard error and exit code."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 
 
 def run(*args, **options):
-    """The command in a process of its own."""
+    """Run the command in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "npllama.generate", *args], capture_output=True, **options
     )
@@ -56,17 +56,18 @@ def completion(model, prompt, **options):
 
 
 def call(capsys, *args):
-    """The command in this process: exit code, stdout, stderr."""
+    """Run the command in this process, and return the exit code, stdout and stderr."""
     code = main(args)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
 def error_line(capsys, *args):
-    """stderr of a call that must end with exit code 2, one line and an empty stdout."""
+    """Run a command that must fail with exit code 2, one line on stderr and an empty stdout.
+    Returns the line."""
     try:
         code = main(args)
-    except SystemExit as error:  # argparse
+    except SystemExit as error:  # raised by argparse
         code = error.code
     captured = capsys.readouterr()
     assert code == 2
@@ -76,7 +77,7 @@ def error_line(capsys, *args):
     return captured.err
 
 
-# -- text on stdout, everything else on stderr
+# -- text on stdout, and everything else on stderr
 
 
 def test_stdout_is_the_prompt_and_the_completion_and_one_newline(model):
@@ -121,7 +122,7 @@ def test_lines_end_at_line_ends_alone(model, tmp_path, capsys):
 
 
 def test_a_terminal_is_not_sent_control_characters(model, tmp_path, monkeypatch):
-    """A file gets every byte; a terminal would obey an escape sequence."""
+    """Files get all bytes, but a terminal would execute an escape sequence."""
     import pty
 
     def say(stdout):
@@ -157,8 +158,8 @@ def test_an_output_that_cannot_be_written_is_one_line(model):
 
 
 def test_text_streams_as_it_is_made(model, monkeypatch):
-    """Through a pipe's own buffers, which hold back what is not flushed."""
-    made = []  # tokens at each write
+    """Write through a buffered pipe, which delays text that is not flushed."""
+    made = []  # the number of tokens at each write
 
     class Pipe(io.RawIOBase):
         def writable(self):
@@ -181,7 +182,7 @@ def test_text_streams_as_it_is_made(model, monkeypatch):
     args = ["--model", model, "--prompt", "Once", "--max-new-tokens", "40", "--ignore-eos"]
     assert main([*args, "--temperature", "1", "--top-p", "1"]) == 0
     assert made[0] <= 1
-    assert len(set(made)) > 20  # but for tokens that are a part of a character
+    assert len(set(made)) > 20  # except for tokens that are part of a character
 
 
 def test_ctrl_c_keeps_what_was_said_ends_the_line_and_exits_130(tmp_path):
@@ -263,13 +264,13 @@ def test_every_option_reaches_the_generation(model, capsys):
         "temperature": 2.0, "top_k": 2, "top_p": 0.2, "min_p": 0.5,
         "repetition_penalty": 5.0, "seed": 12, "max_new_tokens": 10,
     }  # fmt: skip
-    for name, value in changed.items():  # and each of them matters
+    for name, value in changed.items():  # each option changes the text
         assert completion(model, "Once", **(options | {name: value})).text != out[4:-1], name
 
 
 @dataclass(frozen=True)
 class WithTypicalP(Sampling):
-    """The table of options with one more line."""
+    """The table of options with one additional option."""
 
     typical_p: float = option(
         1.0,
@@ -284,8 +285,11 @@ class WithTypicalP(Sampling):
 
 
 def keep_typical_p(self, logits, p):
-    """The fewest tokens that exceed p together, those whose surprise is closest to the entropy
-    first; Meister et al. 2022 (locally typical sampling), equation 10."""
+    """Locally typical sampling (Meister et al. 2022, equation 10).
+
+    Keeps the fewest tokens whose probabilities sum to more than p, starting with the tokens whose
+    surprise is closest to the entropy.
+    """
     xp, probability = self.xp, self.softmax(logits)
     surprise = -xp.where(probability > 0, self.log_softmax(logits), 0)
     entropy = (probability * surprise).sum(axis=-1, keepdims=True)
@@ -306,7 +310,7 @@ def test_a_new_filter_joins_in_one_place(model, capsys, monkeypatch):
     args += ("--max-new-tokens", "12", "--temperature", "1", "--top-p", "1")
     assert "typical_p is 2.0: expected above 0" in error_line(capsys, *args, "--typical-p", "2")
 
-    # with next to nothing for p, one token is left each time: that of the most typical surprise
+    # With p close to 0, only the token with the most typical surprise remains at each step.
     llama = load(model, backend="numpy")
     ids = llama.encode("Once")
     n_prompt = len(ids)
@@ -335,7 +339,7 @@ def test_stop_texts(model, capsys):
 def test_context_limits_prompt_and_completion(model, capsys):
     args = ("--model", model, "--prompt", "abcd", "--json", "--ignore-eos", "--context", "10")
     _, out, _ = call(capsys, *args)
-    result = json.loads(out)  # BOS, the space and 4 bytes leave 4
+    result = json.loads(out)  # BOS, the space and 4 bytes leave 4 positions
     assert (len(result["ids"]), result["finish_reason"]) == (4, "length")
 
 
@@ -417,7 +421,8 @@ def test_a_batch_size_changes_nothing_of_what_is_said(model, tmp_path, capsys, s
 
 
 def test_a_json_line_is_written_as_soon_as_those_before_it_are(model, tmp_path, monkeypatch):
-    """Not when all have ended; and after Ctrl-C those that had begun are there."""
+    """Lines are not delayed until all prompts have ended. After Ctrl-C, each prompt that had
+    started has a line."""
     file = tmp_path / "prompts.txt"
     file.write_text("a\nb\nc\nd\ne\n")
     lines, waiting = [], []
@@ -431,7 +436,7 @@ def test_a_json_line_is_written_as_soon_as_those_before_it_are(model, tmp_path, 
     made, turns = [], Generation.turns
     monkeypatch.setattr(Generation, "turns", lambda self: made.append(self) or turns(self))
     monkeypatch.setattr("npllama.generate.write", keep)
-    monkeypatch.setattr("npllama.generation.TURN", 0)  # a turn is a step
+    monkeypatch.setattr("npllama.generation.TURN", 0)  # one step per turn
     args = ("--model", model, "--prompt-file", str(file), "--batch-size", "1", "--json", *GREEDY)
     assert main(args) == 130
     assert [line["prompt"] for line in lines][:2] == ["a", "b"]
@@ -453,7 +458,7 @@ def test_prompts_that_have_not_begun_are_not_shown_after_ctrl_c(model, tmp_path,
 @pytest.fixture
 def patch_run(monkeypatch):
     def patch(after_rows):
-        """Ctrl-C once so many rows have ended and the next has said something."""
+        """Raise Ctrl-C when `after_rows` rows have ended and the next one has generated text."""
         pieces = Generation.__iter__
 
         def interrupted(self):
@@ -478,7 +483,7 @@ def test_by_default_a_batch_is_what_is_fast_and_fits_the_memory(model, monkeypat
         with contextlib.suppress(OutOfMemoryError):
             sizes.append(default_batch_size(llama, prompts, 60))
     assert 1 <= sizes[0] < BATCH_SIZE == sizes[-1] and sizes == sorted(sizes)
-    assert len(sizes) < 100  # the least memory was not enough for one
+    assert len(sizes) < 100  # the smallest memory was not enough for one row
 
 
 def test_progress_is_shown_on_a_terminal_that_does_not_show_the_text(
@@ -519,7 +524,7 @@ def test_logprobs_tell_rows_apart_and_show_the_likeliest(model, tmp_path, capsys
     _, _, err = call(capsys, *args, "2", *GREEDY)
     rows = [line.split() for line in err.splitlines() if line[:6].strip().isdigit()]
     assert len(rows) == 24
-    for _id, log_prob, piece, first, highest, _second, second in rows:  # greedy takes the first
+    for _id, log_prob, piece, first, highest, _second, second in rows:  # greedy: the first wins
         assert (first, highest) == (piece, log_prob) and float(second) <= float(highest)
     _, out, _ = call(capsys, *args, "2", "--json", *GREEDY)
     result = json.loads(out.splitlines()[1])
@@ -676,7 +681,7 @@ def test_help_explains_every_option():
 
 
 def test_help_and_import_load_nothing_for_later():
-    """Each of these took a part of the 0.3 s that help and import may take on an idle machine."""
+    """Importing these modules takes a considerable part of the time of `--help`."""
     later = ("subprocess", "concurrent.futures", "threadpoolctl", "multiprocessing", "tqdm")
     later += ("psutil", "safetensors")
     code = (
@@ -793,7 +798,7 @@ def test_log_probabilities_name_added_tokens(capsys, tmp_path):
     rows = replace(CONFIG, vocab_size=262, eos_ids=(261,))
     directory = write_model(tmp_path / "m", rows)
     (directory / "added_tokens.json").write_text('{"<step>": 260}')
-    ids = [100, 260, 261]  # the last is an end without a name
+    ids = [100, 260, 261]  # the last id is an EOS without a name
     completion = Completion("a<step>", ids, [-1.0, -2.0, -3.0], "eos", Timings(), 0)
     print_log_probs(load(directory, "numpy"), completion)
     lines = capsys.readouterr().err.splitlines()[1:]

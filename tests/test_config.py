@@ -1,4 +1,4 @@
-"""LlamaConfig: what is read, what is ignored, and what is refused."""
+"""LlamaConfig: fields that are read, ignored and refused."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ from conftest import TINY
 from npllama.config import LLAMA_2, LlamaConfig
 from npllama.errors import ConfigError
 
-# What a published Llama-2-7b-hf holds, its fields that leave the result alone included.
+# The config of a published Llama-2-7b-hf, including fields that do not affect the result.
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,
@@ -35,13 +35,13 @@ LLAMA_2_7B = {
 
 
 def hf(**changes):
-    """A Llama-2-7B config with other fields; None removes one."""
+    """The config of Llama-2-7B with changed fields. None removes a field."""
     fields = LLAMA_2_7B | changes
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def refused(fields, generation=None):
-    """The one line with which a config is refused."""
+    """The one-line message with which a config is refused."""
     with pytest.raises(ConfigError) as caught:
         LlamaConfig.from_hf(fields, generation)
     message = str(caught.value)
@@ -110,8 +110,8 @@ def test_a_head_width_that_is_no_size_is_refused(value):
 
 
 def test_heads_need_not_add_up_to_the_width():
-    """wq is (H*C, D), wk and wv (K*C, D), wo (D, H*C)."""
-    given = LlamaConfig.from_hf(hf(head_dim=256, hidden_size=4100))  # no multiple of 32 heads
+    """wq is (H*C, D), wk and wv are (K*C, D), and wo is (D, H*C)."""
+    given = LlamaConfig.from_hf(hf(head_dim=256, hidden_size=4100))  # not a multiple of 32
     assert (given.dim, given.n_heads, given.head_dim) == (4100, 32, 256)
     wide = LlamaConfig.from_hf(hf(head_dim=256))
     assert wide.n_parameters - LLAMA_2["7B"].n_parameters == 32 * 4 * 4096 * 32 * 128
@@ -252,7 +252,7 @@ def test_an_empty_quantization_quantizes_nothing():
     assert LlamaConfig.from_hf(hf(quantization_config={})) == LLAMA_2["7B"]
 
 
-# -- refusing other mathematics
+# -- refusing models with other mathematics
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         {"rope_type": "yarn", "factor": 1.0, "mscale": 0.7, "attention_factor": 1.0},
         {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096},
         {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 2048},
-        {"type": "linear", "rope_type": "default"},  # rope_type comes first
+        {"type": "linear", "rope_type": "default"},  # rope_type takes precedence
     ],
 )
 def test_a_scaling_that_changes_no_angle_is_plain(field, rope):
@@ -404,7 +404,7 @@ def test_ids_that_end_a_text_come_from_the_generation_config_first(
 def test_the_id_that_begins_a_text_comes_from_the_generation_config_first():
     assert LlamaConfig.from_hf(hf(bos_token_id=5), {"bos_token_id": 0}).bos_id == 0
     assert LlamaConfig.from_hf(hf(bos_token_id=5), {}).bos_id == 5
-    assert LlamaConfig.from_hf(hf(bos_token_id=-1), {}).bos_id == 1  # -1 names none
+    assert LlamaConfig.from_hf(hf(bos_token_id=-1), {}).bos_id == 1  # -1 means no id
     assert LlamaConfig.from_hf(hf(bos_token_id=5), {"bos_token_id": -1}).bos_id == 5
 
 
@@ -422,7 +422,7 @@ def test_a_damaged_begin_of_text_id_is_refused(value):
     assert "bos_token_id is" in message and repr(value) in message
 
 
-# -- numbers that do not fit
+# -- invalid numbers
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_what_is_written_reads_back_the_same(tmp_path, eos_ids, tie_embeddings, 
         head_dim=head_dim,
     )
     write_json(tmp_path / "config.json", config.to_hf("bfloat16"))
-    assert ("head_dim" in config.to_hf()) == (head_dim == 10)  # where 6 heads are not 48 wide
+    assert ("head_dim" in config.to_hf()) == (head_dim == 10)  # if 6 heads do not have 48 columns
     assert LlamaConfig.from_directory(tmp_path) == config
 
 

@@ -1,4 +1,4 @@
-"""npllama against Hugging Face transformers, on the fixtures that tools/make_reference.py wrote."""
+"""npllama against Hugging Face transformers, on fixtures that tools/make_reference.py wrote."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from npllama.weights import Checkpoint
 
 CASES = sorted(path.name for path in (FIXTURES / "hf").iterdir())
 
-# Largest difference as a fraction of the largest logit. HF itself keeps norms, angles and
-# softmax in float32 and so agrees with exact arithmetic to about 1e-6. CupyOps multiplies
-# 16-bit weights in 16 bits: 2^-8 or 2^-11 a product.
+# The largest difference as a fraction of the largest logit. transformers computes norms, angles and
+# softmax in float32, so its own error is about 1e-6. CupyOps multiplies 16-bit weights by 16-bit
+# activations, which have a relative rounding error of 2^-8 or 2^-11.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 
@@ -62,7 +62,7 @@ def test_the_greedy_continuation_equals_that_of_transformers(case, ops):
     for _ in completion:
         pass
     got = completion.completions()[0].ids
-    if tolerance > 1e-5:  # 16-bit products: the ids may part where two logits nearly tie
+    if tolerance > 1e-5:  # with 16-bit products, ids may differ where two logits are nearly equal
         assert got[0] == expected["greedy"][0]
     else:
         assert got == expected["greedy"].tolist()

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or of another locale; errors as what they are."""
+"""Standard streams that are closed, full or in another locale, and clear error messages."""
 
 import ast
 import errno
@@ -24,7 +24,7 @@ PROGRAMS = [ROOT / "npllama" / "generate.py", *sorted((ROOT / "tools").glob("*.p
 
 
 class Broken(io.StringIO):
-    """A stream on which every write that reaches it fails."""
+    """A stream whose writes fail with the given error number."""
 
     def __init__(self, number):
         super().__init__()
@@ -57,7 +57,7 @@ def closed_stderr(monkeypatch):
     monkeypatch.setattr(console, "open", noting, raising=False)
     monkeypatch.setattr(sys, "stderr", None)
     yield
-    for file in opened:  # which a program leaves open to its end
+    for file in opened:  # files that a program leaves open until it ends
         file.close()
 
 
@@ -117,12 +117,12 @@ def test_every_program_opens_the_streams_first(path):
 
 def test_a_tool_without_standard_output_says_so(model, text, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(perplexity, "score_texts", None)  # it is not reached
+    monkeypatch.setattr(perplexity, "score_texts", None)  # must not be called
     assert perplexity.main(["--model", model, "--text", text]) == 2
     assert "perplexity: error: standard output is closed" in capsys.readouterr().err
 
 
-# -- errors, each as what it is
+# -- messages for each type of error
 
 
 def test_what_cannot_be_written_is_an_input_error(monkeypatch):
@@ -242,7 +242,7 @@ def test_the_reason_of_an_error_names_its_file():
     assert reason(OSError()) == "OSError"
 
 
-# -- any locale
+# -- locales
 
 
 def test_streams_are_utf8_and_names_of_files_go_out_as_they_are(monkeypatch):

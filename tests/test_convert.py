@@ -1,4 +1,4 @@
-"""tools/convert.py: every format, every dtype, whole or not at all."""
+"""tools/convert.py: all formats and dtypes. The output is complete or absent."""
 
 import functools
 import io
@@ -41,7 +41,7 @@ from npllama.tokenizer import Tokenizer
 from npllama.weight_formats import FORMATS
 from npllama.weights import EMBEDDING, INDEX, LM_HEAD, NORM, layer_name
 
-STORY = (  # what llama2.c publishes for stories260K: 200 greedy steps from BOS
+STORY = (  # the text that llama2.c publishes for stories260K: 200 greedy steps from BOS
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
     "One day, she saw a big, red ball. She wanted to play with it, but it was too high.\n"
     "Lily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know what to do. "
@@ -57,12 +57,12 @@ LLAMA2C_ORDER = (
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """test_atomic_directory.py tests what is synced; a busy disk would take minutes here."""
+    """Replace fsync, which can take minutes on a busy disk. test_atomic_directory.py tests it."""
     monkeypatch.setattr("atomic.os.fsync", lambda _file: None)
 
 
 def convert(*args):
-    """The command line, in this process: a start of Python for each would take most of the time."""
+    """Run the command line in this process, which is faster than starting Python for each call."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = convert_main([str(arg) for arg in args])
@@ -78,7 +78,7 @@ def error_line(*args):
 
 
 def to_meta_row_order(w, heads):
-    """Hugging Face's rows (i, i + C/2) to Meta's (2i, 2i+1), head by head."""
+    """Convert Hugging Face's row order (i, i + C/2) to Meta's (2i, 2i+1) in each head."""
     out = []
     for head in np.split(w, heads):
         c = len(head)
@@ -88,7 +88,7 @@ def to_meta_row_order(w, heads):
 
 
 def write_llama2c(path, config, tensors):
-    """A version 0 checkpoint with Hugging Face's `tensors`."""
+    """Write a version 0 checkpoint from tensors with Hugging Face's names."""
     v = config.vocab_size if config.tie_embeddings else -config.vocab_size
     header = struct.pack(
         "<7i", config.dim, config.ffn_dim, config.n_layers, config.n_heads,
@@ -174,7 +174,7 @@ def test_a_tokenizer_bin_encodes_and_decodes_as_sentencepiece():
     assert len(tokenizer.encode("Once upon a time, there was")) < 10
 
 
-WRITTEN = FIXTURES / "tokenizers"  # as transformers 5 saves a tokenizer
+WRITTEN = FIXTURES / "tokenizers"  # in the format of transformers 5
 WITH_ADDED = LlamaConfig(**{**vars(TINY), "vocab_size": 1026})
 
 
@@ -226,7 +226,7 @@ BAD_TOKENS = {
         b'"normalizer": {"type": "Prepend", "prepend": "\\u2581"}}',
     ],
 }
-ALONE = "tokenizer.json"  # without a tokenizer.model beside it
+ALONE = "tokenizer.json"  # without a tokenizer.model
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_what_generate_would_refuse_of_a_tokenizer_is_not_converted(tmp_path, na
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
     tokenizer = write_tokenizer_bin(tmp_path / "tok.bin")
     assert convert(source, tmp_path / "out", "--tokenizer", tokenizer).returncode == 0
-    load(tmp_path / "out", "numpy").encode("a")  # the damaged files are left out
+    load(tmp_path / "out", "numpy").encode("a")  # the damaged files were not copied
 
 
 def test_bad_added_tokens_of_a_tokenizer_json_that_is_given_are_refused(tmp_path):
@@ -260,7 +260,7 @@ def test_bad_added_tokens_of_a_tokenizer_json_that_is_given_are_refused(tmp_path
 
 @pytest.mark.parametrize("flags", [b"\x18\x00", b"\x20\x01"], ids=["no prefix", "spaces removed"])
 def test_tokenizers_that_treat_spaces_otherwise_are_kept_as_they_are(tmp_path, flags):
-    model = bpe_model(BYTE_PIECES) + b"\x1a\x02" + flags  # merged into the settings
+    model = bpe_model(BYTE_PIECES) + b"\x1a\x02" + flags  # the flags are merged into the settings
     (tmp_path / "tokenizer.model").write_bytes(model)
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     assert convert(source, tmp_path / "out").returncode == 0
@@ -342,7 +342,7 @@ def test_a_dest_with_content_is_refused_and_kept(tmp_path):
     source = write_llama2c(tmp_path / "model.bin", TINY, random_tensors(TINY))
     dest = tmp_path / "out"
     dest.mkdir()
-    assert convert(source, dest).returncode == 0  # empty: fine
+    assert convert(source, dest).returncode == 0  # an empty directory is accepted
     before = {path.name: path.read_bytes() for path in dest.iterdir()}
     assert "has content: choose another, or replace it with --overwrite" in error_line(source, dest)
     assert before == {path.name: path.read_bytes() for path in dest.iterdir()}
@@ -352,7 +352,7 @@ def test_a_dest_with_content_is_refused_and_kept(tmp_path):
 
 
 def write_llama2c_new(path, config, tensors, group=0):
-    """A version 1 checkpoint, or with a group size one of version 2 (int8)."""
+    """Write a version 1 checkpoint, or version 2 (int8) if a group size is given."""
     header = struct.pack("<Ii", 0x616B3432, 2 if group else 1)
     header += struct.pack(
         "<7i", config.dim, config.ffn_dim, config.n_layers, config.n_heads,
@@ -397,7 +397,7 @@ def test_version_1_has_the_same_tensors(tmp_path, tied):
 
 def test_version_2_has_groups_that_may_straddle_rows(tmp_path):
     tensors = random_tensors(TINY)
-    for group in (32, 16):  # rows of 48 and 56 numbers
+    for group in (32, 16):  # rows have 48 and 56 elements
         source = write_llama2c_new(tmp_path / f"{group}.bin", TINY, tensors, group)
         assert convert(source, tmp_path / f"out-{group}").returncode == 0
         stored = safetensors.numpy.load_file(tmp_path / f"out-{group}" / "model.safetensors")
@@ -412,7 +412,7 @@ def test_version_2_has_groups_that_may_straddle_rows(tmp_path):
     assert "group size 7 does not divide the shape [260, 48]" in error_line(seven, tmp_path / "out")
 
 
-# -- what torch wrote: Meta, pytorch_model.bin, training checkpoints
+# -- files of torch: Meta, pytorch_model.bin, training checkpoints
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
@@ -451,7 +451,7 @@ def test_every_tensor_is_what_transformers_converts_it_to(tmp_path, case):
     file = SafetensorsFile(tmp_path / "out" / "model.safetensors")
     truth = {name[3:]: values for name, values in expected.items() if name.startswith("hf.")}
     if case == "llama2c-training":
-        truth.pop("lm_head.weight")  # tied
+        truth.pop("lm_head.weight")  # the embedding is the head
     assert file.tensors.keys() == truth.keys()
     for name, values in truth.items():
         assert np.array_equal(file[name].astype("float32"), values), name
@@ -478,7 +478,7 @@ def test_a_converted_model_computes_what_transformers_computes(tmp_path, case):
 def test_meta_configs_are_read_as_facts_say(tmp_path):
     convert(torch_case("meta-mp2")[0], tmp_path / "mp2")
     config = LlamaConfig.from_directory(tmp_path / "mp2")
-    assert (config.vocab_size, config.ffn_dim) == (48, 48)  # -1 and absent in params.json
+    assert (config.vocab_size, config.ffn_dim) == (48, 48)  # in params.json: -1 and missing
     assert (config.rope_theta, config.context_length) == (1e6, 16384)
     convert(torch_case("meta-mp1")[0], tmp_path / "mp1")
     config = LlamaConfig.from_directory(tmp_path / "mp1")
@@ -585,7 +585,8 @@ def test_an_index_is_held_against_the_files(tmp_path, case):
 
 @pytest.mark.parametrize("case", ["safetensors", "bin"])
 def test_a_directory_that_loads_converts(tmp_path, case):
-    """Old spellings, fields that mean nothing, an index of more than the shards hold."""
+    """Old spellings, fields without meaning, and an index that lists more than the files
+    contain."""
     if case == "bin":
         source, index = copy_of("bin-sharded", tmp_path), "pytorch_model.bin.index.json"
     else:
@@ -626,7 +627,7 @@ def test_a_source_that_goes_away_is_named_rather_than_dest(tmp_path, case):
     source = read_source(path)
     file = path / ("model.safetensors" if case == "safetensors" else "consolidated.00.pth")
     (path / "aside").mkdir()
-    for change in (lambda: file.rename(path / "aside" / "x"), file.mkdir):  # gone; a directory
+    for change in (lambda: file.rename(path / "aside" / "x"), file.mkdir):  # missing; a directory
         change()
         with pytest.raises(NpllamaError) as caught:
             convert_in_process(source, tmp_path / "out")
@@ -706,7 +707,7 @@ def test_a_tied_head_of_a_training_checkpoint_is_known_without_reading_it(monkey
         source.tensors[EMBEDDING].read()
 
 
-# -- dtypes, and what they lose
+# -- dtypes and rounding
 
 
 def test_a_conversion_says_what_it_lost(tmp_path):
@@ -728,10 +729,11 @@ def test_a_conversion_says_what_it_lost(tmp_path):
 
     for dtype in ("float32", "float16", "bfloat16"):
         assert said(dtype, 1.5, -0.25, 0.0) == []
-    # 2^-12 of 1 + 2^-12 is 0.0244 %
+    # 2^-12 / (1 + 2^-12) is 0.0244 %
     rounded = "largest relative error by rounding: 0.0244 %"
     assert said("float16", 1.0 + 2.0**-12) == [rounded]
-    assert said("float16", -1.0 - 2.0**-12, 1e-6, 3e-8, -1e-9, 0.0) == [  # subnormal, 2^-24, 0
+    # 1e-6 and 3e-8 become subnormal, and -1e-9 becomes 0
+    assert said("float16", -1.0 - 2.0**-12, 1e-6, 3e-8, -1e-9, 0.0) == [
         rounded,
         "elements too small for the new dtype's full precision: 3, of which 1 became 0",
     ]
@@ -819,7 +821,8 @@ def test_other_programs_refuse_int8_rather_than_misread_it(tmp_path):
     convert(write_model(tmp_path / "hf", TINY), tmp_path / "int8", "--dtype", "int8")
     fields = json.loads((tmp_path / "int8" / "config.json").read_text())
     assert fields["quantization_config"] == {"format": "npllama-int8"}
-    # transformers goes on with a quant_method that it does not know, see make_reference.py check
+    # There is no quant_method, because transformers ignores an unknown one; see make_reference.py
+    # check.
     convert(tmp_path / "int8", tmp_path / "back", "--dtype", "float16")
     fields = json.loads((tmp_path / "back" / "config.json").read_text())
     assert "quantization_config" not in fields
@@ -837,7 +840,7 @@ def test_int8_stays_as_it_is_stored(tmp_path):
     scale = layer_name(0, "wq") + ".scale"
     for bad, message in (
         (np.float16(1), f"{scale} is stored as float16: expected float32"),
-        (np.float32(3e36), "holds 36 infinities"),  # 127 of which are beyond float32
+        (np.float32(3e36), "holds 36 infinities"),  # multiplied by 127, it exceeds float32
         (np.float32(np.nan), "holds 36 infinities"),
     ):
         tensors = random_int8(SMALL) | {scale: np.full(36, bad)}
@@ -847,7 +850,7 @@ def test_int8_stays_as_it_is_stored(tmp_path):
 
 
 def random_int8(config):
-    """An int8 checkpoint as npllama stores it."""
+    """A random int8 checkpoint in npllama's format."""
     tensors = {}
     for name, values in random_tensors(config).items():
         tensors[name] = values
@@ -871,7 +874,7 @@ def test_float64_is_read_from_every_format_and_becomes_float32(tmp_path):
     ("dtype", "value", "hint"),
     [
         ("float16", 7e4, "use --dtype bfloat16 or float32"),
-        ("float16", 3.4e38, "use --dtype float32"),  # beyond bfloat16's range too
+        ("float16", 3.4e38, "use --dtype float32"),  # also beyond the range of bfloat16
         ("bfloat16", 3.4e38, "use --dtype float32"),
         *((dtype, 1e40, "no --dtype can hold them, so the checkpoint is damaged; get it again")
           for dtype in (None, "int8", "float32", "float16", "bfloat16")),
@@ -896,7 +899,8 @@ def test_numbers_out_of_range_are_refused_with_the_dtypes_that_hold_them(
 
 @pytest.fixture(scope="module")
 def large_source(tmp_path_factory):
-    """A source as it is stored, made once: gate, up and down are nearly all of it."""
+    """A function that returns a source with the given storage. Nearly all of its bytes are in gate,
+    up and down. Each source is created once."""
     config = LlamaConfig(64, 1, 8, 8, 2**16, 260)
 
     @functools.cache
@@ -914,7 +918,7 @@ def large_source(tmp_path_factory):
 @pytest.mark.parametrize(
     ("stored", "dtype", "factor"),
     [
-        # bytes at the most for each number of the largest tensor: as read, and as written
+        # the most bytes per element of the largest tensor, for reading and writing together
         ("float32", None, 4),
         ("bfloat16", None, 2),
         ("bfloat16", "float32", 2 + 4),
@@ -939,12 +943,12 @@ def test_memory_holds_one_tensor_at_a_time(
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    more = 2**20 * (10 if dtype == "int8" and stored != "int8" else 1)  # quantize's own chunks
+    more = 2**20 * (10 if dtype == "int8" and stored != "int8" else 1)  # arrays inside quantize
     assert factor - 1 < peak / 2**22 < factor + more / 2**22
 
 
 def test_a_conversion_opens_one_file_at_a_time(tmp_path):
-    """As many shards as one likes: 22 here, and 12 files may be open."""
+    """The number of shards is not limited by the number of open files: 22 shards, 12 open files."""
     source = write_model(tmp_path / "hf", TINY, shards=4)
     result = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "convert.py"), str(source), str(tmp_path / "out")]
@@ -970,7 +974,7 @@ def test_q_k_v_are_neighbours_and_gate_and_up_in_every_file(tmp_path, dtype):
     assert len(paths) > (1 if dtype == "int8" else 2)
     place = {}
     for path in paths:
-        assert path.stat().st_size < 80_000  # one group may pass the size, not two
+        assert path.stat().st_size < 80_000  # one group may exceed the limit, two may not
         for name, info in SafetensorsFile(path).tensors.items():
             place[name] = (path, info.begin, info.end)
             assert info.begin % info.dtype.itemsize == 0
@@ -983,7 +987,8 @@ def test_q_k_v_are_neighbours_and_gate_and_up_in_every_file(tmp_path, dtype):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: path.name for name, (path, _, _) in place.items()}
     whole, parts = load(tmp_path / "hf", "numpy", dtype), load(tmp_path / "out", "numpy")
-    truth = whole.logits([1, 5, 9])  # norms were float32 there, and are bfloat16 in the file
+    # the norms of `whole` are float32, and those in the written files bfloat16
+    truth = whole.logits([1, 5, 9])
     tolerance = 0.02 if dtype == "bfloat16" else 0
     assert np.abs(parts.logits([1, 5, 9]) - truth).max() <= tolerance * np.abs(truth).max()
 
@@ -1025,7 +1030,7 @@ def test_inspect_and_dry_run_say_what_is_and_write_nothing(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == size
 
 
-# -- whole or not at all
+# -- complete output or none
 
 
 def test_a_tied_head_that_is_stored_all_the_same_must_be_the_embedding(tmp_path):
@@ -1151,8 +1156,8 @@ def loadable(directory):
     return True
 
 
-# convert.py in a fork for each line of standard input: "step 3" kills it before the third of its
-# file operations beside DEST, "size 500" when a file grows beyond that many bytes
+# Runs convert.py in a forked process for each line of standard input. "step 3" kills it before its
+# third file operation next to DEST, and "size 500" when a file exceeds 500 bytes.
 KILLED = """
 import os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -1181,7 +1186,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
 def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path, old):
-    """SIGKILL before each operation on files, and in the middle of writing one."""
+    """SIGKILL before each file operation, and in the middle of writing a file."""
     source = write_llama2c(tmp_path / "model.bin", SMALL, random_tensors(SMALL))
     dest = tmp_path / "folder" / "out"
     assert convert(source, dest).returncode == 0
@@ -1202,16 +1207,16 @@ def test_a_killed_run_leaves_nothing_half_written_and_a_rerun_succeeds(tmp_path,
                 shutil.rmtree(dest)
             print(where, file=process.stdin, flush=True)
             ended.append(int(process.stdout.readline()))
-            # an old model is there, or aside for an instant; a new one is whole or not there
+            # the old model is at DEST or, briefly, moved aside; the new model is complete or absent
             assert loadable(dest) or not dest.exists()
             assert not old or dest.exists() or loadable(aside)
-            for path in dest.parent.iterdir():  # half-written work beside it is no model
+            for path in dest.parent.iterdir():  # partial output is not a model
                 if loadable(path):
                     assert (path / "model.safetensors").read_bytes() == written
             assert convert(source, dest, "--overwrite").returncode == 0
             assert [path.name for path in dest.parent.iterdir()] == ["out"]
             assert loadable(dest)
-            if ended[-1] == 0:  # there is no such step: it ran to its end
+            if ended[-1] == 0:  # the conversion ended before this step
                 break
     steps = ended[len(sizes) :]
     assert ended[: len(sizes)] == [-signal.SIGXFSZ] * len(sizes)
@@ -1243,7 +1248,8 @@ def test_a_kill_between_the_renames_is_put_right(tmp_path, monkeypatch, step, ca
     monkeypatch.undo()
     left = {path.name for path in dest.parent.iterdir()}
     assert left == ({".out.partial", ".out.replaced"} if step == 1 else {"out", ".out.replaced"})
-    assert convert_main([str(source), str(dest)]) == 2  # the old one is back, or the new one there
+    # either the old model is restored, or the new one is complete
+    assert convert_main([str(source), str(dest)]) == 2
     assert "has content" in capsys.readouterr().err
     assert (dest / "old").exists() == (step == 1)
     assert convert_main([str(source), str(dest), "--overwrite"]) == 0
@@ -1268,11 +1274,11 @@ def test_a_bar_is_shown_on_a_terminal_alone(tmp_path):
     os.close(child)
     assert "100%" in shown
     assert "B/s" in shown
-    assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown)  # time passed, and left
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", shown)  # elapsed and remaining time
 
 
 def test_small_files_of_absurd_sizes_and_pipes_are_refused_unread(tmp_path):
-    """For the converter and for load; a pipe would be waited for without end."""
+    """Refused by the converter and by load. Reading from a pipe would block forever."""
     for name in ("config.json", "generation_config.json", "tokenizer.model"):
         source = write_model(tmp_path / name.replace(".", "-"), TINY)
         for damage in ("size", "pipe"):
@@ -1297,7 +1303,7 @@ def test_a_name_given_twice_is_refused(tmp_path):
     content = (source / "model.safetensors").read_bytes()
     n = struct.unpack("<Q", content[:8])[0]
     header = content[8 : 8 + n].rstrip()
-    (name, _), (_, entry), *_ = json.loads(header).items()  # a second place for the first
+    (name, _), (_, entry), *_ = json.loads(header).items()  # a second entry for the first tensor
     header = header[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
     (source / "model.safetensors").write_bytes(
         struct.pack("<Q", len(header)) + header + content[8 + n :]
@@ -1355,7 +1361,7 @@ def test_a_norm_that_differs_between_shards_is_refused(tmp_path):
     path = folder / "consolidated.01.pth"
     with zipfile.ZipFile(path) as archive:
         parts = {info: archive.read(info) for info in archive.infolist()}
-    norm_bytes = (2 * 36, 4 * 36)  # of a norm's storage; a bit of each is flipped
+    norm_bytes = (2 * 36, 4 * 36)  # the sizes of a norm's storage, in which one bit is flipped
     with zipfile.ZipFile(path, "w") as archive:
         for info, data in parts.items():
             if "/data/" in info.filename and len(data) in norm_bytes:

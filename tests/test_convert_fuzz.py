@@ -1,4 +1,5 @@
-"""Damaged files of every kind, by thousands: they convert or load, or are one line of refusal."""
+"""Thousands of damaged files of all formats: each one converts, loads, or is refused in one
+line."""
 
 import copy
 import io
@@ -36,8 +37,8 @@ from test_convert import write_llama2c, write_llama2c_new, write_tokenizer_bin
 TORCH, HF = FIXTURES / "torch", FIXTURES / "hf"
 SMALL = LlamaConfig(**vars(TINY) | {"dim": 12, "head_dim": 2, "ffn_dim": 16, "context_length": 16})
 DTYPES = (None, None, None, "float32", "float16", "bfloat16", "int8")
-SECONDS = 10  # of computing, for one case; they take some ms
-MEMORY = 2**30  # more than before
+SECONDS = 10  # processor time per case, usually a few ms
+MEMORY = 2**30  # additional memory per case
 ODD_NUMBERS = (0, 1, -1, 2, 3, 127, 255, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1,
                2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)  # fmt: skip
 ODD_VALUES = (
@@ -49,11 +50,11 @@ ODD_VALUES = (
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """test_atomic_directory.py tests what is synced; a busy disk would take minutes here."""
+    """Replace fsync, which can take minutes on a busy disk. test_atomic_directory.py tests it."""
     monkeypatch.setattr("atomic.os.fsync", lambda _file: None)
 
 
-# -- the files that are damaged
+# -- files to damage
 
 
 def hf(case, *names):
@@ -117,7 +118,7 @@ LOADED = {
 
 
 def _place(rng, content, hot):
-    """A position, mostly among those that mean something: headers, directories, pickles."""
+    """A random position, mostly in meaningful parts: headers, directories, pickles."""
     if hot and rng.random() < 0.8:
         begin, end = rng.choice(hot)
         return rng.randrange(begin, max(begin + 1, end))
@@ -179,7 +180,7 @@ def damage_bytes(rng, content, hot):
 
 
 def damage_json(rng, content):
-    """Another value, key or entry somewhere; or other bytes."""
+    """Change a value, key or entry, or damage bytes."""
     if rng.random() < 0.2:
         return damage_bytes(rng, content, [])
     root = json.loads(content)
@@ -192,7 +193,7 @@ def damage_json(rng, content):
 
 def change_json(rng, root):
     at = [root]
-    while True:  # walk down to some dict or list
+    while True:  # descend to a random dict or list
         values = at[-1].values() if isinstance(at[-1], dict) else at[-1]
         inner = [value for value in values if isinstance(value, dict | list) and value]
         if not inner or rng.random() < 0.3:
@@ -219,7 +220,7 @@ def change_json(rng, root):
 
 
 def odd_value(rng):
-    if rng.random() < 0.1:  # as deep as json still reads, and deeper than it writes or prints
+    if rng.random() < 0.1:  # as deep as json can read, and deeper than it can write or print
         return f"deep{rng.choice((5, 100, 850, 900, 920, 940, 960, 10_000))}"
     return copy.deepcopy(rng.choice(ODD_VALUES))
 
@@ -244,14 +245,14 @@ def damage_zip(rng, content):
         infos = archive.infolist()
         entries = [[info.filename, archive.read(info)] for info in infos]
     i = next(i for i, (name, _) in enumerate(entries) if name.endswith("data.pkl"))
-    if rng.random() < 0.4:  # damage in place
+    if rng.random() < 0.4:  # damage bytes of the archive
         begin = infos[i].header_offset
         hot = [
             (begin, begin + len(entries[i][1])),
             (content.rindex(b"PK\5\6") - 2000, len(content)),
         ]
         return damage_bytes(rng, content, hot)
-    kind = rng.randrange(8)  # an archive that holds together, around other entries
+    kind = rng.randrange(8)  # a valid archive with changed entries
     if kind < 5:
         entries[i][1] = damage_bytes(rng, entries[i][1], [])
     elif kind == 5:
@@ -264,7 +265,7 @@ def damage_zip(rng, content):
         entry[0] = rng.choice(("../x", "/x", "a/data.pkl", rng.choice(entries)[0] + "0"))
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that stands there twice
+        warnings.simplefilter("ignore")  # about a duplicate name
         for name, values in entries:
             archive.writestr(name, values)
     return out.getvalue()
@@ -277,21 +278,21 @@ def damage(rng, name, content):
         return damage_safetensors(rng, content)
     if content[:2] == b"PK":
         return damage_zip(rng, content)
-    if name.endswith(".pth"):  # the older layout: pickles first, storages behind
+    if name.endswith(".pth"):  # the older layout has pickles first, then storages
         return damage_bytes(rng, content, [(0, 8000)])
     return damage_bytes(rng, content, [(0, 64)])
 
 
-# -- one case after the other
+# -- running cases
 
 
 class Hang(BaseException):
-    """Not an Exception, which a reader might take for damage."""
+    """Not an Exception, because readers catch Exceptions as signs of damage."""
 
 
 @contextmanager
 def bounded():
-    """No case may take long, nor the memory of this process grow by more than MEMORY."""
+    """Limit the time of a case, and the growth of this process's memory to MEMORY."""
 
     def hang(*_args):
         raise Hang
@@ -299,7 +300,7 @@ def bounded():
     before = signal.signal(signal.SIGPROF, hang)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before_bytes = Backend().peak_bytes()
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
     try:
@@ -327,7 +328,8 @@ def assert_one_line(error):
 
 
 def fuzz(folder, files, seeds, run):
-    """Damage one of the files for each seed, run, and put it right; counts of the outcomes."""
+    """For each seed, damage one of the files, call `run`, and restore the file. Returns the counts
+    of outcomes."""
     originals = {path: path.read_bytes() for path in files}
     counts = {"done": 0, "refused": 0}
     with bounded():
@@ -360,14 +362,14 @@ def fuzz_convert(tmp_path, make, seeds):
 
     def run(rng):
         try:
-            with np.errstate(all="raise", under="ignore"):  # a warning is a second line
+            with np.errstate(all="raise", under="ignore"):  # a warning would be a second line
                 convert(read_source(source), dest_folder / "out", rng.choice(DTYPES))
         except NpllamaError:
             assert list(dest_folder.iterdir()) == []
             raise
         assert [path.name for path in dest_folder.iterdir()] == ["out"]
         out = dest_folder / "out"
-        Checkpoint(out, LlamaConfig.from_directory(out))  # what is written loads
+        Checkpoint(out, LlamaConfig.from_directory(out))  # the output can be loaded
         shutil.rmtree(out)
 
     return fuzz(tmp_path, list(source_folder.iterdir()), seeds, run)
@@ -409,7 +411,7 @@ def test_thousands_of_damaged_models_load_or_are_one_line(tmp_path, name):
     assert counts["refused"] >= 500 and counts["done"] >= 50
 
 
-# -- tokenizers: sentencepiece is C++, so each run is in a process that it may take down
+# -- tokenizers, in separate processes, because sentencepiece may crash
 
 
 def damaged_tokenizer(kind, seed):
@@ -433,7 +435,8 @@ TOKENIZERS = _tokenizers()
 
 
 def tokenizer_worker(kind, folder, first, last):
-    """Read each damaged tokenizer, encode and decode with it; a line before and after each."""
+    """Read each damaged tokenizer, and encode and decode with it. Prints its seed and the
+    outcome."""
 
     resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
     path = Path(folder) / kind
@@ -458,7 +461,7 @@ def tokenizer_worker(kind, folder, first, last):
 
 def fuzz_tokenizer(tmp_path, kind, first, last):
     (tmp_path / kind).write_bytes(TOKENIZERS[kind])
-    read_tokenizer(tmp_path / kind, 1000)  # whole, it is read
+    read_tokenizer(tmp_path / kind, 1000)  # the undamaged file is valid
     outcomes = {}
     while first < last:
         code = (
@@ -494,7 +497,7 @@ def test_thousands_of_damaged_tokenizers_read_or_are_one_line(tmp_path, kind):
     assert counts["refused"] >= 500 and counts["done"] >= 50
 
 
-# -- found by thought rather than chance
+# -- cases found by reasoning
 
 
 def refused_source(path, dest):
@@ -542,7 +545,8 @@ def test_a_matrix_of_other_axes_is_refused(tmp_path, name, shape):
 
 
 def doubled_lists(times):
-    """[[x, x], [x, x]] ..., left in memo entry 255: few bytes, 2 ** times leaves."""
+    """A pickle of nested [[x, x], [x, x]] lists in memo entry 255: few bytes, but 2 ** times
+    leaves."""
     steps = b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(times))
     return b"]q\0" + b"0" + steps + b"h%cq\xff0" % times
 
@@ -579,7 +583,7 @@ def in_time_killing():
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("key", ["hidden_size", "unread"])
 def test_json_of_any_depth_is_read_or_refused(tmp_path, file, key):
-    """What json just reads, Python may not print, nor json write with its indentation."""
+    """A depth that json can read may be too deep for Python to print, or for json to indent."""
     source = write_model(tmp_path / "model", SMALL)
     (source / "generation_config.json").write_text("{}")
     text = (source / file).read_text()[1:].replace('"hidden_size": 12', '"x": 1')

@@ -1,4 +1,4 @@
-"""Each kind of mistake in a kernel ends in one line that names file, line, block and thread."""
+"""Each kind of kernel error is reported in one line with file, line, block and thread."""
 
 import re
 
@@ -10,7 +10,7 @@ from cuda_simulator import ORDERS, CompilationError, KernelError, Module, compil
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
 
-# The line of a mistake ends with "//!"
+# "//!" marks the line of the error
 MISTAKES = {
     "read_beyond_the_end": (
         "y[i] = x[i + 1];  //!",
@@ -228,7 +228,7 @@ template <typename T> __global__ void total(const T* x, float* parts, unsigned i
 
 
 def kernels():
-    """A source of all kernels with mistakes, and the lines of the mistakes by kernel."""
+    """A source that contains all incorrect kernels, and the line of each error by kernel."""
     text, lines = "#include <cuda_pipeline.h>\n", {}
     for name, (body, _) in MISTAKES.items():
         first = text.count("\n") + 1
@@ -249,7 +249,7 @@ def mistaken():
 def test_a_mistake_ends_in_one_line(mistaken, name):
     module, lines = mistaken
     memory = np.zeros(1024, "float32")
-    x, y = memory[256:320], memory[640:704]  # so far apart that none is beyond the other's end
+    x, y = memory[256:320], memory[640:704]  # an access beyond one array does not reach the other
     for order in ORDERS:
         with pytest.raises(KernelError, match=MISTAKES[name][1]) as raised:
             module.launch(name, (2,), (32,), (x, y), 128, order=order, max_accesses=10_000)
@@ -325,7 +325,7 @@ def test_wrong_arguments(place, value, message):
             module.launch("scale", grid, block, ARGUMENTS)
 
 
-# -- one kernel after another
+# -- consecutive kernels
 
 OVERLAPPED = r"""
 #include <cuda_pipeline.h>
@@ -375,10 +375,10 @@ def test_what_an_overlapped_kernel_may_not_do(name, message):
     w, x, y = (np.zeros(32, "float32") for _ in range(3))
     first = module.launch("ok", (1,), (32,), (w, w, x))  # writes x
     module.launch("ok", (1,), (32,), (w, w, y), first_running=first.number)
-    if name in ("reads_early", "copies_early"):  # what is complete may be read
+    if name in ("reads_early", "copies_early"):  # the results of completed kernels may be read
         z = np.zeros(32, "float32")
         module.launch(name, (1,), (32,), (w, x, z))
-    with pytest.raises(KernelError, match=message) as raised:  # two kernels later too
+    with pytest.raises(KernelError, match=message) as raised:  # also after another kernel
         module.launch(name, (1,), (32,), (w, x, y), first_running=first.number)
     lines = [k + 1 for k, s in enumerate(OVERLAPPED.split("\n")) if s.endswith(f"//!{name}")]
     for line in lines:
@@ -386,7 +386,7 @@ def test_what_an_overlapped_kernel_may_not_do(name, message):
 
 
 def test_what_a_copy_brings_is_late():
-    """The source is read when the thread waits; a copy's last bytes may be zeros."""
+    """A copy reads its source when the thread waits. Its last bytes may be filled with zeros."""
     module = Module(
         "#include <cuda_pipeline.h>\n"
         'extern "C" __global__ void late(float* x, float4* y) {\n'
@@ -452,7 +452,7 @@ def test_an_array_of_more_than_2_to_the_31_elements():
         "  else x[(int)(n / 4) * 4 - 1] = 1;\n"
         "}\n"
     )
-    x = np.zeros(2**31 + 4, "int8")  # in memory where it is touched
+    x = np.zeros(2**31 + 4, "int8")  # uses memory only where accessed
     module.launch("last", (1,), (1,), (x, np.int64(len(x)), np.int32(1)))
     assert x[-1] == 1
     with pytest.raises(KernelError, match="integer overflow in a product"):

@@ -1,4 +1,4 @@
-"""Every `xp` name and keyword that the package uses is in CuPy's public interface."""
+"""Every `xp` function and keyword that the package uses is in CuPy's public interface."""
 
 import ast
 
@@ -18,7 +18,8 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 
 
 def xp_uses(tree):
-    """(dotted name after xp, keywords of its call, line) for `xp.a.b(...)` and `self.xp.a`."""
+    """Yield (dotted name after xp, keywords of the call, line) for `xp.a.b(...)` and
+    `self.xp.a`."""
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""What a decode step may read: a captured one sees the device alone."""
+"""A captured decode step reads only device arrays."""
 
 from dataclasses import fields, replace
 
@@ -23,8 +23,9 @@ class Frozen(tuple):
 
 
 class CapturingOps(ArrayCalls):
-    """From a step's second call of a key on, it has no host positions, and the arrays that it was
-    given at the first, in later generations as well. Results live until the next call."""
+    """Simulates a captured step: from its second call on, it has no access to host positions, and
+    reads the arrays of its first call, also in later generations. The results of a call are valid
+    until the next call."""
 
     def __init__(self, backend):
         super().__init__(backend)
@@ -43,7 +44,7 @@ class CapturingOps(ArrayCalls):
             held = state.tokens.array
             results = step(state, cache, place)
             assert state.tokens.array is held and results[0].array is not held
-            for old in self.results:  # this call's take their place
+            for old in self.results:  # the results of this call overwrite them
                 old.array[...] = -1
             self.results = results
             return results

@@ -1,4 +1,4 @@
-"""Each derivative against central differences of its own equation, in float64 on odd shapes."""
+"""Each derivative against central differences of its equation, in float64 and with odd shapes."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from npllama.ops.equations import Equations
 from npllama.parameters import Head, Layer, Matrix
 
 STEP = 1e-5
-TOLERANCE = 1e-6  # of the largest gradient; the differences themselves are good to about 1e-9
+TOLERANCE = 1e-6  # relative to the largest gradient; the error of the differences is about 1e-9
 GROUPS = [(4, 4), (6, 3), (6, 1), (1, 1)]  # H, K
 
 
 def central_differences(loss, x):
-    """dLoss/dx, one number of x at a time: (loss(x + h) - loss(x - h)) / 2h."""
+    """dLoss/dx, one element of x at a time: (loss(x + h) - loss(x - h)) / 2h."""
     gradient = np.zeros_like(x)
     for i in np.ndindex(x.shape):
         kept = x[i]
@@ -36,8 +36,10 @@ DIFFERENCES = {}
 
 
 def differences(equation, inputs, n):
-    """Of sum(dy * equation(*inputs)) by the first n inputs, and dy: on the NumPy reference, and
-    once for all implementations."""
+    """A random dy, and the derivatives of sum(dy * equation(*inputs)) by the first n inputs.
+
+    They are computed on the NumPy reference, once for all implementations.
+    """
     reference = Ops(Backend())
     y = equation(reference, *inputs)
     dy = np.random.default_rng(1).standard_normal(y.shape)
@@ -51,9 +53,9 @@ def differences(equation, inputs, n):
 
 
 def check(ops, equation, backward, inputs, n_gradients=None):
-    """Hold backward(ops, dy, *inputs) to the differences of sum(dy * equation(*inputs)).
+    """Compare backward(ops, dy, *inputs) with central differences of sum(dy * equation(*inputs)).
 
-    The differences are taken on the NumPy reference; the derivative runs on `ops`.
+    The differences are computed on the NumPy reference, and the derivative on `ops`.
     """
     n = n_gradients or len(inputs)
     dy, truths = differences(equation, inputs, n)
@@ -99,7 +101,7 @@ def test_rms_norm_backward(ops, rng, size):
 
 
 def test_rms_norm_has_no_gradient_along_its_input(ops, rng, to_device, to_host):
-    """Scaling x does not change its norm's output, where eps is 0."""
+    """With eps 0, scaling x does not change the norm's output."""
     x, dy = rng.standard_normal((2, 2, 5, 7))
     dx, _ = ops.rms_norm_backward(to_device(dy), to_device(x), to_device(rng.random(7)), 0.0)
     assert np.abs((to_host(dx) * x).sum(-1)).max() < 1e-12
@@ -233,11 +235,11 @@ def test_head_backward(ops, rng):
     )
 
 
-# -- all of them
+# -- completeness
 
 
 def test_every_derivative_has_a_test_here():
-    """A method added to the derivatives, or a block backwards, without a test is found."""
+    """Detects derivatives, including those of blocks, that have no test in this file."""
     methods = {name for name in vars(Derivatives) if not name.startswith("_")}
     methods |= {name for name in vars(Ops) if name.endswith("_backward")}
     source = Path(__file__).read_text(encoding="utf-8")
@@ -246,7 +248,8 @@ def test_every_derivative_has_a_test_here():
 
 
 def test_every_equation_of_the_forward_has_a_derivative():
-    """Those that have none are constants of the model, or other equations put together."""
+    """Equations without a derivative are constants of the model, or compositions of other
+    equations."""
     whole = {
         "rope_frequencies",
         "rope_table",

@@ -9,8 +9,9 @@ from npllama.errors import InputError
 
 TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
 
-# [INST] = 518 25580 29962, [/INST] = 518 29914 25580 29962; 13 is a newline, 29871 a space alone.
-# Line by line: BOS and the tag, the message, the closing tag, then the answer, a space, EOS.
+# Token ids: [INST] is 518 25580 29962, [/INST] is 518 29914 25580 29962, a newline is 13, and a
+# single space is 29871. The lines contain BOS and the opening tag, the message, the closing tag,
+# and then the answer, a space and EOS.
 SINGLE = [
     *(1, 518, 25580, 29962),
     15043,
@@ -71,13 +72,13 @@ def test_a_system_prompt_stands_in_the_first_message_alone(llama_tokenizer):
     messages = [user("Hi"), assistant("Hello!"), user("Bye")]
     plain = encode_chat(llama_tokenizer, messages)
     with_system = encode_chat(llama_tokenizer, [system("Be brief."), *messages])
-    first = plain.index(1, 1)  # where the second turn begins
+    first = plain.index(1, 1)  # the start of the second turn
     assert with_system[: len(WITH_SYSTEM)] == WITH_SYSTEM
     assert with_system[len(WITH_SYSTEM) :] == plain[first - 4 :]
 
 
 def test_behind_a_system_prompt_the_first_message_keeps_its_leading_space(llama_tokenizer):
-    """Meta strips the text with the system prompt before it."""
+    """Meta strips the combined system prompt and message, so spaces between them remain."""
     leading = encode_chat(llama_tokenizer, [system("Be brief."), user(" Hi ")])
     assert leading == [6324 if id_ == 18567 else id_ for id_ in WITH_SYSTEM]
     trailing = encode_chat(llama_tokenizer, [system("Be brief."), user("Hi \n")])
@@ -126,7 +127,7 @@ def test_no_message_can_smuggle_in_a_special_token(llama_tokenizer, text):
     assert llama_tokenizer.decode(ids).count(text) == 4
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize("tag", TAGS)

@@ -1,4 +1,4 @@
-"""The examples in the docstrings run."""
+"""All examples in docstrings produce the documented output."""
 
 import doctest
 import importlib
@@ -7,7 +7,7 @@ import pytest
 
 MODULES = ["npllama", "npllama.llama", "npllama.model", "npllama.config"]
 MODULES += ["npllama.rope_scaling", "npllama.not_a_model", "npllama.sampling_options"]
-MODULES += ["npllama.escapes", "npllama.special_tokens"]
+MODULES += ["npllama.escapes", "npllama.special_tokens", "npllama.explore.record"]
 
 
 @pytest.mark.parametrize("name", MODULES)

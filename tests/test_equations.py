@@ -1,4 +1,5 @@
-"""The lower level of ops in float64, against formulas written again and as plainly as can be."""
+"""The lower level of ops in float64, against independent and very plain versions of the
+formulas."""
 
 import cmath
 import math
@@ -12,7 +13,7 @@ from npllama.config import LLAMA_2, LlamaConfig
 from npllama.ops.equations import Equations
 from npllama.parameters import Matrix
 
-EXACT = 1e-12  # float64; the formulas differ from ops in the order of operations alone
+EXACT = 1e-12  # float64; ops performs the same operations in another order
 GROUPS = [(6, 6), (6, 3), (6, 1), (1, 1), (5, 5)]  # H, K
 
 
@@ -88,7 +89,7 @@ def test_rms_norm_of_ones_has_unit_mean_square(ops, to_device, to_host, rng):
 
 
 def rope_one(x, position, theta):
-    """One head at one position, pair by pair, as complex numbers."""
+    """Rotate one head at one position. Each pair of elements is a complex number."""
     c = len(x)
     turned = [
         complex(x[i], x[i + c // 2]) * cmath.exp(1j * position * theta ** (-2 * i / c))
@@ -98,7 +99,7 @@ def rope_one(x, position, theta):
 
 
 def rope_at(ops, x, places, theta=10000.0):
-    """ops.rope on (B, T, heads, C) at `places` (B, T), as NumPy arrays."""
+    """Apply ops.rope to x (B, T, heads, C) at `places` (B, T); returns a NumPy array."""
     n = int(places.max()) + 1
     cos, sin = rope_table(ops, n, x.shape[-1], theta, dtype="float64")
     move, index = ops.backend.to_device, ops.backend.to_device(places)
@@ -154,7 +155,7 @@ def test_rope_angles_are_right_at_long_positions_in_float32(ops, to_host):
 
 
 def attention_one_by_one(q, k, v):
-    """Each query of each head alone, over the keys it may see."""
+    """Attention of each query of each head separately, over the keys that it sees."""
     n_heads, n_new, head_dim = q.shape
     n_kv_heads, n_keys, _ = k.shape
     o, p = np.zeros(q.shape), np.zeros((n_heads, n_new, n_keys))
@@ -209,7 +210,7 @@ def test_a_query_sees_its_own_key_and_all_before_it(ops, to_host, n_new, start):
 def test_no_future_token_moves_a_past_output(ops, to_device, to_host, rng):
     q, k, v = random_qkv(rng, 6, 3, 5, 2)
     before = to_host(ops.attention(to_device(q), to_device(k), to_device(v)))
-    k[:, 5:], v[:, 5:] = 9.0, -9.0  # the tokens t = 3, 4 and only they may notice
+    k[:, 5:], v[:, 5:] = 9.0, -9.0  # only the tokens t = 3 and t = 4 see these keys
     after = to_host(ops.attention(to_device(q), to_device(k), to_device(v)))
     assert np.array_equal(before[:, :3], after[:, :3])
     assert not np.isclose(before[:, 3:], after[:, 3:]).any()
@@ -220,7 +221,7 @@ def test_multi_head_and_multi_query_are_the_ends_of_grouped_query(ops, to_device
     grouped = to_host(ops.attention(to_device(q), to_device(k), to_device(v)))
     repeated = (to_device(np.repeat(a, 2, axis=0)) for a in (k, v))  # as multi-head: K = H
     assert_close(to_host(ops.attention(to_device(q), *repeated)), grouped)
-    for kv in range(3):  # each group alone is multi-query: K = 1
+    for kv in range(3):  # each group as multi-query attention: K = 1
         own = slice(2 * kv, 2 * kv + 2)
         one = ops.attention(*(to_device(a) for a in (q[own], k[kv, None], v[kv, None])))
         assert_close(to_host(one), grouped[own])
@@ -337,7 +338,7 @@ def test_every_equation_stays_in_float32(ops, to_device, to_host, matrix, rng):
 
 
 def test_every_equation_has_a_test_here():
-    """A method added to the equations without a test in this file is found."""
+    """Detects equations without a test in this file."""
     methods = {name for name in vars(Equations) if not name.startswith("_")}
     source = Path(__file__).read_text(encoding="utf-8")
     assert methods and not [name for name in methods if f"ops.{name}(" not in source]

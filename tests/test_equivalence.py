@@ -1,5 +1,5 @@
-"""Every implementation of the mathematics is as near to float64 as is published, operation by
-operation, measured by what tools/equivalence.py measures with."""
+"""The error of each implementation, per operation, is within the published tolerance. The errors
+are measured with the functions of tools/equivalence.py."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from npllama.ops import CupyOps, Ops
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 WIDE_HEADS = LlamaConfig(256, 2, 4, 2, 320, 260, context_length=64)
-"""Heads of 64, and widths that kernels take."""
+"""A head width of 64, and matrix widths that the kernels support."""
 PROMPT = [1, 17, 5, 44, 17, 201, 8, 99, 3]
 OPERATIONS = {
     "rms_norm", "q-k-v", "rope", "attention", "wo", "gate-up", "swiglu", "w_down",
@@ -42,7 +42,7 @@ def test_every_operation_is_within_its_tolerance(ops, config, dtype):
     truth, make = truth_of(config, dtype)
     found = measure("it", ops, make, truth)
     backend = "cupy" if isinstance(ops, CupyOps) else "numpy"
-    # differences of all operations add up
+    # the errors of all operations add up
     whole = 4 * tolerance(backend, dtype, "attention", "prompt")
     for kind in ("prompt", "decode"):
         phase = found.phases[kind]
@@ -52,13 +52,13 @@ def test_every_operation_is_within_its_tolerance(ops, config, dtype):
             assert max(layers) <= most, f"{kind}: {name}, layer {np.argmax(layers)}"
         assert phase.head <= tolerance(backend, dtype, "head", kind)
         assert max(*phase.layers, phase.logits) <= whole
-    if found.equal_ids < len(truth.ids):  # ids part only where two logits nearly tie
+    if found.equal_ids < len(truth.ids):  # ids differ only where two logits are nearly equal
         largest = np.abs(truth.phases["prompt"].logits).max()
         assert truth.gaps[found.equal_ids] <= 2 * whole * largest
 
 
 def test_a_kernel_is_measured_where_there_is_one():
-    """What a step of kernels computes at once equals the single operations, where there is none."""
+    """The reference has no fused operations, so their results are composed of single ones."""
     truth, _make = truth_of(TINY, "float32")
     fused = truth.phases["decode"].fused[0]
     results = truth.phases["decode"].results[0]
@@ -97,7 +97,7 @@ def test_a_mistake_in_one_layer_is_reported_with_that_layer():
 
     def swiglu(gate, up):
         calls.append(None)
-        return right(gate, up) * (1.1 if len(calls) in (3, 4) else 1)  # twice in a layer
+        return right(gate, up) * (1.1 if len(calls) in (3, 4) else 1)  # two times in a layer
 
     ops.swiglu = swiglu
     phase = measure("wrong", ops, make, truth).phases["prompt"]

@@ -1,4 +1,4 @@
-"""That kernels are being compiled is said at the first start on a machine, and not again."""
+"""The first start on a machine reports that kernels are compiled; later starts do not."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from npllama.ops.cuda.kernels import Kernels
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where CuPy keeps what it has compiled."""
+    """A temporary folder as CuPy's cache of compiled kernels."""
     path = tmp_path / "cache"
     path.mkdir()
     monkeypatch.setenv("CUPY_CACHE_DIR", str(path))
@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def said(monkeypatch):
-    """The lines on standard error of a program that shows what is logged."""
+    """The log messages that a program would print on standard error."""
     lines = []
     monkeypatch.setattr(console, "tell", lines.append)
     console.tell_what_is_logged("npllama")
@@ -34,7 +34,7 @@ def said(monkeypatch):
 
 
 def start(*compiled, version="14.2.0", capability="90", error=None):
-    """A program on a CuPy that compiles nothing; its kernels are `compiled`."""
+    """Start a program on a CuPy that compiles nothing. Its kernels are `compiled`."""
 
     def module(**_options):
         if error is not None:
@@ -51,7 +51,7 @@ def start(*compiled, version="14.2.0", capability="90", error=None):
     return it
 
 
-LINE = "npllama: compiling kernels for this GPU: some seconds, at the first start alone"
+LINE = "npllama: compiling kernels for this GPU (some seconds, at the first run only)"
 ALL = ("one", "a<float>"), ("one", "a<half>"), ("two", "b")
 
 

@@ -1,4 +1,5 @@
-"""The loop: what it says, when it stops, and that batches and queues change nothing."""
+"""The generation loop: its results, when it ends, and that batches and queues do not change
+results."""
 
 import copy
 import inspect
@@ -47,7 +48,8 @@ def test_no_random_numbers_are_made_where_nothing_is_drawn(llama, monkeypatch):
 
 @pytest.mark.array_calls
 def test_options_are_given_in_one_way(llama):
-    """As keywords, as a Sampling, or as a Sampling of which keywords change some fields."""
+    """Options are keywords, a Sampling, or a Sampling and keywords that replace some of its
+    fields."""
     keywords = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3}
     common = {"max_new_tokens": 12, "seed": 4, "ignore_eos": True}
     ways = [keywords, {"sampling": Sampling(**keywords)}]
@@ -58,7 +60,7 @@ def test_options_are_given_in_one_way(llama):
             assert llama.generate(prompt, **common, **way).ids == want.ids
             assert llama.generate_batch([prompt], **common, **way)[0].ids == want.ids
             assert "".join(llama.stream(prompt, **common, **way)) == want.text
-        assert llama.generate(prompt, **common).ids != want.ids  # so the options matter
+        assert llama.generate(prompt, **common).ids != want.ids  # the options have an effect
 
 
 def test_signatures_show_every_option_and_its_default():
@@ -115,7 +117,7 @@ def test_the_likeliest_of_each_step_are_those_of_the_unmodified_logits(llama, sa
     options = {"sampling": sampling, "seed": 1, "max_new_tokens": 5, "ignore_eos": True}
     plain = llama.generate_batch(PROMPTS, **options)
     completions = llama.generate_batch(PROMPTS, top_logprobs=4, **options)
-    assert [c.ids for c in completions] == [c.ids for c in plain]  # nothing else changes
+    assert [c.ids for c in completions] == [c.ids for c in plain]  # does not change the ids
     assert {c.top_logprobs for c in plain} == {None}
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         logits = llama.logits(prompt + completion.ids)[len(prompt) - 1 : -1].astype("float64")
@@ -155,7 +157,7 @@ def test_fewer_tokens_than_asked_for_are_likeliest_in_a_small_vocabulary(ops):
 def test_a_batch_says_what_each_row_says_alone(llama, sampling):
     together = run(llama, PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
     for row, prompt in enumerate(PROMPTS):
-        # alone at the same place in the batch: the others are cut short at once
+        # only this row in the batch continues; the other rows end at once
         generation = llama.new_generation(PROMPTS, sampling=sampling, seed=3, max_new_tokens=12)
         for other in generation.rows:
             if other.number != row:
@@ -274,7 +276,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(ops):
             [1, 5], max_new_tokens=60, temperature=temperature, top_p=1, seed=0
         ).ids
         assert max(ids) < 260
-    without = Llama(config, llama.parameters, ops)  # no tokenizer: the vocabulary is the model's
+    without = Llama(config, llama.parameters, ops)  # no tokenizer: all ids of the model
     ids = without.generate([1, 5], max_new_tokens=60, temperature=5.0, top_p=1, seed=0).ids
     assert max(ids) >= 260
 
@@ -334,7 +336,7 @@ def test_a_stream_that_is_left_tells_what_it_has_said(llama):
     got = stream.completion
     assert got.finish_reason == "interrupted" and 0 < len(got.ids) < len(whole.ids)
     assert got.ids == whole.ids[: len(got.ids)] and whole.text.startswith(got.text)
-    assert cache.ids[0] == (PROMPT + got.ids)[: cache.lengths[0]]  # left to the next prompt
+    assert cache.ids[0] == (PROMPT + got.ids)[: cache.lengths[0]]  # for the next prompt
     assert list(stream) == [] and stream.completion is got
     unbegun = llama.stream(PROMPT, **OPTIONS)
     unbegun.close()
@@ -393,7 +395,7 @@ def test_one_prompt_may_be_a_generator_of_ids(llama):
     assert llama.generate((id_ for id_ in PROMPT), **OPTIONS).ids == want
     with pytest.raises(InputError, match="token id 'a' at position 0 is not an integer"):
         llama.generate(p for p in "ab")
-    with pytest.raises(InputError, match=r"^the token ids are <generator .*: expected a list"):
+    with pytest.raises(InputError, match=r"^found <generator .*: expected a list of token ids"):
         llama.logits(id_ for id_ in PROMPT)
 
 
@@ -408,7 +410,7 @@ def test_none_is_the_default_of_every_optional_argument(llama):
     }
     for name, call in calls.items():
         assert call(nothing | {"seed": 3}) == call({"seed": 3}), name
-    lively = {"sampling": LIVELY, "seed": 3, "max_new_tokens": 12}  # None changes no field of it
+    lively = {"sampling": LIVELY, "seed": 3, "max_new_tokens": 12}  # None changes none of them
     assert calls["generate"](nothing | lively) == calls["generate"](lively)
     assert calls["generate"](lively) != calls["generate"](lively | {"sampling": None})
 
@@ -455,7 +457,7 @@ def test_fresh_text_has_no_leading_space(ops):
     space = BYTE_PIECES.index(("\u2581", 0.0, 1))
     logits = llama.ops.head
 
-    def head(x, p):  # a model that says a space and then "a" for ever
+    def head(x, p):  # generates a space, and then "a" forever
         out = ops.backend.to_host(logits(x, p)) * 0
         out[..., space if llama.spoken == 0 else 100] = 9
         llama.spoken += 1
@@ -548,7 +550,7 @@ def test_what_was_held_back_is_said_when_a_row_is_interrupted(llama):
     pieces = iter(generation)
     while len(generation.rows[0].ids) < 5:
         next(pieces)
-    assert generation.rows[0].text == ""  # all of it may yet become the stop text
+    assert generation.rows[0].text == ""  # all of it may still become part of the stop text
     text = generation.completions()[0].text
     assert text
     assert whole.startswith(text)
@@ -572,7 +574,7 @@ def test_a_model_is_pickled_by_its_path(tmp_path, monkeypatch):
     want = one.generate("ab", **OPTIONS).ids
     pickled = pickle.dumps(one)
     assert len(pickled) < 1000
-    monkeypatch.chdir("/")  # as another process may be
+    monkeypatch.chdir("/")  # another process may have another working directory
     again = pickle.loads(pickled)
     assert (again.dtype, again.context, again.backend.name) == ("bfloat16", 40, "numpy")
     assert again.config == one.config and again.config.rope_scaling is not None
@@ -581,8 +583,8 @@ def test_a_model_is_pickled_by_its_path(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "m")
     with pytest.raises(InputError, match=r"/m does not exist: expected a model directory"):
         pickle.loads(pickled)
-    assert copy.copy(one).parameters is one.parameters  # which reads no file
-    assert load(backend="numpy").__reduce__()[1][0] is None  # the one that ships, wherever it lies
+    assert copy.copy(one).parameters is one.parameters  # without reading files
+    assert load(backend="numpy").__reduce__()[1][0] is None  # the shipped model
 
 
 def test_a_model_that_cannot_be_pickled_says_why(ops, llama):
@@ -594,7 +596,7 @@ def test_a_model_that_cannot_be_pickled_says_why(ops, llama):
         pickle.dumps(changed)
 
 
-# -- a cache of the caller's
+# -- a cache from the caller
 
 
 PROMPT = [1, 5, 100, 7, 33, 8, 64, 9]
@@ -638,7 +640,7 @@ def test_a_row_that_ended_or_was_left_holds_what_is_known(llama):
     ended, other = llama.new_cache(context=30), llama.new_cache(context=30)
     stop = next(iter(llama.stream(PROMPT, **OPTIONS)))
     said = llama.generate(PROMPT, cache=ended, stop=stop, **OPTIONS).ids
-    assert ended.ids[0] == (PROMPT + said)[:-1]  # also where a step was launched ahead
+    assert ended.ids[0] == (PROMPT + said)[:-1]  # even if a step was launched ahead
     pieces = llama.new_generation([PROMPT], cache=other, **OPTIONS)
     running = iter(pieces)
     next(running), next(running)
@@ -669,7 +671,7 @@ def test_ctrl_c_in_a_forward_leaves_a_cache_that_can_go_on(llama, monkeypatch):
 
 
 def interrupting(call, at):
-    """`call`, but that its at-th time begins with Ctrl-C."""
+    """`call`, but its at-th invocation starts with Ctrl-C."""
     calls = []
 
     def interrupted(*args):
@@ -690,13 +692,13 @@ def test_after_ctrl_c_a_stream_and_a_generation_keep_what_was_said(llama, monkey
             patch.setattr(llama.ops, "head", interrupting(head, 5))
             run()
 
-    left(lambda: llama.generate(PROMPT, **OPTIONS))  # which can only raise it
+    left(lambda: llama.generate(PROMPT, **OPTIONS))  # returns no partial completion
     stream, generation = llama.stream(PROMPT, **OPTIONS), llama.new_generation([PROMPT], **OPTIONS)
     left(lambda: list(stream))
     left(generation.run)
     for completion in (stream.completion, *generation.completions()):
         assert completion.finish_reason == "interrupted"
-        assert 2 <= len(completion.ids) <= 4  # of four, those in flight are lost
+        assert 2 <= len(completion.ids) <= 4  # of four; results in flight are lost
         assert completion.ids == whole.ids[: len(completion.ids)]
         assert completion.text and whole.text.startswith(completion.text)
         assert len(completion.log_probs) == len(completion.ids)
@@ -708,9 +710,13 @@ MODULES = ("generation.py", "model.py", "kv_cache.py", "decode_step.py", "row.py
 
 @pytest.mark.parametrize(("on", "stride"), [("numpy", 7), ("strict", 97)])
 def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, monkeypatch):
-    """At one line in `stride`. In the last lines, which write down what it holds, it may not know
-    all of that, and the error says what to keep."""
-    # The end of a `with` is traced as a line, before `__exit__` is called: the turn stays taken.
+    """Ctrl-C at every `stride`-th line.
+
+    Afterwards the cache knows its ids, except if Ctrl-C came during the last lines, which record
+    them. Then the error message of the next generation states how many positions can be kept.
+    """
+    # The end of a `with` block is traced as a line before `__exit__` is called, so the turn is not
+    # released.
     monkeypatch.setattr("npllama.threads._turn", threads._Turn())
     llama = make_llama(make_ops(on))
     prompts = [PROMPT, [1, 8, 9]]

@@ -1,4 +1,5 @@
-"""The whole model's gradient: against PyTorch's autograd, differences, and its own invariants."""
+"""The gradient of the whole model against PyTorch's autograd, central differences, and
+invariants."""
 
 import json
 
@@ -20,7 +21,7 @@ CASES = sorted(path.stem for path in (FIXTURES / "gradients").glob("*.json"))
 
 
 def parameters_of(arrays, config):
-    """Parameters from arrays by their names in a file."""
+    """Parameters from arrays by tensor name."""
     embedding = Matrix(arrays[EMBEDDING])
     layers = []
     for i in range(config.n_layers):
@@ -61,7 +62,7 @@ def test_loss_and_gradients_equal_those_of_pytorchs_autograd(name, ops, to_host)
 
 
 def test_gradients_equal_central_differences(rng):
-    """One number of every tensor, moved up and down."""
+    """Check one element of every tensor."""
     from conftest import make_ops
 
     model, batch, _case = torch_case("gqa", make_ops("numpy"))

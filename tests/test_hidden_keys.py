@@ -1,4 +1,4 @@
-"""Another rule in place of `is_hidden`, a sliding window: all that attends follows it."""
+"""A sliding window replaces `is_hidden`, and all attention functions use this rule."""
 
 import math
 
@@ -16,12 +16,12 @@ CAUSAL = Equations.is_hidden, Equations.hidden_keys
 
 
 def outside_the_window(self, query, key):
-    """A query sees its own position and the two before it."""
+    """Hides all keys except those at the query's position and the two positions before."""
     return (key > query) | (key <= query - WINDOW)
 
 
 def of_all_keys(self, n_new, n_keys):
-    """(T, N): a window hides old keys too."""
+    """The mask (T, N). It includes the oldest keys, because a window hides them too."""
     position = self.xp.arange(n_keys)
     return self.is_hidden(position[n_keys - n_new :, None], position[None, :])
 
@@ -40,7 +40,10 @@ def window(monkeypatch):
 
 
 def attention_one_by_one(q, k, v):
-    """Each query of each head alone, over the keys in its window: o (H, T, C), p (H, T, N)."""
+    """Attention of each query of each head separately, over the keys in its window.
+
+    Returns o (H, T, C) and p (H, T, N).
+    """
     n_heads, n_new, head_dim = q.shape
     n_kv_heads, n_keys, _ = k.shape
     o, p = np.zeros(q.shape), np.zeros((n_heads, n_new, n_keys))
@@ -56,7 +59,8 @@ def attention_one_by_one(q, k, v):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("n_new", [1, 2, 5, 70])
 def test_attention_and_its_weights_follow(ops, to_device, to_host, rng, n_new, dtype):
-    """With room for scores and without; one `ops`, so that what it keeps serves no other size."""
+    """With and without workspace for scores. All sizes use the same `ops`, which must not reuse a
+    mask of another size."""
     for start in (0, 1, 4, 9):
         q = rng.standard_normal((6, n_new, 6)).astype(dtype)
         k, v = rng.standard_normal((2, 3, start + n_new, 6)).astype(dtype)

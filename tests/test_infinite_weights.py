@@ -1,5 +1,7 @@
-"""An infinite weight ends a generation in one error, the same for every dtype, without warnings
-(which fail any test)."""
+"""An infinite weight ends a generation with the same error for every dtype, and without warnings.
+
+The test configuration turns warnings into errors.
+"""
 
 import ml_dtypes  # noqa: F401  (NumPy then knows "bfloat16")
 import numpy as np

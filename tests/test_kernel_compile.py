@@ -1,6 +1,6 @@
-"""The kernels compiled for sm_80 and sm_90, as CuPy would compile them: what they take of a GPU.
+"""Compiles the kernels for sm_80 and sm_90 with CuPy's options, and checks their use of resources.
 
-The kernels are those that real models launch, with the template arguments that these give them.
+The kernels and their template arguments are those that real models launch.
 """
 
 import os
@@ -19,11 +19,11 @@ from npllama.ops.cuda.kernels import SOURCES
 COMMON = (SOURCES / "common.cu").read_text()
 FILES = {path.stem: path.read_text() for path in SOURCES.glob("*.cu") if path.stem != "common"}
 AT_ONCE = 8
-"""Kernels in one call of the compiler, which reads CUDA's headers anew each time."""
+"""Kernels per call of the compiler. Each call reads CUDA's headers again."""
 MOST = 130
-"""Kernels with their arguments that are compiled here: those of 8 rows take 2 seconds each."""
+"""The most template instances to compile in total, which limits the time of this test."""
 
-# the comment above a kernel, its template, its attributes, its name
+# the comment above a kernel, its template, attributes and name
 _KERNEL = re.compile(
     r"(?P<comment>(?:^//[^\n]*\n)*)"
     r"^(?:template\s*<[^{};]*?>\s*|extern\s+\"C\"\s*)*"
@@ -33,7 +33,7 @@ _KERNEL = re.compile(
 
 
 def register_limits(source: str) -> dict[str, int | None]:
-    """Kernel -> N of the line "// registers: at most N" in the comment above it, or None."""
+    """The limit N of each kernel from a line "// registers: at most N" above it, or None."""
     limits = {}
     for match in _KERNEL.finditer(source):
         limit = re.search(r"^// registers: at most (\d+)\b", match["comment"], re.M)
@@ -42,7 +42,7 @@ def register_limits(source: str) -> dict[str, int | None]:
 
 
 def problems(gpu: Gpu, file: str, source: str, run: Iterable[Launch]) -> list[str]:
-    """What is wrong with the kernels of a file, compiled for a GPU: a line each."""
+    """The problems of the kernels of one file, compiled for a GPU, one line each."""
     run = sorted(run, key=lambda launch: launch.name)
     names = sorted({launch.name for launch in run})
     compiled = nvrtc.compile_kernels(COMMON + source, names, gpu.arch)
@@ -64,7 +64,7 @@ def problems(gpu: Gpu, file: str, source: str, run: Iterable[Launch]) -> list[st
             found.append(f"{name} has no load of 16 bytes from global memory")
     for launch in run:
         kernel = compiled[launch.name]
-        registers = -(-kernel.registers // 8) * 8 * launch.n_threads  # given out in eights
+        registers = -(-kernel.registers // 8) * 8 * launch.n_threads  # in multiples of 8
         if registers > REGISTERS:
             found.append(f"{launch.name}: {launch.n_threads} threads take {registers} registers")
         shared = launch.shared + kernel.shared
@@ -80,7 +80,7 @@ def compiler():
 
 @pytest.fixture(scope="module")
 def all_launches():
-    """(GPU, rows) -> file -> launches."""
+    """The launches, by (GPU, rows) and then by file."""
     by_file = {(gpu, n_rows): defaultdict(set) for n_rows in (8, 1) for gpu in GPUS}
     for (gpu, n_rows), launched in by_file.items():
         for launch in launches(gpu, n_rows):
@@ -92,7 +92,8 @@ def all_launches():
 
 
 def all_problems(chosen: dict[tuple[Gpu, str], set[str]], all_launches) -> list[str]:
-    """Of the kernels of these names, a few at a time: the compiler takes a second for each."""
+    """The problems of the chosen kernels. They are compiled in small groups, because compilation is
+    slow."""
     run = defaultdict(set)
     for (gpu, _), launched in all_launches.items():
         for file, those in launched.items():
@@ -108,8 +109,8 @@ def all_problems(chosen: dict[tuple[Gpu, str], set[str]], all_launches) -> list[
 
 
 def chosen_few(all_launches) -> dict[tuple[Gpu, str], set[str]]:
-    """Of one row, each dtype with each argument; of eight, whose compilation takes long, each
-    argument."""
+    """The kernels to compile: for one row, every pair of a dtype and another template argument; for
+    eight rows, which take long to compile, every template argument."""
     names = defaultdict(set)
     for (gpu, n_rows), launched in all_launches.items():
         for file, those in launched.items():
@@ -137,7 +138,7 @@ def test_all_kernels_stay_in_registers_and_within_their_limits(all_launches):
 
 
 def test_every_kernel_is_launched_by_a_real_model(all_launches):
-    """Those that no model launches would not be compiled here."""
+    """Kernels that no model launches would not be compiled by these tests."""
     for gpu in GPUS:
         by_file = defaultdict(set)
         for n_rows in (1, 8):
@@ -152,7 +153,7 @@ def test_every_kernel_is_found_in_its_file():
         assert len(register_limits(source)) == code.count("__global__"), file
 
 
-# -- what is looked for is found
+# -- the checks find problems
 
 
 GOOD = """
@@ -259,7 +260,7 @@ __global__ void
 
 
 def test_launches_of_real_models_are_noted(monkeypatch):
-    """Weights, rows and GPU as they are, and nothing computed: a stand-in for the product's."""
+    """A replacement for `head` records the real weights, rows and GPU. Nothing is computed."""
     from npllama.ops import cupy_ops
 
     def head(self, x, head):
@@ -272,7 +273,7 @@ def test_launches_of_real_models_are_noted(monkeypatch):
     noted = {launch for n in (1, 8) for launch in launches(H100, n) if launch.file == "f"}
     assert Launch("f", "k<int8, 8>", 32, 8192) in noted  # 34B, 70B
     assert Launch("f", "k<bfloat16, 1>", 32, 192) in noted  # the shipped model
-    assert len(noted) == 4 * 2 * 6  # dtypes, rows, widths
+    assert len(noted) == 4 * 2 * 6  # dtypes, row counts, widths
 
 
 def test_the_few_have_every_argument_and_the_largest_blocks():

@@ -1,13 +1,15 @@
-"""Mistakes seeded in the kernels, one line changed each: the simulator, or the values, find all.
+"""Seeds mistakes in the kernels, one change each. The simulator or a wrong result must detect each
+one.
 
-For npllama/ops/kernels/FILE.cu there is tests/kernel_mistakes/FILE.py with
+For npllama/ops/kernels/FILE.cu, tests/kernel_mistakes/FILE.py contains a list of mistakes
 
     MISTAKES = [
         ("the barrier before the sums are read", "  __syncthreads();  // sums\n", ""),
         ("one column too many", "c < n_chunks", "c <= n_chunks"),
     ]
 
-of (name, text before, text after), where `before` occurs exactly once in common.cu + FILE.cu, and
+with (name, text before, text after), where `text before` occurs exactly once in common.cu +
+FILE.cu. It also contains a function
 
     def run(launcher):
         w = launcher.to_device(np.ones((4, 64), "float32"))
@@ -15,11 +17,11 @@ of (name, text before, text after), where `before` occurs exactly once in common
         launcher.launch("gemv", "gemv<float, 1>", (4,), (32,), (w, y, 64))
         assert np.allclose(launcher.to_host(y), 64)
 
-the shortest launches that find them all: each mistake is compiled anew, 1 to 3 seconds for each
-kernel that is launched, so the fewest instantiations. `launcher` is a Kernels: npllama.ops.cuda's
-functions take it as well. A KernelError or an AssertionError is a find; run() is tried in three
-orders of the threads, and passes in all on the unchanged source. A module for a file without
-kernels of its own gives them in SOURCE.
+which runs few launches that detect all mistakes. The kernels are compiled again for each mistake,
+so `run` should use few template instances. `launcher` is a Kernels object, which can also be passed
+to the functions of npllama.ops.cuda. A KernelError or an AssertionError detects a mistake. `run` is
+called with three thread orders, and must succeed in all of them on the unchanged source. If a
+module has no .cu file with kernels, it defines the kernels in SOURCE.
 """
 
 import importlib
@@ -41,7 +43,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this ma
 
 
 class Launcher(Kernels):
-    """The kernels with one text changed."""
+    """Kernels with one text of their source replaced."""
 
     def __init__(self, module, before="", after=""):
         super().__init__(StrictCupyBackend())
@@ -68,7 +70,7 @@ def load(name):
 
 
 def find(name, number):
-    """What finds a mistake first, in any order of the threads; None where nothing does."""
+    """The first error that detects a mistake in any thread order; None if there is none."""
     module = load(name)
     _, before, after = module.MISTAKES[number]
     launcher = Launcher(module, before, after)
@@ -83,7 +85,7 @@ def find(name, number):
 
 @pytest.fixture(scope="module")
 def workers():
-    """Two at once, and a crash or an endless loop ends a worker alone."""
+    """Two worker processes, so that a crash or an endless loop ends only a worker."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         yield pool
 

@@ -1,4 +1,4 @@
-"""The decode attention's kernel, executed on the CPU, against float64."""
+"""The kernel of decode attention, executed on the CPU, against float64."""
 
 import math
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ ARGUMENTS = (
     "qkv", "cos", "sin", "k_cache", "v_cache", "rows", "starts", "partials", "counters", "o",
 )  # fmt: skip
 SPACING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-23}
-"""The largest error of a number's rounding to the dtype, as a fraction of it; for float32 that of
-the rotation's two products and their sum as well."""
+"""The largest relative error of rounding to the dtype. For float32, it includes the rounding errors
+of the rotation, which computes two products and their sum."""
 PRODUCER = """
 extern "C" __global__ void produce(const float* from, float* to, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -39,7 +39,7 @@ def make_kernels(n_sms=12):
 
 
 def replayed(kernels, qkv, cache, positions, division):
-    """`attend` in a graph, behind a kernel that writes qkv and may still run."""
+    """`attend` in a graph, after a kernel that writes qkv and may still be running."""
     cuda = BACKEND.xp.cuda
     attend(kernels, qkv, LayerCache(cache.k.copy(), cache.v.copy()), positions, division)
     produce = BACKEND.xp.RawModule(code=PRODUCER).get_function("produce")
@@ -59,10 +59,11 @@ def replayed(kernels, qkv, cache, positions, division):
 
 @dataclass
 class Case:
-    """Inputs of the attention, drawn at random; keys and values from S on are NaN.
+    """Random inputs of attention. Keys and values from position S on are NaN.
 
     Attributes:
-        starts: S of each row; rows: its row of the cache, which has `n_cache_rows`.
+        starts: S of each row.
+        rows: the row of the cache for each row; the cache has `n_cache_rows`.
     """
 
     dtype: str
@@ -99,7 +100,7 @@ class Case:
         return Positions(self.rows, self.starts, 1, bucket, rows, *others)
 
     def check(self, kernels, division=None, function=attend):
-        """Attend, and compare o and the cache with float64."""
+        """Run attention, and compare o and the cache with float64."""
         k, v = self.k, self.v
         cache = LayerCache(BACKEND.to_device(k), BACKEND.to_device(v))
         qkv = BACKEND.to_device(self.qkv)
@@ -112,15 +113,15 @@ class Case:
             for cache, written, new in ((k, written_k, k_new), (v, written_v, v_new)):
                 difference = np.abs(written[row, :, s].astype("float64") - new[b])
                 assert (difference <= SPACING[self.dtype] * np.abs(new).max()).all()
-                cache[row, :, s] = written[row, :, s]  # the truth takes it as it was rounded
+                cache[row, :, s] = written[row, :, s]  # the float64 result uses the rounded value
             truth = self.attention(q_new[b], k[row, :, : s + 1], v[row, :, : s + 1])
             difference = np.abs(o[b].reshape(truth.shape) - truth).max()
             assert difference <= 1e-6 * np.abs(truth).max(), (b, difference)
-        assert written_k.tobytes() == k.tobytes()  # nothing else was written; NaN included
+        assert written_k.tobytes() == k.tobytes()  # nothing else was written; compares NaN too
         assert written_v.tobytes() == v.tobytes()
 
     def rotated(self):
-        """q (B, H, C), k and v (B, K, C) of the tokens in float64."""
+        """q (B, H, C), k and v (B, K, C) of the new tokens in float64."""
         heads = self.qkv.reshape(len(self.starts), -1, self.head_dim).astype("float64")
         turning = heads[:, : self.n_heads + self.n_kv_heads]
         first, second = np.split(turning, 2, axis=-1)
@@ -161,7 +162,7 @@ WIDTHS = [  # dtype, C, K, G
 
 
 def in_orders(check):
-    """Run check() with the threads in each order; the launches."""
+    """Run check() with each thread order, and return the launches."""
     with DEVICE.recording() as launches:
         for order in ORDERS:
             with DEVICE.thread_order(order):
@@ -193,7 +194,8 @@ def test_any_division_computes_the_same(division):
 
 
 def test_a_row_whose_keys_end_where_a_split_does():
-    """16 groups with 2 keys each: 32 keys a step, and a split ends with one or between two."""
+    """16 groups with 2 keys each process 32 keys per step. Splits end with one key, or between
+    two."""
     for start in (31, 32, 63, 64, 95, 96, 97, 127, 128, 143, 144, 191):
         Case("float16", 64, 1, 2, (start,)).check(make_kernels(), Division(2, 2, 16, 3))
 
@@ -205,7 +207,7 @@ def test_far_apart_scores_neither_overflow_nor_vanish():
 
 
 def test_a_second_step_attends_to_the_first():
-    """The counters and the cache are as the next launch needs them."""
+    """The first step leaves the counters and the cache in the state that the next step needs."""
     kernels = make_kernels()
     case = Case("bfloat16", 64, 2, 2, (126, 7))
     for step in range(3):
@@ -215,7 +217,8 @@ def test_a_second_step_attends_to_the_first():
 
 
 def test_in_a_graph_behind_a_kernel_that_may_still_run():
-    """Nothing that the kernel before writes is read before it has ended; see common.cu."""
+    """The kernel reads nothing that the previous kernel writes before that kernel ends; see
+    common.cu."""
     case = ("float16", 64, 2, 4, (37, 0, 200), (2, 0, 3), 5)
     in_orders(lambda: Case(*case).check(make_kernels(), function=replayed))
 
@@ -225,7 +228,7 @@ def test_more_than_two_to_the_31_numbers():
 
 
 def check_many_numbers(kernels):
-    """Offsets into the cache are 64 bits wide. The zeros are in memory only where touched."""
+    """Offsets into the cache need 64 bits. The zeros use physical memory only where accessed."""
     head_dim, start, xp = 48, 3, BACKEND.xp
     shape = (3, 10, 1_600_000, head_dim)
     assert math.prod(shape) > 2**31
@@ -245,7 +248,7 @@ def check_many_numbers(kernels):
 
 
 def moved(launch):
-    """Bytes read and written of each array, by all threads."""
+    """Bytes read and written per array, summed over all threads."""
     pairs = zip(launch.read, launch.written, strict=True)
     return dict(zip(ARGUMENTS, pairs, strict=False))
 
@@ -266,16 +269,19 @@ def test_the_live_part_of_the_cache_is_read_once_and_one_position_written():
 
 
 def test_what_is_read_beside_the_cache_is_bounded():
-    """A group of lanes reads its query heads, the new key and value; empty splits read no token.
-    A split's result is written once, and its maximum and sum are read for each column."""
+    """Limits the reads of other arrays than the cache.
+
+    A group of lanes reads its query heads and the new key and value. Empty splits do not read the
+    token. The result of a split is written once, and its maximum and sum are read once per column.
+    """
     case = Case("float16", 64, 2, 4, (37, 0, 200))
     division = Division(heads=2, keys=2, groups=16, splits=7)
     with DEVICE.recording() as launches:
         case.check(make_kernels(), division)
     found = moved(launches[0])
-    used = [2, 1, 7]  # splits that have keys: 38, 1 and 201 of them, 32 a split
+    used = [2, 1, 7]  # splits with keys: 38, 1 and 201 keys, 32 per split
     parts = case.n_heads // division.heads
-    # q with both halves of each pair, in every block; k as well, and v, in the last of a row
+    # all blocks read both halves of each pair of q, and the last split of a row also k and v
     heads = 2 * division.heads * sum(used) * parts + 3 * len(used) * parts
     assert found["qkv"] == (division.groups * heads * case.head_dim * 4, 0)
     combined = sum(n for n in used if n > 1) * case.n_heads

@@ -1,4 +1,4 @@
-"""The derivative of the embedding on CUDA: rows added up by token, the same bits at every run."""
+"""The derivative of the embedding on CUDA: sums rows per token, with the same bits in each run."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this ma
 
 
 def derivative(dx, tokens, n_vocab):
-    """By the kernel, and how it was launched."""
+    """The result of the kernel, and its launch."""
     ops = CupyOps(StrictCupyBackend())
     move = ops.backend.to_device
     w = Matrix(move(np.zeros((n_vocab, dx.shape[-1]), dx.dtype)))
@@ -47,7 +47,7 @@ def test_a_row_is_the_sum_over_the_places_of_its_token(n_vocab, width, batch, n_
 
 
 def test_two_runs_give_the_same_bits():
-    """Of one token that stands 500 times, where an order of additions shows in the last bits."""
+    """A token occurs 500 times, so another order of additions would change the last bits."""
     rng = np.random.default_rng(0)
     dx = rng.standard_normal((2, 500, 4), dtype="float32")
     tokens = np.where(rng.random((2, 500)) < 0.5, 1, 3)

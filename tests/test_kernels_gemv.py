@@ -1,4 +1,4 @@
-"""gemv.cu against float64, executed on the CPU; and which shapes it is launched for."""
+"""gemv.cu, executed on the CPU, against float64, and the shapes for which it is launched."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from npllama.parameters import Head, Layer, Matrix
 from strict_cupy import DEVICE, StrictCupyBackend
 
 TOLERANCE = 1e-6
-"""Largest difference as a fraction of the largest value: W is exact, the rest is float32."""
+"""The largest difference as a fraction of the largest value. W is exact, and all else float32."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
 
@@ -30,7 +30,7 @@ def kernels(backend):
 
 
 class Case:
-    """Random W, x, norm and residual, and y in float64."""
+    """Random W, x, norm and residual, and the expected y in float64."""
 
     def __init__(self, dtype, n_rows, n_out, width, *, norm, swiglu=False, residual=False, seed=0):
         rng = np.random.default_rng(seed)
@@ -59,7 +59,7 @@ class Case:
         return y if self.residual is None else y + self.residual
 
     def run(self, backend, kernels, order="forward"):
-        """y on the host, and the one launch."""
+        """y on the host, and the only launch."""
         values, scale, x, norm, residual = (
             None if a is None else backend.to_device(a)
             for a in (self.values, self.scale, self.x, self.norm, self.residual)
@@ -73,7 +73,8 @@ class Case:
         return backend.to_host(y), launch
 
     def check(self, backend, kernels):
-        """In each order of threads: the values, and how often each array is read and written."""
+        """In each thread order, check y and the number of times that each array is read and
+        written."""
         truth = self.truth()
         for order in ORDERS:
             y, launch = self.run(backend, kernels, order)
@@ -90,8 +91,8 @@ class Case:
         return launch
 
 
-# n_out and width: fewer rows than the 4 multiprocessors of the tests, a last batch that is not
-# full, several batches; chunks that are fewer than the threads, and all of them
+# (n_out, width) with fewer outputs than the 4 multiprocessors of the tests, with a partial last
+# batch, and with several batches. The widths have fewer chunks than threads, or as many.
 NARROW = ((2, 32), (10, 64), (150, 256))
 
 
@@ -115,8 +116,8 @@ def test_norm_and_swiglu(dtype, backend, kernels):
     Case(dtype, 7, 10, 64, norm=True, swiglu=True).check(backend, kernels)
 
 
-# width, rows of x, and the chunks of a thread and the tiles that follow: several chunks, the last
-# of which not all threads have; tiles, the last of which is not full
+# (width, rows of x, expected chunks per thread, expected tiles): several chunks, the last of which
+# only some threads have, and tiles, the last of which is partial
 WIDE = {
     "float32": [(3 * 4 * 400, 1, 3, 1), (3 * 4 * 480 + 20, 1, 2, 2)],
     "float16": [(8 * 500, 1, 2, 1), (8 * 1450, 1, 2, 2), (8 * 600, 3, 1, 3)],
@@ -138,7 +139,7 @@ def test_wide_rows(dtype, backend, kernels):
 
 @needs_compiler
 def test_more_sums_than_a_block_has_room_for(backend, monkeypatch):
-    """Then there are more blocks than multiprocessors."""
+    """The kernel then uses more blocks than multiprocessors."""
     few = Kernels(backend)
     monkeypatch.setattr(DEVICE, "n_sms", 1)
     case = Case("float16", 8, 3000, 32, norm=False)
@@ -149,7 +150,8 @@ def test_more_sums_than_a_block_has_room_for(backend, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_int8_with_one_large_number(n_rows, backend, kernels):
-    """x as integers of three bytes: the others lose no more than float32 sums do."""
+    """x is converted to integers of three bytes. Small elements next to a large one lose no more
+    accuracy than in float32 sums."""
     case = Case("int8", n_rows, 10, 256, norm=False)
     case.x[:, 0, 5] = 3e4
     case.check(backend, kernels)
@@ -179,7 +181,7 @@ def test_x_that_is_not_contiguous(backend, kernels, rng):
     assert np.allclose(y, x[:, 1:] @ w.T + x[:, :1, :10], atol=1e-5)
 
 
-# -- which shapes
+# -- supported shapes
 
 
 def test_what_it_takes():
@@ -224,7 +226,7 @@ def test_a_plan_fits_the_device(model, itemsize, kilobytes):
         assert 1 <= cut.grid <= n_units
         tile = cut.threads * cut.chunks
         n_chunks = width * itemsize // 16
-        assert tile * -(-n_chunks // tile) < 1.5 * n_chunks + 32  # what is copied in vain
+        assert tile * -(-n_chunks // tile) < 1.5 * n_chunks + 32  # bounds the bytes copied in vain
         queue = cut.stages * cut.rows * tile * 16
         most = min(48, kilobytes // 2)
         assert queue >= min(24 if width < 2048 else 48, most) * 1024 or cut.stages == 8
@@ -266,7 +268,7 @@ def make_layer(ops, dim, ffn_dim, dtype="float16", **more):
     [
         (1, 1, 64, 48, ["gemv", "gemv"]),
         (8, 1, 64, 48, ["gemv", "gemv"]),
-        (9, 1, 64, 48, ["rms_norm_rows", "swiglu_rows"]),  # beside products of cuBLAS
+        (9, 1, 64, 48, ["rms_norm_rows", "swiglu_rows"]),  # products by cuBLAS
         (1, 2, 64, 48, ["rms_norm_rows", "swiglu_rows"]),
         (1, 1, 68, 48, []),
         (1, 1, 64, 49, []),
@@ -292,7 +294,7 @@ def test_head_takes_the_kernel_where_it_fits(batch, dim, n, backend):
     assert len(launches) == n
 
 
-# -- joined on the device
+# -- joining on the device
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -1,8 +1,7 @@
-"""Blocks of many tokens on CUDA: products of cuBLAS and the kernels between them.
+"""Blocks with many tokens on CUDA: products by cuBLAS, and the kernels between them.
 
-The truth is the reference in float64 on NumPy. Here the kernels run on the CPU
-(cuda_simulator.py), in several orders of their threads, and the products are NumPy's
-(strict_cublas.py).
+The expected results are those of the reference in float64 on NumPy. The kernels run on the CPU
+(cuda_simulator.py) in several thread orders, and NumPy computes the products (strict_cublas.py).
 """
 
 import itertools
@@ -26,7 +25,7 @@ REFERENCE = Ops(Backend())
 DTYPES = ("float16", "bfloat16", "int8")
 ATTENTION = ["rms_norm_rows", "rotate_and_cache", "softmax_rows"]
 DIM, HEAD_DIM, FFN_DIM = 48, 16, 64
-FEW = [  # T, S, B, G, n_last: T of one query and of several tiles, no past, some and much
+FEW = [  # T, S, B, G, n_last: T of one query and of several tiles; no past, a short and a long one
     (2, 0, 1, 1, None),
     (9, 5, 2, 2, None),
     (33, 600, 1, 2, 1),
@@ -41,7 +40,8 @@ def cuda():
 
 @pytest.fixture(params=["at once", "in turns"])
 def room(request, monkeypatch):
-    """Room for all queries and heads at once; or a few queries, one key head, some rows."""
+    """Workspace for all queries and heads at once, or for a few queries, one key head and some
+    rows."""
     if request.param == "in turns":
         monkeypatch.setattr(prompt, "QUERIES", 7)
         monkeypatch.setattr(prompt, "SCORES", 2000)
@@ -71,7 +71,7 @@ def layer_on(ops, dtype, heads, **shape):
 
 
 def cache_on(ops, dtype, starts, n_new, heads, head_dim=HEAD_DIM):
-    """The same past in the dtype that is kept beside such weights, and in float64."""
+    """The same cache contents in the cache dtype for `dtype` and, for the reference, in float64."""
     if not isinstance(ops, CupyOps):
         return make_cache(ops, wide, lambda a: a, starts, n_new, *heads, head_dim)
     kept = FORMATS[dtype].cache_dtype
@@ -83,7 +83,7 @@ def cache_on(ops, dtype, starts, n_new, heads, head_dim=HEAD_DIM):
 
 
 def attention_block(ops, dtype, case, head_dim=HEAD_DIM, dim=DIM, cache_dtype=None):
-    """Output, keys and values."""
+    """The output, and the keys and values in the cache."""
     n_new, n_past, batch, groups, n_last = case
     heads = (2 * groups, 2)
     layer = layer_on(ops, dtype, heads, head_dim=head_dim, ffn_dim=FFN_DIM, dim=dim)
@@ -115,7 +115,7 @@ def assert_close(got, truth, bound):
 
 
 def names(launches):
-    """Kernels without their types, each once."""
+    """The names of the launched kernels without template arguments, without duplicates."""
     return list(dict.fromkeys(launch.name.split("<")[0] for launch in launches))
 
 
@@ -156,13 +156,13 @@ def test_head(cuda, dtype):
     assert_close(got, head(REFERENCE, dtype, 9), tolerance(dtype))
 
 
-@pytest.mark.parametrize("width", [16, 1024, 1040])  # less, as much and more than threads * 4
+@pytest.mark.parametrize("width", [16, 1024, 1040])  # below, at and above threads * 4
 def test_rms_norm_of_rows_that_threads_share(cuda, width):
     rng = np.random.default_rng(0)
     x, norm = rng.standard_normal((3, width)), rng.random(width)
     w = Matrix(cuda.backend.to_device(np.zeros((8, width), "float16")))
     x, norm = (a.astype("float32") for a in (x, norm))
-    x[1] *= 1e-3  # eps counts
+    x[1] *= 1e-3  # makes eps significant
     move = cuda.backend.to_device
     h = prompt.normalized(cuda.kernels, move(x[None]), move(norm), 1e-5, w)
     truth = REFERENCE.rms_norm(wide(x), wide(norm), 1e-5)
@@ -170,7 +170,7 @@ def test_rms_norm_of_rows_that_threads_share(cuda, width):
 
 
 def test_softmax_of_more_keys_than_threads_take_at_once(cuda):
-    """1,300 keys: a row is more than threads * 4 numbers, and not a multiple of 4."""
+    """With 1,300 keys, a row has more than threads * 4 elements, and not a multiple of 4."""
     case = (3, 1298, 1, 1, None)
     for a, b in zip(
         attention_block(cuda, "float16", case),
@@ -181,7 +181,8 @@ def test_softmax_of_more_keys_than_threads_take_at_once(cuda):
 
 
 def test_large_scores_do_not_overflow(cuda):
-    """exp of a score of 100 is infinite in float32, of its distance to the largest not."""
+    """In float32, exp of a score of 100 is infinite, but not exp of its difference to the
+    maximum."""
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((5, 24), dtype="float32") * 60 + 100
     truth = REFERENCE.softmax(wide(scores[:, :21]))
@@ -197,7 +198,8 @@ def test_large_scores_do_not_overflow(cuda):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_new_token_in_many_rows(cuda, dtype, monkeypatch):
-    """More rows than the decode step's kernels take: products, around its attention."""
+    """More rows than the kernels of the decode step support: products by cuBLAS, and decode
+    attention."""
 
     def attend(kernels, qkv, cache, positions):
         heads = qkv.reshape(len(qkv), 1, -1, HEAD_DIM)
@@ -218,7 +220,7 @@ def test_one_new_token_in_many_rows(cuda, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_with_other_shards_their_sums_are_added_once(cuda, dtype, monkeypatch):
-    """A second shard with the same weights: the residual stream must not double."""
+    """With a second shard with the same weights, the residual stream must not be added twice."""
     for ops in (cuda, REFERENCE):
         monkeypatch.setattr(ops, "all_reduce", lambda x: x + x)
     with DEVICE.recording() as launches:
@@ -229,7 +231,7 @@ def test_with_other_shards_their_sums_are_added_once(cuda, dtype, monkeypatch):
         assert_close(a, b, tolerance(dtype))
 
 
-# -- what is taken, and what is not ------------------------------------------------------------
+# -- supported and unsupported cases -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_other_shapes_and_dtypes_are_array_calls(cuda, why, dtype, more):
 
 def test_rows_that_a_small_gpu_has_no_room_for_are_array_calls(cuda):
     case = (9, 5, 1, 2, None)  # 14 keys
-    cuda.kernels.max_shared = 4 * (DIM + 8)  # a row, and a number for each warp
+    cuda.kernels.max_shared = 4 * (DIM + 8)  # a row, and one element per warp
     with DEVICE.recording() as launches:
         attention_block(cuda, "float16", case)
     assert set(names(launches)) == set(ATTENTION)
@@ -309,20 +311,21 @@ def test_each_kernel_reads_once_and_writes_once(cuda):
     rotate = of["rotate_and_cache"]
     assert rotate.read[0] == 4 * n_new * columns
     assert rotate.written[6] == 2 * n_new * n_heads * HEAD_DIM
-    assert rotate.written[7:9] == (2 * n_new * n_kv * HEAD_DIM,) * 2  # of a cache of 14 positions
+    assert rotate.written[7:9] == (2 * n_new * n_kv * HEAD_DIM,) * 2  # in a cache with 14 positions
     softmax = of["softmax_rows"]
     seen = [-(-(n_past + t + 1) // 4) * 4 for t in range(n_new)]  # in vectors of four
     assert softmax.read[0] == 4 * n_heads * sum(seen)
-    assert softmax.written[1] == 2 * n_heads * n_new * 16  # of 14 keys, rounded up
+    assert softmax.written[1] == 2 * n_heads * n_new * 16  # 14 keys, rounded up
     swiglu = of["swiglu_rows"]
     assert swiglu.read[0] == 4 * 2 * n_new * 2 * FFN_DIM
     assert swiglu.written[2] == 2 * 2 * n_new * FFN_DIM
 
 
 def test_scores_of_7b_are_never_all_there():
-    """2,048 tokens and 4,096 keys are 268 million scores a layer; 2^25 are held."""
+    """For 2,048 tokens and 4,096 keys, a layer has 268 million scores, but at most 2^25 are in
+    memory."""
     assert prompt._room(32, 32, prompt.queries_at_once(1, 4096), 4096) <= prompt.SCORES
-    at_once = prompt.queries_at_once(8, 50_000)  # a long context and eight queries a key
+    at_once = prompt.queries_at_once(8, 50_000)  # a long context, and eight queries per key
     assert at_once >= 64 and prompt._room(64, 8, at_once, 50_000) <= prompt.SCORES
 
 
@@ -340,7 +343,7 @@ def test_the_room_is_enough_for_the_heads_that_take_it():
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(("n_new", "n_keys"), [(64, 64), (64, 300), (200, 200)])
 def test_memory_is_what_is_foretold(cuda, dtype, n_new, n_keys, monkeypatch):
-    """Of the prompt's chunk, above what is there before it."""
+    """The memory of a prompt's chunk, in addition to what was allocated before."""
     monkeypatch.setattr(prompt, "QUERIES", 64)
     monkeypatch.setattr(prompt, "WIDENED", 16 * DIM)
     heads, ffn_dim = (4, 2), FFN_DIM
@@ -372,7 +375,7 @@ def test_the_chunk_is_larger_than_on_the_cpu(cuda):
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_any_chunk_gives_the_same_logits(cuda, dtype):
-    """Two layers, the last of which computes the last token alone."""
+    """Two layers, the last of which computes only the last token."""
     layers = [layer_on(cuda, dtype, (4, 2), head_dim=HEAD_DIM, ffn_dim=FFN_DIM, dim=DIM)] * 2
     x = np.random.default_rng(3).standard_normal((1, 40, DIM), dtype="float32")
     logits = []

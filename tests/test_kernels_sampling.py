@@ -49,11 +49,11 @@ OPTIONS = [
 
 
 class Launcher(Kernels):
-    """The kernels on the CuPy for tests.
+    """Kernels on the CuPy for tests, which records launches.
 
     Attributes:
-        launched: the names of the kernels.
-        read, written: bytes of each argument in the last launch, by all threads.
+        launched: the names of the launched kernels.
+        read, written: bytes accessed in each argument of the last launch, summed over all threads.
     """
 
     def __init__(self, order="forward", max_shared=None):
@@ -79,7 +79,8 @@ class Case:
 
     Attributes:
         x: (B, V) float32 logits.
-        seen, allowed: as next_token takes them; `seen` is not changed.
+        uniform: (B,) random numbers.
+        seen, allowed: as in next_token. `check` does not change `seen`.
     """
 
     x: np.ndarray
@@ -103,7 +104,7 @@ class Case:
         return ids, log_probs
 
     def check(self, kernels, sampling):
-        """Compare ids and log-probabilities with float64; they are returned."""
+        """Compare ids and log-probabilities with float64, and return them."""
         ids, log_probs = self.run(kernels, sampling)
         right = [self.distribution(replace(sampling, top_p=p)) for p in about(sampling.top_p)]
         for b, id_ in enumerate(ids):
@@ -114,7 +115,7 @@ class Case:
         return ids, log_probs
 
     def distribution(self, sampling):
-        """(B, V) float64, the cumulative probabilities of what the filters keep."""
+        """The cumulative probabilities after all filters, (B, V) float64."""
         ops, x = Ops(Backend()), self.x[:, : self.n_tokens].astype("float64")
         if self.allowed is not None:
             x = np.where(self.allowed, x, -np.inf)
@@ -130,7 +131,7 @@ class Case:
         return np.cumsum(ops.softmax(x), axis=-1)
 
     def may_choose(self, cumulative, b, id_):
-        """Whether the uniform lies in this id's interval, or within 1e-6 of it."""
+        """Whether the uniform number is in this id's interval, or within 1e-6 of it."""
         before = cumulative[id_ - 1] if id_ else 0.0
         is_kept = cumulative[id_] > before
         u = self.uniform[b]
@@ -138,7 +139,7 @@ class Case:
 
 
 def about(p):
-    """p, and what float32 cannot tell from it."""
+    """p, and values that float32 cannot distinguish from p."""
     return [min(max(at, 1e-300), 1) for at in (p, p - 1e-6, p + 1e-6)] if p < 1 else [1]
 
 
@@ -147,7 +148,8 @@ def sampling(**changes):
 
 
 def drawn(n_rows, n_vocab, kind="normal", seed=0):
-    """Logits of a shape like a model's, or with many equals; uniforms with both ends."""
+    """Logits with a model's typical distribution or with many ties, and uniforms that include both
+    ends."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n_rows, n_vocab), dtype="float32") * 3
     if kind == "equals":
@@ -159,7 +161,7 @@ def drawn(n_rows, n_vocab, kind="normal", seed=0):
 
 
 def check_in_three_orders(case, options, name, **launcher):
-    """The right ids, and the same bits in each order of the threads."""
+    """The ids are correct, and all thread orders return the same bits."""
     results = []
     for order in ORDERS:
         kernels = Launcher(order, **launcher)
@@ -201,13 +203,13 @@ def test_a_row_that_shared_memory_has_no_room_for_is_read_again(changes):
 
 
 def test_a_large_vocabulary_is_read_again():
-    kernels = Launcher(max_shared=163 * 1024)  # sm_80's
+    kernels = Launcher(max_shared=163 * 1024)  # the limit of sm_80
     drawn(1, 50_001).check(kernels, sampling(**ALL))
     assert kernels.launched == [FROM_L2]
 
 
 def test_every_token_of_the_largest_vocabulary_may_be_drawn():
-    """The masses of 2^18 equal tokens add to 2^62."""
+    """The integer masses of 2^18 equally likely tokens sum to 2^62."""
     n = on_cuda.MOST_TOKENS
     for u, id_ in ((0.0, 0), (0.5, n // 2), (LARGEST_BELOW_1, n - 1)):
         case = Case(np.zeros((1, n), "float32"), np.array([u]))
@@ -240,7 +242,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
 A_LONG_TAIL = Case(
     np.array([[0.0, *(-8 - np.arange(2000) * 1e-3)]], "float32"), np.array([LARGEST_BELOW_1])
 )
-"""Half of the probability in tokens each of which has little; the last one kept is drawn."""
+"""Many unlikely tokens share half of the probability, and the last token kept is drawn."""
 
 
 ODD_ROWS = {
@@ -267,7 +269,7 @@ def test_odd_rows(row, changes):
 
 @pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 999, 1000, 1001])
 def test_top_k_of_evenly_likely_tokens(k):
-    """In as good as every place of a warp and a bin a threshold may fall."""
+    """Places the threshold at almost every lane of a warp and in almost every bin."""
     x = np.arange(1000, dtype="float32")[None] * 1e-3
     for u, id_ in ((0.0, max(1000 - k, 0)), (LARGEST_BELOW_1, 999)):
         case = Case(x, np.array([u]))
@@ -281,7 +283,7 @@ def test_a_threshold_in_a_long_tail():
         assert ids[0] > 100
 
 
-# -- what cannot be computed
+# -- numerical errors
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -315,7 +317,8 @@ def test_a_greedy_row_is_read_once():
     assert kernels.written["seen"] == 3
     assert kernels.read["seen"] == kernels.read["uniform"] == kernels.read["allowed"] == 0
     case.run(kernels, sampling(temperature=0.0, repetition_penalty=1.25))
-    assert kernels.read["logits"] == 3 * (1000 + 1) * 4  # and the token's, for its log-probability
+    # the chosen token is read again, for its log-probability
+    assert kernels.read["logits"] == 3 * (1000 + 1) * 4
     assert kernels.read["seen"] == 3 * 1000
 
 
@@ -328,7 +331,7 @@ def test_a_row_in_shared_memory_is_read_once():
 
 
 def test_filters_that_are_off_cost_nothing():
-    """Shown where each pass reads the logits."""
+    """Filters that are off add no pass over the logits."""
     passes = {}
     for name, changes in {
         "none": {}, "min_p": {"min_p": 0.1}, "top_k": {"top_k": 9}, "top_p": {"top_p": 0.7},
@@ -337,20 +340,20 @@ def test_filters_that_are_off_cost_nothing():
         kernels = Launcher(max_shared=0)
         drawn(1, 1024).run(kernels, sampling(**changes))
         passes[name] = kernels.read["logits"] / (1024 * 4)
-    # the summary, the segments, the token's segment of 32
+    # the summary, the segments, and the token's segment of 32
     assert passes["none"] < 2.04 and passes["min_p"] == passes["none"]
-    # a threshold takes two or three rounds of two passes
+    # a threshold takes two or three rounds of two passes each
     assert passes["none"] + 2 <= passes["top_k"] <= passes["none"] + 6
     assert passes["none"] + 2 <= passes["top_p"] <= passes["none"] + 6
     assert passes["both"] <= passes["none"] + 10
 
 
-# -- what fits
+# -- supported inputs
 
 
 @dataclass(frozen=True)
 class MoreSampling(Sampling):
-    """With a filter that the kernel does not have."""
+    """Options with a filter that the kernel does not support."""
 
     odd: int = option(
         0, least=0, most=1, expected="0 or 1", metavar="X", help="odd ids", method="keep_odd", off=0

@@ -1,4 +1,4 @@
-"""The cache: buffers allocated once, rows at positions of their own."""
+"""The cache: buffers are allocated once, and each row has its own position."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_positions_are_the_same_on_host_and_device(llama, to_device, to_host):
     assert positions.starts == (8, 2)
     assert to_host(positions.device_starts).tolist() == [8, 2]
     everything = cache.positions(1)
-    cache.advance_on_device(everything)  # what was found before stays what it was
+    cache.advance_on_device(everything)  # positions that were created before do not change
     assert to_host(everything.device_starts).tolist() == list(everything.starts) == [2, 8, 3]
     cos, _ = (to_host(table) for table in llama.rope_table)
     assert np.array_equal(to_host(positions.cos), cos[[[8, 9], [2, 3]]])

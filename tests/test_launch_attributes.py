@@ -1,4 +1,5 @@
-"""The launch of a kernel that may start early, which goes to the driver past CuPy."""
+"""The launch of a kernel that may start early, which calls the driver directly and not through
+CuPy."""
 
 import ctypes
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from npllama.ops.cuda.kernels import Kernels, _Attribute, _Config, instance
 
 
 class FakeDriver:
-    """cuLaunchKernelEx that reads what it is given, as the driver does."""
+    """A cuLaunchKernelEx that reads its arguments in the same way as the driver."""
 
     def __init__(self, sizes, error=0):
         self.sizes, self.error, self.launched = sizes, error, []
@@ -41,7 +42,7 @@ class FakeDriver:
 
 @pytest.fixture
 def on(monkeypatch):
-    """Kernels of a device of a compute capability, and of a driver."""
+    """A function that returns Kernels for a compute capability and a driver."""
 
     def make(driver, capability="90"):
         called = []

@@ -1,4 +1,4 @@
-"""The program that compares threads of a caller: its figures, and wrong options."""
+"""The program that compares one thread with several: its results, and invalid options."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_the_requests_run_in_other_threads_and_all_of_them(monkeypatch):
     )
     measure_threads.one_request(None, None, n_runs=2)
     main = threading.main_thread()
-    assert [thread is main for thread in threads] == [True, False] * 3  # one pair warms up
+    assert [thread is main for thread in threads] == [True, False] * 3  # one pair is a warm-up
     threads.clear()
     measure_threads.many_requests(None, None, 4, n_runs=1)
     assert [thread is main for thread in threads] == ([True] * 4 + [False] * 4) * 2

@@ -1,4 +1,4 @@
-"""The bytes that are foretold, against those that are taken."""
+"""Predicted and actual memory use."""
 
 import re
 import tracemalloc
@@ -23,7 +23,7 @@ from strict_array import StrictBackend
 
 LIVELY = Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
 
-# what dominates: (config, prompt tokens, batch)
+# the name of the largest part: (config, prompt tokens, batch)
 CASES = {
     "many logits": (LlamaConfig(32, 1, 4, 2, 32, 20_000, 64), 8, 32),
     "long attention": (LlamaConfig(32, 2, 8, 4, 32, 64, 4096), 3000, 1),
@@ -77,8 +77,8 @@ def test_mapped_weights_are_kept_in_memory_and_copies_are_there_already(tmp_path
     config = LlamaConfig(64, 2, 4, 2, 96, 260, 64)
     write_model(tmp_path, config)
     mapped, copied = load(tmp_path, "numpy"), load(tmp_path, "numpy", dtype="bfloat16")
-    norms = 4 * (2 * config.n_layers + 1) * config.dim  # copied always
-    qkv = sum(layer.qkv.nbytes for layer in mapped.parameters.layers)  # to lie side by side
+    norms = 4 * (2 * config.n_layers + 1) * config.dim  # always copied
+    qkv = sum(layer.qkv.nbytes for layer in mapped.parameters.layers)  # copied to become contiguous
     assert mapped_nbytes(mapped.parameters) == mapped.parameters.nbytes - norms - qkv
     assert mapped_nbytes(copied.parameters) == 0
     needed = mapped_nbytes(mapped.parameters)
@@ -100,7 +100,7 @@ def test_loading_foretells_weights_cache_and_workspace(tmp_path, monkeypatch):
 
 
 def test_a_narrow_cache_is_foretold_with_what_is_widened_of_it():
-    config = LlamaConfig(4096, 1, 32, 32, 64, 64, 4096)  # 64 MB of keys and as many values
+    config = LlamaConfig(4096, 1, 32, 32, 64, 64, 4096)  # 64 MB of keys, and as much of values
     for where in ("strict", "numpy"):
         ops = make_ops(where)
         narrow, wide = (

@@ -1,8 +1,8 @@
-"""Known mistakes, seeded into the mathematics one by one: the suite must fail for each.
+"""Seeds known mistakes in the mathematics, one at a time. The test suite must fail for each.
 
-Every case changes one line in a copy of the package, and runs the tests of the mathematics on the
-copy in a process of its own, until one fails. A line that is no longer there fails the case too.
-The tests that failed then pass on a copy without a change.
+Each case changes one line in a copy of the package, and runs the tests of the mathematics on the
+copy, in a separate process, until one fails. The case also fails if the source no longer contains
+the line. Finally, all tests that failed must pass on an unchanged copy.
 """
 
 import json
@@ -29,7 +29,7 @@ TILES, CHUNKS, WEIGHT_FORMATS = "ops/tiles.py", "ops/chunks.py", "weight_formats
 GRAPH = "ops/cuda/graph.py"
 GENERATION, UNIFORMS = "generation.py", "uniforms.py"
 
-# what is wrong: (file, the right line's part, the mistake)
+# name of the mistake: (file, part of the correct line, replacement)
 MISTAKES = {
     "eps ignored": (EQUATIONS, "sqrt(mean_square + eps)", "sqrt(mean_square)"),
     "eps outside the root": (EQUATIONS, "sqrt(mean_square + eps)", "sqrt(mean_square) + eps"),
@@ -387,7 +387,7 @@ MISTAKES = {
     ),
 }
 
-# the tests of the mathematics, those that fail first in front
+# the tests for each file, with those that fail first at the front
 SUITES = {
     EQUATIONS: ("equations", "blocks", "rope_scaling"),
     ROPE: ("rope_scaling", "equations"),
@@ -421,7 +421,7 @@ SUITES = {
 
 
 def arguments_for(file):
-    """pytest's arguments: files of tests, or file::test."""
+    """The arguments of pytest: test files, or file::test."""
     for name in SUITES[file]:
         suite, *test = name.split("::")
         yield "::".join([f"tests/test_{suite}.py", *test])
@@ -429,11 +429,11 @@ def arguments_for(file):
 
 OPTIONS = ["-x", "-q", "--backend", "numpy", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
 OPTIONS += ["-c", str(ROOT / "setup.cfg"), "--tb", "native", "-s", "-p", "no:logging"]
-OPTIONS += ["--array-calls"]  # kernels have mistakes of their own, in test_kernel_mistakes.py
+OPTIONS += ["--array-calls"]  # test_kernel_mistakes.py tests the kernels
 
 
 class Program:
-    """forked_runs.py with a copy of the package, in which one line at a time is wrong."""
+    """forked_runs.py with a copy of the package, in which one line at a time is changed."""
 
     def __init__(self, folder, compiled):
         self.package = folder / "npllama"
@@ -462,7 +462,8 @@ class Program:
         assert source.count(right) == 1, f"{name} holds {right!r} {source.count(right)} times"
         try:
             file.write_text(source.replace(right, wrong))
-            os.utime(file, (number, number))  # compiled files are known by the second and the size
+            # bytecode is cached by size and by modification time in whole seconds
+            os.utime(file, (number, number))
             yield
         finally:
             file.write_text(source)
@@ -470,7 +471,7 @@ class Program:
 
 
 class Runs:
-    """As many runs of pytest at a time as there are cores, each in a fork of its program."""
+    """Runs pytest on as many copies at a time as there are cores, each run in a forked process."""
 
     def __init__(self, new_folder):
         self.new_folder, self.compiled = new_folder, new_folder("compiled")
@@ -478,7 +479,7 @@ class Runs:
         self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def submit(self, tests, *mistake):
-        """Of `mistake`, if there is one: a number of its own and the change."""
+        """Start a run. `mistake`, if given, is a unique number and the change."""
         return self.pool.submit(self._run, tests, *mistake)
 
     def _run(self, tests, *mistake):
@@ -508,7 +509,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(request, runs):
-    """The suite's run on each mistake that is asked for."""
+    """The run of the suite for each selected mistake."""
     asked = [item.callspec.params["mistake"] for item in request.session.items if is_mistake(item)]
     return {
         mistake: runs.submit(arguments_for(MISTAKES[mistake][0]), number, MISTAKES[mistake])
@@ -529,7 +530,8 @@ def test_the_suite_fails_for(mistake, results):
 
 
 def test_what_failed_passes_on_an_unchanged_copy(runs, results):
-    """So it was the mistake that failed it. The whole suite on no copy is what CI runs anyway."""
+    """This shows that the mistakes caused the failures. CI runs the whole suite on the package
+    itself."""
     noticed = {test for result in results.values() for test in result.result()["failed"]}
     result = runs.submit(sorted(noticed or {"tests/test_blocks.py"})).result()
     assert result["code"] == 0, result["output"][-4000:]

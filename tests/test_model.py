@@ -1,4 +1,4 @@
-"""The transformer: the cache, ragged rows and chunks change nothing but the time."""
+"""The transformer: the results do not depend on the cache, on ragged rows or on chunks."""
 
 import re
 import threading
@@ -19,12 +19,12 @@ from npllama.ops import CupyOps, NumpyOps
 from npllama.weight_table import OF_LAYER
 
 F16 = np.dtype("float16")
-CLOSE = 1e-5  # of the largest logit
+CLOSE = 1e-5  # relative to the largest logit
 IDS = [1, 100, 7, 259, 3, 42, 42, 8, 200, 11, 12]
 
 
 def assert_same(got, want):
-    """Within CLOSE of the largest, and the greedy choice the same where two do not nearly tie."""
+    """Logits agree within CLOSE. Greedy choices agree unless two logits are nearly equal."""
     assert got.shape == want.shape
     assert np.abs(got - want).max() <= CLOSE * np.abs(want).max()
     second, first = np.sort(want, axis=-1)[..., -2:].reshape(-1, 2).T
@@ -105,7 +105,7 @@ def test_the_last_layer_and_the_head_run_on_the_last_positions_alone(
         *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 1), ("head", 1),
         *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 3), ("head", 3),
         *[("feed_forward", 5)] * n_layers, ("head", 5),
-        *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 1),  # no array is empty
+        *[("feed_forward", 5)] * (n_layers - 1), ("feed_forward", 1),  # 1, not 0: no empty arrays
     ]  # fmt: skip
     assert [x.shape for x in logits.values()] == [(1, n, TINY.vocab_size) for n in (1, 3, 5, 0)]
     for n in (1, 3):
@@ -121,7 +121,8 @@ def test_more_last_positions_than_there_are_are_refused(llama, to_device, n_last
 
 
 def test_prefill_memory_grows_with_the_context_not_its_square():
-    """The scores of one chunk at a time: peak memory at twice the context is about twice."""
+    """Only the scores of one chunk are in memory, so twice the context needs about twice the
+    memory."""
     import tracemalloc
 
     from npllama.initialization import random_parameters
@@ -140,7 +141,7 @@ def test_prefill_memory_grows_with_the_context_not_its_square():
 
     largest = peak(8192)
     assert largest < 3 * peak(2048) + 1_000_000
-    assert largest < 8192 * 8192  # bytes: far below the square of the context
+    assert largest < 8192 * 8192  # in bytes: far less than the square of the context
 
 
 def test_logits_are_a_float32_numpy_array(llama):
@@ -211,11 +212,12 @@ def test_bad_ids_are_refused_on_the_host(llama, ids, message):
             call(ids)
 
 
-# -- a shard's own sizes
+# -- sizes of a shard
 
 
 def half_of(parameters, i):
-    """Half of each layer's heads and of its ffn width; embedding, norms and head are whole."""
+    """Half of the heads and of the ffn width of each layer. Embedding, norms and head are not
+    split."""
 
     def half(w, axis):
         n = w.shape[axis] // 2
@@ -236,7 +238,8 @@ def half_of(parameters, i):
 
 @pytest.mark.parametrize("where", ["numpy", "strict"])
 def test_two_shards_are_the_model_with_nothing_but_all_reduce_between_them(where):
-    """Each has the config of the whole, and takes its numbers of heads from its weights."""
+    """Each shard has the config of the whole model, and takes its numbers of heads from its
+    weights."""
     config = LlamaConfig(20, 2, 4, 2, 12, 260, 64, head_dim=6)
     whole = make_llama(make_ops(where), config)
     together, partial = threading.Barrier(2, timeout=20), [None, None]
@@ -248,11 +251,11 @@ def test_two_shards_are_the_model_with_nothing_but_all_reduce_between_them(where
             partial[i] = ops.backend.to_host(x).copy()
             together.wait()
             total = partial[0] + partial[1]
-            together.wait()  # before the next partial sum takes this one's place
+            together.wait()  # before the next partial sum overwrites this one
             return ops.backend.to_device(total)
 
         ops.all_reduce = all_reduce
-        ops.forward_context = lambda _n_rows: nullcontext()  # as in a process of its own: no turns
+        ops.forward_context = lambda _n_rows: nullcontext()  # no turns, as in a separate process
         parameters = half_of(whole.parameters, i)
         parameters = replace(parameters, layers=tuple(map(ops.prepare, parameters.layers)))
         llama = Llama(config, parameters, ops)

@@ -1,4 +1,5 @@
-"""What is given in place of a model is named, with what to do: by load, generate and convert.py."""
+"""Errors for paths that are not models, from load, generate and convert.py. Each one names what was
+found, and what to do."""
 
 import json
 import os
@@ -26,7 +27,7 @@ SNAPSHOT = "snapshots/0123abc"
 
 @pytest.fixture
 def lines(tmp_path, capsys):
-    """The lines with which load, generate --model and convert.py refuse a path, without it."""
+    """The error messages of load, generate --model and convert.py for a path, without the path."""
 
     def refuse(path, *more):
         given = str(path)
@@ -49,7 +50,7 @@ def model(tmp_path):
     return write_model(tmp_path / "model", TINY)
 
 
-# -- a file's content is another
+# -- files with other contents
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
@@ -109,7 +110,7 @@ def test_half_a_download_is_named(model, lines, name):
         assert "get the file again" in line or "expected the tokenizer.model" in line
 
 
-# -- a directory is another
+# -- directories with other contents
 
 
 def test_an_adapter_is_named(tmp_path, model, lines):
@@ -176,7 +177,7 @@ def test_an_unfinished_download_is_named(tmp_path, lines, folder):
     model = write_model(tmp_path / "model", TINY, shards=2)
     (model / folder).mkdir(parents=True, exist_ok=True)
     (model / folder / "Kx3.4d7a2146.incomplete").touch()
-    assert load(model, backend="numpy").config == TINY  # of something else
+    assert load(model, backend="numpy").config == TINY  # an unrelated incomplete download
     (model / SHARD).unlink()
     for line in lines(model):
         assert f"{SHARD} is missing" in line and "4d7a2146.incomplete is an unfinished" in line
@@ -198,7 +199,7 @@ def test_a_file_of_llama2cs_is_named(tmp_path, lines, name):
     loading, converting = lines(tmp_path)
     assert f"holds {name}" in loading and f"npllama convert {tmp_path / name} DEST" in loading
     assert converting.endswith(f"give that file, {tmp_path / name}")
-    loading, _ = lines(tmp_path / name)  # truncated, says the converter
+    loading, _ = lines(tmp_path / name)  # the converter reports a truncated file
     assert f"npllama convert {tmp_path / name} DEST" in loading
 
 
@@ -216,7 +217,7 @@ def test_a_model_in_a_folder_of_the_given_one_is_named(tmp_path, model, lines):
     assert lines(tmp_path) == (line, line)
 
 
-# -- a path is empty, is a file, or is not there
+# -- paths that are empty, files or missing
 
 
 def test_an_empty_path_is_not_the_current_directory(model, tmp_path, monkeypatch, capsys):
@@ -258,11 +259,11 @@ def test_a_name_on_the_hub_is_named_with_the_command_that_downloads_it(
     begin = f"{given} does not exist; if it is a repository on the hub: {download}"
     assert loading == f'{begin} --exclude "*.bin"; then give --model Llama-2-7b-hf'
     assert converting == f"{begin}; then convert Llama-2-7b-hf"
-    for same in (Path(given), f"{given}/"):  # perplexity.py gives a Path
+    for same in (Path(given), f"{given}/"):  # perplexity.py passes a Path
         with pytest.raises(InputError) as error:
             load(same)
         assert str(error.value).startswith(given + ("/ " if same == f"{given}/" else " "))
-    (tmp_path / "meta-llama").mkdir()  # a folder of the user's own
+    (tmp_path / "meta-llama").mkdir()  # a folder of the user
     if given.startswith("meta"):
         assert not any("hf download" in line for line in lines(given))
 

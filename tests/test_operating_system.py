@@ -1,4 +1,5 @@
-"""What the operating system says, held to what is known of this process and its children."""
+"""Values from the operating system, compared with known facts about this process and its
+children."""
 
 import mmap
 import os
@@ -36,10 +37,10 @@ def test_free_memory_is_above_zero_and_within_what_is_installed():
 
 
 def test_peak_memory_counts_what_was_touched():
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_bytes()
     size = 60 * MB
-    array = np.frombuffer(mmap.mmap(-1, size), dtype="uint8")  # memory that nobody has had before
+    array = np.frombuffer(mmap.mmap(-1, size), dtype="uint8")  # memory never used before
     assert peak_bytes() < before + 0.1 * size
     array[:] = 1
     assert before + 0.9 * size < peak_bytes() < before + 1.2 * size
@@ -74,13 +75,13 @@ def test_memory_is_summed_over_processes_and_shared_pages_count_once(tmp_path):
             more = resident_bytes() - before
             of_child = resident_bytes(child.pid)
             child.stdin.close()
-    assert 126 * mb < more < 160 * mb  # 64 of its own, 64 of both, and an interpreter
-    assert 94 * mb < of_child < 128 * mb  # half of what it shares
+    assert 126 * mb < more < 160 * mb  # 64 of its own, 64 shared, and an interpreter
+    assert 94 * mb < of_child < 128 * mb  # half of the shared memory counts
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with so much memory available, and these files of a control group."""
+    """A machine with the given available memory and control group files."""
     monkeypatch.setattr(operating_system, "Path", lambda path: tmp_path / str(path).lstrip("/"))
 
     def write(available, **files):
@@ -125,10 +126,10 @@ AVAILABLE = 800 * MB
     ("limit", "used", "cached", "free"),
     [
         (1000 * MB, 600 * MB, 0, 400 * MB),
-        (1000 * MB, 600 * MB, 100 * MB, 500 * MB),  # page cache is given back when asked for
+        (1000 * MB, 600 * MB, 100 * MB, 500 * MB),  # page cache can be freed
         (1000 * MB, 1001 * MB, 0, 0),
         (64_000 * MB, 600 * MB, 0, AVAILABLE),
-        (9223372036854771712, 600 * MB, 0, AVAILABLE),  # how version 1 writes "no limit"
+        (9223372036854771712, 600 * MB, 0, AVAILABLE),  # "no limit" in version 1
     ],
 )
 def test_free_memory_is_the_least_of_the_machines_and_the_control_groups(
@@ -207,7 +208,7 @@ def test_busy_seconds_are_those_of_the_allowed_cores_without_what_is_idle(monkey
         for i in range(3)
     ]
     monkeypatch.setattr(psutil, "cpu_times", lambda percpu: times)
-    for cores, seconds in (([0], 6), ([0, 2], 606), ([1, 9], 60)):  # it may not list all
+    for cores, seconds in (([0], 6), ([0, 2], 606), ([1, 9], 60)):  # core 9 is not listed
         monkeypatch.setattr(operating_system, "allowed_cores", lambda cores=cores: cores)
         assert busy_seconds() == seconds
 

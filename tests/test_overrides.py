@@ -1,10 +1,10 @@
-"""No override without its twin: every method that a backend overrides, against the reference.
+"""Compares every method that a backend overrides with the reference.
 
-The truth is the reference in float64 on NumPy. Every override found in NumpyOps or CupyOps
-must be registered in GRIDS with a grid of inputs, or collection fails. Each grid runs on every
-implementation, the reference on each backend included, within the tolerance of (backend, dtype).
-One test runs a whole grid and names the cases that differ: a test for each of the thousands of
-cases took longer to set up than to compute.
+The expected results are those of the reference in float64 on NumPy. Each override in NumpyOps and
+CupyOps must have a grid of inputs in GRIDS, or collection fails. Each grid runs on every
+implementation, including the reference on each backend, with the tolerance of its backend and
+dtype. One test runs a whole grid and reports the cases that differ, because a separate test for
+each of the thousands of cases would take longer to set up than to compute.
 """
 
 import functools
@@ -33,7 +33,7 @@ from strict_array import StrictBackend
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 FORMATS = ("float32", "float16", "bfloat16", "int8")
-# Largest difference as a fraction of the largest value, the table that tools/equivalence.py has.
+# The largest difference as a fraction of the largest value, from the table of tools/equivalence.py.
 TOLERANCE = {
     (backend, dtype + rows): tolerance(backend, dtype, "q-k-v", phase)
     for backend in ("numpy", "cupy")
@@ -41,23 +41,24 @@ TOLERANCE = {
     for rows, phase in (("", "decode"), (", many rows", "prompt"))
 }
 WIDE = 70_000
-"""A width beyond any model's: cuBLAS adds so many products with more rounding in float32."""
+"""A width larger than that of any model. cuBLAS has larger float32 rounding errors here."""
 T = (1, 2, 8, 9, 33)
 S = (0, 1, 600)
 B = (1, 3)
 G = (1, 2, 8)
 KERNEL_B = (1, 3, 8, 9)
-"""Rows of one token each: the kernels take up to 8."""
+"""Numbers of rows with one token each. The kernels support up to 8."""
 
 
 @functools.cache
 def linear_rows(width):
-    """The most rows that a case of linear has: to draw these anew takes longer than a product."""
+    """The most rows that a case of linear uses. They are cached, because generating them takes
+    longer than computing a product."""
     return np.random.default_rng(1).standard_normal((max(B), max(T), width), dtype="float32")
 
 
 def linear_grid():
-    """(dtype, label, call): widths around the tile, odd output counts."""
+    """Yield (dtype, label, call) for widths around the tile size and odd numbers of outputs."""
     for dtype, shape in itertools.product(
         ("float32", "float16", "bfloat16", "int8"), ((5, 7), (600, 1000), (11, WIDE))
     ):
@@ -79,7 +80,8 @@ def linear_grid():
 
 
 def attention_grid():
-    """Every T, S and G, with room for all heads at once, for one, and for less than one."""
+    """Every T, S and G, with workspace for all heads at once, for one head, and for less than
+    one."""
     for t, s, g, room in itertools.product(T, S, G, ("all", "one", "none")):
         rng = np.random.default_rng(0)
         n_kv_heads, head_dim = (3, 6) if room == "all" else (1, 20)
@@ -107,7 +109,8 @@ def attention_weights_grid():
 
 
 def elementwise_grid(name, n_inputs):
-    """`name` of `n_inputs` arrays (B, T, F), some numbers far out; several outputs are stacked."""
+    """`name` on `n_inputs` arrays (B, T, F) with some large elements. Several outputs are
+    stacked."""
 
     def grid():
         for b, t in itertools.product(B, T):
@@ -125,7 +128,7 @@ def elementwise_grid(name, n_inputs):
 
 
 def embedding_backward_grid():
-    """Few tokens for many places, many tokens for few."""
+    """Few tokens for a large vocabulary, and many tokens for a small one."""
     for b, t, n_vocab in itertools.product(B, T, (2, 5, 300)):
         rng = np.random.default_rng(0)
         dx = rng.standard_normal((b, t, 6), dtype="float32")
@@ -152,7 +155,7 @@ def rms_norm_grid():
 
 
 def rope_grid():
-    """Also heads that are some of a larger array's, as in a joint product."""
+    """Includes views of some heads of a larger array, as in a joint product."""
     for b, t, n_heads, order in itertools.product(B, T, (1, 5), "CF"):
         rng = np.random.default_rng(0)
         x = rng.standard_normal((b, t, n_heads + 2, 6), dtype="float32")
@@ -169,7 +172,8 @@ def rope_grid():
 def make_layer(
     ops, wide, move, dtype, n_heads, n_kv_heads, head_dim=6, ffn_dim=11, apart=False, dim=None
 ):
-    """A layer whose q, k, v and gate, up lie side by side, or all apart."""
+    """A layer in which q, k, v and gate, up are contiguous, or in which all matrices are
+    separate."""
     rng = np.random.default_rng(1)
     q, kv = n_heads * head_dim, n_kv_heads * head_dim
     dim = dim or q
@@ -196,8 +200,10 @@ def make_layer(
 
 
 def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6, storage=None):
-    """A cache of one layer with starts[b] positions of random keys and values in row b, in the
-    dtype that `ops` keeps beside weights in `storage`, or else in x's."""
+    """A cache of one layer with starts[b] positions of random keys and values in row b.
+
+    Its dtype is the cache dtype of `ops` for weights in `storage`, or else the dtype of x.
+    """
     rng = np.random.default_rng(2)
     context = max(starts) + n_new
     dtype = table_dtype = wide(np.zeros(1, dtype="float32")).dtype
@@ -224,8 +230,11 @@ def make_cache(ops, wide, move, starts, n_new, n_heads, n_kv_heads, head_dim=6, 
 
 
 def attention_block_grid():
-    """Output, keys and values; ragged rows; prompts short and long enough to be cut up; all
-    tokens' outputs, and the last ones' alone; heads as wide together as the stream, and not."""
+    """Output, keys and values of ragged rows.
+
+    Covers short prompts and prompts that are divided into chunks; outputs for all tokens and for
+    the last ones; and heads whose total width is that of the residual stream, or another.
+    """
     for t, s, b, g in itertools.product((*T, 130, 200), S, B, G):
         rng = np.random.default_rng(0)
         n_kv_heads = 2 if g < 8 else 1
@@ -250,11 +259,12 @@ def attention_block_grid():
 
 
 def attention_block_kernel_grid():
-    """One new token in each row, in shapes that the kernels of a GPU take: every format, number of
-    rows and head width; more rows than they take, and a format's chunk too few."""
+    """One new token per row in shapes that the GPU kernels support, with every format, number of
+    rows and head width. Also shapes that they do not support: more rows, and one chunk too few for
+    a format."""
     shapes = [(b, 2, 2, 32, 64) for b in KERNEL_B]
     shapes += [(3, n_heads, 1, width, 64) for n_heads, width in ((1, 16), (4, 64), (2, 128))]
-    shapes += [(1, 2, 1, 16, 56), (1, 2, 1, 20, 64)]  # 16 numbers do not divide D; 8 not C
+    shapes += [(1, 2, 1, 16, 56), (1, 2, 1, 20, 64)]  # D not divisible by 16; C not divisible by 8
     for dtype, (b, n_heads, n_kv_heads, head_dim, dim) in itertools.product(FORMATS, shapes):
         x = np.random.default_rng(0).standard_normal((b, 1, dim), dtype="float32")
 
@@ -265,18 +275,19 @@ def attention_block_kernel_grid():
             starts = [(17 * b) % 40 for b in range(len(x))]
             cache = make_cache(ops, wide, move, starts, 1, *heads, head_dim, storage=dtype)
             positions = cache.positions(1)
-            x = move(wide(x)) * 1  # an array call after the positions, as the embedding in a step
+            x = move(wide(x)) * 1  # an array operation, as the embedding in a step
             y = ops.attention_block(x, layer, cache.layers[0], positions)
             k, v = cache.layers[0].k, cache.layers[0].v
             return ops.xp.concatenate([a.astype(y.dtype).reshape(-1) for a in (y, k, v)])
 
-        # the keys and values beside int8 are float16
+        # for int8 weights, keys and values are float16
         rounded = "float16" if dtype == "int8" else dtype
         yield rounded, f"{dtype}-B{b}-H{n_heads}-K{n_kv_heads}-C{head_dim}-D{dim}", call
 
 
 def cached_attention_grid():
-    """Output, keys and values; ragged rows; all tokens' queries, and the last one's alone."""
+    """Output, keys and values of ragged rows, for the queries of all tokens and of only the last
+    one."""
     for t, s, b, g in itertools.product(T, S, B, G):
         rng = np.random.default_rng(0)
         q = rng.standard_normal((b, t, 2 * g, 6), dtype="float32")
@@ -295,7 +306,7 @@ def cached_attention_grid():
 
 
 def of_rows(dtype, n_rows, n_tokens=1):
-    """The dtype of TOLERANCE for so many rows and tokens of each."""
+    """The key of TOLERANCE for a number of rows, with n_tokens tokens each."""
     is_few = n_rows <= MAX_ROWS and n_tokens == 1
     return dtype if is_few or dtype != "int8" else "int8, many rows"
 
@@ -306,7 +317,7 @@ def feed_forward_grid():
 
 
 def feed_forward_kernel_grid():
-    """As attention_block_kernel_grid: D and F that the kernels take, and that they do not."""
+    """Like attention_block_kernel_grid, with D and F that the kernels support, and others."""
     shapes = [(b, 64, 48) for b in KERNEL_B] + [(3, 160, 16), (1, 72, 48), (1, 64, 33)]
     for dtype, (b, dim, ffn_dim) in itertools.product(FORMATS, shapes):
         x = np.random.default_rng(0).standard_normal((b, 1, dim), dtype="float32")
@@ -319,7 +330,7 @@ def feed_forward_kernel_grid():
 
 
 def head_grid():
-    """As feed_forward_kernel_grid, and several tokens a row."""
+    """Like feed_forward_kernel_grid, and also several tokens per row."""
     shapes = [(b, 1, 64, 40) for b in KERNEL_B]
     shapes += [(3, 1, 160, 7), (1, 1, 72, 40), (1, 1, 61, 40), (2, 3, 64, 40)]
     for dtype, (b, t, dim, n_vocab) in itertools.product(FORMATS, shapes):
@@ -368,7 +379,7 @@ def queries_keys_values_grid():
 
 
 def keep_top_p_grid():
-    """Flat and peaked, with equals; p from next to nothing to next to all."""
+    """Flat and peaked distributions with ties, and p from almost 0 to almost 1."""
     for b, n_vocab, p, sharpness in itertools.product(
         B, (1, 7, 1000), (1e-6, 0.5, 0.9, 1 - 1e-6), (0, 1, 8)
     ):
@@ -376,13 +387,13 @@ def keep_top_p_grid():
         logits = np.round(rng.standard_normal((b, n_vocab)), 1).astype("float32") * sharpness
 
         def call(ops, wide, move, logits=logits, p=p):
-            return ops.keep_top_p(move(logits), p)  # a threshold: what it keeps is as it was
+            return ops.keep_top_p(move(logits), p)  # logits, some of them removed
 
         yield "float32", f"B{b}-V{n_vocab}-p{p}-x{sharpness}", call
 
 
 def sample_grid():
-    """From one token left to all of them."""
+    """From only one possible token to all tokens."""
     for b, n_vocab, share in itertools.product(B, (1, 7, 1000), (0, 0.1, 1)):
         rng = np.random.default_rng(0)
         logits = rng.standard_normal((b, n_vocab), dtype="float32") * 3
@@ -400,7 +411,7 @@ def sample_grid():
 
 
 def next_token_grid():
-    """Greedy, plain, each filter and all of them; ids, and then their log-probabilities."""
+    """Greedy, without filters, with each filter and with all; returns ids and log-probabilities."""
     plain = {"temperature": 1.0, "top_p": 1.0}
     everything = {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
     one_each = [plain | {name: value} for name, value in everything.items()]
@@ -433,7 +444,7 @@ def embed_grid():
         yield "float32", f"B{b}-T{t}", call
 
 
-# The quickest first: a seeded mistake's run ends at the first that fails
+# Fast grids come first, because a run with a seeded mistake ends at the first failure.
 GRIDS = {
     "embed": embed_grid,
     "rms_norm": rms_norm_grid,
@@ -456,7 +467,7 @@ GRIDS = {
     "linear": linear_grid,
 }
 
-# Hooks that describe memory rather than compute; each has its own test where named.
+# Hooks that compute nothing. The comments name their tests.
 NOT_MATHEMATICS = {
     "attention_nbytes",  # test_memory.py
     "prefill_chunk",  # test_kernels_prompt.py
@@ -470,7 +481,7 @@ NOT_MATHEMATICS = {
 
 
 def own_names(cls):
-    """Public names of a class and of those of its bases that are not the reference's."""
+    """The public names of a class and its bases, except for those of the reference."""
     own = [base for base in cls.__mro__ if base not in Ops.__mro__]
     return {name for base in own for name in vars(base) if not name.startswith("_")}
 
@@ -488,12 +499,13 @@ def names_with_a_grid():
 
 
 TRUTHS = {}
-# For what is not NumPy's overrides: a second thread of BLAS would spin longer than it computes
+# For everything but NumPy's overrides: a second BLAS thread would wait longer than it computes.
 ONE_BLAS_THREAD = functools.partial(ThreadpoolController().limit, limits=1, user_api="blas")
 
 
 def cases(name, wanted=lambda _dtype, _label: True):
-    """(dtype, label, call, truth) for each case wanted; a truth is computed once for all tests."""
+    """Yield (dtype, label, call, truth) for the selected cases. Each truth is computed only once
+    for all tests."""
     for dtype, label, call in GRIDS[name]():
         if not wanted(dtype, label):
             continue
@@ -501,14 +513,14 @@ def cases(name, wanted=lambda _dtype, _label: True):
             with ONE_BLAS_THREAD():
                 wide = call(Ops(Backend()), lambda a: a.astype("float64"), lambda a: a)
             TRUTHS[name, label] = wide
-        print(label)  # of the last one, when a case raises
+        print(label)  # shows the label of a case that raises
         yield dtype, label, call, TRUTHS[name, label]
 
 
 def is_close(got, truth, tolerance):
     if got.shape != truth.shape or got.dtype != np.float32:
         return False
-    gone = np.isneginf(truth)  # where a filter of sampling has been
+    gone = np.isneginf(truth)  # removed by a filter
     if not np.array_equal(np.isneginf(got), gone):
         return False
     got, truth = np.where(gone, 0, got), np.where(gone, 0, truth)
@@ -534,8 +546,8 @@ def test_an_override_computes_what_the_reference_does(name, ops):
 
 @pytest.mark.parametrize("sharpness", [0, 1, 8])
 def test_top_p_next_to_1_keeps_what_the_reference_keeps(ops, rng, sharpness):
-    """But for tokens that float32 probabilities cannot tell from the boundary on a device, which
-    computes other last bits than NumPy."""
+    """The same tokens remain, except for those so close to the boundary that float32 rounding on
+    the device can change the result."""
     logits = np.round(rng.standard_normal((3, 1000)), 1).astype("float32") * sharpness
     p = 1 - 1e-7
     reference = Ops(Backend())
@@ -559,7 +571,7 @@ def test_with_one_thread_it_computes_the_same(name):
 
 @pytest.mark.parametrize("name", ["rms_norm", "rope", "swiglu", "feed_forward", "attention_block"])
 def test_in_many_chunks_it_computes_the_same(name, monkeypatch):
-    """Rows of the grid as many as are cut up, each chunk a few columns of them."""
+    """Cases with enough rows to be divided into chunks, which have only a few columns each."""
     monkeypatch.setattr("npllama.ops.chunks.MANY_ROWS", 30)
     monkeypatch.setattr("npllama.ops.chunks.CHUNK", 70)
     ops = NumpyOps(Backend(threads=Threads(2)))

@@ -1,4 +1,4 @@
-"""tools/perplexity.py against the logits it is made of."""
+"""tools/perplexity.py, compared with perplexities computed directly from logits."""
 
 import json
 import math
@@ -38,12 +38,12 @@ def test_a_text_is_scored_on_every_id_after_bos_and_all_its_bytes(llama):
 
 @pytest.mark.parametrize("n", [2, 64, 65, 66, 97, 98, 200])
 def test_past_the_context_each_id_is_scored_once_from_at_least_half_of_it(llama, n):
-    """TINY's context is 64: windows of 65 ids, each 32 on."""
+    """TINY's context is 64, so windows have 65 ids and start every 32 ids."""
     ids = np.random.default_rng(0).integers(3, 260, n).tolist()
     got = perplexity.nats(llama, ids)
     assert len(got) == n - 1
     assert np.abs(got[:64] - surprise(llama, ids[:65])).max() < 1e-4
-    for t in range(65, n, 7):  # its window is the first that reaches it
+    for t in range(65, n, 7):  # the first window that contains id t scores it
         begin = next(i for i in range(0, n, 32) if i + 65 > t)
         assert t - begin >= 32
         assert abs(got[t - 1] - surprise(llama, ids[begin : t + 1])[-1]) < 1e-4
@@ -59,7 +59,7 @@ def test_a_text_is_scored_after_bos_whatever_is_put_around_a_prompt(tmp_path):
 
 
 def test_even_odds_have_the_vocabulary_as_perplexity(llama):
-    llama.parameters.head.norm[:] = 0  # every logit is 0
+    llama.parameters.head.norm[:] = 0  # all logits become 0
     score = perplexity.score(llama, "abc")
     assert abs(score.perplexity - 260) < 1e-2
 

@@ -1,4 +1,4 @@
-"""The model on one page: the library is held to it, and it to transformers."""
+"""npllama.plain: the library agrees with it, and it agrees with transformers."""
 
 from dataclasses import replace
 
@@ -67,4 +67,4 @@ def test_wrong_input_is_one_line(capsys, options):
 
 def test_a_prompt_beyond_the_context_is_one_line(capsys):
     assert plain.main(["--prompt", "a cat " * 1000]) == 2
-    assert "expected at most 512 ids" in capsys.readouterr().err
+    assert "expected at most 512 tokens in the prompt" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""npllama and its programs by one word each, and Ctrl-C before they have begun."""
+"""npllama and the names of its programs, and Ctrl-C during startup."""
 
 import os
 import re
@@ -16,16 +16,16 @@ from npllama.__main__ import PROGRAMS, main, tools_folder
 
 
 def call(capsys, *words):
-    """Exit code, stdout, stderr of npllama in this process."""
+    """Run npllama in this process, and return the exit code, stdout and stderr."""
     try:
         code = main(words)
-    except SystemExit as end:  # argparse
+    except SystemExit as end:  # raised by argparse
         code = end.code
     said = capsys.readouterr()
     return code, said.out, said.err
 
 
-# -- what there is
+# -- the list of programs
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)])
@@ -65,7 +65,7 @@ def test_each_word_starts_a_program_whose_help_has_that_name(capsys, monkeypatch
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: npllama {word} ")
     alone = f"python tools/{word}.py"
-    if word in ("generate", "chat", "plain"):
+    if word in ("generate", "chat", "plain", "explore"):
         alone = f"python -m npllama.{word}"
     monkeypatch.setattr(sys, "argv", [f"/somewhere/{word}.py"])
     assert call(capsys, word, "--help")[1].startswith(f"usage: {alone} ")
@@ -111,7 +111,7 @@ def test_importing_the_package_is_quick_and_its_names_are_there():
     ids=["generate", "chat", "word", "tool"],
 )
 def test_ctrl_c_while_importing_ends_without_a_traceback(tmp_path, command):
-    """It comes while NumPy is imported, from a module that stands in front of it."""
+    """A module in place of NumPy sends the signal while it is imported."""
     (tmp_path / "numpy.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     )
@@ -125,7 +125,7 @@ def test_once_a_program_works_ctrl_c_is_its_own_again():
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     early_interrupt.handle_again()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    for chosen in (signal.SIG_IGN, lambda *_: None):  # nohup; somebody else's
+    for chosen in (signal.SIG_IGN, lambda *_: None):  # nohup, and a handler of another library
         signal.signal(signal.SIGINT, chosen)
         try:
             early_interrupt.end_at_once()
@@ -137,7 +137,8 @@ def test_once_a_program_works_ctrl_c_is_its_own_again():
 
 
 def test_a_program_that_works_hears_ctrl_c(capsys, monkeypatch, tmp_path):
-    """The word's own ending is undone before the program's work: exit code 130, one line."""
+    """A program restores the normal handling of Ctrl-C before it starts its work, so it ends with
+    exit code 130 and one line."""
     model = str(write_model(tmp_path / "model", TINY))
     text = tmp_path / "text.txt"
     text.write_text("Once")

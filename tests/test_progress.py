@@ -1,4 +1,4 @@
-"""Progress: what loading, reading and scoring tell a listener, and what a terminal shows."""
+"""Progress: the reports of loading, reading and scoring, and the line on a terminal."""
 
 import io
 import sys
@@ -20,14 +20,15 @@ from training.run import WorkerThreads
 
 @pytest.fixture
 def told():
-    """(what, done, total, is over) each time that a listener is called."""
+    """All calls of a listener: (what, done, total, is over)."""
     calls = []
     with on_progress(lambda w: calls.append((w.what, w.done, w.total, w.is_over))):
         yield calls
 
 
 def check(calls, what):
-    """One work, from nothing to all of it, in steps of which none is undone; how many steps."""
+    """Check that the calls report one work from 0 to its total without going back. Returns the
+    number of steps."""
     assert {(name, total) for name, _done, total, _over in calls} == {(what, calls[0][2])}
     done = [call[1] for call in calls]
     assert done[0] == 0 and done[-1] == calls[0][2] > 0
@@ -36,7 +37,7 @@ def check(calls, what):
     return len(set(done)) - 1
 
 
-# -- who tells what
+# -- which functions report progress
 
 
 def test_nothing_is_told_where_nobody_listens(tmp_path, capsys):
@@ -59,7 +60,7 @@ def test_a_prompt_tells_of_every_layer_of_every_chunk(told):
     llama.prefill([1] * 25, cache, chunk=10)
     assert check(told, "reading the prompt") == 3 * TINY.n_layers
     told.clear()
-    llama.forward(llama.to_tokens([1])[None], cache)  # a step of decoding is no work
+    llama.forward(llama.to_tokens([1])[None], cache)  # decode steps report nothing
     assert told == []
 
 
@@ -72,13 +73,14 @@ def test_prompts_of_a_batch_are_one_work(told):
 
 @pytest.mark.parametrize("prompts", [[[1] * 20, [1] * 5, [1] * 30, [1, 2]], [[1], [1, 2], [1] * 9]])
 def test_of_prompts_that_join_later_nothing_is_told(told, prompts):
-    """They are read where there is text already, which no line is to be drawn over."""
+    """Prompts that join later are read while text is on the terminal, which a progress line would
+    overwrite."""
     llama = make_llama(make_ops("numpy"))
     llama.generate_batch(prompts, max_new_tokens=3, batch_size=2, ignore_eos=True)
     assert check(told, "reading the prompt") == 2 * TINY.n_layers
     assert told[0][2] == sum(map(len, prompts[:2])) * TINY.n_layers
     told.clear()
-    llama.prefill([1] * 4, llama.new_cache())  # the listener is back
+    llama.prefill([1] * 4, llama.new_cache())  # the listener is called again
     assert check(told, "reading the prompt") > 0
 
 
@@ -93,7 +95,8 @@ def test_what_a_cache_holds_is_not_counted(told):
 
 
 def test_a_long_text_tells_of_its_windows(told):
-    """TINY's context is 64: windows of 65 ids, each 32 on; several chunks in each."""
+    """TINY's context is 64, so windows have 65 ids and start every 32 ids, with several chunks
+    each."""
     llama = make_llama(make_ops("numpy"))
     perplexity.nats(llama, [1] * 200)
     assert check(told, "scoring the text") == 6 * TINY.n_layers
@@ -103,7 +106,7 @@ def test_a_long_text_tells_of_its_windows(told):
     assert check(told, "scoring the text") > 6 * TINY.n_layers
     total = told[0][2]
     told.clear()
-    with WorkerThreads(2) as workers:  # whose threads nobody listens in
+    with WorkerThreads(2) as workers:  # the listener does not apply to other threads
         perplexity.score_texts(llama, texts, workers.map)
     assert check(told, "scoring the text") == 3
     assert told[0][2] == total
@@ -123,7 +126,7 @@ def test_work_that_fails_is_over(told, monkeypatch):
     with pytest.raises(MemoryError):
         llama.prefill([1] * 20, llama.new_cache())
     assert [call[1:] for call in told][-2:] == [(20, 20 * TINY.n_layers, x) for x in (False, True)]
-    with pytest.raises(InputError), work("other work", 5):  # it is no part of the one that failed
+    with pytest.raises(InputError), work("other work", 5):  # separate from the failed work
         advance(2)
         raise InputError("")
     assert told[-1] == ("other work", 2, 5, True)
@@ -133,7 +136,7 @@ def test_listeners_are_of_their_context(told):
     inner = []
     with on_progress(lambda w: inner.append(w.done)), work("a", 3):
         advance(2)
-        advance(2)  # more than there was said to be
+        advance(2)  # more than the announced total
     assert (inner, told) == ([0, 2, 3, 3], [])
     with work("b", 1):
         pass
@@ -144,7 +147,7 @@ def test_listeners_are_of_their_context(told):
 
 
 class Terminal(io.StringIO):
-    """What a terminal of one line shows."""
+    """A terminal that shows one line."""
 
     def isatty(self):
         return True
@@ -167,7 +170,7 @@ class Clock:
 
 @pytest.fixture
 def line():
-    """A terminal, and a clock that the test moves."""
+    """A terminal, and a clock that the test controls."""
     terminal, clock = Terminal(), Clock()
     with progress_shown("npllama", terminal, clock):
         yield terminal, clock
@@ -186,7 +189,7 @@ def test_a_line_with_the_time_left_after_two_seconds(line):
         before = terminal.getvalue()
         clock.now += 0.1
         advance(100)
-        assert terminal.getvalue() == before  # too soon for another
+        assert terminal.getvalue() == before  # too early for an update
         clock.now += 7.9
         advance(200)
         assert terminal.shown == "npllama: reading the prompt, 50%, 00:10 left"
@@ -259,8 +262,11 @@ def test_a_terminal_that_is_gone_ends_nothing():
 
 @pytest.fixture
 def slow(monkeypatch):
-    """A function that makes standard error a terminal, and each look at the clock a second later
-    than the last. (pytest replaces the streams once more after the fixtures.)"""
+    """A function that makes stderr a terminal whose progress line uses a clock that advances one
+    second per call.
+
+    It is a function because pytest replaces the streams again after the fixtures.
+    """
     terminal, clock = Terminal(), Clock()
 
     class Ticking(ProgressLine):
@@ -287,7 +293,7 @@ def model(tmp_path):
 
 
 def test_the_command_line_shows_loading_and_reading_and_then_the_text(model, slow):
-    """Text and progress share a terminal: nothing of the text is there to be overwritten."""
+    """Text and progress share a terminal, so all progress lines must come before the text."""
     terminal = slow("stdout")
     prompt = "a" * 40
     args = ["--model", model, "--backend", "numpy", "--dtype", "int8", "--prompt", prompt]
@@ -310,7 +316,7 @@ def test_a_batch_has_its_own_line_once_its_prompts_are_read(model, slow, tmp_pat
     reading, batch = terminal.getvalue().split("/3 [", 1)
     assert "\rnpllama: reading the prompt, " in reading
     *_, erased, _, _ = reading.split("\r")
-    assert erased.isspace()  # the one line is gone before the other begins
+    assert erased.isspace()  # the line is erased before the text starts
     assert "npllama" not in batch
 
 

@@ -1,4 +1,4 @@
-"""int8 weights: the scheme, and what it costs in logits and in perplexity."""
+"""int8 weights: the scheme, and its effect on logits and perplexity."""
 
 import re
 
@@ -70,7 +70,8 @@ def stories260k(tmp_path, dtype):
 
 
 def compared(exact, narrow, n_stories):
-    """(perplexity of each model, largest error of a logit as a fraction of its story's largest)."""
+    """The perplexity of each model, and the largest error of a logit relative to the largest of its
+    story."""
     text = data_file("stories/valid.txt").read_text(encoding="utf-8")
     nats, n_tokens, worst = np.zeros(2), 0, 0.0
     for story in text.split("<|endoftext|>")[:n_stories]:

@@ -52,6 +52,25 @@ def test_the_tools_are_named_once():
     assert names_in_the_tree(TOOLS) == files
 
 
+def test_the_picture_is_drawn_by_the_function_of_the_explaining_page():
+    from npllama.config import LLAMA_2
+    from npllama.explore.figures.overview import pipeline
+
+    c = LLAMA_2["7B"]
+    drawn = pipeline(
+        vocab_size=c.vocab_size,
+        dim=c.dim,
+        n_layers=c.n_layers,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        ffn_dim=c.ffn_dim,
+        n_tokens=6,
+        name="LLaMA-2 7B",
+    ).svg
+    assert (ROOT / "npllama" / "explore" / "pipeline.svg").read_text("utf-8") == drawn + "\n"
+
+
 def test_the_readme_is_short():
     assert len(README.encode()) <= 12 * 1024
 

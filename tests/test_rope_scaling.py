@@ -1,4 +1,5 @@
-"""RoPE for long contexts: frequencies and logits of transformers, every spelling, one table.
+"""RoPE for long contexts: frequencies and logits against transformers, all spellings of the config,
+and one table for all uses.
 
 tools/make_reference.py rope wrote the fixtures.
 """
@@ -37,7 +38,7 @@ SCALINGS = {
 }
 
 
-# -- what transformers computes
+# -- results of transformers
 
 
 def test_every_kind_has_a_fixture():
@@ -52,7 +53,7 @@ def test_rope_frequencies_equal_those_of_transformers(ops, to_host, name):
     frequencies, attention_scaling = ops.rope_frequencies(config, n_tokens)
     got, truth = to_host(frequencies), EXPECTED[f"frequencies/{name}"]
     assert got.dtype == np.float64
-    assert np.abs(got / truth - 1).max() < 2e-6  # float32 there
+    assert np.abs(got / truth - 1).max() < 2e-6  # transformers computes them in float32
     assert abs(attention_scaling / EXPECTED[f"attention_scaling/{name}"] - 1) < 1e-12
 
 
@@ -76,11 +77,11 @@ def test_the_fixtures_tell_the_scalings_apart():
             assert np.abs(one - other).max() > 0.01 * np.abs(one).max()
 
 
-# -- every spelling
+# -- spellings
 
 
 def spellings(fields):
-    """The same config in each way to write it."""
+    """The config in every spelling."""
     fields = dict(fields)
     rope = {**fields.pop("rope_scaling", {}), **fields.pop("rope_parameters", {})}
     kind = rope.pop("rope_type", None) or rope.pop("type", None)
@@ -96,7 +97,7 @@ def spellings(fields):
         original = rope.pop("original_max_position_embeddings")
         rope |= {"type": kind, "rope_theta": theta}
         yield fields | {"original_max_position_embeddings": original, "rope_scaling": rope}
-        wrong = rope | {"original_max_position_embeddings": 7}  # outside comes first
+        wrong = rope | {"original_max_position_embeddings": 7}  # the outer field takes precedence
         yield fields | {"original_max_position_embeddings": original, "rope_scaling": wrong}
 
 
@@ -134,7 +135,7 @@ def test_a_scaling_made_in_python_is_checked(kind, factor):
         RopeScaling(kind, factor)
 
 
-# -- which context
+# -- context length
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_a_scaling_made_in_python_is_checked(kind, factor):
     ],
 )
 def test_the_context_of_published_checkpoints_is_found(name, context, longest):
-    for without in ((), ("max_sequence_length",)):  # Vicuna's first revision had none
+    for without in ((), ("max_sequence_length",)):  # not in Vicuna's first revision
         fields = {key: value for key, value in CONFIGS[name].items() if key not in without}
         config = LlamaConfig.from_hf(fields)
         assert (config.context_length, config.longest_context) == (context, longest)
@@ -169,7 +170,7 @@ def test_max_sequence_length_says_less_than_the_factor_would():
     assert LlamaConfig.from_hf(TINY.to_hf() | {"max_sequence_length": 100}) == TINY
 
 
-# -- one table
+# -- one rope table
 
 
 def scaled_llama(ops, kind, context):
@@ -179,18 +180,19 @@ def scaled_llama(ops, kind, context):
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn"])
 def test_chunks_decode_and_batch_agree_with_the_whole_text(ops, to_host, kind, rng):
-    """Past the context before the scaling, where the base of dynamic would follow the text."""
+    """The texts are longer than the original context. The base of "dynamic" depends on the context
+    of the model, and not on the length of a text."""
     llama = scaled_llama(ops, kind, context=40)
     texts = [rng.integers(3, 260, n).tolist() for n in (40, 23)]
     truth = [llama.logits(ids) for ids in texts]
     tolerance = 2e-5 * np.abs(truth[0]).max()
-    for n in (40, 23, 9):  # what a text begins with has the logits of the text
+    for n in (40, 23, 9):  # a prefix has the logits of the whole text
         assert np.abs(llama.logits(texts[0][:n]) - truth[0][:n]).max() < tolerance
     cache = llama.new_cache(batch=2)
     for row, (ids, chunk) in enumerate(zip(texts, (7, 64), strict=True)):
         got = to_host(llama.prefill(ids[: len(ids) - 6], cache, row, chunk))
         assert np.abs(got[0] - truth[row][len(ids) - 7]).max() < tolerance
-    for i in range(-6, 0):  # both rows, each at a position of its own
+    for i in range(-6, 0):  # both rows, at different positions
         tokens = ops.backend.to_device(np.array([[ids[i]] for ids in texts], dtype="int32"))
         got = to_host(llama.forward(tokens, cache))[:, 0]
         for row in range(2):
@@ -317,7 +319,7 @@ def test_the_option_with_llama3_says_what_is_missing(tmp_path):
 
 
 def context_line(capsys, model, *options):
-    """The row of --stats."""
+    """The value of "context" in the output of --stats."""
     arguments = ["--model", str(model), "--prompt", "a", "--max-new-tokens", "1", "--stats"]
     assert generate.main([*arguments, *options]) == 0
     lines = capsys.readouterr().err.splitlines()
@@ -338,7 +340,7 @@ def test_stats_show_the_context_and_the_scaling(tmp_path, capsys):
 
 def test_a_full_context_says_that_the_scaling_makes_more(tmp_path, capsys):
     model = str(write_model(tmp_path, TINY, rope_scaling={"type": "dynamic", "factor": 2.0}))
-    for context, larger in (("64", True), ("128", False)):  # BOS, the space, then a byte a token
+    for context, larger in (("64", True), ("128", False)):  # BOS, the space, and one byte per token
         prompt = "a" * (int(context) - 2)
         assert generate.main(["--model", model, "--prompt", prompt, "--context", context]) == 0
         line = capsys.readouterr().err
@@ -362,7 +364,8 @@ def test_refusals_are_one_line(tmp_path, capsys):
     assert "do not fit the context of 64: shorten the prompt, or give --context" in line
     assert "up to 128" in line
     assert "TYPE:FACTOR" in refused(capsys, generate.main, *asked, "--rope-scaling", "4")
-    assert "scales RoPE, which this page does not" in refused(capsys, plain.main, *asked)
+    line = refused(capsys, plain.main, *asked)
+    assert "uses RoPE scaling, which npllama.plain does not support" in line
 
 
 # -- conversion

@@ -1,4 +1,5 @@
-"""The reader of .safetensors files: its views, and one line for what the library refuses."""
+"""The reader of .safetensors files: its views, and one-line errors for whatever the library
+refuses."""
 
 import json
 import mmap
@@ -19,7 +20,7 @@ SHAPES = [(), (1,), (0,), (3, 0), (7,), (3, 5), (2, 3, 4)]
 
 
 def raw_file(path, header, data=b"", length=None):
-    """A file with this header, JSON or bytes as they are, that claims `length` bytes of it."""
+    """Write a file with this header, JSON or raw bytes, and with `length` as its stated length."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     length = len(header) if length is None else length
     path.write_bytes(struct.pack("<Q", length) + header + data)
@@ -32,7 +33,7 @@ def entry(begin, end, shape=None, dtype="F32"):
 
 
 def refused(path):
-    """The one line with which a file is refused, after its path."""
+    """The one-line message with which a file is refused, without the path."""
     with pytest.raises(WeightsError) as caught:
         SafetensorsFile(path)
     message = str(caught.value)
@@ -41,7 +42,7 @@ def refused(path):
 
 
 def damaged(path):
-    """The same of a damaged file, which says how long it is: what is wrong, after that."""
+    """The reason in the message for a damaged file, which also contains the file's size."""
     message = refused(path)
     match = re.fullmatch(
         r" is damaged or truncated \(it has (\d+) bytes; (.+)\): get the file again", message
@@ -52,7 +53,8 @@ def damaged(path):
 
 
 def refused_by_the_library(path):
-    """That the library refuses it too: the file is wrong, not only unusual."""
+    """Check that the safetensors library refuses the file too, so the file is invalid and not only
+    unusual."""
     with pytest.raises((safetensors.SafetensorError, ValueError)):
         safetensors.numpy.load_file(path)
 
@@ -64,14 +66,14 @@ def path(tmp_path):
 
 @pytest.fixture
 def written(path, rng):
-    """A file of three tensors and its bytes."""
+    """Write a file with three tensors, and return its bytes."""
     tensors = {"a": rng.random((2, 3)), "b.weight": rng.random(5), "c": rng.random(())}
     tensors = {name: np.asarray(array, dtype="float32") for name, array in tensors.items()}
     safetensors.numpy.save_file(tensors, path)
     return path.read_bytes()
 
 
-# -- agreement
+# -- agreement with the library
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -101,7 +103,7 @@ def test_one_file_may_mix_dtypes(path, rng):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_every_bit_pattern_survives(path, dtype):
     words = np.arange(2**16, dtype="uint16")
-    bits = np.concatenate([words, words]).view(dtype)  # as float32 too, with NaNs and infinities
+    bits = np.concatenate([words, words]).view(dtype)  # includes NaNs and infinities
     safetensors.numpy.save_file({"w": bits}, path)
     assert SafetensorsFile(path)["w"].tobytes() == bits.tobytes()
 
@@ -161,16 +163,16 @@ def test_a_tensor_outlives_its_file(path, written):
 
 
 def test_opening_a_large_file_reads_none_of_it(path):
-    size = 2**33  # more than a copy could take in the time, or perhaps hold
+    size = 2**33  # too large to copy
     header = json.dumps({"w": entry(0, size)}).encode()
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(header)) + header)
-        out.truncate(8 + len(header) + size)  # sparse: takes no room on the disk
+        out.truncate(8 + len(header) + size)  # a sparse file, which uses no disk space
     w = SafetensorsFile(path)["w"]
     assert w.shape == (2**31,) and w[-1] == 0
 
 
-# -- truncated and lengthened
+# -- truncated and extended files
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(path, written):
@@ -224,7 +226,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
     assert "directory" in refused(tmp_path)
 
 
-# -- lying headers
+# -- inconsistent headers
 
 NOT_A_HEADER = {
     "empty": b"",
@@ -246,7 +248,7 @@ def test_a_header_that_is_no_json_object_is_refused(path, header):
     refused_by_the_library(path)
 
 
-OTHER_DTYPES = {  # bytes of 8 numbers
+OTHER_DTYPES = {  # bytes of 8 elements
     "F64": 64,
     "I32": 32,
     "I64": 64,
@@ -397,7 +399,7 @@ def test_no_flipped_byte_of_the_header_raises_anything_else(path, written, rng):
             file = SafetensorsFile(path)
         except WeightsError as error:
             assert len(str(error).splitlines()) == 1
-        else:  # a name may have changed, or a byte become itself
+        else:  # a name may have changed, or the bytes are the same as before
             assert all(file[name].nbytes <= 24 for name in file.tensors)
 
 

@@ -1,4 +1,5 @@
-"""From logits to a token: each filter against its formula, their order, and the sample."""
+"""From logits to a token: each filter against its formula, the order of the filters, and
+sampling."""
 
 import itertools
 import math
@@ -19,7 +20,7 @@ def sampling(**changes):
     return Sampling(**(PLAIN | changes))
 
 
-# -- the formulas again, a row at a time, in float64
+# -- the formulas for one row, in float64
 
 
 def softmax(x):
@@ -45,7 +46,7 @@ def top_p(x, p):
     total, least = 0.0, math.inf
     for least in sorted(softmax(x), reverse=True):
         total += least
-        if total > p:  # this one crosses p, and is the last that stays
+        if total > p:  # the token that crosses p is the last one kept
             break
     return keep(x, softmax(x) >= least)
 
@@ -109,7 +110,7 @@ def test_repetition_penalty_moves_seen_tokens_alone(ops, to_device, to_host, rng
     truth = np.stack([penalize(*pair, penalty) for pair in zip(x, seen, strict=True)])
     assert np.array_equal(y, truth)
     if penalty > 1:
-        assert (y[seen] < x[seen]).all()  # less likely, whichever sign
+        assert (y[seen] < x[seen]).all()  # less likely, for both signs
     assert np.array_equal(y[~seen], x[~seen])
 
 
@@ -125,7 +126,7 @@ def test_where_a_sum_is_p_exactly_the_next_token_is_kept(
     ops, to_device, to_host, monkeypatch, p, n_kept
 ):
     probability = np.array([[0.5, 0.25, 0.125, 0.0625, 0.0625]], dtype="float32")
-    monkeypatch.setattr(ops, "softmax", lambda x: to_device(probability))  # no rounding
+    monkeypatch.setattr(ops, "softmax", lambda x: to_device(probability))  # without rounding
     x = to_device(np.log(probability))
     for at, kept in ((p, n_kept), (np.nextafter(p, 0), n_kept - 1 if p < 0.875 else 3)):
         y = to_host(ops.keep_top_p(x, float(at)))
@@ -148,16 +149,16 @@ def test_filters_accept_what_others_have_excluded(ops, to_device, to_host):
     x = to_device(np.array([[-math.inf, 1.0, 3.0, -math.inf, 2.0]]))
     for y in (ops.keep_top_k(x, 2), ops.keep_top_p(x, 0.8), ops.keep_min_p(x, 0.3)):
         assert np.flatnonzero(np.isfinite(to_host(y)[0])).tolist() == [2, 4]
-    assert np.isfinite(to_host(ops.keep_top_k(x, 4))).sum() == 3  # -inf is not brought back
+    assert np.isfinite(to_host(ops.keep_top_k(x, 4))).sum() == 3  # a logit of -inf stays excluded
 
 
-# -- all of it together
+# -- all filters together
 
 
 def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None, allowed=None):
     move, back = ops.backend.to_device, ops.backend.to_host
     allowed = None if allowed is None else move(allowed)
-    seen = None if seen is None else move(seen.copy())  # which is updated in place
+    seen = None if seen is None else move(seen.copy())  # next_token updates it in-place
     ids, log_probs = ops.next_token(move(x), move(uniform), parameters, seen, n_tokens, allowed)
     ids, log_probs = back(ids), back(log_probs)
     assert ids.dtype == np.int64 and log_probs.dtype == np.float32
@@ -166,7 +167,7 @@ def next_tokens(ops, x, uniform, parameters, seen=None, n_tokens=None, allowed=N
 
 
 def frequencies(ops, x, parameters, seen=None, n=4000, **kwargs):
-    """How often each token of one row of logits is sampled, by uniforms that leave no gap."""
+    """How often each token is sampled for evenly spaced uniform numbers."""
     many = np.repeat(x[None].astype("float32"), n, axis=0)
     seen = None if seen is None else np.repeat(seen[None], n, axis=0)
     uniform = (np.arange(n) + 0.5) / n
@@ -175,7 +176,7 @@ def frequencies(ops, x, parameters, seen=None, n=4000, **kwargs):
 
 
 def probabilities(x, order, parameters, seen):
-    """The distribution that results where the filters are applied in this order."""
+    """The distribution after applying the filters in this order."""
     step = {
         "repetition_penalty": lambda x: penalize(x, seen, parameters.repetition_penalty),
         "temperature": lambda x: x / parameters.temperature,
@@ -211,7 +212,7 @@ def test_filters_are_applied_in_the_published_order(ops, swapped, x, changes):
     order = [name for name in ORDER if name in swapped]
     truth = probabilities(x, order, parameters, seen)
     other = probabilities(x, order[::-1], parameters, seen)
-    assert np.abs(truth - other).max() > 0.05  # or this would show nothing
+    assert np.abs(truth - other).max() > 0.05  # the order matters for this input
     assert np.abs(frequencies(ops, x, parameters, seen) - truth).max() < 1e-3
 
 
@@ -247,7 +248,7 @@ def test_tokens_are_sampled_as_often_as_they_are_probable(ops, rng, changes):
     parameters = sampling(**changes)
     active = [name for name in ORDER if name in changes]
     sampled = frequencies(ops, x, parameters, seen, n=4000)
-    # of evenly spread uniforms, an interval holds its length's share but for one at either end
+    # with evenly spaced uniform numbers, the count of an interval is off by less than 1 at each end
     assert np.abs(sampled - probabilities(x, active, parameters, seen)).max() <= 1.5 / 4000
 
 
@@ -261,7 +262,7 @@ def test_the_likeliest_are_in_falling_order_and_equals_in_that_of_their_ids(
     ids, log_probs = map(to_host, ops.likeliest(to_device(logits), n))
     want = np.argsort(-logits, axis=-1, kind="stable")[:, :n]
     log_p = logits - np.log(np.exp(logits.astype("float64")).sum(-1, keepdims=True))
-    possible = np.take_along_axis(logits, want, axis=-1) > -np.inf  # of others any will do
+    possible = np.take_along_axis(logits, want, axis=-1) > -np.inf  # ids of others are arbitrary
     assert np.array_equal(ids[possible], want[possible])
     assert np.allclose(log_probs, np.take_along_axis(log_p, want, axis=-1), atol=1e-5)
     assert (ids.dtype, log_probs.dtype) == ("int64", "float32")
@@ -277,7 +278,7 @@ def test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_unif
 
 
 def test_a_large_vocabulary_is_summed_precisely_enough_to_sample_its_end(ops, to_device, to_host):
-    n = 30000  # equally likely: a sum in float32 would be many tokens off at the end
+    n = 30000  # with equal probabilities, a float32 sum would miss the end by many tokens
     wanted = np.array([0, 1, 14999, 29998, 29999])
     logits = to_device(np.zeros((len(wanted), n), dtype="float32"))
     assert to_host(ops.sample(logits, to_device((wanted + 0.5) / n))).tolist() == wanted.tolist()
@@ -298,7 +299,7 @@ def test_the_ends_of_the_uniforms_sample_no_excluded_token(ops, to_device, to_ho
 
 
 def test_a_sum_in_another_order_samples_no_excluded_token(ops, to_device, to_host, rng):
-    """A device sums in blocks: behind the last token that is left the sum may still grow."""
+    """A device sums in blocks, so rounding may increase the sum after the last remaining token."""
     x = (rng.standard_normal((100, 4000)) * 3).astype("float32")
     x[:, 0] = x[:, 2000:] = -math.inf
     ids = to_host(ops.sample(to_device(x), to_device(np.full(100, LARGEST_BELOW_1))))
@@ -306,7 +307,8 @@ def test_a_sum_in_another_order_samples_no_excluded_token(ops, to_device, to_hos
 
 
 def test_numpy_numbers_become_pythons():
-    """A NumPy float64 would widen float32 arrays, and CuPy's partition takes no NumPy integer."""
+    """A NumPy float64 would widen float32 arrays, and CuPy's partition does not accept NumPy
+    integers."""
     made = Sampling(np.float64(0.5), np.int32(3), np.float32(0.5), np.float64(0), np.int64(1))
     assert all(type(value) in (int, float) for value in vars(made).values())
 
@@ -317,7 +319,7 @@ def test_what_a_filter_drops_is_never_sampled(ops, rng, changes, uniform):
     x = rng.standard_normal((40, 53)).astype("float32")
     name, value = next(iter(changes.items()))
     allowed = np.isfinite(rows({"top_k": top_k, "top_p": top_p, "min_p": min_p}[name], x, value))
-    assert not allowed[:, [0, -1]].all()  # the ends are dropped in some rows
+    assert not allowed[:, [0, -1]].all()  # in some rows the first or last token is excluded
     ids, _ = next_tokens(ops, x, np.full(40, uniform), sampling(**changes))
     assert allowed[np.arange(40), ids].all()
 
@@ -353,7 +355,7 @@ def test_tiny_temperatures_are_greedy_and_overflow_nowhere(ops, rng, temperature
     x = (rng.standard_normal((20, 31)) * 30).astype("float32")
     x[0] += 10000
     x[1] = -np.linspace(0, 1, 31)
-    x[1, 7] = 0.001  # close to the next, and yet a thousand of the largest temperature away
+    x[1, 7] = 0.001  # differs from the next by 1000 times the largest temperature
     for uniform in (0.0, 0.5, LARGEST_BELOW_1):
         parameters = sampling(temperature=temperature, **changes)
         ids, log_probs = next_tokens(ops, x, np.full(20, uniform), parameters)
@@ -370,7 +372,7 @@ def test_a_huge_temperature_is_even(ops):
 def test_extreme_penalties_are_refused_or_overflow_nowhere(ops, penalty):
     x = np.array([[3.0, 0.0, 2.0, -1.0]], dtype="float32")
     seen = np.array([[True, True, False, True]])
-    likeliest = 2 if penalty > 1 else 0  # the one not seen, or the largest of the others
+    likeliest = 2 if penalty > 1 else 0  # the token not seen, or the largest of the others
     for temperature in (0.0, 1.0):
         try:
             parameters = sampling(temperature=temperature, repetition_penalty=penalty, top_k=1)
@@ -381,7 +383,7 @@ def test_extreme_penalties_are_refused_or_overflow_nowhere(ops, penalty):
         assert ids.tolist() == [likeliest] and np.isfinite(log_probs).all()
 
 
-# -- seen, n_tokens, log-probabilities
+# -- seen, n_tokens and log-probabilities
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -452,7 +454,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(ops, rng, changes):
 def test_ids_that_are_not_allowed_are_never_chosen_and_the_others_as_if_alone(ops, rng, changes):
     x = rng.standard_normal((30, 20)).astype("float32")
     allowed = np.arange(18) < 9
-    allowed[[12, 17]] = True  # holes lie between, padding rows behind
+    allowed[[12, 17]] = True  # gaps between allowed ids, and padding rows at the end
     x[:, 9:] += 20
     x[:, [12, 17]] -= 20
     x[0, [3, 17]] = 50
@@ -497,7 +499,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ops, rng):
         assert alone[0] == together[i]
 
 
-# -- what a user may ask
+# -- values of options
 
 
 def test_each_filter_of_the_table_is_a_method_of_ops(ops):
@@ -513,7 +515,7 @@ def test_a_filter_at_the_value_that_keeps_all_is_not_called(ops, monkeypatch, rn
     def refuse(*args):
         raise AssertionError("called")
 
-    monkeypatch.setattr("npllama.ops.cuda.sampling.fits", lambda *_: False)  # the array calls
+    monkeypatch.setattr("npllama.ops.cuda.sampling.fits", lambda *_: False)  # forces array calls
     for method in ("keep_top_k", "keep_top_p", "keep_min_p", "penalize_repetition"):
         monkeypatch.setattr(ops, method, refuse)
     x = rng.standard_normal((2, 7)).astype("float32")
@@ -524,7 +526,7 @@ def test_a_filter_at_the_value_that_keeps_all_is_not_called(ops, monkeypatch, rn
 
 
 def test_positions_of_the_options_stay_what_they_were():
-    """`Sampling(0.7, 40)` in somebody's program must mean the same in the next version."""
+    """`Sampling(0.7, 40)` in existing programs keeps its meaning."""
     names = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
     assert [field.name for field in fields(Sampling)][: len(names)] == names
 

@@ -1,4 +1,4 @@
-"""Learning rates against their formulas, written again for whole runs with NumPy."""
+"""Learning rates against their formulas, evaluated for whole runs with NumPy."""
 
 import numpy as np
 import pytest

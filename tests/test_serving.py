@@ -1,4 +1,4 @@
-"""Threads that share one model: each is answered as if it were alone."""
+"""Threads that share one model: each request has the same result as on its own."""
 
 import gc
 import threading
@@ -12,7 +12,7 @@ from npllama.errors import InputError, NumericalError, TokenizerError
 from npllama.llama import Llama
 from npllama.row import Row
 
-WAIT = 60  # seconds, after which a test fails rather than hangs
+WAIT = 60  # seconds until a test fails instead of waiting forever
 
 
 @pytest.fixture(params=["numpy", "strict-cupy"])
@@ -33,14 +33,15 @@ REQUESTS = [
 
 
 def likeliest(completion):
-    """Ids, texts and rounded log-probabilities; None where they were not asked for."""
+    """Ids, texts and rounded log-probabilities of the most likely tokens; None if they were not
+    requested."""
     top = completion.top_logprobs
     return top and [[(t.id, t.text, pytest.approx(t.log_prob, abs=1e-4)) for t in at] for at in top]
 
 
 def test_eight_threads_are_answered_as_if_each_were_alone(llama):
     want = [llama.generate(prompt, **options) for prompt, options in REQUESTS]
-    is_slow = llama.backend.steps_ahead > 0  # kernels run in a simulator
+    is_slow = llama.backend.steps_ahead > 0  # a simulator runs the kernels
     for batch_size in (3,) if is_slow else (1, 3, 8):
         start = threading.Barrier(8)
         with llama.server(batch_size=batch_size) as server:
@@ -70,7 +71,7 @@ def test_requests_are_decoded_together(monkeypatch):
     )
     options = {"max_new_tokens": 50, "ignore_eos": True}
     with llama.server(batch_size=4) as server:
-        with llama.ops.turn():  # nothing is decoded before all have asked
+        with llama.ops.turn():  # delays decoding until all requests are made
             streams = [server.stream([1, i], seed=i, **options) for i in range(4)]
         texts = ["".join(stream) for stream in streams]
     assert texts == [llama.generate([1, i], seed=i, **options).text for i in range(4)]
@@ -90,7 +91,8 @@ def test_a_stream_has_its_completion_at_the_end(llama):
 
 @pytest.fixture
 def at_third_token(monkeypatch):
-    """A function: what the server's thread does once a prompt is given its third token."""
+    """A function that registers an action, which the server's thread runs at the third token of a
+    prompt."""
     accept, actions = Row.accept, {}
 
     def act(row, id_, *rest):
@@ -104,7 +106,7 @@ def at_third_token(monkeypatch):
 
 @pytest.mark.parametrize("leave", ["close", "drop"])
 def test_a_caller_that_leaves_makes_room(llama, leave, at_third_token):
-    """With one place the second request waits for the first, which would take long."""
+    """With one row, the second request would wait for the end of the first one."""
     options = {"max_new_tokens": 20, "ignore_eos": True, "temperature": 0}
     reached, left = threading.Event(), threading.Event()
     at_third_token([1], lambda: reached.set() or left.wait(WAIT))
@@ -133,7 +135,7 @@ def test_closing_waits_for_the_requests_that_were_taken(llama):
     assert texts == [llama.generate([1, i], seed=i, **options).text for i in range(3)]
     with pytest.raises(InputError, match="the server is closed"):
         server.generate([1])
-    server.close()  # nothing more happens
+    server.close()  # has no further effect
 
 
 def test_cancelling_ends_the_requests_at_once(llama, at_third_token):
@@ -142,7 +144,7 @@ def test_cancelling_ends_the_requests_at_once(llama, at_third_token):
     with pytest.raises(ZeroDivisionError), llama.server(batch_size=1) as server:
         streams = [server.stream([1, i], max_new_tokens=60, ignore_eos=True) for i in range(3)]
         assert reached.wait(WAIT)
-        server._changed.notify_all = lambda: closing.set()  # it is cancelled now
+        server._changed.notify_all = lambda: closing.set()  # called when it is cancelled
         raise ZeroDivisionError
     assert not server._thread.is_alive()
     for stream in streams:
@@ -179,7 +181,7 @@ def test_without_a_tokenizer_ids_work(llama):
 
 
 def together(server, requests):
-    """What each request returned or raised, asked by a thread of its own."""
+    """Submit each request in a separate thread, and return the results or exceptions."""
 
     def ask(request):
         prompt, options = request
@@ -193,7 +195,7 @@ def together(server, requests):
 
 
 def test_an_error_of_one_request_is_its_callers_alone(llama, monkeypatch):
-    """One whose token is refused, and one whose prompt cannot be read."""
+    """In one request a token raises an error, in another one prefill fails."""
     accept, prefill = Row.accept, llama.prefill
 
     def refuse(row, id_, *rest):
@@ -223,7 +225,7 @@ def test_an_error_of_one_request_is_its_callers_alone(llama, monkeypatch):
 
 
 def test_numbers_that_are_not_finite_do_not_stay_in_the_cache(llama, at_third_token):
-    """A row whose keys became NaN is emptied before the next prompt is read into it."""
+    """A row with NaN keys is cleared before the next prompt uses it."""
 
     def spoil():
         for layer in server._cache.layers:

@@ -1,4 +1,4 @@
-"""Arrays that another process maps: the same numbers, the same memory, and its end."""
+"""Arrays that other processes map: their contents, shared memory, and cleanup."""
 
 import gc
 import json
@@ -33,7 +33,7 @@ DTYPES = ("float32", "float16", "int8", ml_dtypes.bfloat16)
 
 
 def sums_elsewhere(arrays):
-    """The sum of each array, as another process that maps it finds it."""
+    """The sum of each array, computed by another process that maps it."""
     locations = [location_of(array) for array in arrays]
     handed = {int(place.path.removeprefix("/dev/fd/")) for place in locations}
     command = [sys.executable, "-c", READ, json.dumps([asdict(place) for place in locations])]

@@ -1,6 +1,7 @@
-"""The model inside the package: what its card says of it is so, and every package contains it."""
+"""The shipped model: the statements of its model card are true, and every package contains it."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import pytest
 
 import npllama
 import perplexity
-from conftest import ROOT, TINY, data_file
+from conftest import ROOT, TINY, data_file, needed
 from model_directory import write_model
+from npllama.explore.__main__ import NEEDED
 from npllama.llama import SHIPPED
 from npllama.sampling_options import Sampling
 from training.stories import read_stories
@@ -53,7 +55,7 @@ def test_it_tells_a_story_that_ends(llama):
 
 
 def test_it_foretells_unseen_stories(llama):
-    """A part of the 600, in the time that a test has; all of them below."""
+    """A part of the 600 validation stories. A slow test below uses all of them."""
     stories = read_stories(data_file("stories/valid.txt"))[::5]
     assert perplexity.score_texts(llama, stories).bits_per_byte <= 0.39
 
@@ -99,12 +101,12 @@ def test_the_card_is_of_this_model(llama):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """An sdist of the tree, and a wheel made from that sdist."""
+    """An sdist of the working tree, and a wheel built from this sdist."""
     tmp_path = tmp_path_factory.mktemp("packages")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    for name in listed.stdout.splitlines():  # a copy: building writes into the tree
+    for name in listed.stdout.splitlines():  # a copy, because building writes into the tree
         if (ROOT / name).exists() and not name.startswith("tests/"):
             copy = tmp_path / "tree" / name
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -122,13 +124,17 @@ def test_wheel_and_sdist_contain_the_model_and_the_kernels(packages):
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
     kernels = list((ROOT / "npllama").rglob("*.cu"))
     assert kernels
-    for path in (*SHIPPED.iterdir(), *kernels, *(ROOT / "npllama").rglob("*.py")):
+    page = [path for end in ("html", "css", "js") for path in (ROOT / "npllama").rglob(f"*.{end}")]
+    assert page
+    for path in (*SHIPPED.iterdir(), *kernels, *page, *(ROOT / "npllama").rglob("*.py")):
         assert path.relative_to(ROOT).as_posix() in in_sdist
         assert path.relative_to(ROOT).as_posix() in in_wheel
+    assert (ROOT / "npllama" / "explore" / "page.png").exists()
+    assert "npllama/explore/page.png" not in in_wheel  # it is for who reads the repository
 
 
 def test_wheel_contains_the_programs_inside_the_package(packages):
-    """What is started by hand in the repository, npllama/__main__.py starts there."""
+    """npllama/__main__.py starts the same programs that the repository has in tools/."""
     sdist, wheel = packages
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names if "dist-info" not in name} == {"npllama"}
@@ -144,7 +150,7 @@ def test_wheel_contains_the_programs_inside_the_package(packages):
 
 @pytest.fixture(scope="module")
 def installed(packages, tmp_path_factory):
-    """A folder in which the wheel is installed: not this tree's files."""
+    """A folder with the installed wheel, without files of this repository."""
     folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*command, "--target", str(folder), str(packages[1])], check=True)
@@ -153,7 +159,7 @@ def installed(packages, tmp_path_factory):
 
 def test_an_installed_wheel_tells_a_story(installed, tmp_path):
     env = os.environ | {"PYTHONPATH": str(installed)}
-    code = (  # as `python -m npllama.generate` does, but for where it was found
+    code = (  # like `python -m npllama.generate`, but prints the package's path
         "import runpy, sys, npllama; print(npllama.__file__, file=sys.stderr)\n"
         "runpy.run_module('npllama.generate', run_name='__main__', alter_sys=True)"
     )
@@ -165,8 +171,21 @@ def test_an_installed_wheel_tells_a_story(installed, tmp_path):
     assert len(told.stdout.split()) > 50
 
 
+def test_an_installed_wheel_explains_a_run(installed, tmp_path):
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    needed(f"{', '.join(missing)} cannot be imported: the extra [explore]" if missing else None)
+    command = [sys.executable, str(installed / "bin" / "npllama"), "explore", "--prompt", "Once"]
+    command += ["--out", "page.html", "--measure", "0", "--max-new-tokens", "2"]
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    made = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (made.returncode, made.stdout) == (0, ""), made.stderr
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<section id=") == 12
+    assert "npllama/ops/equations.py:" in page
+
+
 def test_an_installed_wheel_converts_and_measures(installed, tmp_path):
-    """By the words that its own messages name, through the script that pip has made."""
+    """Runs the commands that error messages suggest, with the script that pip installs."""
     write_model(tmp_path / "small", TINY)
     (tmp_path / "text.txt").write_text("Once upon a time")
 
@@ -188,7 +207,8 @@ def test_an_installed_wheel_converts_and_measures(installed, tmp_path):
 
 @pytest.mark.slow
 def test_a_story_takes_less_than_two_seconds():
-    """The README's first command after the set-up; the best of three, on a free machine."""
+    """The first command of the README after installation. The best of three runs on an idle machine
+    counts."""
     command = [sys.executable, "-m", "npllama.generate", "--prompt", "Once upon a time"]
     seconds = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A prompt whose control tokens count, as ids."""
+"""The ids of a prompt whose control tokens are parsed."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Stop texts: what is let through equals a search in the whole text, wherever pieces end."""
+"""Stop texts: the filter passes the same text as a search in the whole text, however the text is
+divided into pieces."""
 
 import itertools
 
@@ -9,7 +10,8 @@ from npllama.row import StopFilter
 
 
 def before_the_first_stop(text, stops):
-    """The text before the stop that is complete first (of two that end together, the longer)."""
+    """The text before the stop text that is complete first, or the longer one of two that end
+    together."""
     for end in range(len(text) + 1):
         begins = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if begins:
@@ -18,7 +20,7 @@ def before_the_first_stop(text, stops):
 
 
 def through(stops, pieces):
-    """What a filter lets through of `pieces`, the caller leaving at the first stop; found."""
+    """The text that a filter passes until the first stop text, and whether it found one."""
     stop = StopFilter(stops)
     said = ""
     for piece in pieces:
@@ -86,7 +88,7 @@ def test_random_texts_of_two_letters_are_cut_where_find_says():
         several = [stop, *(word(2, 7) for _ in range(rng.integers(1, 4)))]
         assert through(several, pieces) == before_the_first_stop(text, several), (several, pieces)
         found += at >= 0
-    assert 500 < found < 2500  # both ends of the story were told
+    assert 500 < found < 2500  # both with and without a stop text
 
 
 def test_every_text_and_stop_of_two_letters_up_to_a_length():

@@ -1,4 +1,4 @@
-"""Text, tokenizer and batches of tools/train.py: what each step of training reads."""
+"""Text, tokenizer and batches of tools/train.py: the inputs of each training step."""
 
 import numpy as np
 import pytest
@@ -139,7 +139,7 @@ def test_a_line_longer_than_sentencepiece_reads_is_cut_at_a_space():
 
 
 def sequences(rng, lengths):
-    """Ids that all differ, so that each can be told where it came from."""
+    """Sequences of distinct ids, so that each id shows where it came from."""
     ids = iter(range(3, 10**6))
     return [np.array([1, *(next(ids) for _ in range(n - 1))], dtype="int32") for n in lengths]
 

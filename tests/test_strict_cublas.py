@@ -1,4 +1,4 @@
-"""The cuBLAS for tests computes what npllama.ops.cuda.cublas asks for, and refuses mistakes."""
+"""The cuBLAS for tests: it computes what npllama.ops.cuda.cublas requests, and detects errors."""
 
 import numpy as np
 import pytest
@@ -37,14 +37,14 @@ def test_rows_times_rows(cupy):
 
 def test_a_stack_of_views_of_either_layout(cupy):
     cache, q = arrays((3, 40, 16), (3, 6, 16))
-    k = cache[:2, :21]  # (2, 21, 16) of rows 40 apart
+    k = cache[:2, :21]  # (2, 21, 16) with a stride of 40 rows
     scores = cupy.empty((2, 6, 24), dtype="float32")
     product(cupy, q[:2], k, scores[:, :, :21], 0.25)
     truth = 0.25 * host(q[:2]) @ host(k).swapaxes(1, 2)
     assert np.allclose(host(scores)[:, :, :21], truth, atol=1e-5)
-    assert np.isnan(host(scores)[:, :, 21:]).all()  # as before
+    assert np.isnan(host(scores)[:, :, 21:]).all()  # unchanged
     (p,) = arrays((2, 6, 24))
-    out = cupy.empty((6, 2, 16), dtype="float16")  # of each matrix every second row
+    out = cupy.empty((6, 2, 16), dtype="float16")  # every second row of each matrix
     product(cupy, p[:, :, :21], k.swapaxes(1, 2), out.swapaxes(0, 1))
     truth = host(p)[:, :, :21] @ host(k)
     assert np.abs(host(out).swapaxes(0, 1) - truth).max() < 1e-2

@@ -1,4 +1,4 @@
-"""What the CuPy for tests refuses, and that a captured sequence replays with new contents."""
+"""The CuPy for tests: the errors that it detects, and replays of graphs with new array contents."""
 
 import contextlib
 import gc
@@ -48,7 +48,7 @@ def move(backend):
 
 @pytest.fixture
 def scale(xp):
-    """launch(x, y, by)"""
+    """A function launch(x, y, by)."""
     module = xp.RawModule(code=SCALE, options=("--std=c++17",), name_expressions=("scale<float>",))
     kernel = module.get_function("scale<float>")
 
@@ -67,7 +67,7 @@ def x(move):
 
 @pytest.fixture
 def capturing(xp, x):
-    """A stream, current and capturing, with a private pool; x was made before."""
+    """A current stream that captures, with a private pool. x was allocated before."""
     stream, pool = xp.cuda.Stream(non_blocking=True), xp.cuda.MemoryPool()
     with stream, xp.cuda.using_allocator(pool.malloc):
         stream.begin_capture()
@@ -148,14 +148,14 @@ def test_more_shared_memory_is_asked_for(scale, xp, move):
 def test_a_kernel_knows_what_was_written_before_it(scale, xp, move):
     x, y, z = (move(np.zeros(40, "float32")) for _ in range(3))
     one = np.float32(1)
-    for n_between in range(2):  # the kernels before the last one may still run, too
+    for n_between in range(2):  # also after a kernel in between
         scale(x, y, one)
-        xp.empty(40, "float32")  # no work on the device
+        xp.empty(40, "float32")  # needs no work on the device
         for _ in range(n_between):
             scale(x, z, one)
         with pytest.raises(KernelError, match="read of what a kernel before wrote"):
             scale(y, z, one)
-    y += 1  # waits for all before it, and is not waited for itself
+    y += 1  # waits for all earlier work, but the kernel below does not wait for it
     scale(x, z, one)
     with pytest.raises(KernelError, match="read of what the work before wrote"):
         scale(y[1:], z, one)
@@ -184,10 +184,10 @@ def test_a_captured_sequence_replays_with_new_contents(scale, xp, move, backend)
         state[1:] += z[:, 0]
         rising = xp.sort(xp.concatenate([z[:, 0], picked]))
         rows = table[(xp.asarray(x[:2]) % 4).astype("int32"), 1]
-        assert np.isnan(z.array).all() and (state.array == 0).all()  # nothing was done
+        assert np.isnan(z.array).all() and (state.array == 0).all()  # nothing was executed
         graph = stream.end_capture()
         assert DEVICE.n_captures == captures + 1
-        del y  # its memory is the pool's
+        del y  # its memory returns to the pool
         gc.collect()
         total = np.zeros(6)
         for values in (np.arange(6), np.arange(6)[::-1], np.array([1, 0, 3, 5, 2, 2])):
@@ -303,7 +303,7 @@ def test_a_graph_does_not_keep_its_memory(xp, move, lost):
     with stream:
         stream.begin_capture()
         with xp.cuda.using_allocator(held["pool"].malloc):
-            z = (held["x"] + 1) * 2  # the sum's memory stays the pool's
+            z = (held["x"] + 1) * 2  # the memory of the sum stays in the pool
         graph = stream.end_capture()
         graph.launch()
         assert (z.array == 4).all()
@@ -345,7 +345,7 @@ def test_streams_that_do_not_wait_for_each_other(xp, backend):
         backend.to_host(x)
     stream.synchronize()
     assert (backend.to_host(x) == 2).all()
-    with xp.cuda.Stream():  # it and the null stream wait for each other
+    with xp.cuda.Stream():  # waits for the null stream, and vice versa
         x += 1
     assert (backend.to_host(x) == 3).all()
 
@@ -365,7 +365,7 @@ def test_a_copy_to_pinned_memory_is_there_when_it_was_waited_for(backend, xp, x,
     host, event = pinned(backend), xp.cuda.Event()
     assert x.get(out=host, blocking=False) is host
     event.record()
-    x += 1  # later work is not in the copy
+    x += 1  # later work does not change the copy
     assert np.isnan(host).all()
     if wait == "later event":
         event = stream_of(backend).record()
@@ -395,7 +395,7 @@ def test_where_a_copy_does_not_go(backend, x, out, error, message):
         x.get(out=out(backend), blocking=False)
 
 
-# -- where it stands in
+# -- use in place of CuPy
 
 
 def test_without_a_compiler_array_calls_are_made():

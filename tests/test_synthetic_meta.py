@@ -1,4 +1,4 @@
-"""Checkpoints made to measure conversions, and what measures them."""
+"""Synthetic checkpoints for measuring conversions, and the program that measures."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_a_synthetic_checkpoint_converts_and_loads(tmp_path, small, capsys):
 
 
 def test_heads_of_a_width_of_their_own_are_converted(tmp_path):
-    config = replace(SMALL, head_dim=6)  # 8 heads are 48 wide, and the stream 64
+    config = replace(SMALL, head_dim=6)  # 8 heads have 48 columns, the residual stream has 64
     (tmp_path / "meta").mkdir()
     write_meta(tmp_path / "meta", config)
     params = tmp_path / "meta" / "params.json"
@@ -82,7 +82,7 @@ def test_a_measurement_tells_both_rates_and_the_peak_and_leaves_nothing(tmp_path
         r"peak (\d+) MB\n",
         told,
     )
-    assert 20 < int(number[3]) < 300  # Python and NumPy alone
+    assert 20 < int(number[3]) < 300  # MB of Python and NumPy
     assert list((tmp_path / "disk").iterdir()) == []
     missing = subprocess.run([*command[:-1], "none"], capture_output=True, text=True)
     assert missing.returncode == 2

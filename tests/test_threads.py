@@ -1,4 +1,4 @@
-"""How many threads compute, and that they share work out and leave BLAS as it was."""
+"""The number of threads, the division of work among them, and the restored state of BLAS."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def test_all_items_are_computed_in_order_by_different_slots():
     both = threading.Barrier(2, timeout=60)
 
     def square(item, slot):
-        if item < 2:  # only where two run at once does the barrier open
+        if item < 2:  # opens the barrier only if two run at once
             both.wait()
         return item * item, slot
 
@@ -62,7 +62,7 @@ def in_a_thread(function):
 
 
 def test_blas_obeys_any_thread_whichever_was_first():
-    """threadpoolctl 3.8 lets the first thread that sets the number control it, and no other."""
+    """threadpoolctl 3.8 lets only the first thread that sets the number control it."""
     threads = Threads(2)
 
     def inside(n):
@@ -79,7 +79,7 @@ def test_blas_obeys_any_thread_whichever_was_first():
 
 
 def test_a_thread_that_has_computed_leaves_control_of_blas_to_the_program():
-    with ThreadPoolExecutor(1) as pool:  # its thread lives on
+    with ThreadPoolExecutor(1) as pool:  # the thread of the pool stays alive
         with Threads(2).blas(2):
             pass
         pool.submit(lambda: Threads(2).map(lambda item, _slot: item, range(4))).result()
@@ -112,7 +112,7 @@ def test_a_turn_knows_who_waits_and_gives_way():
             with threads.turn():
                 order.append(name)
                 while name == "first" and len(order) == 1 and not npllama.threads._turn.waiting:
-                    time.sleep(0.001)  # until the other one waits
+                    time.sleep(0.001)  # until the other thread waits
             threads.give_way()
 
     with ThreadPoolExecutor(2) as pool:
@@ -142,7 +142,7 @@ def test_forwards_of_one_thread_each_run_at_once():
 
     def work(_):
         with threads.blas_alone():
-            both.wait()  # only where two are inside does it open
+            both.wait()  # opens only if two are inside
             assert set(blas_threads()) == {1}
 
     with ThreadPoolExecutor(2) as pool:
@@ -181,7 +181,7 @@ def test_an_interrupted_context_leaves_blas_as_it_was(monkeypatch, context):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_forks_while_another_thread_computes_hang_nobody():
-    """OpenBLAS's own handler of forks waits for ever for a product that runs."""
+    """The fork handler of OpenBLAS waits forever for a product that is running."""
     code = (
         "import os, threading\n"
         "import numpy as np\n"
@@ -283,7 +283,7 @@ def test_the_number_follows_what_other_programs_leave_free(monkeypatch):
 
 
 def test_what_helpers_and_this_process_compute_is_not_somebody_elses(monkeypatch):
-    """The clock of all cores advances by what this process and its helper computed."""
+    """The busy time of all cores increases by the work of this process and its helper."""
     monkeypatch.setattr(npllama.threads, "usable_cores", lambda: 4)
     monkeypatch.setattr(npllama.threads, "allowed_cores", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
@@ -297,7 +297,7 @@ def test_what_helpers_and_this_process_compute_is_not_somebody_elses(monkeypatch
     for name, more in (("all", 1.5), ("helper", 0.5), ("own", 1.0), ("now", 0.5)):
         seconds[name] += more
     assert free.count() == 4
-    seconds["all"] += 1.0  # two cores' worth of somebody else's in half a second
+    seconds["all"] += 1.0  # in half a second, another program used two cores
     seconds["now"] += 0.5
     assert free.count() == 2
     seconds["all"] += 5.0

@@ -1,4 +1,4 @@
-"""Text to ids and back, against sentencepiece itself; and decoding as ids arrive."""
+"""Text to ids and back, against sentencepiece, and incremental decoding."""
 
 import copy
 import io
@@ -99,11 +99,11 @@ def test_bytes_encode_to_themselves_after_the_dummy_prefix():
 def test_text_comes_back_and_no_text_makes_a_special_token(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids[0] == 1 and not {0, 1, 2} & set(ids[1:])
-    # the space mark is sentencepiece's own way to write a space: it is the one thing lost
+    # sentencepiece writes a space as this mark, so only this character is lost
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")
 
 
-# -- decoding as ids arrive
+# -- incremental decoding
 
 
 def streamed(tokenizer, ids):
@@ -115,16 +115,16 @@ def assert_streams_as_sentencepiece_decodes(tokenizer, ids):
     pieces = streamed(tokenizer, ids)
     assert "".join(pieces) == tokenizer.processor.decode(list(ids)), ids
     for piece in pieces:
-        piece.encode()  # raises at half a surrogate pair
+        piece.encode()  # raises an error for half of a surrogate pair
 
 
 def random_id_sequences(tokenizer, n, seed, longest=24):
-    """Sequences of all kinds that break decoders: n of each."""
+    """Random sequences of all kinds that are difficult to decode, n of each kind."""
     rng = np.random.default_rng(seed)
     spaces = [i for i in range(tokenizer.vocab_size) if set(tokenizer.piece(i)) == {"\u2581"}]
     spaces += byte_ids(b" ")
     control = [0, 1, 2]
-    # bytes that begin, continue and break UTF-8, its forbidden ranges' edges included
+    # bytes that begin, continue and violate UTF-8, including the edges of its forbidden ranges
     edges = [0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF]
     edges += [0xE0, 0xE1, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5, 0xFF]
     literal_fffd = byte_ids("\ufffd".encode())
@@ -172,15 +172,15 @@ def test_streaming_equals_sentencepiece_on_text(tokenizer, text, bos):
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xf0\x9f\xa6",  # ends inside a character
-        b"\xf0\x9f\xa6A\x99",  # is interrupted
-        b"\x80\xbf\x80",  # begins nowhere
+        b"\xf0\x9f\xa6",  # ends within a character
+        b"\xf0\x9f\xa6A\x99",  # interrupted
+        b"\x80\xbf\x80",  # continuation bytes only
         b"\xc0\xaf \xe0\x80\xaf \xf0\x80\x80\xaf",  # overlong
         b"\xed\xa0\x80\xed\xbf\xbf",  # surrogates
-        b"\xf4\x8f\xbf\xbf \xf4\x90\x80\x80 \xf5\x80\x80\x80",  # the last character, and beyond
-        b"\xef\xbf\xbd\xef\xbf\xef\xbf\xbd",  # a literal U+FFFD, and part of one
+        b"\xf4\x8f\xbf\xbf \xf4\x90\x80\x80 \xf5\x80\x80\x80",  # the last code point, and beyond
+        b"\xef\xbf\xbd\xef\xbf\xef\xbf\xbd",  # a literal U+FFFD, and a part of one
         b"\xff\xfe\x00\x00",
-        b"\xe2\xf0\x9f\xa6\x99",  # a character begins where another was expected to go on
+        b"\xe2\xf0\x9f\xa6\x99",  # a new character instead of a continuation byte
     ],
 )
 def test_streaming_equals_sentencepiece_on_invalid_bytes(tokenizer, data):
@@ -208,7 +208,7 @@ def test_what_was_emitted_is_final_and_a_flush_completes_it_at_any_moment(tokeni
             said += decoder.push(id_)
             text = tokenizer.processor.decode(ids[:n])
             assert said + copy.copy(decoder).flush() == text
-            # all that is held back is the beginning of one character: at most three bytes
+            # only the start of one character is delayed: at most three bytes
             assert text.startswith(said) and text[len(said) :] in (
                 "",
                 "\ufffd",
@@ -258,7 +258,7 @@ def test_unfinished_bytes_are_said_at_the_flush_and_once(llama_tokenizer):
 
 
 def counting_ids(tokenizer):
-    """Replace the tokenizer's processor by one that counts the ids it is asked about."""
+    """Replace the tokenizer's processor by one that records the ids passed to it."""
     processor, asked = tokenizer.processor, []
 
     def counted(method):
@@ -291,10 +291,10 @@ def test_a_token_costs_the_same_however_long_the_text(kind):
         decoder.push(id_)
         assert 1 <= len(asked) <= 6
         state = [v for v in vars(decoder).values() if isinstance(v, bytes | str | list)]
-        assert state and sum(len(v) for v in state) <= 3  # no memory of the text but a character
+        assert state and sum(len(v) for v in state) <= 3  # at most a part of one character
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize("bad", [-1, np.int64(-1), np.int32(-1), 260, np.int64(260), 2**31, 2**70])
@@ -383,10 +383,10 @@ def test_a_model_read_from_bytes_is_the_model_read_from_a_file(tmp_path, tokeniz
     assert Tokenizer(path).encode(text) == tokenizer.encode(text)
 
 
-# -- other ways to treat spaces
+# -- other settings for spaces
 
-# fields of sentencepiece's settings, merged into those of a model: no dummy prefix, extra spaces
-# removed (the default of sentencepiece's trainer), both
+# Serialized settings that are appended to a sentencepiece model: no dummy prefix, extra spaces
+# removed (the default of the trainer), and both.
 SETTINGS = {
     "no prefix": b"\x18\x00",
     "spaces removed": b"\x20\x01",
@@ -395,7 +395,7 @@ SETTINGS = {
 }
 SHIPPED = ROOT / "npllama" / "assets" / "stories" / "tokenizer.model"
 RUNS = [("\u2581" * n, -float(n), PieceType.NORMAL) for n in (2, 3, 4)]
-# without a piece of a space alone, there is one that begins with a space, or none
+# without the piece of a single space, with or without other pieces that begin with a space
 VOCABULARIES = {
     "shipped": lambda: SHIPPED.read_bytes(),
     "bytes": lambda: bpe_model(BYTE_PIECES),
@@ -440,7 +440,7 @@ def test_the_first_piece_loses_its_space_only_where_a_dummy_prefix_may_have_made
 
 
 def test_the_settings_are_those_of_real_tokenizers():
-    """What sentencepiece's trainer makes by default, and without a dummy prefix."""
+    """sentencepiece's trainer writes these settings by default, and without a dummy prefix."""
     for options in ({}, {"add_dummy_prefix": False}):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -458,7 +458,7 @@ def test_the_settings_are_those_of_real_tokenizers():
             assert_streams_as_sentencepiece_decodes(tokenizer, ids)
 
 
-# -- tokens beside the pieces
+# -- added tokens
 
 ADDED = {262: AddedToken("<|end|>", True), 264: AddedToken("<step>", False)}
 
@@ -473,9 +473,9 @@ def test_control_tokens_decode_to_nothing_and_other_added_ones_to_their_content(
     for ids, text in (
         ([1, *x, 262], "x"),
         ([1, *x, 264, *x], "x<step> x"),
-        ([264, *x], "<step> x"),  # the text has begun
-        ([262, *x], "x"),  # it has not
-        ([266, 269, 261], ""),  # an end without a name, and padding rows
+        ([264, *x], "<step> x"),  # after text
+        ([262, *x], "x"),  # before any text
+        ([266, 269, 261], ""),  # an EOS without a name, and padding rows
         ([243, 162, 264, 169, 156], "\ufffd\ufffd<step>\ufffd\ufffd"),
         ([243, 162, 262, 169], "\ufffd\ufffd\ufffd"),
         ([264, 264], "<step><step>"),

@@ -1,4 +1,5 @@
-"""A model directory's tokenizer: pieces, added tokens, ends of text, and what fits badly."""
+"""The tokenizer of a model directory: pieces, added tokens, EOS ids, and files that do not
+match."""
 
 import itertools
 import json
@@ -17,11 +18,11 @@ from npllama.tokenizer import AddedToken
 from npllama.tokenizer_files import read_tokenizer
 
 WRITTEN = FIXTURES / "tokenizers"
-WIDE = replace(TINY, vocab_size=270, eos_ids=(2,))  # 260 pieces: ids from there on are added
+WIDE = replace(TINY, vocab_size=270, eos_ids=(2,))  # 260 pieces; larger ids are added tokens
 
 
 def write(directory, **files):
-    """JSON files, by name without its end."""
+    """Write JSON files, by name without extension."""
     directory.mkdir(exist_ok=True)
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
@@ -34,7 +35,7 @@ def model_with(directory, config=WIDE, pieces=True, **files):
 
 
 def chain(config, ids, seed=0):
-    """Weights with which, greedily, each of `ids` follows the one before."""
+    """Weights of a model that, with greedy decoding, continues each of `ids` with the next."""
     rng = np.random.default_rng(seed)
     tensors = random_tensors(config)
     rows = rng.standard_normal((config.vocab_size, config.dim)).astype("float32")
@@ -72,7 +73,7 @@ TOKENIZER_JSON = {
             {"id": 261, "content": "<|end|>", "special": True},
             {"id": 263, "content": "<step>", "special": False},
         ],
-        "model": {"type": "Unigram"},  # tokenizer.model has the pieces
+        "model": {"type": "Unigram"},  # the pieces are in tokenizer.model
     }
 }
 NAMINGS = {
@@ -165,7 +166,7 @@ def test_without_holes_there_is_no_mask(ops):
 
 def test_a_prompt_may_hold_any_row(ops):
     config = replace(TINY, vocab_size=300)
-    llama = make_llama(ops, config)  # a tokenizer that knows of no more rows
+    llama = make_llama(ops, config)  # more rows than the tokenizer has pieces
     prompt = [1, 100, 265, 299]
     completion = llama.generate(prompt, max_new_tokens=3, temperature=0, ignore_eos=True)
     whole = llama.tokenizer.decode(prompt + completion.ids)
@@ -226,7 +227,7 @@ def test_beside_a_tokenizer_model_a_tokenizer_json_that_cannot_be_read_names_not
     assert load(directory, "numpy").tokenizer.added == {}
 
 
-# -- which file has the pieces
+# -- the file that contains the pieces
 
 JSON_ONLY = replace(TINY, vocab_size=1030)
 
@@ -295,12 +296,12 @@ def test_a_tokenizer_of_another_model_is_named_with_its_directory(tmp_path, name
 def test_bos_and_eos_are_as_tokenizer_config_says(tmp_path, settings, ids):
     llama = load(model_with(tmp_path / "m", tokenizer_config=settings), "numpy")
     assert llama.encode("a") == ids
-    assert llama.encode("") == [1]  # whatever it says
+    assert llama.encode("") == [1]  # always
     assert llama.encode([7, 8]) == [7, 8]
     assert llama.tokenizer.encode("a") == [1, 259, 100]
 
 
-# -- a tokenizer that fits badly
+# -- a tokenizer that does not match the model
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""tokenizer.json of Llama's kind: sentencepiece's ids; and other kinds, refused by name."""
+"""tokenizer.json of Llama's type, with the ids of sentencepiece. Other types are refused by
+name."""
 
 import json
 import random
@@ -10,7 +11,7 @@ from conftest import FIXTURES, ROOT
 from npllama.errors import TokenizerError
 from npllama.tokenizer import Tokenizer
 
-WRITTEN = FIXTURES / "tokenizers"  # by transformers 5: tools/make_reference.py
+WRITTEN = FIXTURES / "tokenizers"  # written by transformers 5 in tools/make_reference.py
 SHIPPED = ROOT / "npllama" / "assets" / "stories" / "tokenizer.model"
 HARD = [
     *("", " ", "  ", "   two  and   three    ", "\n", " \n \n\n", "\t\tx\r\n", "a"),
@@ -39,8 +40,11 @@ def metaspace(scheme, **more):
 
 
 def as_json(processor, by_scores=False):
-    """A sentencepiece model as tokenizer.json: the merges are all splits of all pieces, sorted
-    by the piece's id, as transformers 5 does, or by its score, as older versions do."""
+    """A sentencepiece model as tokenizer.json.
+
+    The merges are all ways to split a piece into two pieces. They are sorted by the id of the
+    piece, as in transformers 5, or by its score, as in older versions.
+    """
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = []
@@ -89,7 +93,7 @@ def random_texts(processor, n, seed):
 
 
 def assert_same(tokenizer, processor, n=300):
-    """All that a tokenizer says is what the sentencepiece model says."""
+    """The tokenizer agrees with the sentencepiece model in all respects."""
     made, ids = tokenizer.processor, list(range(processor.vocab_size()))
     assert made.vocab_size() == len(ids)
     for method in ("id_to_piece", "is_byte", "is_control", "is_unknown"):
@@ -155,7 +159,7 @@ def test_llama_2s_own_vocabulary_has_sentencepieces_ids(tmp_path, llama_tokenize
 def test_the_first_merge_that_transformers_4_left_out_is_made_all_the_same(
     tmp_path, shipped, fields
 ):
-    fields["model"]["merges"].remove(["\u2581", "t"])  # its piece has the score 0
+    fields["model"]["merges"].remove(["\u2581", "t"])  # the piece has the score 0
     assert_same(Tokenizer(written(tmp_path, fields)), shipped)
 
 
@@ -177,7 +181,7 @@ def test_names_of_special_tokens_come_from_tokenizer_config(tmp_path, fields):
 @pytest.mark.parametrize("special", [True, False])
 def test_a_piece_that_no_merge_makes_is_never_made_by_text(tmp_path, fields, special):
     vocabulary = fields["model"]["vocab"]
-    vocabulary["a a"] = len(vocabulary)  # no merge
+    vocabulary["a a"] = len(vocabulary)  # without a merge
     vocabulary["<pad>"] = len(vocabulary)
     token = {"id": vocabulary["<pad>"], "content": "<pad>", "special": special}
     fields["added_tokens"].append(token)
@@ -188,7 +192,7 @@ def test_a_piece_that_no_merge_makes_is_never_made_by_text(tmp_path, fields, spe
     assert tokenizer.decode([vocabulary["<pad>"]]) == ("" if special else "<pad>")
 
 
-# -- what is refused
+# -- errors
 
 
 def changed(fields, **model):

@@ -1,4 +1,4 @@
-"""Reading torch.save's files without torch: what they hold, and what hostile ones get."""
+"""Reads files of torch.save without torch: valid contents, and malicious files."""
 
 import copyreg
 import io
@@ -31,11 +31,11 @@ META_TO_HF = {
 SIX = np.arange(6, dtype="float32")
 
 
-# -- an assembler of pickles, and the files around them
+# -- helpers that write pickles and files
 
 
 def value(x):
-    """The opcodes that push a plain value."""
+    """The opcodes that push a value."""
     return pickle.dumps(x, 2)[2:-1]
 
 
@@ -44,7 +44,7 @@ def name_of(module, name):
 
 
 def pushed(*parts):
-    """A tuple of opcodes' results."""
+    """The opcodes of a tuple of given parts."""
     return b"(" + b"".join(parts) + b"t"
 
 
@@ -60,7 +60,7 @@ def tensor(offset=0, shape=(2, 3), stride=(3, 1), of=None, rebuild="_rebuild_ten
 
 
 def named(*tensors):
-    """A state dict of t0, t1, ..."""
+    """A state dict with the names t0, t1, ..."""
     items = b"".join(value(f"t{i}") + t for i, t in enumerate(tensors))
     return b"}(" + items + b"u"
 
@@ -87,7 +87,7 @@ def write_legacy(path, opcodes, keys=("0",), storages=((6, SIX),), **changes):
 
 
 def refusal(path):
-    """The one line that a file is refused with."""
+    """The one-line message with which a file is refused."""
     with pytest.raises(WeightsError) as caught:
         read_torch_file(path)
     line = str(caught.value)
@@ -101,7 +101,7 @@ def pth(tmp_path):
     return tmp_path / "model.pth"
 
 
-# -- what is read
+# -- valid files
 
 
 @pytest.mark.parametrize("case", ["meta-mp1", "meta-legacy"])
@@ -209,11 +209,11 @@ def test_each_storage_has_its_dtype(pth, kind, dtype):
 def test_a_state_dicts_metadata_is_passed_over(pth):
     ordered = name_of("collections", "OrderedDict") + b")R"
     state = ordered + b"(" + value("t0") + tensor() + b"u"
-    state += b"}" + value("_metadata") + ordered + b"sb"  # as torch.save(model.state_dict()) does
+    state += b"}" + value("_metadata") + ordered + b"sb"  # as torch.save(model.state_dict())
     assert np.array_equal(read_torch_file(write_zip(pth, state))["t0"].read().ravel(), SIX)
 
 
-# -- pickles that would run code
+# -- pickles that run code
 
 
 def call(function, *args):
@@ -221,7 +221,7 @@ def call(function, *args):
 
 
 def touching(sentinel):
-    """Pickles that each make the file `sentinel` where they run; and what the refusal names."""
+    """Pickles that create the file `sentinel` if they are executed, and the name in the refusal."""
     command, python = f"touch {sentinel}", f"open({str(sentinel)!r}, 'w').close()"
     imported = call(name_of("builtins", "__import__"), "os")
     return {
@@ -296,9 +296,9 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_the_same_pickle_runs_where_pickle_reads_it(tmp_path, case):
-    sentinel = tmp_path / "sentinel"  # the control: these are no duds
+    sentinel = tmp_path / "sentinel"  # a control, which shows that the pickles are effective
     opcodes, _ = touching(sentinel)[case]
-    subprocess.run(  # some of them break what reads them
+    subprocess.run(  # some of them crash the reader
         [sys.executable, "-c", "import pickle, sys; pickle.load(sys.stdin.buffer)"],
         input=b"\x80\x02" + opcodes + b".",
         capture_output=True,
@@ -384,7 +384,7 @@ ATTRIBUTES = ("dtype", "key", "n", "shape", "stride", "storage", "offset")
 @pytest.mark.parametrize("attribute", ATTRIBUTES)
 @pytest.mark.parametrize("target", ["StorageType", "Storage", "tensor"])
 def test_a_pickle_cannot_change_what_was_checked(pth, target, attribute, how):
-    """BUILD sets attributes, and passes by what frozen dataclasses refuse."""
+    """BUILD sets attributes, even of frozen dataclasses."""
     state = {attribute: "changed"}
     change = value(state if how == "dict" else (None, state)) + b"b"
     if target == "StorageType":
@@ -444,7 +444,7 @@ def test_a_persistent_id_in_text_is_refused(pth):
     assert "its pickle cannot be read" in refusal(write_zip(pth, b"Pstorage\n"))
 
 
-# -- tensors that reach where they should not
+# -- tensors beyond their storage
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,7 @@ def test_sizes_beyond_the_file_are_refused(pth, size):
 
 
 def zip64(path, name, size=0, begin=0):
-    """The entry's numbers in 64 bits, which can claim more than any disk holds."""
+    """Replace the entry's sizes by 64-bit ones, which can exceed any disk."""
     content = bytearray(path.read_bytes())
     at = content.index(b"PK\x01\x02")
     while content[at + 46 : at + 46 + len(name)] != name.encode():
@@ -665,7 +665,7 @@ def test_a_file_cut_anywhere_is_refused(pth, case):
         refusal(pth)
 
 
-# -- what would eat memory or time: each in a process that it may take down
+# -- excessive memory or time, each in a separate process
 
 
 def long_key(n):
@@ -732,8 +732,8 @@ from npllama.errors import WeightsError
 resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
 for path in map(Path, sys.argv[2:]):
     print(path.stem, end="\\t", flush=True)
-    # seconds of computing, of which a bomb has endlessly many and the slowest defused one takes 1;
-    # then this process ends, even within one endless call of C
+    # Limit the processor time to 10 seconds. A bomb would need forever, and all others need much
+    # less. The signal ends this process even during a call of C code.
     signal.setitimer(signal.ITIMER_PROF, 10)
     try:
         read_torch_file(path)
@@ -743,7 +743,7 @@ for path in map(Path, sys.argv[2:]):
     except BaseException as error:
         outcome = repr(error)[:200]
     signal.setitimer(signal.ITIMER_PROF, 0)
-    # not ru_maxrss, which begins with what the process had that started this one
+    # not ru_maxrss, which starts with the peak of the parent process
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
     print(outcome, peak, sep="\\t", flush=True)
@@ -752,7 +752,7 @@ for path in map(Path, sys.argv[2:]):
 
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory):
-    """Name -> (outcome, peak MB) of every bomb; each that kills its process is told."""
+    """Name -> (outcome, peak MB) of every bomb, including those that kill the process."""
     folder = tmp_path_factory.mktemp("bombs")
     left = [write_zip(folder / f"{name}.pth", opcodes) for name, opcodes in BOMBS.items()]
     results = {}
@@ -778,7 +778,7 @@ def test_a_bomb_is_defused(bombs, name):
 
 
 def test_the_tests_pickles_say_what_they_mean(pth):
-    """The assembler's control: Python's own unpickler reads the plain parts alike."""
+    """A control: Python's unpickler reads the plain parts in the same way."""
     for plain in (1, "text", (1, "two"), {"a": [1]}, -(2**70)):
         assert pickle.loads(b"\x80\x02" + value(plain) + b".") == plain
     read = read_torch_file(write_zip(pth, named(tensor())))

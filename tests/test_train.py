@@ -1,4 +1,4 @@
-"""tools/train.py as a program: it learns, resumes to the bit, and refuses what is wrong."""
+"""tools/train.py as a program: training, exact resumption, and errors."""
 
 import csv
 import errno
@@ -50,8 +50,7 @@ CONFIG = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a config and a text; the machine's speed, half a second's work, is not
-    measured."""
+    """A folder with a config and a text. The measurement of the machine's speed is replaced."""
     monkeypatch.setattr("training.progress.sgemm_rate", lambda run: 1e9)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text(f"{SENTENCE}\n<|endoftext|>\n" * 8)
@@ -60,7 +59,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_measurement():
-    """The machine's rate of sgemm, which every run measures, is measured once for all."""
+    """The speed of sgemm is measured only once for all runs."""
     rates = []
     with pytest.MonkeyPatch.context() as patch:
         measure = training.progress.sgemm_rate
@@ -95,7 +94,7 @@ def without_seconds(rows):
 
 
 def test_it_memorizes_a_sentence(place, capsys):
-    """From random weights to the text's own words, end included, in some seconds."""
+    """Trains from random weights until the model generates the text, including its end."""
     assert (
         train.main(arguments(place, "--lr", "0.02", "--valid", str(place / "text.txt"), steps=80))
         == 0
@@ -123,7 +122,7 @@ def test_the_loss_curve_has_a_line_a_report(place):
     assert int(rows[-1]["tokens"]) == 2 * int(rows[1]["tokens"])
 
 
-# train.py, killed for good before its ninth step
+# Runs train.py, and kills it before its ninth step.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -143,7 +142,7 @@ train.main(sys.argv[1:])
 
 
 def test_a_killed_run_that_resumes_equals_one_that_never_stopped(place):
-    """To the bit: weights, optimizer state, data order. Killed for good, by SIGKILL."""
+    """Weights, optimizer state and data order are bit-identical. SIGKILL ends the first run."""
     often = ("--report-every", "7")
     assert train.main(arguments(place, *often, steps=20)) == 0
     whole, state = weights_of(place), load_checkpoint(place / "run" / "checkpoint.npz")[0]
@@ -224,7 +223,7 @@ def test_without_matplotlib_a_plot_is_refused_before_the_first_step(place, capsy
 
 
 def test_a_step_on_a_device_is_that_of_numpy(rng):
-    """Device arrays alone are used: strict ones refuse what CuPy refuses."""
+    """A step uses only device arrays: strict arrays refuse what CuPy refuses."""
     sequences = [rng.integers(3, TINY.vocab_size, n).astype("int32") for n in (9, 5, 12, 7)]
     batches = Batches(sequences, context=64, batch=4, micro_batch=2, packed=False, seed=0)
     weights = []
@@ -245,7 +244,7 @@ def test_a_step_on_a_device_is_that_of_numpy(rng):
 
 @pytest.mark.slow
 def test_the_shipped_models_shape_trains_at_a_quarter_of_sgemm(tmp_path, capsys):
-    """As the tool itself measures it; on a machine that does nothing else."""
+    """As reported by the program, on an idle machine."""
     text = data_file("stories/valid.txt")
     given = ["--text", text, "--config", SHIPPED / "config.json", "--out", tmp_path / "run"]
     given += ["--steps", "30", "--batch", "24", "--micro-batch", "4", "--warmup", "2"]
@@ -254,7 +253,7 @@ def test_the_shipped_models_shape_trains_at_a_quarter_of_sgemm(tmp_path, capsys)
     assert share >= 25
 
 
-# -- what is wrong
+# -- errors
 
 
 @pytest.mark.filterwarnings("error")
@@ -301,7 +300,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(place, capsys):
 
 
 def test_the_memory_that_is_foretold_is_what_is_taken(tmp_path):
-    """In a process of its own: its peak against the sum that check_training_memory makes."""
+    """In a separate process, whose peak is compared with the estimate of check_training_memory."""
     wide = {"hidden_size": 512, "intermediate_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | wide))
     text = "\n<|endoftext|>\n".join(f"{SENTENCE} {i} " * 2 for i in range(40))
@@ -409,7 +408,7 @@ def test_an_interrupt_says_how_to_go_on(place, capsys, monkeypatch):
 
 
 def interrupt_at(monkeypatch, step, *numbers):
-    """Signals that come in the midst of a step."""
+    """Signals that arrive during a step."""
     step_of_run = Run.step
 
     def interrupted(self):
@@ -459,7 +458,7 @@ def test_a_second_interrupt_ends_at_once(place, monkeypatch, capsys):
     assert load_checkpoint(place / "run" / "checkpoint.npz")[1]["steps_done"] == 3
 
 
-# -- one run at a time
+# -- concurrent runs
 
 
 def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):
@@ -467,7 +466,7 @@ def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):
     step_of_run = Run.step
 
     def step(self):
-        if not refused:  # a run that begins while this one is under way
+        if not refused:  # another run starts while this one is running
             refused.append(train.main(arguments(place)))
         return step_of_run(self)
 
@@ -491,7 +490,7 @@ def test_a_second_run_into_one_directory_is_refused(place, capsys, monkeypatch):
     ],
 )
 def test_an_out_with_content_that_is_no_run_is_refused_and_kept(place, capsys, monkeypatch, names):
-    monkeypatch.setattr(train, "read_stories", None)  # before any work
+    monkeypatch.setattr(train, "read_stories", None)  # fails before any work
     for name in names:
         (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "run" / name).write_text(f"my {name}")
@@ -627,7 +626,7 @@ def test_a_run_has_the_rates_of_its_schedule_and_resumes_to_the_bit(place, monke
     assert run_rates(place) == pytest.approx([truth(step) for step in range(12)], rel=1e-5)
     whole = weights_of(place)
     (place / "run").rename(place / "never-stopped")
-    interrupt_at(monkeypatch, 10, signal.SIGINT)  # within wsd's decay
+    interrupt_at(monkeypatch, 10, signal.SIGINT)  # within the decay of wsd
     assert train.main(arguments(place, *often)) == 130
     monkeypatch.undo()
     monkeypatch.setattr("training.progress.sgemm_rate", lambda run: 1e9)
@@ -666,7 +665,7 @@ def test_the_warmup_of_a_lengthened_run_is_its_own(place):
     at = args.index("--warmup")
     args = args[:at] + args[at + 2 :]
     assert train.main(args) == 0
-    args[args.index("30")] = "60"  # for which it would be 6
+    args[args.index("30")] = "60"  # a new run of 60 steps would have 6 warmup steps
     assert train.main(args) == 0
     facts = load_checkpoint(place / "run" / "checkpoint.npz", with_arrays=False)[1]
     assert (facts["identity"]["warmup"], facts["steps_done"]) == (3, 60)
@@ -738,7 +737,7 @@ def from_arguments(place, directory, *more, **options):
 
 
 def first_state(monkeypatch):
-    """The state of the next run as its first step begins."""
+    """The state of the next run at the start of its first step."""
     states = []
     step_of_run = Run.step
 
@@ -762,8 +761,8 @@ def first_state(monkeypatch):
 def test_training_starts_from_a_checkpoints_weights(
     place, monkeypatch, dtype, tied, shards, scaling
 ):
-    """Apart in the file, as another program wrote it, and in place of the random ones; its
-    RoPE scaling is kept."""
+    """The weights are separate in the file, as other programs write them. They replace the random
+    ones, and the RoPE scaling is kept."""
     config = replace(TINY, tie_embeddings=tied, rope_scaling=scaling)
     directory = write_model(place / "model", config, dtype=dtype, shards=shards)
     before = {path: path.read_bytes() for path in directory.iterdir()}

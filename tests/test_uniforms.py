@@ -1,4 +1,5 @@
-"""The random numbers of sampling: those of NumPy's Philox, by (seed, row, step) alone."""
+"""The random numbers of sampling are those of NumPy's Philox, and depend only on seed, row and
+step."""
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def test_uniforms_are_those_of_numpys_philox():
 
 
 def test_uniforms_stay_what_they_were():
-    """A seed that somebody noted down must give the same text in the next version."""
+    """A seed must give the same text in later versions."""
     assert uniforms(0, [0, 1], [0]).tolist() == [[0.011546754286331562, 0.8133540609793564]]
     assert uniforms(7, [2], [3]).tolist() == [[0.1448670800594859]]
 
@@ -43,6 +44,6 @@ def test_uniforms_are_below_1_and_even():
     assert numbers.dtype == np.float64
     assert numbers.min() >= 0 and numbers.max() < 1
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
-    assert ((counts - 500) ** 2 / 500).sum() < 45  # chi-square, 19 degrees: one in a thousand
-    assert abs(np.corrcoef(numbers[:-100], numbers[100:])[0, 1]) < 0.04  # a row's next step
+    assert ((counts - 500) ** 2 / 500).sum() < 45  # chi-square, 19 degrees of freedom, p = 0.001
+    assert abs(np.corrcoef(numbers[:-100], numbers[100:])[0, 1]) < 0.04  # the next step of a row
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.04  # the next row

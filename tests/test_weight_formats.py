@@ -1,4 +1,4 @@
-"""Formats of weights: each is an object, and a new one needs no change where formats are used."""
+"""Weight formats are objects, so adding one requires no changes where formats are used."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ GROUP = 8
 
 
 class FourBits(Format):
-    """Two numbers of 0 to 15 a byte, and a float16 scale for each group of columns."""
+    """Two values from 0 to 15 per byte, and a float16 scale per group of columns."""
 
     is_float = False
     tiled = ("values", "scale")
@@ -100,7 +100,7 @@ def test_a_new_format_is_one_class_for_every_product(four_bits, rng, monkeypatch
 
 def test_a_new_format_is_converted_loaded_joined_and_mapped(four_bits, tmp_path, monkeypatch):
     monkeypatch.setattr(shared_products, "SHARED_SIZE", 1000)
-    monkeypatch.setattr(Workers, "_start", lambda *_: None)  # which would not know the class
+    monkeypatch.setattr(Workers, "_start", lambda *_: None)  # workers would not know the class
     source = write_model(tmp_path / "source", TINY)
     narrow, again = tmp_path / "narrow", tmp_path / "again"
     assert convert.main([str(source), str(narrow), "--dtype", "four-bits"]) == 0

@@ -1,4 +1,4 @@
-"""The table of weights: every name is found again, and rows agree with each other."""
+"""The table of weights: names are found again, and its rows are consistent."""
 
 import pytest
 
@@ -53,7 +53,8 @@ def test_what_is_joined_has_one_input_and_follows_in_the_file():
 
 
 def test_shards_split_a_products_outputs_or_its_inputs():
-    """Megatron's way: q, k, v, gate and up by rows, and what follows them by columns."""
+    """As in Megatron: q, k, v, gate and up are split by rows, and the products after them by
+    columns."""
     by_rows = {weight.field for weight in TABLE if weight.split == 0}
     by_columns = {weight.field for weight in TABLE if weight.split == 1}
     assert by_rows == {"wq", "wk", "wv", "w_gate", "w_up", "lm_head"}

@@ -1,4 +1,4 @@
-"""Model directories to parameters: names, shapes, dtypes, memory maps, and what is refused."""
+"""From model directories to parameters: names, shapes, dtypes, memory maps and errors."""
 
 import gc
 import json
@@ -52,7 +52,7 @@ def load(directory, ops, config=TINY, dtype=None):
 
 
 def by_name(parameters):
-    """Name in the file -> device array, of all that was loaded."""
+    """Name in the file -> device array, for all loaded weights."""
     arrays = {
         EMBEDDING: parameters.embedding.values,
         NORM: parameters.head.norm,
@@ -66,7 +66,7 @@ def by_name(parameters):
 
 
 def refused(directory, config=TINY, dtype=None, error=WeightsError):
-    """The one line with which a directory is refused, after its path."""
+    """The one-line message with which a directory is refused, without the path."""
     with pytest.raises(error) as caught:
         load(directory, make_ops("numpy"), config, dtype)
     message = str(caught.value)
@@ -239,7 +239,7 @@ def test_a_head_that_is_missing_but_not_tied_is_refused_with_a_hint(tmp_path):
 
 @pytest.fixture
 def is_large(monkeypatch):
-    """A model of any size counts as a large one, of which nothing is copied."""
+    """Treats a model of any size as large, so nothing is copied."""
     monkeypatch.setattr(npllama.weights, "JOINED_NBYTES", 0)
 
 
@@ -260,7 +260,7 @@ LARGEST = 4 * 512 * 256  # bytes of a float32 feed-forward matrix
 
 
 def bytes_allocated(function):
-    """The most bytes that were allocated at one time, and the result."""
+    """The peak of allocated bytes, and the result."""
     tracemalloc.start()
     try:
         result = function()
@@ -285,7 +285,7 @@ def test_converting_allocates_the_result_and_little_more_than_one_matrix(tmp_pat
     assert peak < 8 * LARGEST or not can_work()  # one layer at a time, then shared with workers
 
 
-# -- matrices of one input, side by side
+# -- joined matrices
 
 
 @pytest.mark.parametrize("stored", DTYPES)
@@ -311,7 +311,7 @@ def test_a_small_model_is_joined_while_loading_and_computes_as_a_converted_one(
                 parts = [getattr(layer, weight.field).values for weight in weights]
                 assert all(np.shares_memory(part, whole) for part in parts)
                 assert np.array_equal(np.concatenate(parts), whole)
-            is_copied = directory is apart  # q, k and v; gate and up are neighbours there too
+            is_copied = directory is apart  # q, k and v only; gate and up are contiguous
             assert isinstance(memory_of(layer.qkv.values), MappedFile) != is_copied
             assert isinstance(memory_of(layer.gate_up.values), MappedFile)
             if can_work() and n_threads == 2:
@@ -348,7 +348,7 @@ def test_weights_live_no_longer_than_their_model(dtype, monkeypatch):
     gc.collect()
     assert not [ref for ref in dead if ref() is not None]
     assert np.abs(second.logits([1, 5]) - want).max() <= 1e-5 * np.abs(want).max()
-    if workers is not None:  # those who map the memory of the first have ended
+    if workers is not None:  # the workers that map the first model's memory have ended
         assert ops.shared.workers is not workers and all(p.poll() for p in workers._processes)
         ops.shared.workers.close()
 
@@ -361,7 +361,7 @@ def test_a_part_that_is_changed_has_nothing_left_of_what_was_derived(rng):
     assert layer.map(lambda array: array) is layer
 
 
-# -- conversion that would lose
+# -- lossy conversion
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -377,11 +377,11 @@ def test_a_value_beyond_float16_is_refused_by_its_tensor(tmp_path, stored, name,
         load(directory, make_ops("numpy"), dtype=fitting)
 
 
-@pytest.mark.parametrize("value", [65504, -65504, 65519])  # the last is rounded down, not up
+@pytest.mark.parametrize("value", [65504, -65504, 65519])  # 65519 is rounded down
 def test_the_largest_float16_is_not_refused(tmp_path, value):
     tensors = random_tensors(TINY)
     tensors[LM_HEAD][2, 3] = value
-    tensors[NORM][0] = 1e9  # norms stay float32
+    tensors[NORM][0] = 1e9  # norms are always float32
     parameters = load(
         write_model(tmp_path, TINY, tensors=tensors), make_ops("numpy"), dtype="float16"
     )
@@ -617,7 +617,7 @@ def test_an_index_may_name_what_no_shard_holds_and_no_model_needs(tmp_path, conf
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     first = min(weight_map.values())
     surplus = dict.fromkeys(ROTARY_TABLES, first)
-    surplus[ROTARY_TABLES[0]] = "model-00003-of-00002.safetensors"  # not even there
+    surplus[ROTARY_TABLES[0]] = "model-00003-of-00002.safetensors"  # does not exist
     if config.tie_embeddings:
         surplus[LM_HEAD] = first
     expected = by_name(load(tmp_path, make_ops("numpy"), config))

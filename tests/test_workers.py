@@ -1,4 +1,4 @@
-"""Worker processes: the same products, and an end with whom they work for."""
+"""Worker processes compute the same products, and end with the process that started them."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(not can_work(), reason="no worker processes on t
 
 DTYPES = ("float32", "float16", ml_dtypes.bfloat16, "int8")
 SHAPES = ((1000, 700), (3, 64), (1, 5))
-BIG = LlamaConfig(256, 2, 4, 2, 1100, 260)  # gate and up together are 563,200 numbers
+BIG = LlamaConfig(256, 2, 4, 2, 1100, 260)  # gate and up together have 563,200 elements
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def matrices():
 
 
 def shared(matrices):
-    """The matrices in shared memory, which is theirs alone."""
+    """The matrices in shared memory that nothing else uses."""
     return [Matrix(values) for values in share([w.values for w in matrices])]
 
 
@@ -110,7 +110,7 @@ def state(pid):
 
 @contextlib.contextmanager
 def stopped_in_its_sleep(workers):
-    """The first worker says that it sleeps, and cannot wake up meanwhile."""
+    """The first worker is marked as asleep, and stopped so that it cannot wake up."""
     (pid, *_) = workers.pids
     wait_until(lambda: asleep(workers))
     os.kill(pid, signal.SIGSTOP)
@@ -168,14 +168,14 @@ def test_waiting_for_one_that_does_not_run_fills_no_pipe(matrices, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         with stopped_in_its_sleep(made):
             product = pool.submit(made.product, x, matrices[0], 0, 2)
-            wait_until(lambda: len(looks) > 20)  # at a worker that sleeps
+            wait_until(lambda: len(looks) > 20)  # checks whether the worker sleeps
             assert 0 < unread_bytes(made) <= 2
         assert np.array_equal(product.result(), want)
     made.close()
 
 
 def test_a_product_after_one_that_ended_before_it_was_handed_out_waits_for_nobody():
-    """Part 3 took none of the product before, and so never tells that that one is done."""
+    """Part 3 took no share of the previous product, so it never reports that product as done."""
     code = (
         "import numpy as np\n"
         "from npllama.ops.workers import Workers\n"
@@ -493,7 +493,7 @@ def test_a_part_that_is_prepared_twice_is_shared_once(monkeypatch):
 
 
 def test_one_thread_from_some_moment_on_means_no_workers(monkeypatch):
-    """As when training, where each core has a micro-batch of its own."""
+    """As in training, where each core computes its own micro-batch."""
     monkeypatch.setattr(shared_products, "SHARED_SMALL_SIZE", 1000)
     monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
     ops = NumpyOps(Backend(threads=Threads(2)))
@@ -527,9 +527,9 @@ def test_models_without_use_for_workers_have_none(monkeypatch):
         assert ops.shared.workers is None
 
     check(TINY, "int8")
-    check(BIG, "float32")  # it stays in the cache
+    check(BIG, "float32")  # small enough for the CPU cache
     monkeypatch.setattr(shared_products, "CACHED_SIZE", 1000)
-    check(LlamaConfig(704, 1, 2, 2, 700, 260), "float32")  # of BLAS's own threads
+    check(LlamaConfig(704, 1, 2, 2, 700, 260), "float32")  # uses BLAS threads instead
 
 
 def test_a_script_needs_no_main_guard_and_leaves_nobody_behind(tmp_path):

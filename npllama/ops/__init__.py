@@ -1,7 +1,8 @@
 """The mathematics of LLaMA-2: read equations.py, then blocks.py, then sampling.py.
 
-`Ops` is the reference in plain `xp` calls; `NumpyOps` and `CupyOps` override what their
-backend does better, under the same signatures, and the tests hold them to the reference.
+`Ops` is the reference implementation in plain `xp` calls. `NumpyOps` and `CupyOps` override the
+methods that their backend can compute faster, under the same signatures. The tests compare every
+override with the reference.
 """
 
 from npllama.backend import Backend
@@ -13,7 +14,7 @@ __all__ = ["CupyOps", "NumpyOps", "Ops", "ops_for"]
 
 
 def ops_for(backend: Backend, graph: bool = True) -> Ops:
-    """The mathematics for a backend, with its overrides.
+    """Return the implementation of the mathematics for a backend.
 
     Args:
         graph: whether CuPy captures decode steps as CUDA graphs.

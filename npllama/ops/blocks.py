@@ -1,7 +1,10 @@
-"""The upper level of ops: the four pieces of the model, each a short composition of equations.
+"""The four blocks of the model (embedding, attention, feed-forward, head), composed of equations.
 
-Under sharding, a layer holds H, K and F of this shard; the residual stream is whole everywhere.
-`all_reduce` and `all_gather` are then the only places where shards meet.
+A layer of the model is an attention block and a feed-forward block.
+
+A model can be sharded over several devices. Each shard then has some of the heads and ffn elements
+of every layer, and H, K and F count only these. Every shard has the whole residual stream. Shards
+communicate only in `all_reduce` and `all_gather`.
 """
 
 from collections.abc import Callable, Hashable
@@ -15,7 +18,7 @@ from npllama.ops.derivatives import Derivatives
 from npllama.ops.sampling import SamplingEquations
 from npllama.parameters import Head, Layer, Matrix
 
-if TYPE_CHECKING:  # ops is given these and builds none of them
+if TYPE_CHECKING:  # ops receives these as arguments and never constructs them
     from npllama.kv_cache import LayerCache, Positions
 
 Part = TypeVar("Part", Matrix, Layer, Head)
@@ -23,16 +26,17 @@ Step = TypeVar("Step", bound=Callable)
 
 
 class Ops(SamplingEquations, Derivatives):
-    """The reference: all mathematics of the model for any `xp`.
+    """The reference implementation of all mathematics of the model, for any `xp`.
 
-    A block returns the new residual stream, (B, T, D) float32. An override may reuse its
-    input's memory and the cache's scratch, so compare outputs and cache contents, not inputs.
+    `embed`, `attention_block` and `feed_forward` return the new residual stream, and `head` returns
+    the logits. An override of a block may overwrite its input and the cache's scratch memory.
+    Callers may rely only on the result and on the cached keys and values.
     """
 
-    # -- the model ---------------------------------------------------------------------------
+    # -- the blocks --------------------------------------------------------------------------
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
-        """Token ids (B, T) -> residual stream (B, T, D), float32."""
+        """The residual stream of token ids: (B, T) -> (B, T, D) float32."""
         return self.embedding(tokens, embedding)
 
     def attention_block(
@@ -43,15 +47,15 @@ class Ops(SamplingEquations, Derivatives):
         positions: "Positions",
         n_last: int | None = None,
     ) -> Array:
-        """x + Attention(RMSNorm(x)) W_o^T, writing the new keys and values to the cache.
+        """x + Attention(RMSNorm(x)) W_o^T; also writes the new keys and values to the cache.
 
         Args:
-            x: (B, T, D); row b is the cache's row positions.rows[b].
-            n_last: of how many of the T tokens, the last ones, the result is computed (n, at
-                least 1; all where None). Keys and values are those of all.
+            x: (B, T, D). Row b belongs to row positions.rows[b] of the cache.
+            n_last: compute the result only for the last n_last of the T tokens (at least 1); None
+                means all T. The keys and values of all T tokens are written in either case.
 
         Returns:
-            (B, n, D) in x's dtype.
+            (B, n, D) in x's dtype, where n is n_last or T.
 
         Source: Touvron et al. 2023a, section 2.2 (pre-normalization, as in GPT-3).
         """
@@ -63,11 +67,11 @@ class Ops(SamplingEquations, Derivatives):
     def cached_attention(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """Write the new keys and values to the cache, and attend to all of each row's.
+        """Write the new keys and values to the cache, and attend to all cached keys of each row.
 
         Args:
-            q: (B, n, H, C), of the last n of T tokens.
-            k, v: (B, T, K, C); row b is the cache's row positions.rows[b].
+            q: (B, n, H, C), the queries of the last n of T tokens.
+            k, v: (B, T, K, C). Row b belongs to row positions.rows[b] of the cache.
 
         Returns:
             (B, n, H*C) in q's dtype.
@@ -93,15 +97,20 @@ class Ops(SamplingEquations, Derivatives):
         return x + self.all_reduce(self.linear(y, layer.w_down))
 
     def head(self, x: Array, head: Head) -> Array:
-        """Logits RMSNorm(x) W_head^T; (B, T, D) -> (B, T, V)."""
+        """The logits RMSNorm(x) W_head^T; (B, T, D) -> (B, T, V)."""
         h = self.rms_norm(x, head.norm, head.norm_eps)
         return self.all_gather(self.linear(h, head.lm_head))
 
     def attention_map(self, x: Array, layer: Layer, positions: "Positions") -> Array:
-        """How attention_block divides each head's attention, for readers: (H, T, T).
+        """The attention weights of each head in `attention_block`, for display.
 
-        Computed from x (1, T, D) alone, as for a row without a past. Keys are not rounded to
-        the cache's dtype here.
+        Generation does not call this method, which does not round keys to the cache's dtype.
+
+        Args:
+            x: (1, T, D), the input of the block for one row without cached positions.
+
+        Returns:
+            (H, T, T) in x's dtype.
         """
         h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
         q, k, _ = self.queries_keys_values(h, layer, positions)
@@ -110,10 +119,10 @@ class Ops(SamplingEquations, Derivatives):
     def queries_keys_values(
         self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
     ) -> tuple[Array, Array, Array]:
-        """The normalized stream h (B, T, D), projected and, for q and k, rotated.
+        """Project the normalized stream h (B, T, D) to q, k and v, and rotate q and k.
 
         Returns:
-            q (B, n, H, C) of the last n tokens, k (B, T, K, C), v (B, T, K, C) in h's dtype.
+            q (B, n, H, C) for the last n tokens, k (B, T, K, C) and v (B, T, K, C), in h's dtype.
         """
         head_dim = 2 * positions.cos.shape[-1]
 
@@ -126,20 +135,25 @@ class Ops(SamplingEquations, Derivatives):
         k = self.rope(k, positions.cos, positions.sin)
         return q, k, v
 
-    # -- the same blocks backwards -------------------------------------------------------------
+    # -- backward passes of the blocks ---------------------------------------------------------
     #
-    # Each is given dy, the gradient of the loss with respect to its block's output, and the
-    # block's input x; it computes again what the forward did not keep, and returns dx and the
-    # gradients of the parameters it used, by their names in Layer or Head. All of a layer is on
-    # one shard: training is not sharded.
+    # Each method takes dy, the gradient of the loss with respect to the block's output, and x, the
+    # block's input. It recomputes the intermediate results, which the forward pass does not keep.
+    # It returns dx and the gradients of the block's parameters under their names in Layer or Head.
+    # Training is not sharded, so a layer is whole here.
 
     def attention_block_backward(
         self, dy: Array, x: Array, layer: Layer, positions: "Positions"
     ) -> tuple[Array, dict[str, Array]]:
-        """Backwards through y = x + o W_o^T, o = Attention(q, k, v), q k v of h = RMSNorm(x).
+        """The backward pass of y = x + Attention(q, k, v) W_o^T.
+
+        q, k and v are the projections of h = RMSNorm(x).
 
         Args:
-            dy, x: (B, T, D); rows without a past: S = 0.
+            dy, x: (B, T, D). Rows have no cached positions (S = 0).
+
+        Returns:
+            dx (B, T, D), and the gradients of attention_norm, wq, wk, wv and wo.
         """
         h = self.rms_norm(x, layer.attention_norm, layer.norm_eps)
         q, k, v = self.queries_keys_values(h, layer, positions)
@@ -172,10 +186,13 @@ class Ops(SamplingEquations, Derivatives):
     def feed_forward_backward(
         self, dy: Array, x: Array, layer: Layer
     ) -> tuple[Array, dict[str, Array]]:
-        """Backwards through y = x + SwiGLU(h W_gate^T, h W_up^T) W_down^T, h = RMSNorm(x).
+        """The backward pass of y = x + SwiGLU(h W_gate^T, h W_up^T) W_down^T, h = RMSNorm(x).
 
         Args:
             dy, x: (B, T, D).
+
+        Returns:
+            dx (B, T, D), and the gradients of ffn_norm, w_gate, w_up and w_down.
         """
         h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)
         gate, up = self.linear(h, layer.w_gate), self.linear(h, layer.w_up)  # (B, T, F)
@@ -187,40 +204,55 @@ class Ops(SamplingEquations, Derivatives):
         return dy + dx, {"ffn_norm": dnorm, "w_gate": dw_gate, "w_up": dw_up, "w_down": dw_down}
 
     def head_backward(self, dlogits: Array, x: Array, head: Head) -> tuple[Array, dict[str, Array]]:
-        """Backwards through logits = h W_head^T, h = RMSNorm(x); dlogits (B, T, V)."""
+        """The backward pass of logits = h W_head^T, h = RMSNorm(x).
+
+        Args:
+            dlogits: (B, T, V).
+            x: (B, T, D).
+
+        Returns:
+            dx (B, T, D), and the gradients of norm and lm_head.
+        """
         h = self.rms_norm(x, head.norm, head.norm_eps)
         dh, dlm_head = self.linear_backward(dlogits, h, head.lm_head)
         dx, dnorm = self.rms_norm_backward(dh, x, head.norm, head.norm_eps)
         return dx, {"norm": dnorm, "lm_head": dlm_head}
 
-    # -- hooks: where a backend or several processes differ from this reference --------------
+    # -- hooks that a backend or a sharded model overrides -----------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """The one place at load where weights are joined, uploaded or sharded.
+        """Prepare a part of the model, which is being loaded, for computation.
+
+        Weights are joined, uploaded or sharded only here.
 
         Args:
-            may_copy: a backend that gains by matrices of one input side by side may copy them.
+            may_copy: whether matrices with the same input may be copied in order to join them.
         """
         return part.map(self.backend.to_device)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """The context that a forward of n_rows = B * T tokens runs in; here none."""
+        """The context manager around a forward pass of n_rows = B * T tokens. Here it does
+        nothing."""
         return nullcontext()
 
     def turn(self) -> AbstractContextManager:
-        """The context of several steps whose text nobody waits for; here none."""
+        """The context manager around consecutive steps of one generation. Here it does nothing."""
         return nullcontext()
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
-        """The dtype in which keys and values are kept for weights of `storage_dtype`."""
+        """The dtype of cached keys and values for weights of `storage_dtype`."""
         return np.dtype("float32")
 
     def prefill_chunk(self) -> int:
-        """Prompt tokens in one forward: memory grows with this * context, not context^2."""
+        """The maximum number of prompt tokens per forward pass.
+
+        It limits the attention scores in memory to prefill_chunk() * context instead of context^2.
+        """
         return 512
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """float32 numbers of scratch to allocate with the cache; the reference needs none."""
+        """The number of float32 elements of scratch memory to allocate with the cache. Here it is
+        0."""
         return 0
 
     def attention_nbytes(
@@ -232,53 +264,62 @@ class Ops(SamplingEquations, Derivatives):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """Bytes that `attention` holds for one row's chunk: here four arrays of all scores,
-        (H, T, N), and where the cache is narrower than float32, the row's keys and values
-        widened, (K, N, C) each."""
+        """The maximum number of bytes that `attention` allocates for one chunk of one row.
+
+        Here these are four arrays of scores, (H, T, N). If the cache is narrower than float32, the
+        widened keys and values of the row, (K, N, C) each, are added.
+        """
         widened = 2 * n_kv_heads * context * head_dim if cache_dtype.itemsize < 4 else 0
         return 4 * (4 * n_heads * chunk * context + widened)
 
     keeps_caches = False
-    """Whether a generation's cache is worth keeping for the next one: what `compile` has made of a
-    step holds the addresses of the cache that it ran on."""
+    """Whether the next generation should reuse the cache of the last one. A captured step contains
+    the addresses of its cache, so it can be replayed only with that cache."""
 
     def compile(
         self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
     ) -> Step:
-        """A decode step, made fast to repeat; here the step itself.
+        """Return a version of a decode step that is fast to repeat. Here it is the step itself.
+
+        A step is called as step(state, cache, place). `state` has the device arrays of the rows
+        that are decoded (see StepState). `place` has their positions (see Place), and place.bucket
+        is an upper bound of the number of keys.
+
+        A device captures the step once and replays it, also in later generations. Step and caller
+        must therefore follow these rules:
+
+        - The arrays of `state` and `cache`, and place.device_rows, have the same addresses in every
+          call. A different number of rows needs a different state.
+        - A replay uses the Python values of the capture. The step must therefore not read
+          place.rows and place.starts, which change from call to call. Two calls share a capture
+          if they have the same state, cache, place.device_rows and constants, and equal
+          place.bucket and `frozen`.
+        - The step does all its work on the device, and advances the positions and the counters of
+          random numbers there. It copies nothing between the host and the device.
+        - The next call may overwrite the results. The caller must start to copy them before that
+          call.
 
         Args:
-            step: (state, cache, place) -> (ids, log_probs), and further arrays if it is asked
-                for them.
-            frozen: the Python values that the step depends on, and what else tells it from another
-                step.
-            constants: what it reads besides the state and the cache: arrays, and objects that hold
-                some. They are told apart by identity.
-
-        What a step may rely on and must keep, since a device captures it once and replays it, in
-        later generations as well:
-
-        - The arrays of `state` and of `cache`, and place.device_rows, are read and written at the
-          same addresses at every call. Another number of rows is another state.
-        - Python values are frozen as they were at the capture: place.rows and place.starts are
-          not read. A capture serves all calls of the same state, place.bucket, `frozen` and
-          `constants`.
-        - All work of the step on the device happens inside, the counting of positions and of
-          random numbers included; nothing moves between the host and the device.
-        - The next call may overwrite the results: the host begins to copy them before it.
+            step: the function. It returns (ids, log_probs), followed by further arrays if
+                requested.
+            frozen: the Python values that the step depends on, and anything else that
+                distinguishes it from other steps.
+            constants: the arrays, or objects that hold arrays, which the step reads besides the
+                state and the cache. They are compared by identity.
         """
         return step
 
     def all_reduce(self, x: Array) -> Array:
-        """Sum of all shards' partial x, in memory that the caller may write to; with one shard
-        x itself."""
+        """The sum of x over all shards, in memory that the caller may overwrite. With one shard it
+        is x itself."""
         return x
 
     def all_gather(self, x: Array) -> Array:
-        """The shards' slices of the last axis side by side; with one shard x itself."""
+        """The slices of all shards, concatenated along the last axis. With one shard it is x
+        itself."""
         return x
 
 
 def last(x: Array, n: int | None) -> Array:
-    """The last n of T tokens, all where None: (B, T, ...) -> (B, n, ...)."""
+    """The last n of T tokens, or all if n is None: (B, T, ...) -> (B, n, ...)."""
     return x if n is None else x[:, x.shape[1] - n :]

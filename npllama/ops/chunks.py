@@ -1,4 +1,4 @@
-"""One operation on many tokens, cut up: in chunks that stay in a core's cache, on all cores."""
+"""Split one operation on many tokens into chunks that fit a core's cache, and use all cores."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -10,20 +10,25 @@ from npllama.threads import Threads
 Item = TypeVar("Item")
 
 CHUNK = 64 * 1024
-"""Numbers of an elementwise operation that are computed at a time, since several ufuncs go over
-them: they stay in a core's own cache, and are worth a thread's waking up."""
+"""Elements per chunk of an elementwise operation. Several ufuncs read each chunk in turn, so it
+should fit a core's private cache, but be large enough to be worth waking a thread for."""
 
 MANY_ROWS = 64
-"""Rows from which on a product is cut up among threads that each use BLAS on one core, and all
-else among the same: 1.2 times as fast at 512 rows of 768 as BLAS with two threads, which go on
-spinning for a while and disturb what follows. With fewer rows waking threads up takes longer."""
+"""The minimum number of rows for which operations are split over our own threads.
+
+For a matrix product each of these threads calls single-threaded BLAS. This is faster than BLAS with
+several threads, because BLAS's threads keep spinning after a product and slow down the next
+operation. For fewer rows, waking the threads costs more than it gains."""
 
 
 def for_each(
     threads: Threads, function: Callable[[Item, int], None], items: Sequence[Item], n_rows: int
 ) -> None:
-    """function(item, slot) for each; on all cores where the rows, tokens, are many. NumPy's error
-    state is the caller's in every thread."""
+    """Call function(item, slot) for each item, on all cores if n_rows is at least MANY_ROWS.
+
+    Calls that run at the same time have different slots. Every thread uses the caller's NumPy error
+    state.
+    """
     if n_rows < MANY_ROWS or len(items) == 1:
         for item in items:
             function(item, 0)
@@ -44,8 +49,16 @@ def in_chunks(
     n_rows: int,
     width: int = 1,
 ) -> None:
-    """function(slice of columns) until all are done, where a column has `width` numbers in each
-    row, a token: of many rows some columns at a time, on all cores."""
+    """Call function(slice) for slices that cover all columns.
+
+    If n_rows is at least MANY_ROWS, a slice has about CHUNK elements and the calls use all cores.
+    Otherwise there is one call for all columns.
+
+    Args:
+        n_columns: columns to split, such as heads or ffn elements.
+        n_rows: tokens.
+        width: the number of elements of one token in one column, such as the head width.
+    """
     if n_rows < MANY_ROWS:
         function(slice(None))
     else:

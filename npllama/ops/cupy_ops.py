@@ -1,4 +1,4 @@
-"""What CuPy does better than the reference: 16-bit products on tensor cores, kernels of our own."""
+"""Faster blocks for CuPy: 16-bit products on tensor cores, and our own CUDA kernels."""
 
 import math
 from collections.abc import Hashable
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 class CupyOps(Ops):
-    """Overrides for CUDA; each computes what the method of the same name in Ops does.
+    """Overrides for CUDA. Each computes the same result as the method of that name in Ops.
 
-    Where shapes and dtypes fit a kernel, the kernel computes it, and array calls elsewhere.
+    Kernels compute the result, with cuBLAS for large products, if they support the shapes and
+    dtypes. Otherwise array calls compute it.
 
     Args:
         graph: whether decode steps are captured as CUDA graphs.
@@ -39,7 +40,10 @@ class CupyOps(Ops):
     def compile(
         self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
     ) -> Step:
-        """Captured and replayed, where it needs no product of cuBLAS."""
+        """Return a callable that captures the step as a CUDA graph and replays the graph.
+
+        Steps that call cuBLAS are not captured, because CuPy cannot capture such calls.
+        """
         return DecodeSteps(self.kernels, step, frozen, constants, is_on=self.keeps_caches)
 
     def attention_block(
@@ -50,8 +54,12 @@ class CupyOps(Ops):
         positions: "Positions",
         n_last: int | None = None,
     ) -> Array:
-        """One new token in each row: three kernels. More, or many rows: two products of cuBLAS
-        and what stands between them; the result may lie in x's memory."""
+        """`attention_block`, which may overwrite x.
+
+        For one new token per row and few rows, it takes three kernels. Otherwise cuBLAS computes
+        the products with W_qkv and W_o and, for several tokens per row, the products of attention.
+        Kernels compute the rest.
+        """
         if self._fits_step(x, layer.qkv, layer.wo) and decode_attention.fits(cache):
             norm, eps = layer.attention_norm, layer.norm_eps
             qkv = gemv.gemv(self.kernels, layer.qkv, x, norm=norm, eps=eps)  # (B, 1, (H + 2K) C)
@@ -80,7 +88,7 @@ class CupyOps(Ops):
         positions: "Positions",
         n_last: int | None,
     ) -> Array:
-        """`attention_block` of B * T tokens by 16-bit products."""
+        """`attention_block` with 16-bit products, for many tokens B * T."""
         kernels, qkv, wo = self.kernels, layer.qkv, layer.wo
         x = self.xp.ascontiguousarray(x)
         h = prompt.normalized(kernels, x, layer.attention_norm, layer.norm_eps, qkv)  # (M, D)
@@ -94,7 +102,8 @@ class CupyOps(Ops):
         return self._plus_product(last(x, n_last), o, wo)
 
     def _plus_product(self, x: Array, h: Array, w: Matrix) -> Array:
-        """x + h W^T, in x's memory where there are no other shards; h (M, D) 16 bit."""
+        """x + h W^T for h (M, D) with 16-bit elements; computed in-place if the model is not
+        sharded."""
         if getattr(self.all_reduce, "__func__", None) is Ops.all_reduce:
             x = self.xp.ascontiguousarray(x)
             prompt.add_product(self.kernels, x, h, w)
@@ -103,8 +112,11 @@ class CupyOps(Ops):
         return x + self.all_reduce(y.reshape(x.shape))
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
-        """One new token in each row: two kernels. More, or many rows: two products of cuBLAS and
-        two kernels; the result may lie in x's memory."""
+        """`feed_forward`, which may overwrite x.
+
+        For one new token per row and few rows, it takes two kernels. Otherwise cuBLAS computes the
+        products with W_gate_up and W_down. Kernels compute the rest.
+        """
         if self._fits_step(x, layer.gate_up, layer.w_down):
             norm, eps = layer.ffn_norm, layer.norm_eps
             y = gemv.gemv(self.kernels, layer.gate_up, x, norm=norm, eps=eps, swiglu=True)
@@ -119,7 +131,7 @@ class CupyOps(Ops):
         return super().feed_forward(x, layer)
 
     def head(self, x: Array, head: Head) -> Array:
-        """One token in each row: one kernel. More, or many rows: a product of cuBLAS."""
+        """`head`: one kernel for one token per row and few rows, otherwise a cuBLAS product."""
         w = head.lm_head
         if self._fits_step(x, w):
             return gemv.gemv(self.kernels, w, x, norm=head.norm, eps=head.norm_eps)
@@ -139,18 +151,18 @@ class CupyOps(Ops):
         n_tokens: int | None = None,
         allowed: Array | None = None,
     ) -> tuple[Array, Array]:
-        """One kernel, for the filters that it has."""
+        """`next_token` in one kernel, if that kernel has all filters of `sampling`."""
         arguments = (logits, uniform, sampling, seen, n_tokens, allowed)
         if sampling_kernel.fits(logits, sampling):
             return sampling_kernel.next_token(self.kernels, *arguments)
         return super().next_token(*arguments)
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T, for 16-bit W in that dtype with float32 accumulation; returned as x's dtype.
+        """y = x W^T in x's dtype. 16-bit weights are multiplied in their own dtype.
 
-        CuPy multiplies two 2-D operands of one dtype in cuBLAS as they lie, W^T without a copy;
-        mixed dtypes, and 3-D operands, would copy W at full width on every call. int8 is
-        widened, since its product would accumulate in int8 and overflow.
+        Products of 16-bit elements accumulate in float32. Both operands are two-dimensional and
+        have the same dtype, because only then does CuPy pass W^T to cuBLAS without a copy. int8
+        weights are widened, because CuPy's int8 products accumulate in int8 and overflow.
         """
         self.kernels.cublas.n_calls += 1
         dtype = w.format.product_dtype or x.dtype
@@ -163,9 +175,11 @@ class CupyOps(Ops):
     def cached_attention(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """One new token in each row: by the positions on the device alone, as a captured step
-        needs it. All rows attend together to the first `bucket` keys, of which those after a
-        row's own position are hidden."""
+        """`cached_attention` for one new token per row, computed for all rows together.
+
+        It reads the positions only from the device, as `Ops.compile` requires. All rows attend to
+        the first positions.bucket keys, and the mask hides the keys after each row's own position.
+        """
         xp = self.xp
         if k.shape[1] > 1:
             return super().cached_attention(q, k, v, cache, positions)
@@ -184,26 +198,31 @@ class CupyOps(Ops):
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """Some queries at a time, each time with the keys up to the last of them: no more scores
-        are held than `attention_nbytes` says, however many tokens there are."""
+        """`attention` for a limited number of queries at a time, so that it allocates no more than
+        `attention_nbytes`.
+
+        Each of these parts uses the keys up to its last query.
+        """
         n_new, n_keys = q.shape[1], k.shape[1]
         at_once = prompt.queries_at_once(len(q) // len(k), n_keys)
         parts = []
         for begin in range(0, n_new, at_once):
             end = min(begin + at_once, n_new)
-            keys = slice(n_keys - n_new + end)  # what the last query sees
+            keys = slice(n_keys - n_new + end)  # the keys that the last query attends to
             parts.append(super().attention(q[:, begin:end], k[:, keys], v[:, keys], scratch))
         return parts[0] if len(parts) == 1 else self.xp.concatenate(parts, axis=1)
 
     def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
-        """Places sorted by their token, and each token's rows of dx added up in that order: dx is
-        read once, where the reference multiplies it by a matrix of V x B*T."""
+        """Sort the rows of dx by token id, and add up the rows of each token.
+
+        This reads dx once. The reference multiplies dx by a (V, B*T) matrix.
+        """
         return embedding.embedding_backward(self.kernels, dx, tokens, w.shape[0])
 
     # -- hooks -----------------------------------------------------------------------------------
 
     def prefill_chunk(self) -> int:
-        """More than on the CPU: with 512 rows the products leave a part of a large GPU idle."""
+        """More tokens than on the CPU, because smaller products do not fill a large GPU."""
         return 2048
 
     def attention_nbytes(
@@ -215,8 +234,10 @@ class CupyOps(Ops):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """What `attention` holds of the queries that attend at a time; the kernels take less. And
-        what is widened of an int8 matrix."""
+        """The maximum number of bytes of `attention` and of a widened part of an int8 matrix.
+
+        The kernels for prompts allocate less than `attention`.
+        """
         at_once = prompt.queries_at_once(n_heads // n_kv_heads, context)
         nbytes = super().attention_nbytes(
             n_heads, n_kv_heads, head_dim, min(chunk, at_once), context, cache_dtype
@@ -224,16 +245,20 @@ class CupyOps(Ops):
         return nbytes + 2 * prompt.WIDENED
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """On the device q, k and v are one matrix, and gate and up: one kernel multiplies them."""
+        """Upload a part of the model.
+
+        On the device wq, wk and wv form one matrix, and so do w_gate and w_up, so that one kernel
+        multiplies by all of them.
+        """
         if isinstance(part, Layer):
             return upload(self.backend, part)
         return super().prepare(part, may_copy)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """The forward is queued on the backend's device, whatever thread runs it."""
+        """Select the backend's device, because each thread has its own current device in CuPy."""
         self.backend.use()
         return super().forward_context(n_rows)
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
-        """Keys and values are kept as the weights are; float16 beside int8 weights."""
+        """The dtype of the weights, or float16 for int8 weights."""
         return format_of(storage_dtype).cache_dtype

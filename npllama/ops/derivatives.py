@@ -1,11 +1,14 @@
-"""The derivative of each equation in equations.py, in the same letters.
+"""The derivatives of the equations in equations.py, in the same letters.
 
-Each method is given the gradient of a scalar loss with respect to its equation's output, named
-d and the output's letter (dy = dLoss/dy), and the equation's inputs; it returns the gradients
-with respect to those inputs that have one, in their order. Shapes are those of the equation.
+The gradient of a scalar loss with respect to y is called dy: dy = dLoss/dy. It has the shape of y.
 
-dtypes: as in the equations, that of the activations (float32 in training, float64 in the
-tests). Weights are in that dtype too and have no scale: a rounded weight has no derivative.
+The first argument of each method is the gradient with respect to the equation's output. The other
+arguments are the inputs and outputs of the equation that the derivative needs. The method returns
+the gradients with respect to the differentiable inputs, in the order of the inputs.
+
+dtypes: as in the equations, every method computes in the dtype of the activations (float32 in
+training, float64 in the tests). Weights have the same dtype and no scale, because training does
+not support quantized weights.
 """
 
 import math
@@ -16,14 +19,15 @@ from npllama.parameters import Matrix
 
 
 class Derivatives(Equations):
-    """`<equation>_backward`: the chain rule, one equation at a time."""
+    """The chain rule: a method `<equation>_backward` for each equation that training differentiates
+    as a whole."""
 
     # -- embedding and projections ---------------------------------------------------------
 
     def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
-        """x = E W with E[m, v] = 1 where token m is v, else 0; so  dW = E^T dx.
+        """The gradient of x = E W:  dW = E^T dx, where E[m, v] = 1 if token m is v, else 0.
 
-        A row of dW is the sum of dx over the places where its token stands.
+        Row v of dW is the sum of dx over the positions of token v.
 
         Args:
             dx: (B, T, D).
@@ -39,7 +43,7 @@ class Derivatives(Equations):
         return one_hot.astype(dx.dtype) @ dx.reshape(-1, width)  # (V, B*T) @ (B*T, D) -> (V, D)
 
     def linear_backward(self, dy: Array, x: Array, w: Matrix) -> tuple[Array, Array]:
-        """y = x W^T, so  dx = dy W  and  dW = dy^T x, summed over all tokens.
+        """The gradients of y = x W^T:  dx = dy W  and  dW = dy^T x, summed over all tokens.
 
         Args:
             dy: (..., O).
@@ -62,13 +66,17 @@ class Derivatives(Equations):
     def rms_norm_backward(
         self, dy: Array, x: Array, weight: Array, eps: float
     ) -> tuple[Array, Array]:
-        """y = n * weight with n = x / r, r = sqrt(mean(x^2) + eps), so, with dn = dy * weight,
+        """The gradients of y = n * weight, where n = x / r and r = sqrt(mean(x^2) + eps):
 
-            dx      = (dn - n * mean(dn * n)) / r
+            dx      = (dn - n * mean(dn * n)) / r, where dn = dy * weight
             dweight = sum over tokens of dy * n
 
-        The mean takes from dx what would lengthen x, which the norm undoes (all of it where
-        eps is 0).
+        The term with the mean removes the component of dx along x. Scaling x does not change y
+        (exactly so if eps is 0), so the gradient has no such component.
+
+        Args:
+            dy, x: (..., D).
+            weight: (D,).
 
         Returns:
             dx (..., D), dweight (D,).
@@ -85,9 +93,13 @@ class Derivatives(Equations):
     # -- rotary position embeddings ----------------------------------------------------------
 
     def rope_backward(self, dy: Array, cos: Array, sin: Array) -> Array:
-        """y turns x by an angle, so dx is dy turned back:  dx = rope(dy, cos, -sin).
+        """The gradient of a rotation:  dx = rope(dy, cos, -sin).
 
-        A rotation's transpose is its inverse.
+        The transpose of a rotation is the rotation by the negative angle.
+
+        Args:
+            dy: (B, T, heads, C).
+            cos, sin: (B, T, C/2).
 
         Returns:
             dx (B, T, heads, C).
@@ -99,14 +111,14 @@ class Derivatives(Equations):
     # -- attention ---------------------------------------------------------------------------
 
     def softmax_backward(self, dp: Array, p: Array) -> Array:
-        """p_i = e^{x_i} / sum_j e^{x_j}, so  dx_i = p_i * (dp_i - sum_j dp_j p_j).
+        """The gradient of p = softmax(x):  dx_i = p_i * (dp_i - sum_j dp_j p_j).
 
         Args:
             dp: (..., N).
-            p: (..., N), the softmax itself.
+            p: (..., N), the output of the softmax.
 
         Returns:
-            dx (..., N); 0 where p is, so what the mask hid stays hidden.
+            dx (..., N), which is 0 for masked elements because p is 0 there.
 
         Source: the quotient rule on Vaswani et al. 2017, equation 1; Dao et al. 2022
         (FlashAttention), appendix B.2.
@@ -116,14 +128,14 @@ class Derivatives(Equations):
     def attention_backward(
         self, do: Array, q: Array, k: Array, v: Array, p: Array
     ) -> tuple[Array, Array, Array]:
-        """o = P v with P = softmax(X), X = q k^T / sqrt(C) + mask, so
+        """The gradients of o = P v, where P = softmax(X) and X = q k^T / sqrt(C) + mask:
 
             dv = P^T do
             dP = do v^T,  dX = softmax_backward(dP, P)
             dq = dX k / sqrt(C),  dk = dX^T q / sqrt(C)
 
-        The G query heads of a key head are viewed beside it, as in the equation, so that the
-        products over G*T queries are the sums that dk and dv need.
+        Queries are reshaped to (K, G*T, C), as in the equation. The products for dk and dv then
+        also sum over the G query heads of each key head.
 
         Args:
             do, q: (H, T, C).
@@ -149,7 +161,9 @@ class Derivatives(Equations):
     # -- feed-forward ------------------------------------------------------------------------
 
     def silu_backward(self, dy: Array, x: Array) -> Array:
-        """y = x s with s = sigmoid(x) and s' = s (1 - s), so  dx = dy * s * (1 + x (1 - s)).
+        """The gradient of y = x s, where s = sigmoid(x):  dx = dy * s * (1 + x (1 - s)).
+
+        All arrays are (...); the derivative of s is s (1 - s).
 
         Source: Elfwing et al. 2017, equation 6.
         """
@@ -157,10 +171,16 @@ class Derivatives(Equations):
         return dy * s * (1 + x * (1 - s))
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        """y = SiLU(gate) * up, so  dgate = SiLU'(gate) * (dy * up)  and  dup = dy * SiLU(gate).
+        """The gradients of y = SiLU(gate) * up:
+
+            dgate = SiLU'(gate) * (dy * up)
+            dup   = dy * SiLU(gate)
+
+        Args:
+            dy, gate, up: (..., F).
 
         Returns:
-            dgate, dup, both (..., F).
+            dgate, dup: (..., F).
 
         Source: the product rule on Shazeer 2020, equation 6.
         """
@@ -169,12 +189,12 @@ class Derivatives(Equations):
     # -- loss --------------------------------------------------------------------------------
 
     def cross_entropy_backward(self, dloss: Array, logits: Array, targets: Array) -> Array:
-        """loss = -log softmax(x)[target], so  dx_i = dloss * (softmax(x)_i - [i = target]).
+        """The gradient of -log softmax(x)[target]:  dx_i = dloss * (softmax(x)_i - [i = target]).
 
         Args:
-            dloss: (..., ), the weight of each token in the whole.
+            dloss: (...), the weight of each token in the loss.
             logits: (..., V).
-            targets: (..., ) integers in [0, V).
+            targets: (...) integers in [0, V).
 
         Returns:
             dlogits (..., V).

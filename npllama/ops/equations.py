@@ -1,11 +1,11 @@
-"""The paper, line by line: every equation of LLaMA-2 in plain array calls, once for any `xp`.
+"""The equations of LLaMA-2 in plain array calls, written once for any array module `xp`.
 
 Letters: B batch, T new tokens, S cached positions, N = S + T keys, D width, H query heads,
-K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers; of a plain matrix
-product M rows and O outputs.
+K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers. A plain matrix
+product has M rows and O outputs.
 
-dtypes: every function computes in the dtype of the activations it is given (float32 in
-the model, float64 in the tests), and widens a weight from its storage dtype to that.
+dtypes: every method computes in the dtype of its activations (float32 in the model, float64 in
+the tests), and widens a weight from its storage dtype to that dtype.
 """
 
 import math
@@ -17,7 +17,10 @@ from npllama.parameters import Matrix
 
 
 class Equations:
-    """The lower level of ops. A backend overrides a method under the same signature."""
+    """The equations, from which blocks.py composes the blocks of the model.
+
+    A backend overrides a method under the same signature.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -26,11 +29,12 @@ class Equations:
     # -- embedding and projections ---------------------------------------------------------
 
     def embedding(self, tokens: Array, w: Matrix, dtype: str = "float32") -> Array:
-        """Row `tokens[b, t]` of the embedding matrix:  x[b, t] = W[tokens[b, t]].
+        """The embedding of each token:  x[b, t] = W[tokens[b, t]].
 
         Args:
-            tokens: (B, T) integers in [0, V); checked on the host, since NumPy takes -1.
-            w: (V, D) in any format; only the rows in use are widened.
+            tokens: (B, T) integers in [0, V). The caller checks the range, because NumPy accepts
+                negative indices.
+            w: (V, D) in any format. Only the rows in use are widened.
 
         Returns:
             (B, T, D) in `dtype`.
@@ -44,13 +48,13 @@ class Equations:
 
         Args:
             x: (..., D).
-            w: (O, D) in any format, widened whole to x's dtype; a scale multiplies the
-                O outputs, since it is one factor a row of W.
+            w: (O, D) in any format. The whole matrix is widened to x's dtype. A scale, which is
+                one factor per row of W, multiplies the O outputs.
 
         Returns:
             (..., O) in x's dtype.
 
-        Source: Vaswani et al. 2017, section 3.2.2 (the W of "projections").
+        Source: Vaswani et al. 2017, section 3.2.2 (the projection matrices W).
         """
         y = x @ w.format.unscaled(w, x.dtype).T  # (..., D) @ (D, O) -> (..., O)
         return w.format.scaled(w, y)
@@ -63,13 +67,13 @@ class Equations:
         Args:
             x: (..., D).
             weight: (D,).
-            eps: inside the square root, as Meta and Hugging Face have it.
+            eps: added inside the square root, as in Meta's and Hugging Face's code.
 
         Returns:
             (..., D) in x's dtype.
 
-        Source: Zhang & Sennrich 2019, equation 4; LLaMA (Touvron et al. 2023a), section 2.2:
-        the input of each sub-layer is normalized, not its output.
+        Source: Zhang & Sennrich 2019, equation 4; Touvron et al. 2023a (LLaMA), section 2.2, which
+        normalizes the input of each sub-layer and not its output.
         """
         mean_square = (x * x).mean(axis=-1, keepdims=True)  # (..., D) -> (..., 1)
         return x / self.xp.sqrt(mean_square + eps) * weight.astype(x.dtype, copy=False)
@@ -77,18 +81,18 @@ class Equations:
     # -- rotary position embeddings ----------------------------------------------------------
 
     def rope_frequencies(self, config: LlamaConfig, context: int | None = None) -> Rotation:
-        """How far each pair turns from one position to the next:  theta_i = theta^(-2i / C).
+        """The rotation angle of each pair per position:  theta_i = theta^(-2i / C).
 
-        A config with a `rope_scaling` has other frequencies, and yarn's an attention scaling;
-        rope_frequencies.py has a function for each kind. Inference and training take them from
-        here.
+        The `rope_scaling` of a config changes these frequencies. The kind "yarn" also scales the
+        attention scores. rope_frequencies.py has one function for each kind.
 
         Args:
-            context: positions that the model has room for, which "dynamic" depends on; default
-                the config's.
+            context: the maximum number of positions, by default the config's. Only the kind
+                "dynamic" depends on it.
 
         Returns:
-            (C/2,) float64, in radians, and the attention scaling, 1 for all kinds but yarn.
+            The frequencies, (C/2,) float64 in radians per position, and the attention scaling,
+            which is 1 for all kinds except "yarn".
 
         Source: Su et al. 2021 (RoFormer), section 3.2.2, Theta = {theta_i}.
         """
@@ -99,12 +103,12 @@ class Equations:
     ) -> tuple[Array, Array]:
         """Cosine and sine of every rotation angle:  a cos(p theta_i), a sin(p theta_i).
 
-        The angles are float64 and only the result is rounded: at position 4000 an angle in
-        half precision would be off by more than a radian.
+        The angles are computed in float64 and only the results are rounded. In half precision the
+        error of an angle at position 4000 would exceed one radian.
 
         Args:
-            rotation: theta_i, (C/2,) float64, and the attention scaling a, from
-                `rope_frequencies`.
+            rotation: the frequencies theta_i, (C/2,) float64, and the attention scaling a, as
+                returned by `rope_frequencies`.
 
         Returns:
             cos, sin: (n_positions, C/2) in `dtype`.
@@ -118,21 +122,22 @@ class Equations:
         return (a * xp.cos(angle)).astype(dtype), (a * xp.sin(angle)).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Turn the pair (x_i, x_{i+C/2}) of each head by its position's angle_i:
+        """Rotate each pair (x_i, x_{i+C/2}) of a head by the angle of pair i at its position:
 
             y_i       = x_i cos_i - x_{i+C/2} sin_i
             y_{i+C/2} = x_{i+C/2} cos_i + x_i sin_i
 
-        Pairs are (i, i + C/2), Hugging Face's row order; Meta's files pair (2i, 2i+1), and the
-        converter permutes their wq and wk once.
+        The pairs are (i, i + C/2), which is Hugging Face's row order. Meta's files pair
+        (2i, 2i+1), so the converter permutes the rows of their wq and wk.
 
         Args:
             x: (B, T, heads, C), queries or keys.
-            cos, sin: (B, T, C/2), the table's rows at each token's position.
+            cos, sin: (B, T, C/2), the rows of the table at each token's position.
 
         Returns:
-            (B, T, heads, C) in x's dtype. The norm of each head is kept (yarn multiplies it),
-            and q . k depends on the distance of their positions alone.
+            (B, T, heads, C) in x's dtype. The rotation preserves the norm of each head, except
+            that yarn scales it. The product q . k depends only on the distance between the
+            positions of q and k.
 
         Source: Su et al. 2021, equation 34.
         """
@@ -146,59 +151,74 @@ class Equations:
     # -- attention ---------------------------------------------------------------------------
 
     def softmax(self, x: Array) -> Array:
-        """p_i = exp(x_i - max x) / sum_j exp(x_j - max x) over the last axis; shape (...), as x.
+        """Softmax over the last axis:  p_i = exp(x_i - max x) / sum_j exp(x_j - max x).
 
-        The largest exponent is 0, so nothing overflows; -inf gives 0. At least one entry of
-        each row is finite.
+        Subtracting the maximum changes only the rounding, and prevents overflow because the
+        largest exponent is then 0.
 
-        Source: Vaswani et al. 2017, equation 1; the shift changes nothing but the rounding.
+        Args:
+            x: (...), with at least one finite element along the last axis. -inf gives 0.
+
+        Returns:
+            The shape and dtype of x.
+
+        Source: Vaswani et al. 2017, equation 1.
         """
         e = self.xp.exp(x - x.max(axis=-1, keepdims=True))
         return e / e.sum(axis=-1, keepdims=True)
 
     def log_softmax(self, x: Array) -> Array:
-        """log p_i = x_i - max x - log sum_j exp(x_j - max x) over the last axis; shape (...), as x.
+        """log softmax(x) over the last axis:  x_i - max x - log sum_j exp(x_j - max x).
 
-        Source: the logarithm of Vaswani et al. 2017, equation 1, as `softmax` shifts it.
+        Args:
+            x: (...), with at least one finite element along the last axis.
+
+        Returns:
+            The shape and dtype of x.
+
+        Source: the logarithm of Vaswani et al. 2017, equation 1.
         """
         x = x - x.max(axis=-1, keepdims=True)
         return x - self.xp.log(self.xp.exp(x).sum(axis=-1, keepdims=True))
 
     def is_hidden(self, query: Array, key: Array) -> Array:
-        """The mask: a query sees the keys up to its own position.
+        """The causal mask: a query attends to the keys up to and including its own position.
 
-        Nothing else says which keys a query sees. It never sees a later key: overrides leave out
-        the keys after their last query.
+        All array code takes the mask from this method. The CUDA kernels compute the same mask
+        themselves. Whoever changes the mask must keep hiding all later keys: overrides do not
+        compute the scores of keys after the last query.
 
         Args:
             query, key: positions, integers whose shapes broadcast.
 
         Returns:
-            bool, where the query at position `query` does not see the key at position `key`.
+            bool in the broadcast shape, True where the query may not attend to the key.
 
         Source: Vaswani et al. 2017, section 3.2.3 ("masking out").
         """
         return key > query
 
     def hidden_keys(self, n_new: int, n_keys: int) -> Array | None:
-        """`is_hidden` for the last T of N = S + T positions.
+        """The mask of the last T of N = S + T positions, from `is_hidden`.
 
         Returns:
-            (T, M) bool, for the last M of the keys: True where query t does not see the key.
-            Every query sees all keys before those; here M = T, the new ones. None where every
-            query sees every key.
+            bool, with a row for each of the T queries, True where the query may not attend to the
+            key. The columns are the last keys, and every query attends to all keys before them.
+            Here the last keys are the T new ones, so the shape is (T, T). None if every query
+            attends to every key.
         """
-        if n_new == 1:  # the last position comes after every other
+        if n_new == 1:  # the last position attends to all positions
             return None
-        position = self.xp.arange(n_new)  # after S
+        position = self.xp.arange(n_new)  # relative to S
         return self.is_hidden(position[:, None], position[None, :])  # (T, 1), (1, T) -> (T, T)
 
     def attention_weights(self, q: Array, k: Array) -> Array:
-        """Attention of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
+        """Attention weights of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
 
-        The T queries are the last T of the N = S + T positions; `hidden_keys` is the mask.
-        G = H / K neighbouring query heads share a key head and are viewed beside it, so no key
-        is repeated. G = 1 is multi-head, K = 1 multi-query attention.
+        The T queries are the last T of the N = S + T positions, and `hidden_keys` is the mask.
+        G = H / K consecutive query heads share one key head. Reshaping their queries to
+        (K, G*T, C) avoids repeating the keys. G = 1 is multi-head attention and K = 1 is
+        multi-query attention.
 
         Args:
             q: (H, T, C), rotated.
@@ -217,12 +237,12 @@ class Equations:
         scores = scores.reshape(n_heads, n_new, n_keys) / math.sqrt(head_dim)  # -> (H, T, N)
         hidden = self.hidden_keys(n_new, n_keys)
         if hidden is not None:
-            masked = scores[..., n_keys - hidden.shape[1] :]  # (H, T, M)
+            masked = scores[..., n_keys - hidden.shape[1] :]  # (H, T, columns of the mask)
             masked[...] = self.xp.where(hidden, -math.inf, masked)
         return self.softmax(scores)
 
     def weighted_values(self, p: Array, v: Array) -> Array:
-        """o = P v, each query head with the values of its key head.
+        """The weighted sum of the values:  o = P v, where G query heads share one value head.
 
         Args:
             p: (H, T, N).
@@ -240,13 +260,14 @@ class Equations:
         return o.reshape(n_heads, n_new, head_dim)  # (K, G*T, C) -> (H, T, C)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """What each head reads:  o = softmax(q k^T / sqrt(C) + mask) v.
+        """Attention of grouped queries:  o = softmax(q k^T / sqrt(C) + mask) v.
 
         Args:
             q: (H, T, C), rotated.
-            k: (K, N, C), rotated; N = S + T, the new tokens' keys included.
+            k: (K, N, C), rotated; N = S + T includes the keys of the new tokens.
             v: (K, N, C).
-            scratch: (n,) room for scores, which an override may use and this ignores.
+            scratch: (n,) memory in which an override may store scores. This implementation
+                ignores it.
 
         Returns:
             (H, T, C) in q's dtype.
@@ -258,36 +279,45 @@ class Equations:
     # -- feed-forward ------------------------------------------------------------------------
 
     def sigmoid(self, x: Array) -> Array:
-        """1 / (1 + e^-x) for x >= 0 and e^x / (1 + e^x) below, elementwise, shape (...).
+        """The logistic function, elementwise:  1 / (1 + e^-x), for any shape (...).
 
-        The two are equal, and no exponent is above 0, so nothing overflows.
+        For x < 0 the equal expression e^x / (1 + e^x) is used. No exponent is then positive, so
+        nothing overflows.
+
+        Source: Elfwing et al. 2017, section 2.
         """
         xp = self.xp
         e = xp.exp(-xp.abs(x))
         return xp.where(x >= 0, 1.0, e) / (1.0 + e)
 
     def silu(self, x: Array) -> Array:
-        """x * sigmoid(x), elementwise, shape (...); also called Swish with beta = 1.
+        """x * sigmoid(x), elementwise, for any shape (...); also called Swish with beta = 1.
 
         Source: Elfwing et al. 2017, equation 5; Ramachandran et al. 2017.
         """
         return x * self.sigmoid(x)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
-        """SiLU(gate) * up, elementwise: gate = x W_gate^T, up = x W_up^T, all (..., F).
+        """SiLU(gate) * up, elementwise, where gate = x W_gate^T and up = x W_up^T.
 
-        Source: Shazeer 2020 (GLU variants), equation 6; w_gate is Meta's w1, w_up its w3.
+        Args:
+            gate, up: (..., F).
+
+        Returns:
+            (..., F).
+
+        Source: Shazeer 2020 (GLU variants), equation 6. Meta's code names W_gate w1 and W_up w3.
         """
         return self.silu(gate) * up
 
     # -- loss --------------------------------------------------------------------------------
 
     def cross_entropy(self, logits: Array, targets: Array) -> Array:
-        """Surprise at each token that came:  loss = -log softmax(logits)[target], in nats.
+        """The cross-entropy of each token:  loss = -log softmax(logits)[target], in nats.
 
         Args:
             logits: (..., V).
-            targets: (...) integers in [0, V), the token after each position.
+            targets: (...) integers in [0, V), the token that follows each position.
 
         Returns:
             (...) in the dtype of the logits.

@@ -1,4 +1,4 @@
-"""What NumPy does better than derivatives.py: fewer passes over the arrays, fewer of them."""
+"""Faster derivatives for NumPy: fewer arrays, and fewer passes over them."""
 
 import numpy as np
 
@@ -8,31 +8,28 @@ from npllama.parameters import Matrix
 
 
 class NumpyDerivatives(Derivatives):
-    """Overrides; each computes what the method of the same name in Derivatives does."""
+    """Overrides. Each computes the same result as the method of that name in Derivatives."""
 
     def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
-        """Places sorted by their token, and the rows of each token summed: B*T*D additions
-        where the reference multiplies by a matrix of V x B*T. At V = 2048, D = 192 and 1,024
-        tokens 0.3 of its time."""
+        """Sort the rows of dx by token id, and add up the rows of each token.
+
+        This takes B*T*D additions. The reference multiplies dx by a (V, B*T) matrix.
+        """
         order = np.argsort(tokens, axis=None, kind="stable")
         present, begins = np.unique(tokens.reshape(-1)[order], return_index=True)
-        rows = dx.reshape(-1, w.shape[1])[order]  # (B, T, D) -> (B*T, D), one token after another
+        rows = dx.reshape(-1, w.shape[1])[order]  # (B, T, D) -> (B*T, D), sorted by token id
         dw = np.zeros(w.shape, dtype=dx.dtype)
         dw[present] = np.add.reduceat(rows, begins, axis=0)
         return dw
 
     def softmax_backward(self, dp: Array, p: Array) -> Array:
-        """p * (dp - sum dp p), with one new array and the sum in one pass: 0.75 of the
-        reference's time at 6 x 256 x 256."""
+        """p * (dp - sum dp p), with one new array and one pass for the sum."""
         dx = dp - np.vecdot(dp, p)[..., None]
         dx *= p
         return dx
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-        """Both gradients from one sigmoid, s: SiLU = gate s and SiLU' = s + SiLU (1 - s).
-
-        Measured at 800 x 512 in float32 on one core: 0.3 of the reference's time.
-        """
+        """Both gradients from one sigmoid s: SiLU = gate s and SiLU' = s + SiLU (1 - s)."""
         s = self.sigmoid(gate)
         silu = gate * s
         dgate = 1 - s

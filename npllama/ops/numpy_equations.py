@@ -1,10 +1,12 @@
-"""What NumPy does better than equations.py: fewer bytes moved, fewer calls, all cores.
+"""Faster equations for NumPy: fewer bytes moved, fewer calls, all cores.
 
-A decode step is bound by reading the weights, and then by the number of NumPy calls: after each
-pass over gigabytes of weights the interpreter's own code and data are out of the cache, and a
-call on a few hundred numbers takes 5 to 10 us. A prompt is bound by the products, and then by
-everything else, which NumPy computes on one core: what takes a millisecond or more is cut up for
-all of them, since waking a thread takes a quarter of that.
+A decode step spends most of its time reading the weights. The overhead of NumPy calls comes second:
+reading the weights evicts the interpreter's code and data from the cache, which makes every call on
+a small array slow. The overrides therefore make fewer calls.
+
+A prompt spends most of its time in matrix products. The other operations come second, because NumPy
+computes them on one core. The overrides therefore split the longer ones over all cores. Shorter
+ones are not worth waking threads for.
 """
 
 import math
@@ -20,37 +22,45 @@ from npllama.ops.tiles import product
 from npllama.parameters import Matrix
 
 QUERIES = 128
-"""Queries of a key head that are computed together, G for each token: fewer are too few for a
-product, and of more tokens' keys more are computed in vain, since the first do not see them."""
+"""Queries per key head in one attention product; each token has G of them.
+
+A product of fewer queries is inefficient. More queries waste work: the scores of all queries are
+computed up to the last query's key, and the mask then discards many of them."""
 
 IN_CACHE = 256 * 1024
-"""Attention scores that are computed at a time: they go through six operations, from the cache."""
+"""The maximum number of attention scores per product, unless one key head alone has more. Six
+operations read the scores in turn, so they should fit the cache."""
 
 _KEPT, _KEPT_SIZE = 32, 2**20
-"""Masks that are kept for the next heads and layers, and the most numbers of one."""
+"""The maximum number of masks that are cached for other heads and layers, and the maximum number of
+elements of such a mask."""
 
 _SIGNS = np.array([[-1], [1]], dtype="float32")
-"""Of the two halves of a head: what sin is multiplied by in RoPE."""
+"""The factors of sin in RoPE, for the first and the second half of a head."""
 
 
 class NumpyEquations(Equations):
-    """Overrides; each computes what the method of the same name in Equations does.
+    """Overrides. Each computes the same result as the method of that name in Equations.
 
     Attributes:
-        shared: the products that worker processes share (NumpyOps says which, and when).
+        shared: the products that worker processes help to compute. NumpyOps sets it.
     """
 
     shared: SharedProducts
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        # matrices that have been checked for infinities and NaNs, and what came of it
+        # whether a matrix is free of infinities and NaNs, for the matrices checked so far
         self._checked: WeakKeyDictionary[Matrix, bool] = WeakKeyDictionary()
-        self._hidden: dict[tuple[int, int], np.ndarray] = {}  # by T and N
+        self._hidden: dict[tuple[int, int], np.ndarray] = {}  # (T, N) -> mask
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T: (..., D) -> (..., O). A long prompt's result is token-contiguous, which the
-        following operations are fastest with."""
+        """y = x W^T: (..., D) -> (..., O).
+
+        For many rows, y is a transposed view of the array y^T (O, M) that `_product` computes. In
+        memory, each output of a token is then next to the same output of the following token, not
+        next to the token's other outputs. The next operations are fast in this layout.
+        """
         format_ = w.format
         n_out, width = w.shape
         is_one_wide_row = x.size == width and format_.is_wide and not self.shared.has(w)
@@ -63,11 +73,14 @@ class NumpyEquations(Equations):
         return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
 
     def _is_finite(self, w: Matrix) -> bool:
-        """Whether tiles widen this matrix right: a float16 matrix with an infinity or a NaN is
-        left to the reference, so that it ends in the same NumericalError as in other formats.
+        """Whether all elements of a matrix are finite.
 
-        Checked at the first product, not while loading, which would read the whole file: that
-        product reads the matrix anyway.
+        A float16 matrix is widened in tiles of some rows (see tiles.py), by integer operations that
+        give wrong results for infinities and NaNs. The reference therefore computes products with
+        such matrices, so that the model raises the same NumericalError as in other formats.
+
+        The check runs at the first product, which has to read the matrix anyway. A check while
+        loading would read the whole file.
         """
         result = self._checked.get(w)
         if result is None:
@@ -78,16 +91,19 @@ class NumpyEquations(Equations):
         return result
 
     def _product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
-        """x (M, D) float32, W (O, D) up to the factors of its rows -> (M, O) float32.
+        """y = x W^T without the scale of W's rows: x (M, D) float32, W (O, D) -> (M, O) float32.
 
-        Computed as y^T = W x^T. Narrow values are widened tile by tile: for few rows by worker
-        processes together, who multiply few rows by a small model's float32 matrices as well.
+        y is computed as y^T = W x^T. Weights narrower than float32 are widened tile by tile. For
+        few rows, worker processes compute parts of the product if the matrix is narrow, or if it
+        is a float32 matrix of a small model.
         """
         n_rows, n_out = len(x), w.shape[0]
         threads = self.backend.threads
         is_cut_up = n_rows >= MANY_ROWS
         if is_cut_up and threads.most == 1 and w.format.is_wide:
-            return x @ w.values.T  # rows as training's derivatives, which follow, are fastest with
+            # one thread has no parts to split; training's derivatives are fastest with y in this
+            # layout, in which the outputs of a token are contiguous
+            return x @ w.values.T
         if self.shared.has(w) and n_rows <= self.shared.most_rows(w):
             y = self.shared.product(x, w)
         else:
@@ -98,11 +114,9 @@ class NumpyEquations(Equations):
         return y.T if is_cut_up else np.ascontiguousarray(y.T)  # (O, M) -> (M, O)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """x / sqrt(mean(x^2) + eps) * weight, in 3 calls for one row and 7 for several; the
-        reference has 8, one of them (mean) written in Python.
+        """x / sqrt(mean(x^2) + eps) * weight, with fewer NumPy calls than the reference.
 
-        Measured at D = 768, one row: 0.6 of the reference's time. On one core also for a prompt:
-        waking threads up takes as long as it does.
+        A prompt is computed on one core too, because waking threads would take as long.
         """
         if x.dtype != np.float32:
             return super().rms_norm(x, weight, eps)
@@ -121,10 +135,11 @@ class NumpyEquations(Equations):
         return y
 
     def _sums_of_squares(self, x: np.ndarray) -> np.ndarray:
-        """sum over the last axis of x^2: (B, T, D) -> (B, T).
+        """The sum of x^2 over the last axis: (B, T, D) -> (B, T).
 
-        Where tokens lie side by side, 64 numbers of each at a time and then their sums: one
-        after the other they would gather more rounding.
+        If the elements of a token are not contiguous in memory (see `linear`), NumPy adds them one
+        after another, which accumulates rounding errors. Partial sums of 64 elements keep the error
+        small.
         """
         if x.strides[-1] == x.itemsize:
             return np.vecdot(x, x)
@@ -135,10 +150,7 @@ class NumpyEquations(Equations):
         return np.add.reduce(sums, axis=0)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Each pair turned, both halves of a head in one call; the reference has 12.
-
-        Measured at 512 tokens of 12 heads on two cores: 0.33 of the reference's time.
-        """
+        """RoPE with both halves of a head in each NumPy call, on all cores."""
         if x.dtype != np.float32:
             return super().rope(x, cos, sin)
         if x.strides[-1] != x.itemsize:
@@ -158,9 +170,9 @@ class NumpyEquations(Equations):
         return y.reshape(x.shape)
 
     def attention_weights(self, q: Array, k: Array) -> Array:
-        """softmax(q k^T / sqrt(C) + mask), in one array of all scores; the reference has four.
+        """softmax(q k^T / sqrt(C) + mask), computed in-place in one array of scores.
 
-        Measured at 512 tokens of 12 heads: 0.7 of the reference's time.
+        The reference allocates four arrays of that size.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -174,7 +186,7 @@ class NumpyEquations(Equations):
         return p
 
     def _hidden_keys(self, n_new: int, n_keys: int) -> np.ndarray | None:
-        """`hidden_keys`, made once for all heads and layers."""
+        """`hidden_keys`, cached for the other heads and layers."""
         hidden = self._hidden.get((n_new, n_keys))
         if hidden is None:
             hidden = self.hidden_keys(n_new, n_keys)
@@ -185,11 +197,12 @@ class NumpyEquations(Equations):
         return hidden
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """softmax(q k^T / sqrt(C) + mask) v, in place in `scratch`: a few tokens at a time over
-        the keys up to theirs, and as many heads as the processor's cache has room for; the
-        reference would allocate four arrays of all scores.
+        """softmax(q k^T / sqrt(C) + mask) v, with the scores in `scratch`.
 
-        Measured at 512 tokens of 12 heads on two cores: 0.35 of the reference's time.
+        The work is divided into items. An item consists of a few tokens, the keys up to the last of
+        these tokens, and some key heads: as many as possible so that the scores fit `scratch` and
+        the processor's cache, but at least one. The reference allocates four arrays with the scores
+        of all tokens.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -199,7 +212,7 @@ class NumpyEquations(Equations):
             return super().attention(q, k, v)
         grouped = q.reshape(n_kv_heads, groups, n_new, head_dim)  # (H, T, C) -> (K, G, T, C)
         o = np.empty((n_new, n_kv_heads, groups, head_dim), dtype="float32")
-        o = o.transpose(1, 2, 0, 3)  # (T, K, G, C), as the next product wants it -> (K, G, T, C)
+        o = o.transpose(1, 2, 0, 3)  # (T, K, G, C) -> (K, G, T, C), a view
         room = scratch.size // self.backend.threads.most
 
         def attend(item: tuple[slice, slice], slot: int) -> None:
@@ -220,26 +233,20 @@ class NumpyEquations(Equations):
         items = []
         for begin in range(0, n_new, tokens_at_once(groups)):
             some = slice(begin, min(begin + tokens_at_once(groups), n_new))
-            scores = groups * (some.stop - begin) * n_keys  # of a key head
+            scores = groups * (some.stop - begin) * n_keys  # elements per key head
             at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
             items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
-        for_each(self.backend.threads, attend, items[::-1], n_new)  # the last see the most keys
+        # the last tokens attend to the most keys, so the longest items start first
+        for_each(self.backend.threads, attend, items[::-1], n_new)
         return o.reshape(q.shape)  # (K, G, T, C) -> (H, T, C)
 
     def sigmoid(self, x: Array) -> Array:
-        """1 / (1 + e^-x) in one array.
-
-        Measured at 800 x 512 in float32 on one core: 0.2 of the reference's time, most of which
-        is its `where`.
-        """
+        """1 / (1 + e^-x), computed in-place in one new array, without the reference's `where`."""
         s = _one_plus_exp_minus(x, out=np.empty_like(x))
         return np.reciprocal(s, out=s)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
-        """gate / (1 + e^-gate) * up in one new array.
-
-        Measured at 512 x 2048 on two cores: 0.25 to 0.4 of the reference's time.
-        """
+        """gate / (1 + e^-gate) * up, computed in-place in one new array, on all cores."""
         y = np.empty_like(gate)
 
         def compute(some: slice) -> None:
@@ -252,15 +259,19 @@ class NumpyEquations(Equations):
 
 
 def _exp(scores: np.ndarray) -> np.ndarray:
-    """Put e^(scores - max) in place, (..., N), and return its sums, (..., 1): the softmax is their
-    quotient, which a caller may take after the next product, of fewer numbers."""
+    """Replace scores (..., N) with e^(scores - max), and return the sums of these, (..., 1).
+
+    The softmax is the new `scores` divided by the sums. A caller may instead multiply the new
+    `scores` by the values and divide that product by the sums, because it has fewer elements.
+    """
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     return np.add.reduce(scores, axis=-1, keepdims=True)
 
 
 def _one_plus_exp_minus(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """1 + e^-x in `out`: where e^-x overflows to infinity, what is divided by it becomes 0."""
+    """Write 1 + e^-x to `out`. e^-x may overflow to infinity, and the callers divide by it: the
+    quotient is then 0."""
     np.negative(x, out=out)
     with np.errstate(over="ignore"):
         np.exp(out, out=out)
@@ -269,19 +280,22 @@ def _one_plus_exp_minus(x: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _hide(scores: np.ndarray, hidden: np.ndarray | None) -> None:
-    """Put -inf, in place, in scores (heads, T, N) where `hidden`, (T, M) from `hidden_keys`, says
-    that a query does not see one of the last M keys."""
+    """Apply the mask to scores (heads, T, N) in-place: set those of hidden keys to -inf.
+
+    Args:
+        hidden: (T, number of last keys) bool, or None, as returned by `hidden_keys`.
+    """
     if hidden is not None:
         np.copyto(scores[..., scores.shape[-1] - hidden.shape[1] :], -np.inf, where=hidden)
 
 
 def tokens_at_once(groups: int) -> int:
-    """Tokens whose queries of one key head, G of each, are computed together."""
+    """The number of tokens per attention product, for G = groups queries per token and key head."""
     return max(1, QUERIES // groups)
 
 
 def _scratch(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of `shape` in `scratch`, or a new one where that is too small."""
+    """A float32 array of `shape` in the memory of `scratch`, or a new one if that is too small."""
     size = math.prod(shape)
     flat = scratch[:size] if size <= scratch.size else np.empty(size, dtype="float32")
     return flat.reshape(shape)

@@ -1,4 +1,4 @@
-"""What NumPy does better than blocks.py: joined products, and all cores for a prompt."""
+"""Faster blocks for NumPy: joined products, and all cores for a prompt."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
-    """Overrides for the CPU; each computes what the method of the same name in Ops does.
+    """Overrides for the CPU. Each computes the same result as the method of that name in Ops.
 
-    The bases stand before Ops, so that what NumPy does better goes before the reference, for the
-    callers in Ops too, and `super()` in each of them is the reference.
+    The other base classes precede Ops in the method resolution order. The methods of Ops therefore
+    call the overrides, and `super()` in an override is the reference.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -35,8 +35,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     # -- blocks --------------------------------------------------------------------------------
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
-        """Gate and up in one product, the residual in place: at 512 tokens of D = 768 on two cores
-        0.8 of the reference's time."""
+        """`feed_forward` with one product for gate and up, and an in-place residual."""
         if layer.gate_up is None or x.dtype != np.float32:
             return super().feed_forward(x, layer)
         h = self.rms_norm(x, layer.ffn_norm, layer.norm_eps)
@@ -51,9 +50,11 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def queries_keys_values(
         self, h: Array, layer: Layer, positions: "Positions", n_last: int | None = None
     ) -> tuple[Array, Array, Array]:
-        """One product for q, k and v, of which q and k are rotated together: h (B, T, D) ->
-        (B, n, H, C), (B, T, K, C) twice. Of few rows also where the last ones' q is enough: W is
-        read once whatever their number. At D = 768 on two cores 0.8 of the reference's time."""
+        """`queries_keys_values` with one product for q, k and v, and one rotation for q and k.
+
+        For few rows, q is computed for all T tokens even if only the last n are needed. The product
+        then takes the time of reading W, which does not depend on the number of rows.
+        """
         batch, n_new, _ = h.shape
         is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
         if layer.qkv is None or h.dtype != np.float32 or not is_all:
@@ -67,8 +68,12 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     # -- hooks ---------------------------------------------------------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """Matrices that lie side by side are joined; with worker processes those are shared that
-        it is worth it for, which moves them to shared memory where they are not in a file."""
+        """Join matrices that have the same input, and register large matrices, so that worker
+        processes help with their products.
+
+        Matrices whose products are worth sharing are moved to shared memory if they are not in a
+        file.
+        """
         part = part.map(self.backend.to_device)
         if isinstance(part, Layer):
             return self._prepared_layer(part, may_copy)
@@ -79,7 +84,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return w
 
     def _prepared_layer(self, layer: Layer, may_copy: bool) -> Layer:
-        """Of each product the matrix that it is computed with, and views of its rows."""
+        """The layer with the joined matrices added. Its own matrices, such as wq, then become views
+        of the rows of a joined matrix."""
         width = layer.wq.shape[1]
         groups = [[getattr(layer, weight.field) for weight in ws] for ws in PRODUCTS.values()]
         changed: dict[str, Matrix] = {}
@@ -96,16 +102,17 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return replace(layer, **changed).with_derived(**joined)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """One forward at a time, with as many threads of BLAS as there are free cores.
+        """A context for one forward pass at a time, with as many BLAS threads as free cores.
 
-        BLAS has one thread where many rows are cut up among threads of our own, and beside
-        workers: its threads spin for some 50 ms after a product and would take their cores.
-        Where one thread is all there may be, several forwards run at once.
+        BLAS uses one thread if the forward pass splits many rows over our own threads, or if worker
+        processes compute. BLAS's threads keep spinning after a product, and would occupy the cores
+        of the other threads and processes. If npllama is limited to one thread, several forward
+        passes may run at the same time.
         """
         return self._forward_context(n_rows)
 
     def turn(self) -> AbstractContextManager:
-        """Forwards of one generation; those of other threads wait."""
+        """A context for consecutive steps of one generation. Other threads wait until its end."""
         threads = self.backend.threads
         return threads.turn() if threads.most > 1 else nullcontext()
 
@@ -122,7 +129,11 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
                 yield
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """Scores of one key head's queries, a few tokens at a time, for each thread."""
+        """The number of float32 elements for the scores that all threads compute at a time.
+
+        Each thread has memory for the scores of one key head, of `tokens_at_once` tokens and all
+        positions of the context. If there are fewer positions so far, several key heads fit.
+        """
         groups = n_heads // n_kv_heads
         queries = groups * min(chunk, tokens_at_once(groups))
         return self.backend.threads.most * queries * context
@@ -136,8 +147,12 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """The scratch, and queries and outputs of one chunk. A cache that is not float32 is widened
-        row by row, and all scores of the chunk are held once."""
+        """The number of bytes of the scratch memory, and of three arrays (H, T, C) for one chunk:
+        the outputs, the scaled queries, and a temporary copy of queries or outputs.
+
+        If the cache is not float32, the scores of the whole chunk and the widened keys and values
+        of one row are added.
+        """
         numbers = self.scratch_size(n_heads, n_kv_heads, chunk, context)
         if cache_dtype != np.float32:
             numbers += n_heads * chunk * context + 2 * n_kv_heads * context * head_dim

@@ -1,7 +1,7 @@
-"""Rotary frequencies for a context longer than the one that a model was first trained for.
+"""Rotary frequencies, and their scaling for contexts longer than the original training context.
 
-theta_i is the plain frequency of pair i, theta its base, C the head width, s the factor of the
-scaling, L0 the context before it. All arrays are (C/2,) float64.
+theta_i is the unscaled frequency of pair i, theta the base, C the head width, s the scaling factor
+and L0 the original context (original_max_position_embeddings). All arrays are (C/2,) float64.
 """
 
 import math
@@ -14,12 +14,12 @@ from npllama.rope_scaling import RopeScaling
 
 
 class Rotation(NamedTuple):
-    """What makes the table of cosines and sines.
+    """The parameters of the table of cosines and sines.
 
     Attributes:
-        frequencies: (C/2,) float64, radians from one position to the next.
-        attention_scaling: what cosines and sines are multiplied by. Queries and keys both are
-            turned by them, so scores are multiplied by its square.
+        frequencies: (C/2,) float64, in radians per position.
+        attention_scaling: the factor of all cosines and sines. Both queries and keys are multiplied
+            by it, so the scores are multiplied by its square.
     """
 
     frequencies: Array
@@ -27,7 +27,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(xp: ModuleType, config: LlamaConfig, context: int) -> Rotation:
-    """The frequencies of a config, for a model with room for `context` positions."""
+    """The frequencies that a config specifies, for a model with at most `context` positions."""
     scaling, theta, head_dim = config.rope_scaling, config.rope_theta, config.head_dim
     if scaling is None:
         return Rotation(plain(xp, theta, head_dim))
@@ -50,7 +50,7 @@ def plain(xp: ModuleType, theta: float, head_dim: int) -> Array:
 
 
 def linear(frequencies: Array, scaling: RopeScaling) -> Array:
-    """theta_i / s: every position lies where position / s lay before.
+    """theta_i / s, which rotates position p by the angle that position p / s had before.
 
     Source: Chen et al. 2023 (Position Interpolation), equation 4.
     """
@@ -58,13 +58,13 @@ def linear(frequencies: Array, scaling: RopeScaling) -> Array:
 
 
 def dynamic_theta(config: LlamaConfig, context: int) -> float:
-    """The base for N positions:  theta (s N / Lmax - (s - 1))^(C / (C - 2)).
+    """The base for a context of N positions:  theta (s N / Lmax - (s - 1))^(C / (C - 2)).
 
-    Lmax is max_position_embeddings and N the model's context, at least Lmax, where the base is
-    theta itself. Elsewhere N is the length of the text so far; then keys that were turned before
-    it grew have another base than those after. Here a model has one N, so a text has the same
-    logits whole, in chunks and token by token: those that Hugging Face transformers gives to a
-    text of N tokens read at once.
+    Lmax is max_position_embeddings, and N is the larger of Lmax and the model's context. For
+    N = Lmax the base is theta. In Hugging Face transformers N is the current length of the text,
+    so keys that were cached at different lengths have different bases. Here N is fixed per model,
+    so the logits of a text do not depend on how it is split into chunks. They equal those of
+    transformers for a text of N tokens in one forward pass.
 
     Source: Peng et al. 2023 (YaRN), sections 3.1 and 3.3, "dynamic NTK", after bloc97 and emozilla.
     """
@@ -76,10 +76,10 @@ def dynamic_theta(config: LlamaConfig, context: int) -> float:
 def llama3(xp: ModuleType, frequencies: Array, scaling: RopeScaling) -> Array:
     """(1 - t_i) theta_i / s + t_i theta_i, where
 
-        t_i = (L0 theta_i / (2 pi) - low) / (high - low), clipped to [0, 1]
+        t_i = (L0 theta_i / (2 pi) - low) / (high - low), clipped to [0, 1].
 
-    and L0 theta_i / (2 pi) is how often pair i turns in L0 positions: pairs that turn more than
-    `high` times keep their frequency, and that of pairs below `low` is divided.
+    L0 theta_i / (2 pi) is the number of rotations of pair i in L0 positions. Pairs with more than
+    `high` rotations keep their frequency. Pairs with fewer than `low` have it divided by s.
 
     Source: the reference code of Llama 3.1 (`apply_scaling`); there is no paper.
     """
@@ -92,17 +92,23 @@ def llama3(xp: ModuleType, frequencies: Array, scaling: RopeScaling) -> Array:
 def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> Array:
     """(1 - r_i) theta_i + r_i theta_i / s, where
 
-        r_i = (i - first) / (last - first), clipped to [0, 1]
+        r_i = (i - first) / (last - first), clipped to [0, 1].
 
-    rises from the pair `first`, which turns beta_fast times in L0 positions, to the pair `last`,
-    which turns beta_slow times.
+    The pair `first` makes beta_fast rotations in L0 positions, and the pair `last` makes beta_slow
+    rotations.
 
-    Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its code, where
-    the ramp runs over the pairs' numbers and its ends are rounded outwards and kept within C.
+    The ends `first` and `last` are rounded outwards if the config's `truncate` is true, and then
+    clipped to [0, C - 1].
+
+    Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its reference code,
+    in which the ramp r is linear in the index i.
     """
 
     def pair_that_turns(times: float) -> float:
-        """i with  L0 theta^(-2i / C) = 2 pi times."""
+        """The index i of the pair with `times` rotations in L0 positions:
+
+        L0 theta^(-2i / C) = 2 pi * times.
+        """
         original = scaling.original_max_position_embeddings
         return head_dim * math.log(original / (2 * math.pi * times)) / (2 * math.log(theta))
 
@@ -111,7 +117,7 @@ def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> A
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     if first == last:
-        last += 0.001  # as its code does, rather than divide by 0
+        last += 0.001  # avoids a division by 0, as in the reference code
     pair = xp.arange(head_dim // 2, dtype="float64")  # (C/2,)
     ramp = xp.clip((pair - first) / (last - first), 0.0, 1.0)  # (C/2,)
     frequencies = plain(xp, theta, head_dim)
@@ -119,10 +125,10 @@ def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> A
 
 
 def yarn_attention_scaling(scaling: RopeScaling) -> float:
-    """sqrt(1 / t) = 0.1 ln s + 1, for scores that are divided by the temperature t.
+    """sqrt(1 / t) = 0.1 ln s + 1, where yarn divides the attention scores by a temperature t.
 
-    attention_factor replaces it. mscale and mscale_all_dim, where both are there, make it a
-    quotient,  (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1),  as DeepSeek's files mean it.
+    A config's attention_factor replaces this value. If mscale and mscale_all_dim are both set, the
+    value is (0.1 mscale ln s + 1) / (0.1 mscale_all_dim ln s + 1), as in DeepSeek's models.
 
     Source: Peng et al. 2023 (YaRN), section 3.4.
     """

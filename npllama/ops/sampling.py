@@ -1,8 +1,11 @@
-"""From logits to the next token: the mathematics of sampling, with its randomness an input.
+"""Sampling: from logits to the next token, with the random number as an input.
 
-Each filter is a threshold: what falls below it becomes -inf, and equals stay together, so a
-backend may find the threshold any way it likes and choose the same token.
-Order: repetition penalty, temperature, the filters in the order of Sampling's fields, sample.
+The steps are, in this order: repetition penalty, temperature, the filters in the order of
+Sampling's fields, and the sample.
+
+Each filter sets all logits below a threshold to -inf, so it treats equal logits equally. The kept
+tokens therefore do not depend on how a backend finds the threshold, for example by sorting or by
+bisection.
 """
 
 import math
@@ -13,25 +16,31 @@ from npllama.sampling_options import Sampling
 
 
 class SamplingEquations(Equations):
-    """Logits are (B, V) float32 throughout; a token that cannot be sampled has -inf."""
+    """The equations of sampling, on logits (B, V) float32. A logit of -inf excludes a token."""
 
     def penalize_repetition(self, logits: Array, seen: Array, penalty: float) -> Array:
-        """x_i / penalty where x_i > 0, x_i * penalty below, for the tokens already `seen`.
+        """x_i / penalty if x_i > 0, else x_i * penalty, for each token that was `seen`.
 
         Args:
+            logits: (B, V).
             seen: (B, V) bool, the tokens of each row's prompt and completion so far.
 
-        Source: Keskar et al. 2019 (CTRL), section 4.1, with Hugging Face's care for signs.
+        Returns:
+            (B, V).
+
+        Source: Keskar et al. 2019 (CTRL), section 4.1. The case x_i <= 0 is Hugging Face's, since
+        a division would raise a negative logit.
         """
         xp = self.xp
         penalized = xp.where(logits > 0, logits / penalty, logits * penalty)
         return xp.where(seen, penalized, logits)
 
     def divide_by_temperature(self, logits: Array, temperature: float) -> Array:
-        """(x_i - max x) / t, whose softmax is that of x_i / t; (B, V) -> (B, V).
+        """(x_i - max x) / t, which has the same softmax as x_i / t; (B, V) -> (B, V).
 
-        The dividend is at most 0, and t stays within what float32 has room for: a tiny
-        temperature is then greedy, a huge one even, and neither makes inf nor 0 / 0.
+        The dividend is at most 0, and t is clipped to the range of float32. A tiny temperature
+        therefore gives the greedy choice and a huge one the uniform distribution, without
+        overflow and without 0 / 0.
 
         Source: Hinton et al. 2015, equation 1.
         """
@@ -39,7 +48,9 @@ class SamplingEquations(Equations):
         return (logits - logits.max(axis=-1, keepdims=True)) / temperature
 
     def keep_top_k(self, logits: Array, k: int) -> Array:
-        """The k largest logits (and equals of the k-th), the rest -inf; (B, V) -> (B, V).
+        """Keep the k largest logits and any equal to the k-th; set the others to -inf.
+
+        (B, V) -> (B, V).
 
         Source: Fan et al. 2018, section 5.4.
         """
@@ -49,11 +60,12 @@ class SamplingEquations(Equations):
         return self.xp.where(logits < kth, -math.inf, logits)
 
     def keep_top_p(self, logits: Array, p: float) -> Array:
-        """The fewest most likely tokens whose probabilities exceed p together, the rest -inf.
+        """Keep the smallest set of most likely tokens whose probabilities add up to more than p.
 
-        (B, V) -> (B, V). A token is dropped where the sum of those more likely exceeds p. The
-        token that crosses p is kept. Where a sum is exactly p, the next token is kept too, as in
-        Meta's code, which drops where cumsum - p_i > p; the paper's ">= p" would keep one less.
+        (B, V) -> (B, V), with -inf for the other tokens. In order of decreasing probability, a
+        token is dropped if the sum of the probabilities before it exceeds p. The token at which
+        the sum crosses p is thus kept. If the sum is exactly p, the next token is kept too, as in
+        Meta's code. The paper's condition, a sum of at least p, would drop that token.
 
         Source: Holtzman et al. 2019 (nucleus sampling), equation 2.
         """
@@ -65,9 +77,9 @@ class SamplingEquations(Equations):
         return xp.where(probability < least, -math.inf, logits)
 
     def keep_min_p(self, logits: Array, p: float) -> Array:
-        """The tokens at least p times as likely as the likeliest, the rest -inf.
+        """Keep the tokens with p_i >= p * max_j p_j; set the logits of the others to -inf.
 
-        (B, V) -> (B, V).  p_i >= p * max_j p_j  is  x_i >= max x + log p.
+        (B, V) -> (B, V). For logits the condition is  x_i >= max x + log p.
 
         Source: Nguyen et al. 2024, section 3.
         """
@@ -77,10 +89,15 @@ class SamplingEquations(Equations):
     def sample(self, logits: Array, uniform: Array) -> Array:
         """Inverse transform: the first token whose cumulative probability exceeds `uniform`.
 
+        The cumulative probability is float64. Rounding may give a total other than 1. On a device,
+        which adds in parallel, rounding may also make the cumulative sum at a token of probability
+        0 differ from the sum at the token before. `uniform` is therefore scaled by the largest
+        cumulative probability among the tokens with a positive probability, and only these tokens
+        are returned.
+
         Args:
-            uniform: (B,) in [0, 1). The sum is float64 and not assumed to be 1, nor to stay as
-                it is behind the last token that has a probability: a device adds in another
-                order. So that token is reached, and none with -inf ever is.
+            logits: (B, V).
+            uniform: (B,) in [0, 1).
 
         Returns:
             (B,) int64 ids.
@@ -95,15 +112,17 @@ class SamplingEquations(Equations):
         return exceeds.argmax(axis=-1)  # (B, V) -> (B,)
 
     def likeliest(self, logits: Array, n: int) -> tuple[Array, Array]:
-        """The n likeliest tokens, the likeliest first; of equals the one with the lower id.
+        """The n most likely tokens, in order of decreasing probability, with log-probabilities.
 
-        n passes over the logits, since a captured step on CuPy can hold reductions and no sort.
+        Among equal tokens the one with the lowest id comes first. The method makes n passes over
+        the logits, because a CUDA graph can capture CuPy's reductions but not its sort.
 
         Args:
+            logits: (B, V).
             n: at most V.
 
         Returns:
-            ids (B, n) int64, and (B, n) float32 log-probabilities of those ids under `logits`.
+            ids (B, n) int64, and their log-probabilities (B, n) in the dtype of the logits.
         """
         xp = self.xp
         x, all_ids = self.log_softmax(logits), xp.arange(logits.shape[-1])
@@ -124,20 +143,21 @@ class SamplingEquations(Equations):
         n_tokens: int | None = None,
         allowed: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Choose each row's next token.
+        """Choose the next token of each row.
 
         Args:
             logits: (B, V) float32.
-            uniform: (B,) float64 in [0, 1); None at temperature 0, which takes the likeliest.
-            sampling: its `filters()` are methods of this class, applied in that order.
-            seen: (B, V) bool, needed where repetition_penalty is not 1; updated in place.
-            n_tokens: only ids below it are chosen; a model's vocabulary may be padded beyond
-                its tokenizer's.
-            allowed: (n_tokens,) bool, the ids that are chosen; None for all of them.
+            uniform: (B,) float64 in [0, 1). It may be None at temperature 0, which chooses the
+                most likely token.
+            sampling: the options. The names in `sampling.filters()` are methods of this class.
+            seen: (B, V) bool, updated in-place; required if repetition_penalty is not 1.
+            n_tokens: only ids below n_tokens are chosen, because a model's vocabulary may be padded
+                beyond its tokenizer's. None allows all V ids.
+            allowed: (n_tokens,) bool, the ids that may be chosen; None allows all.
 
         Returns:
-            ids (B,) int64, and (B,) float32 log-probabilities of those ids under `logits`
-            as they came in.
+            ids (B,) int64, and their log-probabilities (B,) float32. The log-probabilities are
+            those of the original logits, without penalty, temperature and filters.
         """
         xp = self.xp
         x = logits[:, :n_tokens]

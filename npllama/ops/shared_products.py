@@ -1,4 +1,7 @@
-"""Which products worker processes share, and those workers: started when first of use."""
+"""Decide which matrix products worker processes help to compute, and start the workers.
+
+A narrow matrix is one with elements smaller than float32, such as bfloat16 or int8.
+"""
 
 import math
 from collections.abc import Sequence
@@ -16,58 +19,63 @@ from npllama.parameters import Matrix
 from npllama.shared_arrays import location_of, neighbours, share_joined
 
 SHARED_SIZE = 512 * 1024
-"""Numbers of a narrow matrix from which on worker processes share its product: handing it out
-takes as long as widening some 50,000."""
+"""The minimum number of elements of a narrow matrix for which its products are shared. Starting a
+shared product takes little time compared with widening so many elements."""
 
 SMALL_WIDTH = 678
-"""Width D of a model up to which worker processes share products of few rows in float32 as well.
-For one row OpenBLAS uses one core where a matrix has fewer than 460,800 numbers, as those of D x D
-then have: a decode step is 1.2 to 1.3 times as fast at D = 288, and as fast at 640."""
+"""The largest model width D for which float32 products of few rows are shared.
+
+OpenBLAS uses only one core to multiply one row by a matrix of fewer than 460,800 elements. The
+D x D matrices of these models are that small. Workers use the other cores."""
 
 SHARED_SMALL_SIZE = 64 * 1024
-"""Numbers of a float32 matrix of such a model from which on handing it out is worth it."""
+"""The minimum number of elements of a float32 matrix for which its products are shared, in a model
+of at most SMALL_WIDTH."""
 
 CACHED_SIZE = 8 * 1024 * 1024
-"""Numbers of all those matrices below which it is not: they stay in the processor's cache."""
+"""The minimum number of elements of all registered float32 matrices together for which workers are
+started. Fewer elements stay in the processor's cache, where sharing gains nothing."""
 
 MAX_WORKERS = 16
-"""Processes at most: each takes some 35 MB, and memory's speed is used up before that many."""
+"""The maximum number of processes. Fewer processes already use the whole memory bandwidth, and each
+process costs memory."""
 
 _numbers = count()
-"""Of matrices, none of which has that of another, whatever `ops` it belongs to."""
+"""Numbers that identify matrices uniquely within the process, also across `Ops` objects."""
 
 
 class SharedProducts:
-    """The products that worker processes compute together with this one.
+    """The matrix products that worker processes help this process to compute.
 
-    Those with large matrices in a narrow dtype always, and those of a small float32 model, which
-    can do without, as soon as the workers have started.
+    Only products of few rows are shared (see `most_rows`). With large narrow matrices they are
+    shared from the first product on, which waits until the workers have started. In a small float32
+    model they are shared as soon as the workers have started.
 
     Attributes:
-        workers: None until they are of use.
+        workers: the worker processes; None before they are started.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.workers: Workers | None = None
         self._backend = backend
         self._matrices: WeakValueDictionary[int, Matrix] = WeakValueDictionary()  # by number
-        self._n_counted = 0  # of those when they were last counted; -1 where there are new ones
-        self._known: dict[int, int] = {}  # number of a matrix -> its index among the workers'
+        self._n_counted = 0  # len(_matrices) at the last `_count`; -1 after a matrix was added
+        self._known: dict[int, int] = {}  # number of a matrix -> its index in the workers' list
         self._has_narrow = False
-        self._n_wide = 0  # numbers of all float32 matrices
-        self._can_work = True  # unless they cannot be started, or have ended
-        self._is_helped = False  # by workers, in this forward
+        self._n_wide = 0  # elements of all float32 matrices
+        self._can_work = True  # False after workers failed to start, or ended unexpectedly
+        self._is_helped = False  # whether workers help in the current forward pass
 
     def joined(self, groups: Sequence[Sequence[Matrix]], may_copy: bool) -> list[Matrix | None]:
-        """Of each group of matrices (O_i, D) one matrix (sum O_i, D), where other processes can
-        map it if it is worth that for them.
+        """Join each group of matrices (O_i, D) to one matrix (sum O_i, D).
 
-        Matrices that lie side by side are viewed as one. Nothing is copied but those in this
-        process's own memory, which were converted while loading, and where it `may` be those
-        that lie apart.
+        Matrices that are neighbours in memory are joined as a view. Others are joined by a copy if
+        may_copy is true. If products with a group are worth sharing, the copy is in shared memory.
+        Such a group is also moved there if other processes cannot map its matrices, for example
+        because their dtype was converted while loading.
 
         Returns:
-            For each group its matrix; None where its matrices stay apart.
+            The matrix of each group, or None for a group that remains separate.
         """
         wholes = [_side_by_side(group) for group in groups]
         width = groups[0][0].shape[1]
@@ -98,10 +106,13 @@ class SharedProducts:
         return (whole is None and may_copy) or not all(_can_be_mapped(w) for w in group)
 
     def numbered(self, w: Matrix, width: int) -> Matrix:
-        """The matrix with a number, by which its products are shared, where that is worth it.
+        """Register a matrix for shared products, if it is large enough and can be mapped.
 
         Args:
-            width: D of the model.
+            width: the width D of the model.
+
+        Returns:
+            The matrix with a number that identifies it, or the unchanged matrix.
         """
         if w.number in self._matrices or _size(w) < _least(w, width) or not _can_be_mapped(w):
             return w
@@ -111,15 +122,18 @@ class SharedProducts:
         return numbered
 
     def begin(self) -> bool:
-        """Start workers where they are of use and there are none. Call it in a `Threads.turn`.
+        """Begin a forward pass: start the workers if they are needed and not yet running.
 
-        They start while a prompt is read; only narrow matrices wait for them.
+        Call this method within `Threads.turn`. Workers start in the background. Products with
+        narrow matrices wait for them. If all matrices are float32, this process computes without
+        them until they are ready.
 
         Returns:
-            Whether they help in the forward that begins now.
+            Whether workers help in this forward pass.
 
         Raises:
-            WorkerError: a process could not be started; float32 goes on without.
+            WorkerError: a process could not be started. If all matrices are float32, this process
+                computes without workers instead.
         """
         if len(self._matrices) != self._n_counted:
             self._count()
@@ -132,8 +146,11 @@ class SharedProducts:
         return self._is_helped
 
     def _count(self) -> None:
-        """Count the matrices that there are, since a model has come or gone; workers that know
-        others, and would keep the memory of those that are gone, end."""
+        """Count the registered matrices again, after a model was loaded or freed.
+
+        The workers are stopped, because they map the old set of matrices and would keep the memory
+        of freed ones. `begin` starts new workers.
+        """
         matrices = list(self._matrices.values())
         self._n_counted = len(matrices)
         wide = [_size(w) for w in matrices if w.format.is_wide]
@@ -143,18 +160,20 @@ class SharedProducts:
         self._end()
 
     def has(self, w: Matrix) -> bool:
-        """Whether a product of few rows with this matrix is shared in this forward."""
+        """Whether workers help to multiply few rows by this matrix in this forward pass."""
         return self._is_helped and w.number in self._known
 
     def most_rows(self, w: Matrix) -> int:
-        """Rows of x up to which that is worth it: of float32 more are cut up among threads."""
+        """The maximum number of rows of x for which a product is shared. Threads of this process
+        compute products of more rows."""
         return MANY_ROWS - 1 if w.format.is_wide else MAX_ROWS
 
     def product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
-        """y^T = W x^T, up to the factors of W's rows: x (M, D) float32 -> (O, M) float32.
+        """y^T = W x^T, without the scale of W's rows: x (M, D) float32 -> (O, M) float32.
 
         Raises:
-            WorkerError: a process ended; float32 goes on without.
+            WorkerError: a worker ended. If all matrices are float32, this process computes without
+                workers instead.
         """
         try:
             index = self._known[w.number]
@@ -193,14 +212,14 @@ def _size(w: Matrix) -> int:
 
 
 def _least(w: Matrix, width: int) -> float:
-    """Numbers from which on a matrix of a model of this width is shared with workers."""
+    """The minimum number of elements of a matrix that workers share, in a model of this width."""
     if not w.format.is_wide:
         return SHARED_SIZE
     return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf
 
 
 def _can_be_mapped(w: Matrix) -> bool:
-    """Whether other processes can map all that tiles are widened from."""
+    """Whether other processes can map all arrays from which tiles (see tiles.py) are widened."""
     return all(location_of(getattr(w, name)) is not None for name in w.format.tiled)
 
 
@@ -209,7 +228,7 @@ def _is_joinable(matrices: Sequence[Matrix]) -> bool:
 
 
 def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
-    """The matrices as one, a view, where they lie one after the other in memory."""
+    """All matrices as one view, if they are neighbours in memory; else None."""
     if len(matrices) == 1:
         return matrices[0]
     if not _is_joinable(matrices):
@@ -219,7 +238,8 @@ def _side_by_side(matrices: Sequence[Matrix]) -> Matrix | None:
 
 
 def _as_one(matrices: Sequence[Matrix], joined: dict[str, np.ndarray]) -> Matrix:
-    """The matrices as one, of arrays that are joined already and of copies of the others."""
+    """Join the matrices. An array in `joined` is used as it is. Other arrays are concatenated, so
+    they are copied."""
     arrays = {}
     for name in ("values", "scale"):
         parts = [getattr(w, name) for w in matrices]

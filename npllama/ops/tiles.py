@@ -1,8 +1,8 @@
-"""Products with a matrix in its format, on the CPU: tile by tile through the cache.
+"""Matrix products on the CPU with weights in any format, tile by tile.
 
-NumPy has no BLAS for 16-bit or 8-bit types. Widening such a matrix whole would write and read it
-once more at full width; a tile is widened into a buffer that stays in the processor's cache, and
-multiplied from there.
+A tile is some consecutive rows of a matrix. BLAS has no products for 16-bit or 8-bit weights.
+Widening a whole matrix to float32 would write it to memory and read it back. Instead one tile at a
+time is widened into a buffer that stays in the processor's cache, and multiplied from there.
 """
 
 import threading
@@ -11,23 +11,27 @@ import numpy as np
 
 from npllama.parameters import Matrix
 
-# Numbers that are widened at a time. Measured at 1.1B on two cores of a Zen 3: 128 K and 256 K are
-# 0.84 to 0.98 times as fast, drowning in the interpreter's overhead; larger tiles fall out of the
-# cache.
+# Elements per tile. For smaller tiles the overhead of the interpreter is too high, and larger ones
+# do not fit the cache.
 TILE = 512 * 1024
 
 
 def product(
     x: np.ndarray, w: Matrix, some: slice | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """y^T = W x^T, up to the factors a row: x (M, D) float32, W (O, D) in any format -> (O, M)
-    float32, in `out` where that is given.
+    """y^T = W x^T, without the scale of W's rows.
+
+    OpenBLAS computes W x^T faster than x W^T for any M. For M = 2, two products with one row each
+    are faster still.
 
     Args:
-        some: rows of W to compute with, O in number; None for all.
+        x: (M, D) float32.
+        w: (O, D) in any format, or with more rows, of which `some` selects O.
+        some: the rows of W by which x is multiplied; None for all.
+        out: (O, M) float32, the memory of the result; None allocates it.
 
-    In this order of operands OpenBLAS was faster than in the other for any M; for M = 2 it takes
-    2.5 times as long as for two products of one row (4096 x 4096, two cores).
+    Returns:
+        (O, M) float32.
     """
     begin, end = (0, w.shape[0]) if some is None else (some.start, some.stop)
     out = np.empty((end - begin, len(x)), dtype="float32") if out is None else out
@@ -55,7 +59,7 @@ def product(
 
 
 class _Buffers(threading.local):
-    """A tile's memory for each thread, kept: fresh memory costs a page fault every 4 KB."""
+    """One tile buffer per thread, reused because newly allocated memory costs page faults."""
 
     tile = np.empty(0, dtype="float32")
 

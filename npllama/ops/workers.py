@@ -1,15 +1,18 @@
-"""Processes that compute a matrix product together with this one, each some of its rows.
+"""Worker processes that share a matrix product: each process computes some rows of the result.
 
-Threads cannot: widening a tile takes the interpreter's lock again and again (and bfloat16's cast
-holds it), so two of them compute 0.9 times what float32 BLAS does where two processes compute
-1.3 times (int8, 1.1B, measured on two cores). Float32 matrices too small for OpenBLAS's own
-threads gain as well.
+Threads would be slower, because they would wait for the interpreter's lock: widening a tile (some
+rows of a matrix, see tiles.py) acquires the lock many times, and the cast of bfloat16 holds it.
+Worker processes also help with float32 matrices that are too small for OpenBLAS to use several
+threads.
 
-The processes are started by `subprocess` and share memory with this one: the matrices, in files
-or in shared memory; one input, one output; and a few counters, by which a product is handed out
-and reported without a system call. A worker that has waited for a few milliseconds sleeps until
-a byte comes down its pipe, and leaves when the pipe closes. Stores become visible in their
-order on x86-64 alone, so there are no workers on other processors.
+The main process starts the workers with `subprocess`. All processes map the same memory: one input,
+one output, a few counters, and the matrices, which are in files or in shared memory. The main
+process starts a product by incrementing a counter, and a worker reports its part as done in another
+counter. Neither needs a system call. A worker that has waited for a few milliseconds sleeps until
+it can read a byte from its pipe, and exits when the pipe is closed.
+
+The protocol requires that other processes see the stores of one process in program order. x86-64
+guarantees this order, so workers exist only there.
 """
 
 import contextlib
@@ -34,53 +37,56 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_ROWS = 127
-"""Rows of x at most: more of them are cut up among threads, which then do as well."""
+"""The maximum number of rows of x in a shared product. For more rows, threads are as fast."""
 
 _SPIN = 0.005
-"""Seconds that a worker watches for the next product before it sleeps."""
+"""Seconds for which a worker polls for the next product before it sleeps."""
 
 _LOOK = 2000
-"""Times that a counter is read between two looks at the clock, about 0.1 ms."""
+"""The number of times that a process reads a counter before it checks anything else, such as the
+clock or whether the other process still runs."""
 
-# The counters, int64, those of different processes in different cache lines.
+# Indices of the int64 counters. The main process writes _SEQUENCE to _N_PARTS. A worker writes
+# _DONE, _ASLEEP and _READY, which are relative to its first counter. _LINE is the number of
+# counters in a cache line: each process writes to a cache line of its own.
 _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
 _DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
 
 def _of_worker(rank: int, field: int) -> int:
-    """A worker's own counter."""
+    """The index of a worker's own counter."""
     return (1 + rank) * _LINE + field
 
 
 def can_work() -> bool:
-    """Whether workers can be had on this machine."""
+    """Whether this machine supports workers."""
     return can_share() and os.uname().machine == "x86_64"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker gets when it starts: where everything lies."""
+    """What a worker reads when it starts: the locations of all shared arrays."""
 
     rank: int
     counters: Location
     x: Location  # (MAX_ROWS * widest D,)
     y: Location  # (longest O * MAX_ROWS,)
-    matrices: list[dict[str, Location]]  # of each the arrays that tiles are widened from
+    matrices: list[dict[str, Location]]  # per matrix the arrays from which tiles are widened
 
 
 class Workers:
-    """`n - 1` processes that compute products with `matrices` beside this one.
+    """`n - 1` worker processes that help this process to compute products with `matrices`.
 
     Args:
-        n: processes, this one included.
-        matrices: each (O, D), what tiles are widened from in a file or in shared memory.
+        n: the number of processes, including this one.
+        matrices: each (O, D), with arrays in a file or in shared memory.
 
     Raises:
-        WorkerError: a process could not be started, or ended by itself.
+        WorkerError: a process could not be started, or ended unexpectedly.
     """
 
     def __init__(self, n: int, matrices: list[Matrix]) -> None:
-        self._finished = 0  # the last product that all parts of are done
+        self._finished = 0  # the sequence number of the last product that is complete
         self._are_ready = False
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -110,12 +116,13 @@ class Workers:
 
     @property
     def pids(self) -> list[int]:
-        """Ids of the processes, without this one."""
+        """The process ids of the workers."""
         return [process.pid for process in self._processes]
 
     @property
     def are_ready(self) -> bool:
-        """Whether all of them have started: a product would not wait for that. In a fork never."""
+        """Whether all workers have started, so that a product need not wait. Always False in a
+        forked process."""
         if os.getpid() != self._owner:
             return False
         if not self._are_ready:
@@ -124,27 +131,30 @@ class Workers:
         return self._are_ready
 
     def product(self, x: np.ndarray, w: Matrix, index: int, n_parts: int) -> np.ndarray:
-        """y^T = W x^T, up to the factors of W's rows: x (M, D) float32, M <= MAX_ROWS, W (O, D)
-        -> (O, M) float32.
+        """y^T = W x^T, without the scale of W's rows.
 
         Args:
-            w: the matrix that was given as number `index`; it is not kept here, so that it lives
-                no longer than its model.
-            n_parts: processes that compute, this one included.
+            x: (M, D) float32, M <= MAX_ROWS.
+            w: (O, D), which was `matrices[index]`. `Workers` keeps no reference to its matrices,
+                so that they can be freed with their model.
+            n_parts: the number of processes that compute, including this one.
+
+        Returns:
+            (O, M) float32.
         """
         n_rows, n_out = len(x), w.shape[0]
         n_parts = min(n_parts, 1 + len(self._processes))
-        if n_parts == 1 or os.getpid() != self._owner:  # a fork has no workers of its own
+        if n_parts == 1 or os.getpid() != self._owner:  # a forked process has no workers
             return product(x, w)
         with self._lock:
             counters = self._counters
-            if counters[_SEQUENCE] != self._finished:  # an exception left it to those who compute
+            if counters[_SEQUENCE] != self._finished:  # an exception interrupted the last product
                 for rank in range(1, counters[_N_PARTS]):
                     self._wait(rank, counters[_SEQUENCE])
             self._x[: x.size] = x.reshape(-1)
             counters[_MATRIX], counters[_N_ROWS], counters[_N_PARTS] = index, n_rows, n_parts
             sequence = counters[_SEQUENCE] + 1
-            counters[_SEQUENCE] = sequence  # last: from here on the workers read
+            counters[_SEQUENCE] = sequence  # must come last, because it starts the workers
             for rank in range(1, n_parts):
                 if counters[_of_worker(rank, _ASLEEP)]:
                     self._wake(rank)
@@ -152,19 +162,19 @@ class Workers:
             for rank in range(1, n_parts):
                 self._wait(rank, sequence)
             self._finished = sequence
-            y = self._y[: n_out * n_rows].copy()  # before the next product writes over it
+            y = self._y[: n_out * n_rows].copy()  # the next product overwrites the shared output
             return y.reshape(n_out, n_rows)
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the worker processes."""
         self._close()
 
     def _start(self, job: _Job) -> None:
-        import subprocess  # not for --help
+        import subprocess  # imported here so that --help starts fast
 
         path = [*map(os.path.abspath, sys.path), str(Path(__file__).parents[2])]
         code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
-        stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # needs no folder
+        stderr = os.fdopen(os.memfd_create("npllama-stderr"), "w+b")  # a file in memory
         self._stderrs.append(stderr)
         locations = [job.counters, job.x, job.y]
         locations += [location for matrix in job.matrices for location in matrix.values()]
@@ -177,15 +187,16 @@ class Workers:
             stderr=stderr,
             bufsize=0,
             pass_fds=tuple(handed),
-            start_new_session=True,  # Ctrl-C is for this process alone
+            start_new_session=True,  # only the main process should receive Ctrl-C
             env=dict(os.environ) | dict.fromkeys(threads, "1"),
         )
         self._processes.append(process)
-        with contextlib.suppress(BrokenPipeError):  # _wait finds out and reports it
+        with contextlib.suppress(BrokenPipeError):  # the worker has ended; _wait will report it
             process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
 
     def _wake(self, rank: int) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended; or all is ending
+        # the worker has ended (BrokenPipeError), or `close` has closed the pipe (ValueError)
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self._processes[rank - 1].stdin.write(b"\n")
 
     def _wait(self, rank: int, sequence: int) -> None:
@@ -198,9 +209,9 @@ class Workers:
                 if process.poll() is not None:
                     raise self._ended(rank, process.returncode)
                 if counters[_of_worker(rank, _ASLEEP)] and not is_woken:
-                    self._wake(rank)  # an exception may have come before it was woken
-                    is_woken = True  # one byte is enough, and a full pipe would block
-                time.sleep(0)  # the worker may be waiting for this very core
+                    self._wake(rank)  # an exception may have prevented the first attempt
+                    is_woken = True  # one byte is enough, and writing to a full pipe would block
+                time.sleep(0)  # give up the core, because the worker may be waiting for it
 
     def _ended(self, rank: int, code: int) -> WorkerError:
         stderr = self._stderrs[rank - 1]
@@ -208,7 +219,7 @@ class Workers:
         said = stderr.read().decode(errors="replace").split("\n")
         reason = next((line for line in reversed(said) if line), f"exit code {code}")
         if code < 0:
-            reason = f"killed by signal {-code}, as when memory runs out"
+            reason = f"killed by signal {-code}, which happens when memory runs out"
         return WorkerError(
             f"a worker process ended ({reason}): load the model again, or use --threads 1, which "
             "needs no workers"
@@ -219,7 +230,8 @@ _living: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 
 
 def _leave_to_the_parent() -> None:
-    """In a fork: the pipes are the parent's, whose end is to end the workers."""
+    """Close the workers' pipes in a forked process. The workers exit when the parent exits, which
+    requires that no other process holds the pipes open."""
     for workers in _living:
         for process in workers._processes:
             process.stdin.close()
@@ -230,12 +242,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
-    if os.getpid() != owner:  # a fork's end is not theirs
+    if os.getpid() != owner:  # only the parent of a forked process stops the workers
         return
     for process in processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
-        process.kill()  # it holds nothing that could be lost, and may have been stopped
+        process.kill()  # a worker has no state to save, and a suspended one would not exit
     for process in processes:
         process.wait()
     for stderr in stderrs:
@@ -250,8 +262,11 @@ def _compute(
     part: int,
     n_parts: int,
 ) -> None:
-    """Rows of y^T (O, M) that are this part's: O * part / n_parts and on, by 16 since BLAS takes
-    some rows at a time, and the rounding of those that are left over differs."""
+    """Compute this part's rows of y^T (O, M), which begin at about O * part / n_parts.
+
+    The bounds are multiples of 16. BLAS processes rows in groups and rounds the rows of an
+    incomplete group differently, so other bounds would make the result depend on n_parts.
+    """
     n_out, width = w.shape
     begin = n_out * part // n_parts // 16 * 16
     end = n_out if part + 1 == n_parts else n_out * (part + 1) // n_parts // 16 * 16
@@ -261,7 +276,8 @@ def _compute(
 
 
 def serve() -> None:
-    """A worker's life: read the job from standard input, then compute until it closes."""
+    """The main function of a worker: read the job from standard input, then compute until standard
+    input is closed."""
     job = json.loads(sys.stdin.buffer.raw.readline())
     mapped = Mapped()
     locations = [Location(**job[name]) for name in ("counters", "x", "y")]
@@ -281,9 +297,10 @@ def serve() -> None:
             reads += 1
             if reads % _LOOK == 0 and time.perf_counter() - since > _SPIN:
                 counters[asleep] = 1
-                # a product handed out before that was visible is found when it has become so
+                # The main process may start a product before it sees this store, and then sends
+                # no byte. The pause ensures that the loop below sees such a product.
                 time.sleep(0.0001)
-                while counters[_SEQUENCE] == sequence:  # a byte may belong to an earlier product
+                while counters[_SEQUENCE] == sequence:  # a byte may be from an earlier product
                     if not os.read(0, 4096):
                         return
                 counters[asleep] = 0

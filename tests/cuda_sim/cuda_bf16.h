@@ -1,4 +1,4 @@
-// __nv_bfloat16 for g++: bits, and the conversions that the kernels use.
+// __nv_bfloat16 for g++: storage, and the conversions that the kernels use.
 #pragma once
 #include "cuda_sim.h"
 

@@ -1,4 +1,4 @@
-// __half for g++: bits, and the conversions that the kernels use.
+// __half for g++: storage, and the conversions that the kernels use.
 #pragma once
 #include "cuda_sim.h"
 

@@ -1,5 +1,5 @@
-// Asynchronous copies from global to shared memory. A copy is made as late as CUDA allows: when its
-// thread waits for it. Until then nobody may touch the shared memory that it fills.
+// Asynchronous copies from global to shared memory. A copy is executed as late as CUDA allows: when
+// its thread waits for it. Until then no thread may access the shared memory that the copy fills.
 #pragma once
 #include "cuda_sim.h"
 

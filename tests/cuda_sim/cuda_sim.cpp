@@ -1,5 +1,5 @@
-// The runtime below cuda_sim.h: blocks, warps and threads as fibers, and a watch over memory.
-// Compiled without instrumentation; the kernels' loads and stores arrive in __tsan_*.
+// The runtime of cuda_sim.h: blocks, warps and threads as fibers, and checks of memory accesses.
+// This file is not instrumented. The loads and stores of the kernels call the __tsan_* functions.
 #include "cuda_sim.h"
 
 #include <link.h>
@@ -15,7 +15,7 @@
 #include <random>
 #include <vector>
 
-// what a kernel sees as constants
+// the indices, which are constants for a kernel
 extern "C" {
 struct {
   uint3 thread, block;
@@ -26,7 +26,7 @@ asm(".globl threadIdx, blockIdx, blockDim, gridDim\n"
     ".set threadIdx, cuda_sim_indices\n.set blockIdx, cuda_sim_indices + 12\n"
     ".set blockDim, cuda_sim_indices + 24\n.set gridDim, cuda_sim_indices + 36\n");
 
-// saves what a call preserves on the stack it leaves, and goes on where `to` was left
+// saves the callee-saved registers on the current stack, and continues where `to` was suspended
 extern "C" void cuda_sim_switch(void** from, void* to);
 #if defined(__x86_64__)
 asm(".globl cuda_sim_switch\n.hidden cuda_sim_switch\ncuda_sim_switch:\n"
@@ -55,10 +55,10 @@ constexpr size_t STACK = 128 << 10;
 constexpr int MAX_THREADS = 1024;
 constexpr size_t MAX_SHARED = 256 << 10;
 
-// -- the block that runs -------------------------------------------------------------------------
+// -- the running block ---------------------------------------------------------------------------
 
 enum State { READY, AT_BARRIER, IN_WARP, DONE };
-struct Copy {  // from global to shared memory, made when its thread waits for its group
+struct Copy {  // from global to shared memory; executed when its thread waits for its group
   char* to;
   const char* from;
   uint32_t size, zeros, group;
@@ -70,24 +70,24 @@ struct Fiber {
   State state = DONE;
   Site site{};
   unsigned int mask = 0;
-  uint64_t value = 0;  // given to a warp operation, then its result
+  uint64_t value = 0;  // the operand of a warp operation, and then its result
   int source = 0;
   uint32_t warp_epoch = 0;
   bool waited = false;  // for the previous kernel
   std::deque<Copy> copies;
-  uint32_t group = 0;  // of the copies that are not committed
+  uint32_t group = 0;  // the group of the next copies, which are not committed yet
 };
-struct Group {  // lanes that are in one warp operation together
+struct Group {  // lanes in the same warp operation
   unsigned int arrived, mask;
   Kind kind;
   Site site;
 };
 struct Warp {
   unsigned int done;
-  Group groups[32];  // by the lowest lane of the mask: masks in use at once are disjoint
+  Group groups[32];  // indexed by the lowest lane of the mask; concurrent masks are disjoint
 };
 
-std::deque<Kernel>& kernels() {  // filled as libraries load; Python keeps addresses
+std::deque<Kernel>& kernels() {  // libraries add theirs when loaded; Python keeps addresses
   static std::deque<Kernel> all;
   return all;
 }
@@ -104,27 +104,27 @@ void (*entry)(void**);
 void** entry_arguments;
 char message[2048];
 std::mt19937 order_rng;
-int order;  // 0 in order, 1 in reverse, 2 at random
-bool overlapped;  // launched to start before the previous kernel ends
+int order;  // 0: ascending, 1: descending, 2: random
+bool overlapped;  // whether the launch may start before the previous kernel ends
 struct Range { uint64_t begin, end; };
-std::vector<Range> before;  // what was written by work that is no kernel of ours, directly before
-uint64_t n_accesses, max_accesses;  // of the launch, with its barriers and warp operations
+std::vector<Range> before;  // memory written directly before by work other than our kernels
+uint64_t n_accesses, max_accesses;  // of the launch, including barriers and warp operations
 
-// -- memory: who touched a cell last, and when ---------------------------------------------------
+// -- memory: which thread accessed a cell last, and when -----------------------------------------
 
 enum Mode { READ, WRITE, ATOMIC };
 struct Access {
-  uint32_t thread;  // of the grid, from 1; 0 for nobody
+  uint32_t thread;  // index in the grid, from 1; 0 for none
   uint32_t block_epoch, warp_epoch, time;
 };
 struct Cell {
-  uint32_t stamp;  // of the launch, or of the block for shared memory: older marks are void
-  uint32_t copying;  // the thread whose asynchronous copy fills it
-  bool split;  // its bytes have cells of their own
-  Access write, atomic, other_atomic, read, other_read;  // the last ones, others by other threads
+  uint32_t stamp;  // launch, or block for shared memory; a cell with an older stamp is empty
+  uint32_t copying;  // the thread whose asynchronous copy will fill the cell
+  bool split;  // whether the bytes have separate cells
+  Access write, atomic, other_atomic, read, other_read;  // the last ones, also by other threads
   bool is_set() const { return write.thread || atomic.thread; }
 };
-struct Cells {  // zero, and in memory only where touched
+struct Cells {  // zero-initialized; uses physical memory only where accessed
   Cell* at = nullptr;
   size_t n = 0;
   void reserve(size_t wanted) {
@@ -141,22 +141,22 @@ struct Cells {  // zero, and in memory only where touched
 };
 struct Extent {  // an array of the launch
   uintptr_t begin, end;
-  uint32_t granule;  // bytes of an element
+  uint32_t granule;  // bytes per element
   uint32_t writable, argument;
   size_t first_cell;
-  uint64_t read, written;  // bytes, by all threads
+  uint64_t read, written;  // bytes, summed over all threads
 };
-struct Launch {  // what did it write
+struct Launch {  // a launch, and the last accesses to its arrays
   uint32_t stamp = 0;
   std::vector<Extent> extents;
   Cells cells;
 };
 constexpr uint32_t N_LAUNCHES = 8;
-Launch launches[N_LAUNCHES];  // this one, and those before it
+Launch launches[N_LAUNCHES];  // the current launch and earlier ones
 Launch* launch = &launches[0];
-uint32_t first_running;  // the launches from this one on may still run; 0: none
+uint32_t first_running;  // the oldest launch that may still be running; 0: none
 
-struct Shared {  // cells of 4 bytes, and of bytes where a narrower access was made
+struct Shared {  // cells of 4 bytes, and cells of one byte after a narrower access
   uintptr_t begin = 0, end = 0;
   Cells words, bytes;
   void place(uintptr_t b, uintptr_t e) {
@@ -168,15 +168,15 @@ struct Shared {  // cells of 4 bytes, and of bytes where a narrower access was m
 alignas(1024) char dynamic_memory[MAX_SHARED];
 uintptr_t constant_begin, constant_end, stack_begin, stack_end;
 
-// a block's publication of its writes: __threadfence, then an atomic
+// a release by a block: __threadfence followed by an atomic operation
 struct Release { uint32_t covers, at; };
 std::vector<Release> releases;
 std::vector<uint32_t> fences, acquires;
-std::vector<uint32_t> blocks;  // in the order in which they run
+std::vector<uint32_t> blocks;  // in execution order
 
 // -- messages ------------------------------------------------------------------------------------
 
-struct Where {  // in the source: by address, or known
+struct Where {  // a place in the source: an address, or file and line
   void* pc = nullptr;
   Site site{};
 };
@@ -204,7 +204,7 @@ uint32_t me() { return block_index * n_threads + current + 1; }
   if (where.site.file)
     snprintf(message + n, sizeof message - n, ", %s:%d", base_name(where.site.file),
              where.site.line);
-  else if (where.pc && dladdr(where.pc, &info))  // cuda_simulator.py finds file and line
+  else if (where.pc && dladdr(where.pc, &info))  // cuda_simulator.py converts it to file and line
     snprintf(message + n, sizeof message - n, " @0x%zx",
              (size_t)((char*)where.pc - (char*)info.dli_fbase) - 1);
   _longjmp(launcher, 1);
@@ -269,7 +269,7 @@ void touch(Cell& c, uint32_t stamp, Mode mode, bool must_be_set, Where where, ui
   last = now;
 }
 
-// calls `act` with each cell of the bytes p .. p + size - 1 of shared memory
+// calls `act` with the cell of each of the bytes p .. p + size - 1 of shared memory
 template <class F> void each_cell(Shared& shared, uintptr_t p, size_t size, F act) {
   const size_t begin = p - shared.begin, end = begin + size;
   for (size_t w = begin / 4; w * 4 < end; w++) {
@@ -377,8 +377,8 @@ void access(uintptr_t p, size_t size, Mode mode, Where where) {
 
 // -- asynchronous copies -------------------------------------------------------------------------
 
-// Bounds and races are checked when the copy is asked for, and races again when it is made: either
-// time is a time at which the hardware may make it.
+// Bounds and races are checked when the copy is issued, and races again when it is executed,
+// because the hardware may execute it at either time.
 void ask_for_copy(Copy copy) {
   Where where{nullptr, copy.site};
   const uintptr_t to = (uintptr_t)copy.to, from = (uintptr_t)copy.from;
@@ -482,7 +482,7 @@ void run_block() {
         release_block();
         continue;
       }
-      int a = -1, b = -1;  // two that wait for different things, or one whose warp is incomplete
+      int a = -1, b = -1;  // threads at different barriers, or in an incomplete warp
       for (int i = 0; i < n_threads; i++) {
         if (fibers[i].state == IN_WARP && a < 0) a = i;
         if (fibers[i].state == AT_BARRIER && b < 0) b = i;
@@ -502,9 +502,9 @@ void run_block() {
     if (queue_head > 65536) queue.erase(queue.begin(), queue.begin() + queue_head), queue_head = 0;
     Fiber& f = fibers[current];
     cuda_sim_indices.thread = {current % d.x, current / d.x % d.y, current / d.x / d.y};
-    if (!f.stack) {  // a stack on which the first switch returns into fiber_main
+    if (!f.stack) {  // the first switch to this stack returns into fiber_main
       f.stack = (char*)stack_begin + STACK * current;
-      // staggered: stacks that end at equal offsets would share few lines of the cache
+      // stagger the stacks: equal offsets would compete for few cache lines
       uintptr_t* top = (uintptr_t*)(f.stack + STACK - 64 - current % 61 * 320);
 #if defined(__x86_64__)
       top[-2] = (uintptr_t)fiber_main;  // as after a call: 8 below a multiple of 16
@@ -531,8 +531,9 @@ unsigned int reduced(Reduction how, unsigned int a, unsigned int b) {
   }
 }
 
-// a warp operation: waits for all lanes of mask; a shuffle's result is the source lane's value, a
-// ballot's the lanes whose value is not 0, a reduction's that of all values
+// A warp operation waits for all lanes of the mask. The result of a shuffle is the value of the
+// source lane, the result of a ballot is the set of lanes with nonzero values, and the result of a
+// reduction combines all values.
 uint64_t rendezvous(Kind kind, unsigned int mask, uint64_t value, int source, Site site) {
   count({nullptr, site});
   Fiber& f = fibers[current];
@@ -559,7 +560,7 @@ uint64_t rendezvous(Kind kind, unsigned int mask, uint64_t value, int source, Si
   f.mask = mask;
   f.site = site;
   f.state = IN_WARP;
-  if (g.arrived == mask) {  // the last one: the results of all
+  if (g.arrived == mask) {  // the last lane computes the results for all lanes
     g.arrived = 0;
     uint64_t given[32];
     unsigned int ballot = 0;
@@ -583,7 +584,7 @@ uint64_t rendezvous(Kind kind, unsigned int mask, uint64_t value, int source, Si
   return f.value;
 }
 
-// the segments of the library that a kernel is from: its static __shared__, and its constants
+// finds the static __shared__ memory and the constants of the library that contains a kernel
 int find_module(dl_phdr_info* info, size_t, void* kernel) {
   uintptr_t begin = UINTPTR_MAX, end = 0, data_begin = 0, data_end = 0, own = (uintptr_t)kernel;
   for (int i = 0; i < info->dlpi_phnum; i++) {
@@ -640,11 +641,11 @@ void wait_for_copies(size_t n) {
   }
 }
 void wait_for_previous_kernel(const char*, int) { fibers[current].waited = true; }
-void let_next_kernel_start() {}  // every order of the launches' starts is allowed for
+void let_next_kernel_start() {}  // nothing to do: all start orders are checked
 
 }  // namespace cuda_sim
 
-// -- what Python calls ---------------------------------------------------------------------------
+// -- functions that Python calls -----------------------------------------------------------------
 
 using namespace cuda_sim;
 extern "C" {
@@ -664,9 +665,9 @@ struct GivenLaunch {
   uint64_t max_accesses;
   uint32_t n_extents, order, seed;
   uint32_t overlapped;
-  uint32_t first_running;  // number of the oldest launch that may still run; 0 where none does
-  uint32_t number;  // of this launch: a result
-  Range* before;  // what other work wrote directly before it
+  uint32_t first_running;  // the oldest launch that may still be running; 0 if there is none
+  uint32_t number;  // the number of this launch (output)
+  Range* before;  // memory written directly before by other work
   uint32_t n_before;
 };
 
@@ -712,7 +713,7 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
   message[0] = 0;
 }
 
-// null, or what the kernel did wrong
+// returns null, or a description of the error
 const char* cuda_sim_launch(const Kernel* kernel, GivenLaunch* given) {
   try {
     begin_launch(kernel, *given);
@@ -720,7 +721,7 @@ const char* cuda_sim_launch(const Kernel* kernel, GivenLaunch* given) {
     return "no address space for the marks of every element";
   }
   given->number = launch->stamp;
-  if (_setjmp(launcher)) {  // an error: the fibers that are left begin anew next time
+  if (_setjmp(launcher)) {  // after an error: the next launch creates new stacks
     for (Fiber& f : fibers) f.stack = nullptr;
     current = -1;
     return message;
@@ -743,7 +744,7 @@ const char* cuda_sim_launch(const Kernel* kernel, GivenLaunch* given) {
   return nullptr;
 }
 
-// -- what -fsanitize=thread calls ----------------------------------------------------------------
+// -- functions that -fsanitize=thread calls ------------------------------------------------------
 
 #define PC __builtin_return_address(0)
 void __tsan_init() {}
@@ -762,7 +763,7 @@ void __tsan_write_range(void* p, size_t n) { access((uintptr_t)p, n, WRITE, {PC}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 
-// -- what -fsanitize=alignment,bounds calls ------------------------------------------------------
+// -- functions that -fsanitize=alignment,bounds calls --------------------------------------------
 
 struct UbsanSite { const char* file; uint32_t line, column; };
 struct UbsanType { uint16_t kind, info; char name[1]; };

@@ -1,8 +1,9 @@
-// CUDA C++ on the CPU, for tests: what a kernel file uses of CUDA, for g++.
+// The parts of CUDA C++ that the kernel files use, implemented for g++ on the CPU.
 //
-// A thread of a block is a fiber (cuda_sim.cpp); one block runs after another. Compiled with
-// -fsanitize=thread and linked without libtsan, every load and store of a kernel calls
-// cuda_sim.cpp, which knows the arrays of the launch, the barriers passed, and who was there.
+// Each thread of a block is a fiber (see cuda_sim.cpp), and blocks run one after another. Kernels
+// are compiled with -fsanitize=thread but linked without libtsan, so each of their loads and stores
+// calls a function in cuda_sim.cpp. There each element of an array has a record of its last
+// accesses: the thread, and the number of barriers that the thread had passed.
 #pragma once
 
 #include <cmath>
@@ -12,26 +13,26 @@
 #include <utility>
 
 #define CUDA_SIM 1
-#undef INFINITY  // NVRTC has neither
+#undef INFINITY  // NVRTC does not define these macros
 #undef NAN
 #define __global__
 #define __device__
 #define __host__
 #define __constant__ const
-// One block runs at a time; `used`, or g++ would drop what is written and not read.
-// cuda_simulator.py rewrites the extern ones.
+// A static variable is enough, because only one block runs at a time. `used` prevents g++ from
+// removing stores to variables that are never read. cuda_simulator.py rewrites extern declarations.
 #define __shared__ __attribute__((used)) static
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// the caller's line: these builtins are evaluated where a default argument is used
+// As default arguments, these builtins evaluate to the file and line of the caller.
 #define CUDA_SIM_HERE const char* file = __builtin_FILE(), int line = __builtin_LINE()
 #define CUDA_SIM_SITE (cuda_sim::Site{file, line})
 #define CUDA_SIM_UNWATCHED __attribute__((no_sanitize("thread")))
 
-// -- vector types, aligned as CUDA aligns them: UBSan then sees a misaligned 16-byte load ---------
+// -- vector types, aligned as in CUDA, so that UBSan detects misaligned vector accesses -----------
 
 #define CUDA_SIM_VECTOR(T, name, a1, a2, a4)                                                      \
   struct name##1 { T x; };                                                                        \
@@ -53,12 +54,12 @@ CUDA_SIM_VECTOR(long long, longlong, 8, 16, 16)
 CUDA_SIM_VECTOR(unsigned long long, ulonglong, 8, 16, 16)
 struct dim3 { unsigned int x = 1, y = 1, z = 1; };
 
-// const: a kernel only reads them, and reads of constants are not instrumented
+// const, because kernels only read them, and because reads of constants are not instrumented
 extern "C" const uint3 threadIdx, blockIdx;
 extern "C" const dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// -- the runtime: what a fiber asks of its block -------------------------------------------------
+// -- the runtime: functions that fibers call -----------------------------------------------------
 
 namespace cuda_sim {
 struct Site { const char* file; int line; };
@@ -103,7 +104,7 @@ inline void check_aligned(const void* p, int n, Site s) {
   if ((uintptr_t)p % n) fail("misaligned vector access", s);
 }
 template <class T> struct Same { using type = T; };
-template <class T> using same = typename Same<T>::type;  // a parameter that does not decide T
+template <class T> using same = typename Same<T>::type;  // prevents deduction of T
 }  // namespace cuda_sim
 
 // -- mathematics ---------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ inline float __uint_as_float(unsigned int x) { return cuda_sim::bits_as<float>(x
 inline float __int_as_float(int x) { return cuda_sim::bits_as<float>(x); }
 inline long long __double_as_longlong(double x) { return cuda_sim::bits_as<long long>(x); }
 inline double __longlong_as_double(long long x) { return cuda_sim::bits_as<double>(x); }
-inline int __float2int_rn(float x) {  // CUDA saturates, and makes 0 of NaN
+inline int __float2int_rn(float x) {  // as in CUDA, saturates, and converts NaN to 0
   if (x != x) return 0;
   return x >= 2147483648.0f ? 0x7fffffff : x <= -2147483648.0f ? (int)0x80000000 : (int)rintf(x);
 }
@@ -160,7 +161,7 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
-// -- barriers, and what the lanes of a warp exchange ---------------------------------------------
+// -- barriers and warp operations ----------------------------------------------------------------
 
 inline void __syncthreads(CUDA_SIM_HERE) { cuda_sim::block_barrier(0, CUDA_SIM_SITE); }
 inline int __syncthreads_or(int p, CUDA_SIM_HERE) {
@@ -222,7 +223,7 @@ CUDA_SIM_REDUCE(unsigned int, __reduce_and_sync, cuda_sim::AND)
 CUDA_SIM_REDUCE(unsigned int, __reduce_or_sync, cuda_sim::OR)
 CUDA_SIM_REDUCE(unsigned int, __reduce_xor_sync, cuda_sim::XOR)
 
-// -- loads and stores with a cache hint; sized by the type, so a misaligned one is an error ------
+// -- loads and stores with a cache hint, which check the alignment of their type -----------------
 
 #define CUDA_SIM_LOAD(name)                                                                       \
   template <class T> inline T name(const T* p, CUDA_SIM_HERE) {                                   \
@@ -242,7 +243,7 @@ CUDA_SIM_LOAD(__ldlu)
 CUDA_SIM_STORE(__stcs)
 CUDA_SIM_STORE(__stcg)
 
-// -- atomics: the types that CUDA has, and no others ---------------------------------------------
+// -- atomics, only for the types that CUDA supports ----------------------------------------------
 
 namespace cuda_sim {
 template <class T> constexpr bool is_integer() {
@@ -293,10 +294,10 @@ inline unsigned int atomicInc(unsigned int* p, unsigned int limit, CUDA_SIM_HERE
                             [=](unsigned int old) { return old >= limit ? 0 : old + 1; });
 }
 
-// -- kernels as data: a launch checks its arguments by this --------------------------------------
+// -- descriptions of kernels, with which a launch checks its arguments ---------------------------
 
 namespace cuda_sim {
-template <class T> struct TypeName {  // NumPy's name; cuda_fp16.h and cuda_bf16.h add theirs
+template <class T> struct TypeName {  // in NumPy; cuda_fp16.h and cuda_bf16.h add types
   static constexpr const char* named() {
     constexpr bool is_signed = std::is_signed_v<T>;
     if constexpr (std::is_same_v<T, float>) return "float32";
@@ -311,7 +312,7 @@ template <class T> struct TypeName {  // NumPy's name; cuda_fp16.h and cuda_bf16
   static constexpr const char* value = named();
 };
 struct Parameter {
-  const char* type;  // NumPy's name of the number, or of what is pointed to; "" for others
+  const char* type;  // NumPy's name of the type, or of the type pointed to; "" for others
   int is_pointer, is_const, size;
 };
 template <class T> constexpr Parameter describe() {

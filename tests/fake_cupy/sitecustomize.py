@@ -1,13 +1,13 @@
-"""A CUDA driver with one device, for a machine that has none: what asks for it by ctypes finds it.
+"""Replaces the CUDA driver library in ctypes by a driver with one device.
 
-Python imports this at its start where the folder is on PYTHONPATH.
+Python imports this module at startup if PYTHONPATH contains its folder.
 """
 
 import ctypes
 
 
 class _Driver:
-    """The calls that npllama asks the driver's library for."""
+    """The functions of the driver library that npllama calls."""
 
     def cuInit(self, flags: int) -> int:
         return 0

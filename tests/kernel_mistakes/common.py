@@ -1,4 +1,4 @@
-"""Mistakes in common.cu, found by one small kernel that uses all of it."""
+"""Mistakes in common.cu. A small kernel that uses all functions of the file detects them."""
 
 import ml_dtypes
 import numpy as np

@@ -1,10 +1,10 @@
-"""Mistakes in decode_attention.cu, and the launches that find them: one instantiation."""
+"""Mistakes in decode_attention.cu, and launches of one template instance that detect them."""
 
 from npllama.ops.cuda.decode_attention import Division
 from test_kernels_decode_attention import Case, check_many_numbers, replayed
 
 MISTAKES = [
-    # what the equations say
+    # the equations
     (
         "the second half is rotated the wrong way",
         "sin[i] = is_first ? -sin[i] : sin[i];",
@@ -38,7 +38,7 @@ MISTAKES = [
         "__expf(score - (top == MINUS_INFINITY ? 0.0f : top))",
         "__expf(score - top)",
     ),
-    # which keys
+    # the keys that are read
     (
         "the new key is read from the cache",
         "const int end_of_cached = min(keys.end, position);",
@@ -79,7 +79,7 @@ MISTAKES = [
         "const size_t key_0 = ((size_t)rows[b] * n_kv_heads + kv_head) * context;",
         "const int key_0 = (rows[b] * n_kv_heads + kv_head) * context;",
     ),
-    # beside the kernel before
+    # the overlap with the previous kernel
     (
         "the token is read before the kernel that writes it has ended",
         "  wait_for_previous_kernel();\n",
@@ -90,7 +90,7 @@ MISTAKES = [
         "  wait_for_previous_kernel();\n",
         "  if ((int)blockIdx.x >= keys.n_used) return;\n  wait_for_previous_kernel();\n",
     ),
-    # who writes what
+    # which thread writes
     (
         "each slice of a head writes the cache",
         "if (slice == 0 && group == 0) {",
@@ -113,7 +113,7 @@ MISTAKES = [
         "put(blockIdx.x, i % C, found)",
         "put(0, i % C, found)",
     ),
-    # one after another
+    # the order of reads and writes
     (
         "no barrier before the groups are combined",
         "results.put(group, lane, softmax);\n  __syncthreads();",
@@ -126,12 +126,12 @@ MISTAKES = [
     ),
     (
         "no fence before the count",
-        "__threadfence();  // what this thread wrote, before the count",
+        "__threadfence();  // make all writes visible before the count",
         "",
     ),
     (
         "the count before the block's results",
-        "__threadfence();  // what this thread wrote, before the count\n  __syncthreads();",
+        "__threadfence();  // make all writes visible before the count\n  __syncthreads();",
         "__threadfence();",
     ),
     (
@@ -158,7 +158,7 @@ MISTAKES = [
 
 
 def run(launcher):
-    """Lanes without columns, rows in another order, empty splits, a row with S = 0."""
+    """Cover unused lanes, permuted cache rows, empty splits, and a row with S = 0."""
     launcher.n_sms = 12
     Case("float16", 48, 2, 4, (37, 0, 200), (2, 0, 3), 5).check(launcher)
     Case("float16", 48, 2, 4, (70,)).check(launcher, Division(2, 2, 16, 4), replayed)

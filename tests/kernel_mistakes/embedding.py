@@ -20,7 +20,7 @@ MISTAKES = [
 
 
 def run(launcher):
-    """20 places of 4 tokens, of which one stands nowhere; more columns than threads."""
+    """20 positions, 4 tokens, one of which does not occur, and more columns than threads."""
     rng = np.random.default_rng(0)
     dx = rng.standard_normal((20, 300), dtype="float32")
     tokens = rng.integers(0, 3, 20)

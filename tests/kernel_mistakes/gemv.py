@@ -1,4 +1,4 @@
-"""Mistakes in gemv.cu: one launch with most of what there is in it, and one with the rest."""
+"""Mistakes in gemv.cu. Two launches detect most of them, and a third one detects the rest."""
 
 import numpy as np
 
@@ -42,11 +42,12 @@ MISTAKES = [
 
 
 def run(launcher):
-    # 3 rows of x where 4 fit, two tiles, of which the second is not full, and 3 blocks: of 6, 5
-    # and 5 units, so that batches of 2 units are full and are not; and the same by integers
+    # 3 of at most 4 rows of x; two tiles, the second of them partial; and 3 blocks with 6, 5 and 5
+    # units in batches of 2, so that full and partial batches occur. The second launch does the same
+    # with integer products.
     check(launcher, "signed char, 4, 32, 1, 4, 2, true, true", 3, 32, 800, 3, True, True)
     check(launcher, "signed char, 2, 32, 1, 4, 2, true, true", 2, 32, 800, 3, True, True)
-    # 41 outputs a block: more than threads, and one more than full batches
+    # 41 outputs per block: more than the threads, and one more than full batches contain
     check(launcher, "__half, 2, 32, 2, 2, 3, false, false", 2, 82, 512, 2, False, False)
 
 

@@ -1,4 +1,4 @@
-"""Mistakes in prompt.cu. Only the kernels that a mistake may change are launched."""
+"""Mistakes in prompt.cu. Each run launches only the kernels that a mistake can affect."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from npllama.ops import Ops
 from npllama.ops.cuda.kernels import SOURCES
 
 MISTAKES = [
-    # what several kernels use
+    # functions that several kernels use
     ("store4: a number twice", "u.numbers[3] = narrow<T>(v.w);", "u.numbers[3] = narrow<T>(v.z);"),
     ("sum: no barrier before it is read", "/ 32] = v;\n  __syncthreads();\n  float sum", "/ 32] = v;\n  float sum"),  # noqa: E501
     ("sum: a warp is left out", "for (int w = 0; w < WARPS; w++) sum", "for (int w = 1; w < WARPS; w++) sum"),  # noqa: E501
@@ -68,7 +68,7 @@ def run(launcher):
 
 
 def concerned(text):
-    """The kernels in which a text stands; all where it stands in what they share."""
+    """The kernels whose source contains a text; all kernels if the shared source contains it."""
     shared, *kernels = (SOURCES / "prompt.cu").read_text().split("__global__ void")
     names = [name for name in KERNELS if text and text in text_of(name, kernels)]
     return names if text and text not in shared else KERNELS
@@ -100,7 +100,8 @@ def rms_norm_rows(launcher):
 
 
 def rotate_and_cache(launcher):
-    """Rows 2 and 0 of a cache of three, the last 3 of 4 tokens in tiles of 2, H 2, K 1, C 16."""
+    """Rows 2 and 0 of a cache with 3 rows, and the last 3 of 4 tokens in tiles of 2; H 2, K 1, C
+    16."""
     move, reference = launcher.to_device, Ops(Backend())
     qkv, scale, (cos, sin) = numbers(2, 4, 4, 16), numbers(4, 16), numbers(2, 2, 4, 8)
     rows, starts = np.array([2, 0], "int32"), np.array([1, 3], "int32")
@@ -121,8 +122,11 @@ def rotate_and_cache(launcher):
 
 
 def softmax_rows(launcher):
-    """Two heads of three queries, of which the first sees 1,027 keys. The first key that is hidden
-    would count; of the second head the exp of one score of each query is infinite."""
+    """Two heads with three queries, the first of which sees 1,027 keys.
+
+    In the first head, the first hidden key has a large score, so reading it changes the result. In
+    the second head, each query has one score whose exp is infinite.
+    """
     scores = numbers(6, 1032)
     scores[[0, 1, 2], [1027, 1028, 1029]] = 9
     scores[[3, 4, 5], [7, 500, 1026]] = 200
@@ -148,7 +152,7 @@ def swiglu_rows(launcher):
 
 
 def add_scaled_rows(launcher):
-    """Behind a kernel that writes y."""
+    """Run after a kernel that writes y."""
     x, scale = numbers(2, 16), numbers(16) + 3
     y, moved = launcher.xp.empty((2, 16), "float32"), launcher.to_device(x)
     zeros, ones = np.zeros((2, 16), "float32"), np.ones(16, "float32")

@@ -1,11 +1,11 @@
-"""Mistakes in sampling.cu: (what, text before, text after)."""
+"""Mistakes in sampling.cu: (name, text before, text after)."""
 
 import numpy as np
 
 from test_kernels_sampling import A_LONG_TAIL, ALL, drawn, sampling
 
 MISTAKES = [
-    # what the equations say
+    # the equations
     ("the penalty ignores signs", "x > 0.0f ? x / penalty : x * penalty", "x / penalty"),
     ("tokens past the tokenizer's", "i >= end || i >= n_tokens", "i >= end"),
     ("the last of equals", "x == max && i < token", "x == max && i > token"),
@@ -26,7 +26,7 @@ MISTAKES = [
     ("a carry is lost", "(old + low < old ? 1u : 0u)", "0u"),
     ("the token before", "token = begin; (before", "token = begin - 1; (before"),
     ("the sum before a segment is forgotten", "target -= __shfl", "__shfl"),
-    # one after another
+    # the order of reads and writes
     (
         "no barrier before the warps' summaries are read",
         "    __syncthreads();\n    *this = Summary();",
@@ -61,7 +61,7 @@ MISTAKES = [
 
 def run(launcher):
     case = drawn(9, 1000, "equals")
-    case.x[::2] -= 10  # negative ones are penalized otherwise
+    case.x[::2] -= 10  # the penalty has another formula for negative logits
     case.n_tokens, case.allowed = 990, np.arange(990) % 5 != 0
     case.check(launcher, sampling(**ALL))
     few = drawn(20, 300)

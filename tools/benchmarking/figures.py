@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarking.measure import Sample, Task
-from benchmarking.shapes import forward_flops, prefill_flops
+from benchmarking.shapes import prefill_flops
 from npllama.config import LlamaConfig
+from npllama.costs import forward_flops
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Program:
         decode_gigabytes_per_second: bytes of weights that a step reads (once for all rows) times
             steps per second.
         prefill_gigaflops, decode_gigaflops: operations per second, of matrix products only
-            (shapes.forward_flops).
+            (npllama.costs.forward_flops).
         first_token_seconds: time from the start of a run.
         load_seconds: time to load the model.
         load_to_first_token_seconds: time to load the model and generate the first token.

@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 
-from benchmarking.shapes import forward_matrices
 from npllama.backend import Array, Backend
 from npllama.config import LlamaConfig
+from npllama.costs import forward_matrices
 from npllama.kv_cache import KVCache
 from npllama.llama import Llama
 from npllama.memory import mapped_nbytes, workspace_nbytes

@@ -36,7 +36,7 @@ def _compare(stage: Stage, dtype: str) -> None:
         figure = f"{'; '.join(parts)}; greedy ids {d.equal_ids} of {len(truth.ids)}"
         kernels = " with kernels" if d.kernels else ""
         name = f"{d.name}{kernels}, {dtype}"
-        stage.add(name, figure, "the README's tolerances", OK if is_ok else BELOW)
+        stage.add(name, figure, "the tests' tolerances", OK if is_ok else BELOW)
 
 
 if __name__ == "__main__":

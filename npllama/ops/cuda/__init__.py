@@ -1,4 +1,4 @@
-"""The decode step and the prompt on CUDA: kernels of our own, and what launches them.
+"""Launchers of our CUDA kernels for decode steps, prompts and training.
 
-`CupyOps` takes these where shapes and dtypes fit, and the plain array calls elsewhere.
+`CupyOps` uses them for the shapes and dtypes that they support, and plain array calls otherwise.
 """

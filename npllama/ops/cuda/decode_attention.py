@@ -1,4 +1,4 @@
-"""Attention of one new token in each row: RoPE, the write to the cache, softmax(q K^T) V."""
+"""Attention for one new token per row, in one kernel: RoPE, the cache update, softmax(q K^T) V."""
 
 import math
 from dataclasses import dataclass
@@ -16,13 +16,19 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Division:
-    """How the attention is divided.
+    """How the attention is divided among thread blocks and threads.
+
+    The threads of a thread block form thread groups, and the threads of a group share each key (see
+    `lanes`). These groups are not the G query heads of a key-value head.
 
     Attributes:
-        heads: GB, query heads of a key-value head that a block computes with.
-        keys: keys whose loads a thread has in flight.
-        groups: of lanes in a block; each computes with a key at a time.
-        splits: parts of a row's keys, each computed by a block of its own.
+        heads: the number of query heads of one key-value head that a thread block computes (GB in
+            decode_attention.cu).
+        keys: the number of keys that a thread group loads at a time. It computes them one after
+            another.
+        groups: the number of thread groups in a thread block.
+        splits: the number of parts into which a row's keys are split. A separate thread block
+            computes each part.
     """
 
     heads: int
@@ -40,23 +46,27 @@ def divide(
     bucket: int,
     n_sms: int,
 ) -> Division:
-    """The division that was measured best, as a rule (tools/README.md).
+    """Choose the division for a launch.
 
-    Reading keys and values takes the time. Splits are as many as fill the SMs once, each of which
-    has registers for 512 threads. A split has at least two steps, since each has a beginning and
-    an end, and there are at most 16, since one block combines them. Two query heads a block read
-    the keys half as often; four leave too few blocks where the context is short.
+    Most of the time goes into reading keys and values, so all multiprocessors (SMs) should read.
+
+    - splits: as many as all SMs can compute at the same time. An SM has registers for 512 threads
+      of this kernel. If a row of `bucket` keys is split, each thread group of a split loads keys at
+      least twice, because starting and ending a split takes time. There are at most 16 splits per
+      row, because one thread block combines their results.
+    - heads: two query heads per thread block halve the number of times that keys are read. Four
+      would leave too few thread blocks for short contexts.
 
     Args:
-        n_groups: G, query heads of a key-value head.
-        itemsize: bytes of a number in the cache.
-        bucket: keys of the longest row, at most.
+        n_groups: G, the query heads of a key-value head.
+        itemsize: bytes per element of the cache.
+        bucket: an upper bound of the number of keys in the longest row.
     """
     heads, groups = 2 if n_groups % 2 == 0 else 1, 16
     keys = 4 // heads
-    if itemsize == 4:  # as many bytes, and as many registers
+    if itemsize == 4:  # keeps the number of bytes and registers the same as for 16 bits
         keys //= 2
-    n_blocks = n_rows * n_kv_heads * n_groups // heads  # of one split each
+    n_blocks = n_rows * n_kv_heads * n_groups // heads  # with one split per row
     at_once = n_sms * (512 // (groups * lanes(head_dim)))
     steps = -(-bucket // (groups * keys))
     splits = max(1, min(at_once // n_blocks, steps // 2, 16))
@@ -64,8 +74,8 @@ def divide(
 
 
 def fits(cache: "LayerCache") -> bool:
-    """Whether `attend` takes a cache of this head width and dtype: float16, bfloat16 or float32,
-    C a multiple of 16 up to 256."""
+    """Whether `attend` supports the cache: float16, bfloat16 or float32, and a head width C that
+    is a multiple of 16 and at most 256."""
     head_dim = cache.k.shape[-1]
     return cache.k.dtype.name in CACHE_DTYPES and head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
 
@@ -77,17 +87,17 @@ def attend(
     positions: "Positions",
     division: Division | None = None,
 ) -> Array:
-    """Rotates q and k, writes k and v to the cache, and attends to each row's keys 0 .. S.
+    """Rotate q and k, write k and v to the cache, and attend to the keys 0 .. S of each row.
 
-    The kernel reads positions from the device alone; `positions.bucket` bounds them. It reads of
-    the cache what is live, and writes position S of each row alone.
+    The kernel reads S only from the device, and positions.bucket is an upper bound of S + 1. In
+    each row of the cache it reads only the keys and values 0 .. S - 1, and writes only those at S.
 
     Args:
         qkv: (B, 1, (H + 2K) C) float32, not rotated.
-        division: by default `divide`'s.
+        division: by default the result of `divide`.
 
     Returns:
-        o, (B, 1, H*C) float32.
+        o (B, 1, H*C) float32.
     """
     n_rows, _, width = qkv.shape
     _, n_kv_heads, context, head_dim = cache.k.shape
@@ -102,7 +112,7 @@ def attend(
         kernels.n_sms,
     )
     xp = kernels.xp
-    n_blocks = n_heads // d.heads  # of a row and a split
+    n_blocks = n_heads // d.heads  # per row and split
     threads = d.groups * lanes(head_dim)
     o = xp.empty((n_rows, 1, n_heads * head_dim), dtype="float32")
     partials = xp.empty((n_rows, n_heads, d.splits, head_dim + 2), dtype="float32")
@@ -132,5 +142,6 @@ def attend(
 
 
 def lanes(head_dim: int) -> int:
-    """Threads that share a key: 8 columns each, and a power of two."""
+    """The number of threads in a thread group, which share each key: a power of two, with at most 8
+    columns of the key per thread."""
     return 1 << (head_dim // 8 - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Matrix-vector products of the decode step, with what stands around them fused in."""
+"""Matrix-vector products of the decode step, fused with RMSNorm, SwiGLU and the residual."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,13 +9,16 @@ from npllama.parameters import Matrix
 
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "int8")
 MAX_ROWS = 8
-"""Tokens that one launch computes; more are computed as matrix products."""
-_CHUNK = 16  # bytes of a row that a thread copies at once
+"""The maximum number of rows of x per launch. Matrix products are used for more rows."""
+_CHUNK = 16  # bytes that a thread copies in one instruction
 _MOST_THREADS = {1: 448, 2: 480, 4: 480}
-"""By bytes of an element: more had too few registers, as two blocks share a multiprocessor's."""
-_BATCH = 32 * 1024  # bytes that a block works on between two requests, at most
-_QUEUE = 96 * 1024  # bytes in flight: what two blocks of a multiprocessor have room for
-_SHARED = 112 * 1024  # of a block: a multiprocessor has room for two, of one kernel and the next
+"""The maximum number of threads per thread block, by bytes per element of W. A multiprocessor needs
+registers for two thread blocks, because one of the next kernel may start before this one ends (see
+kernels.py). With more threads, the registers would not suffice for both."""
+_BATCH = 32 * 1024  # maximum bytes of a batch of rows, the unit in which a thread block requests W
+_QUEUE = 96 * 1024  # maximum bytes of W that a thread block has requested and not yet used
+# shared memory per thread block, such that a thread block of the next kernel has space too
+_SHARED = 112 * 1024
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class Plan:
     """How a launch of gemv.cu divides the work.
 
     Attributes:
-        m: vectors that the kernel is compiled for: 1, 2, 4 or 8.
-        threads: of a block, which share a row's 16-byte chunks.
-        chunks: of a row that a thread takes at once.
-        rows: of W in a batch, the unit of the queue.
-        stages: batches in flight.
-        grid: blocks.
-        shared: bytes of shared memory of a block.
+        m: the number of rows of x that the kernel is compiled for: 1, 2, 4 or 8.
+        threads: threads per thread block. They share the 16-byte chunks of each row of W.
+        chunks: the number of chunks of a tile that each thread processes. A tile is the part of a
+            row of W that a thread block processes at a time.
+        rows: rows of W per batch. A thread block copies W to shared memory batch by batch.
+        stages: the number of batches that are copied at the same time.
+        grid: the number of thread blocks.
+        shared: bytes of shared memory per thread block.
     """
 
     m: int
@@ -52,12 +56,13 @@ def plan(
     n_sms: int,
     max_shared: int,
 ) -> Plan:
-    """How to multiply W (n_out, width) with n_rows vectors.
+    """Choose the plan for the product of W (n_out, width) with n_rows rows of x.
 
     Args:
-        norm, swiglu: whether there is one.
+        itemsize: bytes per element of W.
+        norm, swiglu: whether the kernel applies RMSNorm or SwiGLU.
         n_sms: multiprocessors of the device.
-        max_shared: bytes of shared memory that a block may have.
+        max_shared: the maximum number of bytes of shared memory per thread block.
     """
     m = next(m for m in (1, 2, 4, 8) if m >= n_rows)
     limit = min(_SHARED, max_shared)
@@ -76,16 +81,20 @@ def plan(
 
 
 def _tile(itemsize: int, width: int, m: int, norm: bool, most_bytes: int) -> tuple[int, int]:
-    """Threads, and chunks of each: one tile where the registers hold so much of m rows of x and a
-    row of it has `most_bytes`, else tiles of about equal size."""
-    numbers = _CHUNK // itemsize  # of a chunk
-    if m == 1:  # the elements of norm are in registers beside those of x
+    """The numbers of threads and of chunks, as in Plan.
+
+    Two limits bound the size of a tile: most_bytes, and the registers, which hold the tile's
+    columns for m rows of x. A longer row is split into tiles of about equal size.
+    """
+    numbers = _CHUNK // itemsize  # elements per chunk
+    if m == 1:  # the registers also hold the elements of norm
         most_threads, most_numbers = _MOST_THREADS[itemsize], 16 if norm else 24
     else:
         most_threads, most_numbers = 256 if m * numbers <= 64 else 128, 32
     most_chunks = max(1, min(3, most_numbers // (m * numbers)))
     n_chunks = width // numbers
-    most = min(most_threads * most_chunks, most_bytes // _CHUNK // 96 * 96)  # of whole warps
+    # 96 chunks are 3, the largest number of chunks per thread, for each of the 32 threads of a warp
+    most = min(most_threads * most_chunks, most_bytes // _CHUNK // 96 * 96)
     n_tiles = -(-n_chunks // most)
     tile = -(-n_chunks // n_tiles)
     chunks = -(-tile // most_threads)
@@ -104,21 +113,22 @@ def blocks(
     n_sms: int,
     limit: int,
 ) -> tuple[int, int]:
-    """How many blocks, and bytes of shared memory of each.
+    """The number of thread blocks, and the bytes of shared memory per thread block.
 
-    One block a multiprocessor; several where the sums of one's rows would exceed the limit.
+    There is one thread block per multiprocessor, or several if one would need more than `limit`
+    bytes of shared memory to store the sums of its rows.
     """
     warps, of_unit = threads // 32, 2 if swiglu else 1
     n_units = n_out // of_unit
-    fixed = stages * rows * chunks * threads * _CHUNK + 4 * warps * m  # queue, squares
+    fixed = stages * rows * chunks * threads * _CHUNK + 4 * warps * m  # queue, sums of squares
     of_row = 4 * (warps * m + m + 1)  # sums, residuals, scale
-    units = max(1, (limit - fixed) // (of_row * of_unit))  # of a block, at most
+    units = max(1, (limit - fixed) // (of_row * of_unit))  # maximum per thread block
     grid = min(n_units, n_sms * -(-n_units // (n_sms * units)))
     return grid, fixed + -(-n_units // grid) * of_unit * of_row
 
 
 def fits(w: Matrix | None, n_rows: int) -> bool:
-    """Whether `gemv` takes this matrix and so many rows of x."""
+    """Whether `gemv` supports this matrix and n_rows rows of x."""
     return (
         w is not None
         and n_rows <= MAX_ROWS
@@ -137,16 +147,18 @@ def gemv(
     residual: Array | None = None,
     swiglu: bool = False,
 ) -> Array:
-    """y = h W^T (+ residual), with h = RMSNorm(x) where `norm` is given, else x.
+    """y = h W^T + residual, where h = RMSNorm(x) if `norm` is given, and h = x otherwise.
 
     Args:
-        w: (O, D); with `swiglu` (2F, D), F rows of gate above F rows of up.
+        w: (O, D), or with `swiglu` (2F, D): the F rows of gate, then the F rows of up.
         x: (B, 1, D) float32.
-        residual: (B, 1, O) float32.
-        swiglu: y = silu(gate) * up, (B, 1, F), of gate, up = h W^T.
+        norm: (D,), the weight of the RMSNorm.
+        eps: the epsilon of the RMSNorm.
+        residual: (B, 1, O) float32, or None for no residual.
+        swiglu: compute y = SiLU(gate) * up instead, (B, 1, F), where gate, up = h W^T.
 
     Returns:
-        (B, 1, O) float32, accumulated in float32.
+        (B, 1, O) float32, accumulated in float32; with `swiglu` (B, 1, F).
     """
     xp = kernels.xp
     n_rows, (n_out, width) = x.shape[0], w.shape

@@ -1,10 +1,10 @@
-"""The decode step, captured as CUDA graphs and replayed.
+"""Capture decode steps as CUDA graphs, and replay the graphs.
 
-Launching a kernel from Python takes longer than a small kernel runs. A graph holds all launches of
-a step, with their arguments, and is launched by one call.
+Launching a small kernel from Python takes longer than running it. A graph contains all launches of
+a step with their arguments, and one call launches the whole graph.
 
-A graph holds addresses. So it lives with the cache whose arrays it was captured on, and what the
-step allocates comes from a memory pool that lives as long.
+A graph contains addresses. It is therefore kept with the cache whose arrays it was captured on. The
+memory that the step allocates comes from a memory pool that is kept as long as the graph.
 """
 
 import logging
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from npllama.kv_cache import KVCache, Place
 
 MOST_GRAPHS = 64
-"""Of one cache. There is one for each number of rows, bucket and sampling: the oldest goes."""
+"""The maximum number of graphs per cache, above which a new graph replaces the oldest one. Each
+combination of number of rows, bucket and sampling options has its own graph."""
 LOG = logging.getLogger(__name__)
 
 Results = tuple[Array, ...]
@@ -31,13 +32,14 @@ Step = Callable[[StepState, "KVCache", "Place"], Results]
 
 @dataclass
 class Capture:
-    """A step for one state, bucket and set of frozen values.
+    """A step for one state, bucket (see `Ops.compile`) and set of frozen values.
 
     Attributes:
-        reads: what the graph has the addresses of, besides the constants and the cache's arrays.
-        eager_because: why it stays a step of single launches, if it does.
-        graph: None until the second call.
-        results: what the graph writes at each launch.
+        reads: objects that must live as long as the graph, because it contains the addresses of
+            their arrays. Other objects keep the constants and the cache's arrays alive.
+        eager_because: why the step is not captured; None if it is.
+        graph: the graph; None until the second call.
+        results: the arrays that each launch of the graph writes.
     """
 
     reads: tuple[object, ...]
@@ -47,30 +49,34 @@ class Capture:
 
 
 class Captures:
-    """The captures of one cache, all of steps with the same constants."""
+    """The captures of one cache. All of their steps have the same constants."""
 
     def __init__(self, cupy: object, constants: tuple[object, ...]) -> None:
         self.constants = constants
         self._cupy = cupy
-        self._pool = self._stream = None  # made for the first capture
+        self._pool = self._stream = None  # created for the first capture
         self._captures: dict[Hashable, Capture] = {}
 
     def get(self, key: Hashable) -> Capture | None:
-        """The capture of a key, if its step has run."""
+        """The capture of a key, or None before the first call of its step."""
         return self._captures.get(key)
 
     def put(self, key: Hashable, capture: Capture) -> None:
-        """Remember a capture; the oldest makes room."""
+        """Store a capture, and delete the oldest if there are too many."""
         while len(self._captures) >= MOST_GRAPHS:
             del self._captures[next(iter(self._captures))]
         self._captures[key] = capture
 
     def record(self, launch: Callable[[], Results]) -> tuple[object, Results]:
-        """The graph of what `launch` queues, none of which runs, and what `launch` returns.
+        """Capture the launches of `launch` as a graph, without running them.
 
-        The stream is one of its own, since the default stream cannot be captured. The graph is
-        launched on any. Memory is allocated from a pool of its own: in CuPy's pool, what is freed
-        inside the step would be given to others, while the graph still writes it.
+        The capture needs a stream of its own, because the default stream cannot be captured. The
+        graph can be launched on any stream. The captured arrays need a memory pool of their own.
+        CuPy's default pool would reuse the memory of arrays that the step frees, while the graph
+        still writes to that memory.
+
+        Returns:
+            The graph, and the return value of `launch`.
         """
         if self._pool is None:
             cuda = self._cupy.cuda
@@ -86,16 +92,16 @@ class Captures:
                 results = launch()
                 return stream.end_capture(), results
             except BaseException:
-                self._stream = None  # of no more use
-                with suppress(Exception):  # the first error counts
+                self._stream = None  # a failed capture makes the stream unusable
+                with suppress(Exception):  # raise the first error, not one that follows from it
                     stream.end_capture()
                 raise
 
 
 def _free(captures: dict[Hashable, Capture], pool: object, device: object) -> None:
-    """Give a pool's memory back: one that CuPy drops with blocks in it may leak them.
+    """Free a pool's memory, which CuPy may leak if it deletes a pool that still has memory.
 
-    The pool frees what it has on the current device, which may be another by then.
+    The pool frees only memory of the current device, so the capture's device is selected first.
     """
     captures.clear()
     with device:
@@ -103,19 +109,22 @@ def _free(captures: dict[Hashable, Capture], pool: object, device: object) -> No
 
 
 class DecodeSteps:
-    """A decode step that is captured at the second call of a key, and replayed from then on.
+    """A decode step that is captured at the second call with a key, and replayed from then on.
 
-    The first call runs eagerly, which compiles kernels and allocates what they keep. All of it
-    runs on the current stream, as the work before and after it does.
+    The first call runs eagerly. It compiles the kernels and allocates their permanent memory. All
+    calls run on the current stream, like the work before and after them.
 
     Args:
-        kernels: those of the step; it counts the products of cuBLAS, which cannot be captured.
-        step, frozen, constants: see `Ops.compile`.
-        is_on: False where no step is to be captured.
+        kernels: the kernels that the step launches. The object also counts the calls to cuBLAS,
+            because CuPy cannot capture a step with such calls.
+        step, frozen, constants: as in `Ops.compile`.
+        is_on: whether steps are captured at all.
 
     Attributes:
-        n_eager, n_captured, n_replayed: calls that ran eagerly, captures, and launches of graphs.
-        eager_because: why steps stay eager; None where none does.
+        n_eager: calls that ran eagerly.
+        n_captured: captured graphs.
+        n_replayed: launches of graphs.
+        eager_because: why steps run eagerly; None if all are captured.
     """
 
     def __init__(
@@ -136,7 +145,7 @@ class DecodeSteps:
         self.eager_because = None if is_on else "graphs are off"
 
     def __call__(self, state: StepState, cache: "KVCache", place: "Place") -> Results:
-        self._kernels.backend.use()  # a replay runs nothing else that does
+        self._kernels.backend.use()  # a replayed step selects no device
         if not self._is_on:
             return self._run(state, cache, place)
         captures = self._captures
@@ -150,7 +159,7 @@ class DecodeSteps:
             results = self._run(state, cache, place)
             because = None
             if cublas.n_calls > n_calls:
-                because = self.eager_because = "cuBLAS computes a product, which no graph can hold"
+                because = self.eager_because = "cuBLAS computes a product that CuPy cannot capture"
             captures.put(key, Capture((state, place.device_rows), because))
             return results
         if capture.graph is None and capture.eager_because is None:
@@ -163,14 +172,15 @@ class DecodeSteps:
         return capture.results
 
     def report(self) -> str:
-        """How the steps ran, in a few words."""
+        """Describe in one line how the steps ran."""
         counts = {"replayed": self.n_replayed, "eager": self.n_eager}
         told = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none"
         told += f"; {self.n_captured} graph{'' if self.n_captured == 1 else 's'} captured"
         return told if self.eager_because is None else f"{told}: {self.eager_because}"
 
     def _captures_of(self, cache: "KVCache") -> Captures:
-        """The cache's captures, unless they are of other constants, which they would keep alive."""
+        """The captures of a cache. Captures with other constants are deleted, because they would
+        keep those other constants alive."""
         captures = cache.captured
         if captures is None or [*map(id, captures.constants)] != [*map(id, self._constants)]:
             captures = cache.captured = Captures(self._kernels.xp, self._constants)
@@ -184,7 +194,9 @@ class DecodeSteps:
         try:
             capture.graph, capture.results = captures.record(launch)
             self.n_captured += 1
-        except Exception as error:  # one of many of CUDA's; an eager step that fails too raises
+        # CUDA has many error types, so all are caught; an error of the step itself is raised again
+        # when the step runs eagerly
+        except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             capture.eager_because = f"the capture failed: {reason}"
             LOG.warning("decode steps are not captured: %s", reason)

@@ -1,4 +1,4 @@
-"""Compiles the .cu files for the device, and launches their kernels."""
+"""Compile the .cu files for the device, and launch their kernels."""
 
 import ctypes
 import hashlib
@@ -23,8 +23,8 @@ C_TYPES = {
     "bfloat16": "__nv_bfloat16",
     "int8": "signed char",
 }
-"""What a dtype is called in C++."""
-STATIC_LIMIT = 48 * 1024  # bytes of shared memory that a kernel has without asking
+"""The C++ types of the dtypes."""
+STATIC_LIMIT = 48 * 1024  # bytes of shared memory per thread block that a kernel may use by default
 
 OPTIONS = ("--std=c++17",)
 LOG = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ Argument = Array | np.generic | int | float | None
 
 
 def instance(template: str, *arguments: np.dtype | str | int) -> str:
-    """The name of a template's kernel, as C++ writes it: dtypes, or their names, and numbers.
+    """The C++ name of an instance of a kernel template.
+
+    Args:
+        arguments: the template arguments: dtypes or their names, integers and bools.
 
     >>> instance("gemv", "float16", 1, True)
     'gemv<__half, 1, true>'
@@ -42,13 +45,13 @@ def instance(template: str, *arguments: np.dtype | str | int) -> str:
 
 
 def _in_cpp(argument: np.dtype | str | int) -> str:
-    if isinstance(argument, int):  # a bool too
+    if isinstance(argument, int):  # includes bool
         return str(argument).lower()
     return C_TYPES[str(argument)]
 
 
 class CublasCalls(threading.local):
-    """How many products a thread has left to cuBLAS: a step that does cannot be captured."""
+    """The number of cuBLAS calls of each thread. CuPy cannot capture a step with such a call."""
 
     n_calls = 0
 
@@ -56,11 +59,12 @@ class CublasCalls(threading.local):
 class Kernels:
     """The kernels of npllama/ops/kernels, each compiled at its first launch.
 
-    CuPy keeps compiled kernels on disk, by source, options and device. Several threads may launch
-    on one stream, CuPy's default; on streams of their own they would share the counters.
+    CuPy caches compiled kernels on disk by source, options and device. Several threads may launch
+    kernels on CuPy's default stream. They must not use different streams, because kernels that run
+    at the same time would use the same counters.
 
     Attributes:
-        cublas: whoever calls cuBLAS counts it here.
+        cublas: counts the calls to cuBLAS. Each caller of cuBLAS increments it.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -69,22 +73,22 @@ class Kernels:
         self._kernels: dict[tuple[str, str], object] = {}
         self._counters: dict[int, Array] = {}
         self.cublas = CublasCalls()
-        self._has_told = False  # that kernels are being compiled
+        self._has_told = False  # whether the log already has the message about compilation
 
     @cached_property
     def n_sms(self) -> int:
-        """Streaming multiprocessors of the device."""
+        """The number of streaming multiprocessors of the device."""
         return self.xp.cuda.Device().attributes["MultiProcessorCount"]
 
     @cached_property
     def max_shared(self) -> int:
-        """Bytes of shared memory that a block may ask for."""
+        """The maximum number of bytes of shared memory per thread block."""
         return self.xp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
     def counters(self, n: int) -> Array:
-        """(n,) uint32, zeros, which a kernel that counts in them leaves as zeros.
+        """(n,) uint32 counters, which are 0 before and after each kernel that uses them.
 
-        They are made at the first call and kept: a captured step finds them at their address.
+        They are allocated at the first call and kept, because captured steps contain their address.
         """
         if n not in self._counters:
             self._counters[n] = self.xp.zeros(n, dtype="uint32")
@@ -102,11 +106,13 @@ class Kernels:
         """Queue a kernel on the current stream.
 
         Args:
-            file: of npllama/ops/kernels, without .cu.
-            name: a template's as `instance` writes it.
-            args: contiguous arrays, None for a null pointer; an int is passed as int32, a float
-                as float32. Other numbers are given as NumPy's.
-            shared: bytes of dynamic shared memory.
+            file: a file name in npllama/ops/kernels, without .cu.
+            name: the kernel's name. `instance` returns that of a template's instance.
+            args: contiguous arrays, None for a null pointer, and numbers. An int is passed as
+                int32 and a float as float32. NumPy scalars keep their types.
+            grid: the number of thread blocks along each axis.
+            block: the number of threads of a thread block along each axis.
+            shared: bytes of dynamic shared memory per thread block.
         """
         kernel = self._kernel(file, name)
         if shared > STATIC_LIMIT and kernel.max_dynamic_shared_size_bytes < shared:
@@ -118,7 +124,8 @@ class Kernels:
             self._overlap.launch(kernel, grid, block, args, shared)
 
     def source(self, file: str) -> str:
-        """What is compiled for a file, common.cu in front; messages name the file and its line."""
+        """The source of a file with common.cu before it. Compiler messages refer to the lines of
+        the two files."""
         return "".join(
             f'#line 1 "{part}.cu"\n' + (SOURCES / f"{part}.cu").read_text()
             for part in ("common", file)
@@ -130,19 +137,22 @@ class Kernels:
             marker = self._marker(code, name)
             if not self._has_told and not marker.exists():
                 self._has_told = True
-                LOG.info("compiling kernels for this GPU: some seconds, at the first start alone")
+                LOG.info("compiling kernels for this GPU (some seconds, at the first run only)")
             module = self.xp.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
             kernel = module.get_function(name)
-            with suppress(OSError):  # CuPy could not write there either, and compiles again
+            # if the folder is not writable, CuPy cannot cache the kernel there either
+            with suppress(OSError):
                 marker.touch()
-            # all of the shared memory: two kernels that overlap have their queues there
+            # as much shared memory as possible, because two overlapping kernels need space for both
             kernel.preferred_shared_memory_carveout = 100
             self._kernels[file, name] = kernel
         return self._kernels[file, name]
 
     def _marker(self, code: str, name: str) -> Path:
-        """A file beside CuPy's compiled kernels that is there once CuPy has compiled this one: CuPy
-        does not tell whether it will find it."""
+        """The path of an empty file which records that CuPy has compiled this kernel and cached it.
+
+        CuPy cannot report whether its cache contains a kernel. The file is in the cache's folder.
+        """
         what = repr((code, name, OPTIONS, self.xp.__version__, self._compute_capability))
         folder = os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
         digest = hashlib.sha256(what.encode()).hexdigest()[:32]
@@ -154,15 +164,16 @@ class Kernels:
 
     @cached_property
     def _overlap(self) -> "_Overlap | None":
-        """How kernels are launched that may start early; None where the device cannot."""
-        library = driver_library()  # CuPy found it already
+        """The launcher that lets consecutive kernels overlap; None if the device cannot do so."""
+        library = driver_library()
         if library is None or int(self._compute_capability) < 90:
             return None
         return _Overlap(self.xp, library)
 
 
 def _as_c(value: Argument) -> Argument:
-    if isinstance(value, bool | np.generic) or value is None:  # a np.float64 is a float too
+    # these types come first, because bool is a subclass of int, and np.float64 of float
+    if isinstance(value, bool | np.generic) or value is None:
         return value
     if isinstance(value, int):
         return np.int32(value)
@@ -170,7 +181,7 @@ def _as_c(value: Argument) -> Argument:
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: 72 bytes."""
+    """The driver's struct CUlaunchAttribute, of 72 bytes."""
 
     _fields_ = [
         ("id", ctypes.c_uint),
@@ -181,7 +192,7 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
+    """The driver's struct CUlaunchConfig."""
 
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
@@ -194,7 +205,10 @@ class _Config(ctypes.Structure):
 
 
 class _Overlap:
-    """Programmatic dependent launch, which CuPy has no call for; captured graphs keep it.
+    """Programmatic dependent launch: a kernel may start before the previous one ends.
+
+    CuPy has no function for this, so the class calls the driver. The overlap is an attribute of the
+    launch, and captured graphs preserve it.
 
     Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
     """
@@ -234,7 +248,7 @@ class _Overlap:
 
 
 def _bytes(value: Argument) -> ctypes.Array:
-    """An argument as the driver reads it."""
+    """The memory of an argument, which the driver reads through a pointer."""
     if value is None:
         value = np.int64(0)
     elif not isinstance(value, np.generic):

@@ -1,7 +1,7 @@
-"""Blocks of many tokens: 16-bit products on tensor cores, and kernels between them.
+"""The blocks of the model for many tokens: 16-bit products on tensor cores, and our own kernels.
 
-M = B * T rows. The residual stream, x, and what a product leaves are float32; what a product reads
-is rounded to 16 bits by the kernel that writes it.
+M = B * T rows. "16 bit" means float16 or bfloat16. The residual stream x and the results of
+products are float32. The kernels that compute the operands of products round them to 16 bits.
 """
 
 import math
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from npllama.kv_cache import LayerCache, Positions
 
 THREADS = 256
-"""Of a block, as in prompt.cu."""
+"""Threads per thread block, as in prompt.cu."""
 QUERIES = 512
-"""Tokens that attend at a time, so that few scores are computed that the mask hides."""
+"""The maximum number of tokens per attention product. More tokens would waste work on masked
+scores."""
 SCORES = 2**25
-"""Scores that are held at a time; more heads take turns. Each takes 6 bytes."""
+"""The maximum number of attention scores in memory, unless one key head alone has more. If all
+heads together have more, a few heads are computed at a time. Each score takes 6 bytes."""
 WIDENED = 2**25
-"""Numbers of an int8 matrix that are widened at a time."""
+"""The maximum number of elements of an int8 matrix that are widened at a time."""
 
 
 def fits(kernels: Kernels, x: Array, *weights: Matrix | None) -> bool:
-    """Whether `product` takes these matrices, and the kernels the rows before and after it.
+    """Whether the functions of this module support these weights and this residual stream.
 
     Args:
         x: (B, T, D), the residual stream.
@@ -43,24 +45,29 @@ def fits(kernels: Kernels, x: Array, *weights: Matrix | None) -> bool:
 
 def _fits(w: Matrix) -> bool:
     n_out, width = w.shape
-    is_whole = width % 16 == 0 and n_out % 8 == 0  # in vectors of 16 bytes, of int8 too
+    is_whole = width % 16 == 0 and n_out % 8 == 0  # rows of int8 are whole 16-byte vectors too
     return w.format.operand_dtype is not None and is_whole
 
 
 def fits_attention(kernels: Kernels, cache: "LayerCache", w: Matrix) -> bool:
-    """Whether `attend` takes a cache of this head width, dtype and context, beside W."""
+    """Whether `attend` supports the cache's head width and context, and the cache has the dtype in
+    which the result is multiplied by w, which is W_o."""
     *_, context, head_dim = cache.k.shape
     is_same = cache.k.dtype == w.format.operand_dtype
     return is_same and head_dim % 8 == 0 and _has_room(kernels, _stride(context))
 
 
 def _has_room(kernels: Kernels, n: int) -> bool:
-    """Whether a block can keep a row of n numbers: of the width, and of scores."""
+    """Whether a row of n float32 elements fits the shared memory of a thread block."""
     return _of_row(n) <= kernels.max_shared
 
 
 def queries_at_once(groups: int, context: int) -> int:
-    """Tokens of one tile: fewer where the scores of one key head's queries are too many."""
+    """The number of tokens per tile. A tile is some consecutive tokens of a row, whose queries are
+    computed together.
+
+    It is at most QUERIES, and small enough that one key head has about SCORES scores at most.
+    """
     return max(1, min(QUERIES, SCORES // (groups * context)))
 
 
@@ -77,10 +84,10 @@ def normalized(kernels: Kernels, x: Array, norm: Array, eps: float, w: Matrix) -
 
 
 def product(kernels: Kernels, h: Array, w: Matrix, out: Array | None = None) -> Array:
-    """h W^T without the scale of W, float32: (M, D) 16 bit, (O, D) -> (M, O).
+    """h W^T without the scale of W's rows: (M, D) 16 bit, (O, D) -> (M, O) float32.
 
     Args:
-        out: (M, O) float32, to which the product is added.
+        out: (M, O) float32. The product is added to it in-place; None returns a new array.
     """
     kernels.cublas.n_calls += 1
     beta = 0.0 if out is None else 1.0
@@ -92,7 +99,7 @@ def product(kernels: Kernels, h: Array, w: Matrix, out: Array | None = None) -> 
 
 
 def add_product(kernels: Kernels, x: Array, h: Array, w: Matrix) -> None:
-    """x += h W^T in place: x (B, T, O) float32, contiguous, h (M, D) 16 bit."""
+    """x += h W^T in-place, for contiguous x (B, T, O) float32 and h (M, D) 16 bit."""
     x = x.reshape(-1, w.shape[0])  # (B, T, O) -> (M, O), a view
     if w.scale is None:
         product(kernels, h, w, out=x)
@@ -103,10 +110,11 @@ def add_product(kernels: Kernels, x: Array, h: Array, w: Matrix) -> None:
 
 
 def swiglu(kernels: Kernels, gate_up: Array, w: Matrix, w_down: Matrix) -> Array:
-    """silu(gate) * up as the operand of a product with w_down.
+    """SiLU(gate) * up as the operand of a product with w_down.
 
     Args:
-        gate_up: (M, 2F) float32, a product with w, whose scale is applied here.
+        gate_up: (M, 2F) float32, the product with w without the scale of w's rows. The kernel
+            applies this scale.
 
     Returns:
         (M, F) 16 bit.
@@ -118,13 +126,13 @@ def swiglu(kernels: Kernels, gate_up: Array, w: Matrix, w_down: Matrix) -> Array
 
 
 def _operands(kernels: Kernels, w: Matrix) -> Iterator[tuple[slice, Array]]:
-    """W as tensor cores multiply it, some rows at a time where it is widened for that."""
+    """W as 16-bit operands: all rows at once, or for int8 some rows at a time, widened."""
     dtype = w.format.operand_dtype
     if w.values.dtype == dtype:
         yield slice(None), w.values
         return
     n_out, width = w.shape
-    at_once = min(n_out, max(8, WIDENED // width // 8 * 8))  # columns of `out` stay aligned
+    at_once = min(n_out, max(8, WIDENED // width // 8 * 8))  # keeps the slices of `out` aligned
     wide = kernels.xp.empty((at_once, width), dtype=dtype)
     for begin in range(0, n_out, at_once):
         values = w.values[begin : begin + at_once]
@@ -144,14 +152,15 @@ def attend(
     positions: "Positions",
     n_last: int | None = None,
 ) -> Array:
-    """Rotates queries and keys, writes keys and values to the cache, and attends.
+    """Rotate q and k, write k and v to the cache, and attend to all cached keys of each row.
 
     Args:
-        qkv: (M, (H + 2K) C) float32, a product with w, whose scale is applied here.
-        n_last: as for `Ops.attention_block`.
+        qkv: (M, (H + 2K) C) float32, the product with w without the scale of w's rows. The kernel
+            applies this scale.
+        n_last: as in `Ops.attention_block`.
 
     Returns:
-        o, (B * n, H*C) 16 bit, of the last n tokens of each row.
+        o (B * n, H*C) 16 bit, for the last n tokens of each row.
     """
     batch, n_new, _ = positions.cos.shape
     _, n_kv_heads, context, head_dim = cache.k.shape
@@ -169,46 +178,48 @@ def attend(
     for b, (row, start) in enumerate(zip(positions.rows, positions.starts, strict=True)):
         for begin in range(0, n, tile):
             some = slice(begin, min(begin + tile, n))
-            n_keys = start + n_new - n + some.stop  # the last query of the tile sees so many
+            n_keys = start + n_new - n + some.stop  # the keys of the tile's last query
             k, v = cache.k[row, :, :n_keys], cache.v[row, :, :n_keys]  # (K, N, C)
             _attend_tile(kernels, q[b, some], k, v, o[b, some], room)
     return o.reshape(batch * n, -1)
 
 
 def _room(n_heads: int, n_kv_heads: int, tile: int, context: int) -> int:
-    """Scores that are held at a time: at least those of one key head."""
+    """The number of scores in memory: at most SCORES, but at least those of one key head."""
     of_key_head = n_heads // n_kv_heads * tile * _stride(context)
     return of_key_head * min(n_kv_heads, max(1, SCORES // of_key_head))
 
 
 def _heads_at_once(n_kv_heads: int, of_key_head: int, room: int) -> int:
-    """Key heads, of so many scores each, that the room is enough for, in turns of one size."""
+    """The number of key heads that are computed at a time, if each has of_key_head scores. Their
+    scores fit `room`, and the key heads are divided as evenly as possible."""
     turns = -(-n_kv_heads // (room // of_key_head))
     return -(-n_kv_heads // turns)
 
 
 def _stride(n_keys: int) -> int:
-    """Keys rounded up: rows of scores then begin at 16 bytes, of 16 bits too."""
+    """n_keys rounded up such that rows of 16-bit scores are aligned to 16 bytes."""
     return -(-n_keys // 8) * 8
 
 
 def _attend_tile(
     kernels: Kernels, q: Array, k: Array, v: Array, o: Array, room: tuple[Array, Array]
 ) -> None:
-    """o = softmax(q k^T / sqrt(C) + mask) v for the last t of N positions, 16 bit.
+    """o = softmax(q k^T / sqrt(C) + mask) v for the last t of N positions, all 16 bit.
 
-    As many key heads at a time as there is room for; the G query heads of one are the rows of one
-    product with its keys, as they lie in the cache.
+    The size of `room` limits K', the number of key heads that are computed at a time. The queries
+    of the G query heads of a key head are multiplied by its keys in one product.
 
     Args:
-        q: (t, H*C), which `rotate_and_cache` wrote as (H, t, C).
+        q: t * H * C elements in the order (H, t, C), as `rotate_and_cache` writes them. Its nominal
+            shape is (t, H*C).
         k, v: (K, N, C), views of the cache.
-        o: (t, H*C), written.
-        room: for scores, float32, and for what softmax makes of them, 16 bit.
+        o: (t, H*C), which the function writes.
+        room: memory for the scores, float32, and for their softmax, 16 bit.
     """
     xp = kernels.xp
     n_kv_heads, n_keys, head_dim = k.shape
-    q = q.reshape(n_kv_heads, -1, head_dim)  # as written: (H, t, C) -> (K, G*t, C)
+    q = q.reshape(n_kv_heads, -1, head_dim)  # (H, t, C) in memory -> (K, G*t, C)
     o = o.reshape(len(o), n_kv_heads, -1, head_dim)  # (t, H*C) -> (t, K, G, C)
     t, _, groups, _ = o.shape
     stride = _stride(n_keys)
@@ -232,12 +243,12 @@ def _attend_tile(
 
 
 def _of_row(n: int) -> int:
-    """Bytes of shared memory of a kernel that keeps n numbers, and one for each warp."""
+    """The shared memory, in bytes, of n float32 elements and one more per warp."""
     return 4 * (n + THREADS // 32)
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Blocks of 4 * THREADS numbers of each row of (M, columns)."""
+    """The grid for an array (M, columns). A thread block computes 4 * THREADS elements of a row."""
     return shape[0], -(-shape[1] // (4 * THREADS))
 
 

@@ -1,4 +1,4 @@
-"""The next token of each row, chosen in one kernel."""
+"""Choose the next token of each row in one kernel."""
 
 import math
 
@@ -9,15 +9,15 @@ from npllama.ops.cuda.kernels import Kernels, instance
 from npllama.sampling_options import Sampling
 
 FILTERS = ("keep_top_k", "keep_top_p", "keep_min_p")
-"""Methods of ops whose filters the kernel has, in the order in which it applies them."""
-MOST_TOKENS = 2**18  # whose fixed-point probabilities have room in 64 bits
+"""The filters that the kernel has, as method names of `Ops`, in the kernel's order."""
+MOST_TOKENS = 2**18  # for more tokens, sums of fixed-point probabilities would not fit 64 bits
 MOST_THREADS = 1024
 OWN_SHARED = 10 * 1024
-"""Bytes of shared memory that a block needs beside a row of logits, rounded up."""
+"""Bytes of shared memory per thread block besides the row of logits, rounded up."""
 
 
 def fits(logits: Array, sampling: Sampling) -> bool:
-    """Whether `next_token` takes these logits, and has every filter that is on."""
+    """Whether `next_token` supports these logits and all filters that are enabled."""
     wanted = [method for method, _value in sampling.filters()]
     known = [method for method in FILTERS if method in wanted]
     return logits.dtype == np.float32 and logits.shape[1] <= MOST_TOKENS and wanted == known
@@ -32,9 +32,9 @@ def next_token(
     n_tokens: int | None = None,
     allowed: Array | None = None,
 ) -> tuple[Array, Array]:
-    """What SamplingEquations.next_token does, for (B, V) float32 logits that `fits` takes.
+    """Compute `SamplingEquations.next_token` for (B, V) float32 logits that satisfy `fits`.
 
-    Of filters that are off the kernel computes nothing.
+    The kernel skips the filters that are disabled.
     """
     xp = kernels.xp
     n_rows, n_vocab = logits.shape

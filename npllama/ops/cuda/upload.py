@@ -1,4 +1,4 @@
-"""A layer's weights moved to the device, where matrices of one input become one."""
+"""Upload a layer to the device, and join the matrices that have the same input."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +12,12 @@ from npllama.weight_table import PRODUCTS
 
 
 def upload(backend: Backend, layer: Layer) -> Layer:
-    """The layer on the device, with q, k and v as views of `qkv`, and gate and up of `gate_up`.
+    """The layer on the device, in which wq, wk and wv are views of `qkv`, and w_gate and w_up are
+    views of `gate_up`.
 
-    Each tensor is uploaded in turn, to its rows of the whole, so that the device never holds more
-    of the weights twice than one tensor. Matrices that are stored differently stay apart.
+    Tensors that are neighbours in the host's memory are uploaded together. Others are uploaded one
+    by one, and each is copied into its rows of the joined matrix. The device therefore never holds
+    more than one tensor twice. Matrices of different formats are not joined.
     """
     wholes: dict[str, Matrix] = {}
     parts: dict[str, Matrix] = {}
@@ -30,7 +32,7 @@ def upload(backend: Backend, layer: Layer) -> Layer:
 
 
 def _joined(backend: Backend, group: Sequence[Matrix]) -> Matrix:
-    """Matrices (O_i, D) -> one on the device, (sum O_i, D)."""
+    """Join matrices (O_i, D) to one on the device, (sum O_i, D)."""
     values = _joined_arrays(backend, [w.values for w in group])
     scale = group[0].scale
     return Matrix(

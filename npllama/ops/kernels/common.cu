@@ -1,5 +1,8 @@
-// What the kernels share. kernels.py puts this text in front of each file: CuPy's cache of compiled
-// kernels does not look into #include.
+// Functions that all kernels share. kernels.py puts this text before each file, because CuPy's
+// cache of compiled kernels does not notice changes in #include files.
+//
+// A line "registers: at most N" before a kernel limits its registers per thread; a test compiles
+// the kernel and checks the limit. More registers per thread mean fewer threads per multiprocessor.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
@@ -7,17 +10,19 @@
 constexpr unsigned int ALL_LANES = 0xffffffffu;
 #define MINUS_INFINITY __int_as_float(0xff800000)  // NVRTC has no INFINITY
 
-// -- one kernel after another ---------------------------------------------------------------------
+// -- overlapping kernels --------------------------------------------------------------------------
 //
-// On sm_90 a kernel may start while the one before it still runs (programmatic dependent launch).
-// It then reads its weights ahead, and waits before it reads what kernels write. The one before it
-// may itself be waiting still: several kernels in succession overlap, but no array calls of CuPy.
-// So every kernel follows three rules, and needs no others:
-//   1. let_next_kernel_start() comes first. Without that call the next kernel starts when this one
-//      ends, which does for the kernels between the products of a prompt.
-//   2. Before the wait it reads only constants, and what was written before the last array call.
-//   3. Every thread calls wait_for_previous_kernel() before it writes to global memory, and before
-//      it ends. So whoever has waited comes after all kernels before it.
+// On GPUs from sm_90 on, a kernel may start while the previous kernel is still running
+// (programmatic dependent launch). It can then already read its weights, but must wait before it
+// reads the results of other kernels. The previous kernel may also be waiting, so more than two of
+// our kernels can overlap. They never overlap with CuPy's array operations. Every kernel follows
+// three rules:
+//   1. let_next_kernel_start() is the first call. Without it, the next kernel starts when this one
+//      ends, which is early enough for the kernels between the products of a prompt.
+//   2. Before the wait, a kernel reads only constants, and data that was written before the last
+//      array operation of CuPy.
+//   3. Every thread calls wait_for_previous_kernel() before it writes to global memory and before
+//      it ends. After this call, all earlier kernels have finished.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(CUDA_SIM)
   cuda_sim::wait_for_previous_kernel();
@@ -33,7 +38,7 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
-// -- numbers of a storage type, 16 bytes at a time ------------------------------------------------
+// -- conversions between storage types and float --------------------------------------------------
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__half x) { return __half2float(x); }
@@ -47,14 +52,15 @@ template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// 16 bytes -> 16 / sizeof(T) floats
+// 16 bytes of T -> 16 / sizeof(T) floats
 template <typename T> __device__ inline void unpack(uint4 bits, float* to) {
   union { uint4 bits; T numbers[16 / sizeof(T)]; } u = {bits};
 #pragma unroll
   for (int i = 0; i < (int)(16 / sizeof(T)); i++) to[i] = widen(u.numbers[i]);
 }
-// A byte b + 128 in the lowest bits of the float 2^23 makes 2^23 + 128 + b: two instructions a
-// number, where a conversion from char is slower.
+// The same for int8, without the slower conversion from char to float. The lowest bit of the float
+// 2^23 is worth 1, so with the byte b + 128 as its lowest 8 bits the float is 2^23 + 128 + b.
+// Subtracting 2^23 + 128 leaves b.
 template <> __device__ inline void unpack<signed char>(uint4 bits, float* to) {
   const unsigned int words[4] = {bits.x ^ 0x80808080u, bits.y ^ 0x80808080u,
                                  bits.z ^ 0x80808080u, bits.w ^ 0x80808080u};

@@ -1,22 +1,24 @@
-// Attention of the decode step: one new token in each of B rows, at position S of its row.
+// Attention of the decode step, for one new token per row. In row b the token is at position S:
 //
-//   q, k, v of the token: the heads of qkv[b], H of q, K of k, K of v, each of width C
+//   qkv[b] contains H heads of q, K heads of k and K heads of v, each of width C
 //   q = rope(q, S), k = rope(k, S)
-//   k and v are written to the cache (rows, K, context, C) at the row's position S
-//   o = softmax(q [k_0 .. k_S]^T / sqrt(C)) [v_0 .. v_S]          for each of the H heads
+//   k and v are written to the cache (rows, K, context, C) at position S
+//   o = softmax(q [k_0 .. k_S]^T / sqrt(C)) [v_0 .. v_S]          for each of the H query heads
 //
 // G = H / K query heads attend to the keys of one key-value head.
 //
-// How the threads share the work. The time goes into reading keys and values, once each, so they
-// are spread over the whole device:
-//   - A block takes a row, a key-value head, GB of its G query heads, and a split of the keys.
-//   - A block's threads form groups. A group takes a key at a time; each of its lanes takes 8
-//     columns of q, k, v and o: 16 bytes of a 16-bit key are one load.
-//   - A thread reads the KEYS keys and values of a step while it computes with those of the step
-//     before: a load takes as long as hundreds of instructions.
-// Each group has the softmax of its own keys alone. Sums of softmaxes over separate keys are
-// combined by their maxima: first those of a block's groups, in shared memory, then those of the
-// splits, in global memory, by the block that finishes last.
+// How the threads share the work. Almost all of the time goes into reading the keys and values, so
+// the reads are spread over the whole device:
+//   - A block computes one row, one key-value head, GB of its G query heads, and one split of the
+//     row's keys.
+//   - The threads of a block form groups, and a group computes one key at a time. Each lane of a
+//     group has 8 columns of q, k, v and o, so it loads its part of a 16-bit key as 16 bytes.
+//   - A step is KEYS keys per group. A thread loads the keys and values of the next step while it
+//     computes the current step, because a load takes as long as hundreds of instructions.
+//
+// Each group computes the softmax over its own keys. Partial softmaxes are combined with the help
+// of their maxima (see OnlineSoftmax). A block first combines its groups in shared memory. The
+// block that finishes last then combines the splits, in global memory.
 
 constexpr int next_power_of_two(int n) {
   int power = 1;
@@ -24,20 +26,22 @@ constexpr int next_power_of_two(int n) {
   return power;
 }
 
-// How a block's threads are arranged for head width C. The lanes of a group are a power of two,
-// for the sum over a group by shuffles; where C / 8 is none, the lanes behind it have no columns.
+// The arrangement of a block's threads for head width C. A group has a power of two lanes, as the
+// sum over a group by shuffles requires. If C / 8 is not a power of two, the last lanes have no
+// columns.
 template <int C, int KEYS, int THREADS> struct Arrangement {
   static constexpr int LANES = next_power_of_two(C / 8);
   static constexpr int GROUPS = THREADS / LANES;
-  static constexpr int STEP = GROUPS * KEYS;  // keys that a block computes with at once
+  static constexpr int STEP = GROUPS * KEYS;  // keys per step of a block
   static_assert(C % 16 == 0 && C <= 256, "a half of a head is whole groups of 8 columns");
   static_assert(THREADS % 32 == 0 && GROUPS > 0, "whole warps");
 };
 
-// 8 numbers as they are stored: 16 bytes, of float32 32.
+// 8 elements in their storage type: 16 bytes, or 32 bytes for float32.
 template <typename T> struct Eight { uint4 words[sizeof(T) / 2]; };
 
-// L2 alone (ld.global.cg): nobody reads them twice through the same L1.
+// Load through the L2 cache only (ld.global.cg). The L1 cache would not help, because an SM reads
+// each element once.
 template <typename T> __device__ inline Eight<T> load_eight(const T* from) {
   Eight<T> eight;
 #pragma unroll
@@ -61,10 +65,11 @@ template <typename T> __device__ inline Eight<T> narrow_eight(const float* from)
   return u.eight;
 }
 
-// -- which keys a block takes ---------------------------------------------------------------------
+// -- the keys of a block --------------------------------------------------------------------------
 
-// The keys begin .. end - 1 of a split. All have as many, but the last: as many for each group, and
-// a whole step at least. With few keys the last splits are empty, and `n_used` splits have keys.
+// The keys begin .. end - 1 of a split. All splits except the last have the same number of keys: a
+// multiple of the number of groups, and at least one step. If there are few keys, the last splits
+// are empty; n_used splits have keys.
 struct Split { int begin, end, n_used; };
 
 __device__ inline Split split_of_keys(int split, int n_splits, int n_keys, int groups, int step) {
@@ -75,8 +80,9 @@ __device__ inline Split split_of_keys(int split, int n_splits, int n_keys, int g
 
 // -- RoPE -----------------------------------------------------------------------------------------
 
-// A lane's 8 columns of the rotation by a position's angles:
-//   y_i = x_i cos_i + x_partner sin_i,  the partner C / 2 columns away, sin < 0 in the first half.
+// RoPE for a lane's 8 columns:
+//   y_i = x_i cos_i + x_partner sin_i
+// The partner of column i is C / 2 columns away. sin is negated for the columns of the first half.
 template <int C> struct Rotation {
   float cos[8], sin[8];
   int column, partner;
@@ -109,11 +115,12 @@ template <int C> struct Rotation {
 
 // -- keys and values ------------------------------------------------------------------------------
 
-// A lane's columns of the keys and values that its group takes in one step; 0 where there is none.
+// A lane's columns of its group's keys and values in one step. Keys that do not exist are zeros.
 template <typename T, int KEYS> struct KeysAndValues { Eight<T> k[KEYS], v[KEYS]; };
 
-// `key` is the group's first key, and the next ones follow GROUPS behind each other: neighbouring
-// groups read neighbouring keys. k_column, v_column: this lane's first column of key 0.
+// Load the keys `key`, key + GROUPS, key + 2 GROUPS, ... of this group, if they are below `end`.
+// Consecutive groups thus load consecutive keys. k_column and v_column point to this lane's first
+// column of key 0.
 template <typename T, int C, int KEYS, int GROUPS>
 __device__ inline KeysAndValues<T, KEYS> read_cache(
     const T* k_column, const T* v_column, int key, int end, bool has_columns) {
@@ -129,7 +136,8 @@ __device__ inline KeysAndValues<T, KEYS> read_cache(
   return read;
 }
 
-// q k^T / sqrt(C) of one key: 8 products a lane, summed over the lanes of the group.
+// q k^T of one key: the sum of 8 products per lane, over the lanes of the group. q already contains
+// the factor 1 / sqrt(C).
 template <typename T, int LANES>
 __device__ inline float score(const float* q, const float* k) {
   float sum = 0;
@@ -142,15 +150,16 @@ __device__ inline float score(const float* q, const float* k) {
 
 // -- softmax --------------------------------------------------------------------------------------
 
-// exp(score - top), and 0 for the score -infinity also where no score has been higher yet.
+// exp(score - top), and 0 for the score -infinity even if top is -infinity too.
 __device__ inline float weight_of(float score, float top) {
   return __expf(score - (top == MINUS_INFINITY ? 0.0f : top));
 }
 
-// softmax(scores) V of GB heads over the keys so far, this lane's columns:
+// The softmax of GB heads over the keys so far, for this lane's columns:
 //   top = max_j score_j,  sum = sum_j exp(score_j - top),  o = sum_j exp(score_j - top) v_j
-// When a higher score comes, sum and o are scaled down to it: the softmax needs one pass over the
-// keys (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
+// The result is o / sum. When a higher score arrives, sum and o are multiplied by
+// exp(old top - new top), so one pass over the keys is enough (Milakov & Gimelshein 2018, "Online
+// normalizer calculation for softmax").
 template <int GB> struct OnlineSoftmax {
   float top[GB], sum[GB], o[GB][8];
 
@@ -164,7 +173,7 @@ template <int GB> struct OnlineSoftmax {
     }
   }
 
-  // Take KEYS more keys; their scores become their weights.
+  // Add KEYS keys. Their scores are replaced by exp(score - top).
   template <typename T, int KEYS>
   __device__ void add(float (&scores)[GB][KEYS], const Eight<T> (&values)[KEYS]) {
 #pragma unroll
@@ -195,16 +204,16 @@ template <int GB> struct OnlineSoftmax {
   }
 };
 
-// One column of a softmax over part of the keys.
+// One column of a softmax over some of the keys, as in OnlineSoftmax.
 struct Part { float top, sum, o; };
 
-// The softmax over the keys of both.
+// The softmax over the keys of a and of b.
 __device__ inline Part combined(Part a, Part b) {
   const float top = fmaxf(a.top, b.top), of_a = weight_of(a.top, top), of_b = weight_of(b.top, top);
   return {top, a.sum * of_a + b.sum * of_b, a.o * of_a + b.o * of_b};
 }
 
-// What the groups of a block found, in shared memory.
+// The results of a block's groups, in shared memory.
 template <int C, int GB, int GROUPS> struct GroupResults {
   float top[GROUPS][GB], sum[GROUPS][GB];
   float4 o[GROUPS][GB][C / 4];
@@ -233,7 +242,7 @@ template <int C, int GB, int GROUPS> struct GroupResults {
   }
 };
 
-// What the splits of a head found, in global memory: for each split top, sum and o, C + 2 numbers.
+// The results of a head's splits, in global memory: C + 2 floats per split, top, sum and o.
 template <int C> struct SplitResults {
   float* of_head;  // (n_splits, C + 2)
 
@@ -244,7 +253,7 @@ template <int C> struct SplitResults {
   }
   __device__ Part combine(int n_splits, int column) const {
     Part all = {MINUS_INFINITY, 0, 0};
-#pragma unroll 8  // the loads do not depend on each other
+#pragma unroll 8  // lets independent loads run at the same time
     for (int j = 0; j < n_splits; j++) {
       const float* from = of_head + (size_t)j * (C + 2);
       all = combined(all, {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2 + column)});
@@ -253,33 +262,35 @@ template <int C> struct SplitResults {
   }
 };
 
-// Whether this block is the last of `n_blocks` to come here; then it sees what all of them wrote.
-// The counter is 0 before the first and after the last: atomicInc goes from n_blocks - 1 to 0.
+// Whether this block is the last of n_blocks blocks to call this function. The last block can read
+// what all of them have written. The counter is 0 before the first call and after the last one,
+// because atomicInc wraps from n_blocks - 1 to 0.
 __device__ inline bool is_last(unsigned int* counter, unsigned int n_blocks) {
   __shared__ unsigned int n_before;
-  __threadfence();  // what this thread wrote, before the count
+  __threadfence();  // make all writes visible before the count
   __syncthreads();
   if (threadIdx.x == 0) n_before = atomicInc(counter, n_blocks - 1);
   __syncthreads();
-  __threadfence();  // the count, before what others wrote is read
+  __threadfence();  // do not read the results of other blocks before the count
   return n_before == n_blocks - 1;
 }
 
 // -- the kernel -----------------------------------------------------------------------------------
 
-// Grid (n_splits, K * n_slices, B), n_slices = G / GB.
-//   qkv (B, (H + 2K) C); cos, sin (B, C/2) of each row's position
-//   k_cache, v_cache (any number of rows, K, context, C)
-//   rows, starts (B,): the cache's row and the position S of each token
-//   partials (B, H, n_splits, C + 2), any contents; counters (B, K * n_slices), zeros
+// Grid (n_splits, K * n_slices, B), where n_slices = G / GB.
+//   qkv (B, (H + 2K) C); cos, sin (B, C/2), for each row's position
+//   k_cache, v_cache (rows of the cache, K, context, C)
+//   rows, starts (B,): the row of the cache and the position S of each token
+//   partials (B, H, n_splits, C + 2), uninitialized; counters (B, K * n_slices), zeros
 //   o (B, H, C)
 //
-// What it reads before the wait: rows and starts, which lie before the array calls for cos and sin,
-// and the keys and values of earlier steps. The new key and value are not read from the cache, but
-// taken from qkv by each block that needs them.
+// Before the wait (see common.cu), the kernel reads only the following: `rows` and `starts`, which
+// were written before the array operations that computed cos and sin, and the keys and values of
+// earlier steps. It does not read the new key and value from the cache. Each block that needs them
+// computes them from qkv.
 //
-// At least one block an SM (the 1 in the bounds): left to itself, ptxas may spill registers so that
-// more blocks fit.
+// The 1 in the launch bounds asks for at least one block per SM. Without it, the compiler (ptxas)
+// may move registers to slow local memory so that more blocks fit.
 template <typename T, int C, int GB, int KEYS, int THREADS>
 // registers: at most 128
 __global__ void __launch_bounds__(THREADS, 1) attend(
@@ -312,7 +323,7 @@ __global__ void __launch_bounds__(THREADS, 1) attend(
   wait_for_previous_kernel();
   if ((int)blockIdx.x >= keys.n_used) return;
 
-  // the new token: q, and k and v as the cache holds them
+  // the new token's q, and its k and v rounded to the type of the cache
   const Rotation<C> rope(cos + (size_t)b * (C / 2), sin + (size_t)b * (C / 2), column);
   const float* token = qkv + (size_t)b * (n_heads + 2 * n_kv_heads) * C;
   float q[GB][8];

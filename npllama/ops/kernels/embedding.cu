@@ -1,14 +1,15 @@
-// The derivative of the embedding, in F, float or double:
+// The derivative of the embedding, in the type F (float or double):
 //
-//   dW[v] = sum of dx[m] over the places m where the token v stands
+//   dW[v] = sum of dx[m] over all m where token m is v
 //
-// dx (M, D) -> dW (V, D). order (M,) are the places sorted by their token; those of v are
-// order[begins[v]] to order[begins[v + 1] - 1], with begins (V + 1,). A token that stands nowhere
-// gets zeros.
+// dx (M, D) -> dW (V, D). order (M,) contains the indices m sorted by token. The indices of token v
+// are order[begins[v]] .. order[begins[v + 1] - 1], with begins (V + 1,). A token that does not
+// occur has a row of zeros.
 //
-// Block (v, i) computes THREADS columns of row v, one a thread, so that neighbouring threads read
-// neighbouring numbers of a row of dx. Each adds in the order of the places: every run gives the
-// same bits, as atomic additions to dW would not.
+// Block (v, i) computes THREADS columns of row v, and each thread computes one of them. The threads
+// of a warp thus read consecutive elements of a row of dx, which the GPU combines into few memory
+// accesses. Each thread adds in the order of `order`, so the result is deterministic. With atomic
+// additions to dW it would not be.
 constexpr int THREADS = 256;
 
 // registers: at most 40

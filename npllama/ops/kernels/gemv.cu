@@ -1,30 +1,41 @@
-// Products of a weight matrix with 1 to 8 vectors, as a decode step needs them:
+// The product of a weight matrix W (O, D) with M = 1 to 8 rows x (M, D), for decode steps:
 //
 //   y[m, o] = sum_d h[m, d] W[o, d] * scale[o] + residual[m, o]
 //   h[m, d] = x[m, d] * norm[d] / sqrt(mean_d x[m, d]^2 + eps)
 //
-// and with SWIGLU, where the rows of W are those of gate above those of up,
+// With SWIGLU, W (2F, D) has F rows of gate followed by F rows of up, and y (M, F) is
 //
-//   y[m, f] = silu(g) u,   g = sum_d h[m, d] W[f, d] scale[f],   u = the same of row F + f.
+//   y[m, f] = silu(g) u
+//   g = sum_d h[m, d] W[f, d] scale[f],   u = sum_d h[m, d] W[F + f, d] scale[F + f]
 //
-// Without norm h is x; scale and residual are optional as well. W is read once, and reading it is
-// nearly all of the time: at 7 billion weights of 16 bits a token is 13 GB. So a block, of which
-// there is one on each multiprocessor, takes a contiguous part of the rows of W and keeps a queue
-// of them in flight from global to shared memory (asynchronous copies, which need no registers).
-// The queue fills before the kernel waits for x, while the kernel before it still runs.
+// Without norm, h is x. The scale and the residual are optional too.
 //
-// The threads of a block share the columns: thread t takes the 16-byte chunks t, t + THREADS, ...
-// of each row, and keeps the same columns of x in registers. It multiplies only what it copied
-// itself. So the loop over the rows has no barrier; each warp leaves its part of each sum in shared
-// memory, and after one barrier the parts are added up. A row of more than THREADS * CHUNKS chunks
-// is taken in tiles of so many: first the first tile of all rows of the block, then the next.
+// Almost all of the time goes into reading W from global memory, which happens once per launch. The
+// kernel is designed to keep many of these reads in progress:
+//
+//   - As a rule, there is one block per multiprocessor (SM). Each block computes a contiguous range
+//     of the rows of W.
+//   - A block copies its rows to shared memory through a queue. The copies are asynchronous: they
+//     need no registers, and the threads compute meanwhile. The block fills the queue before it
+//     waits for x, while the previous kernel is still running.
+//   - The threads of a block share the columns. Thread t copies the 16-byte chunks t, t + THREADS,
+//     ... of each row, and keeps the same columns of x in registers. It multiplies only the chunks
+//     that it copied, so the loop over the rows needs no barrier.
+//   - Each warp stores its part of each sum in shared memory. After one barrier at the end, the
+//     threads add up these parts.
+//   - A row of more than THREADS * CHUNKS chunks is split into tiles of that size. The block
+//     processes the first tile of all its rows, then the second tile, and so on.
 
-template <typename W> struct Chunk { static constexpr int SIZE = 16 / sizeof(W); };  // weights
+template <typename W> struct Chunk { static constexpr int SIZE = 16 / sizeof(W); };  // elements
 
-// COUNT sums over a warp, a power of two up to 32: lane l returns that of v[l / (32 / COUNT)].
-// Half of the lanes keep the lower half of the sums and send the others the upper half; then again
-// with half as many sums. So COUNT - 1 shuffles do, and one for each halving of the lanes that are
-// left with one sum, where a sum at a time takes 5 COUNT.
+// COUNT sums over a warp, where COUNT is a power of two up to 32. Lane l returns the sum of
+// v[l / (32 / COUNT)] over all lanes.
+//
+// In the first step, half of the lanes keep the lower half of v and send the upper half to the
+// other lanes, which do the opposite. The next steps repeat this with half as many elements. When
+// each lane has one element left, several lanes may have parts of the same sum, and these parts are
+// added. The whole takes COUNT - 1 shuffles, and log2(32 / COUNT) for the last additions. COUNT
+// separate sums would take 5 COUNT shuffles.
 template <int COUNT, int MASK = 16> __device__ inline float warp_sums(float* v) {
   if constexpr (COUNT == 1) {
 #pragma unroll
@@ -42,20 +53,20 @@ template <int COUNT, int MASK = 16> __device__ inline float warp_sums(float* v) 
   }
 }
 
-// -- what a thread holds of h, and how it multiplies ----------------------------------------------
+// -- a thread's columns of h, and their products with W -------------------------------------------
 //
-// set() takes the columns of row m, (CHUNKS, 16 / sizeof(W)); add() adds the products with 16 bytes
-// of a row of W to that row's Sums; value() is their sum for row m.
+// set() stores the thread's columns of row m of h, (CHUNKS, 16 / sizeof(W)). add() multiplies 16
+// bytes of a row of W by them, and adds the products to Sums. value() returns the sum for row m.
 
-// int8 weights are multiplied as integers where M is small: with more rows of x their digits take
-// more registers, and more instructions, than the numbers.
+// int8 weights are multiplied as integers if M is small. For larger M, the digits of h (see below)
+// would take more registers and more instructions than its floats.
 template <typename W, int M> constexpr bool in_digits() { return sizeof(W) == 1 && M <= 2; }
 
 template <typename W, int M, int CHUNKS, bool DIGITS = in_digits<W, M>()> struct Columns {
   static constexpr int N = Chunk<W>::SIZE;
   float h[M][CHUNKS][N];
 
-  struct Sums { float even[M], odd[M]; };  // two chains of additions: half the latency
+  struct Sums { float even[M], odd[M]; };  // two independent chains of additions halve the latency
 
   __device__ void set(int m, const float (&row)[CHUNKS][N]) {
 #pragma unroll
@@ -81,21 +92,23 @@ template <typename W, int M, int CHUNKS, bool DIGITS = in_digits<W, M>()> struct
   __device__ float value(const Sums& sums, int m) const { return sums.even[m] + sums.odd[m]; }
 };
 
-// int8 weights by integer products, four in one instruction, where the other way takes three
-// instructions for each weight. h is written as unit * (digit0 + 2^8 digit1 + 2^16 digit2) with
-// digits of 8 bits, and the sums of each digit's products are exact. The unit is 2^-23 of the
-// largest number that the thread holds of a row, so that the error is no larger than what float32
-// rounds that number's product by.
+// Integer products for int8 weights. One instruction (dp4a) computes four products of int8 and adds
+// them to an int, while products of floats take three instructions per weight.
+//
+// h is represented as unit * (digit0 + 2^8 digit1 + 2^16 digit2) with signed 8-bit digits. The sums
+// of the digits' products are exact. The unit is about 2^-23 of the largest element of h that the
+// thread has in a row, so the error is not larger than the rounding of a float32 product with that
+// element.
 template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
   static constexpr int N = Chunk<signed char>::SIZE, WORDS = N / 4;
-  static constexpr float LARGEST = 127 * 65536;  // with digits of at most 127, rounding included
-  int digits[M][CHUNKS][3][WORDS];  // four columns a word
+  static constexpr float LARGEST = 127 * 65536;  // keeps the digits <= 127 even after rounding
+  int digits[M][CHUNKS][3][WORDS];  // four columns per word
   float unit[M];
 
   struct Sums { int of_digit[M][3]; };
 
   __device__ void set(int m, const float (&row)[CHUNKS][N]) {
-    float largest = 0, nothing = 0;  // but NaN where a number is not finite, as the sum would be
+    float largest = 0, nothing = 0;  // `nothing` becomes NaN if an element is not finite
 #pragma unroll
     for (int j = 0; j < CHUNKS; j++)
 #pragma unroll
@@ -104,7 +117,7 @@ template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
         nothing += row[j][i] * 0.0f;
       }
     unit[m] = largest / LARGEST + nothing;
-    const float factor = largest > 1e-30f ? LARGEST / largest : 0.0f;  // does not overflow
+    const float factor = largest > 1e-30f ? LARGEST / largest : 0.0f;  // avoids an overflow
 #pragma unroll
     for (int j = 0; j < CHUNKS; j++)
 #pragma unroll
@@ -112,14 +125,14 @@ template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
         unsigned int q[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          // the low three bytes of (q + 0x8080) ^ 0x8080 are q's digits from -128 to 127: a byte of
-          // 128 or more carries one into the next
+          // The low three bytes of (q + 0x8080) ^ 0x8080 are the signed digits of q. If a byte of q
+          // is 128 or more, its digit is negative, and the addition carries 1 into the next byte.
           q[i] = (__float2int_rn(row[j][4 * word + i] * factor) + 0x8080) ^ 0x8080;
         }
-        // four numbers of three bytes -> three words of four bytes
+        // four values of three bytes -> three words of four bytes, one word per digit
         const unsigned int low01 = __byte_perm(q[0], q[1], 0x5140);  // bytes 0 0 1 1 of q0 q1 q0 q1
         const unsigned int low23 = __byte_perm(q[2], q[3], 0x5140);
-        const unsigned int high01 = __byte_perm(q[0], q[1], 0x0062);  // byte 2 of both
+        const unsigned int high01 = __byte_perm(q[0], q[1], 0x0062);  // byte 2 of q0 and of q1
         const unsigned int high23 = __byte_perm(q[2], q[3], 0x0062);
         digits[m][j][0][word] = __byte_perm(low01, low23, 0x5410);
         digits[m][j][1][word] = __byte_perm(low01, low23, 0x7632);
@@ -140,7 +153,7 @@ template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
         for (int k = 0; k < 3; k++)
           sums.of_digit[m][k] = __dp4a(words[word], digits[m][j][k][word], sums.of_digit[m][k]);
   }
-  // a sum is at most 16 CHUNKS 2^14, so that two of them fit in an int
+  // A sum is at most 16 CHUNKS 2^14, so the combination of the two lower digits fits an int.
   __device__ float value(const Sums& sums, int m) const {
     const int low = sums.of_digit[m][1] * 256 + sums.of_digit[m][0];
     return ((float)sums.of_digit[m][2] * 65536.0f + (float)low) * unit[m];
@@ -149,12 +162,12 @@ template <int M, int CHUNKS> struct Columns<signed char, M, CHUNKS, true> {
 
 // -- the queue of weights -------------------------------------------------------------------------
 
-// A block's part of the work. A unit is what makes one output: a row of W, or with SWIGLU a row of
-// gate and one of up, which then stand beside each other in the order of the block's rows.
+// The rows of W that this block computes. A unit is the rows of one output: one row of W, or with
+// SWIGLU a row of gate and the corresponding row of up. The block numbers its rows unit by unit.
 template <bool SWIGLU> struct Share {
-  static constexpr int UNIT = SWIGLU ? 2 : 1;  // rows of a unit
-  int first, n_units, n_rows;                  // the first unit; how many units and rows
-  int n_all_units, most_rows;                  // of W; rows of the largest share
+  static constexpr int UNIT = SWIGLU ? 2 : 1;  // rows per unit
+  int first, n_units, n_rows;  // the block's first unit, and its numbers of units and rows
+  int n_all_units, most_rows;  // units of all blocks, and the most rows of any block
 
   __device__ explicit Share(int n_weight_rows) {
     n_all_units = n_weight_rows / UNIT;
@@ -165,22 +178,23 @@ template <bool SWIGLU> struct Share {
     n_rows = n_units * UNIT;
     most_rows = (each + (rest > 0 ? 1 : 0)) * UNIT;
   }
-  // which row of W the block's row i is
+  // the row of W that is the block's row i
   __device__ int row(int i) const { return first + i / UNIT + (i % UNIT) * n_all_units; }
 };
 
-// ROWS rows of a tile are a batch; STAGES batches are in flight.
+// The asynchronous copies of W to shared memory. A batch has ROWS rows of a tile, and STAGES
+// batches are copied at the same time.
 template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU> struct Queue {
   static_assert(!SWIGLU || ROWS % 2 == 0, "gate and up are in one batch");
-  static constexpr int TILE = THREADS * CHUNKS, UNIT = Share<SWIGLU>::UNIT;  // chunks; rows
+  static constexpr int TILE = THREADS * CHUNKS, UNIT = Share<SWIGLU>::UNIT;  // in chunks; in rows
 
   const Share<SWIGLU>& share;
   uint4* mine;       // this thread's part of (STAGES, ROWS, CHUNKS, THREADS) in shared memory
-  const char* next;  // this thread's first chunk of the next batch in global memory
+  const char* next;  // this thread's first chunk of the next batch, in global memory
   size_t row_bytes;
-  int n_chunks;   // of a row
-  int chunk;      // which of them `next` is
-  int rows_left;  // of the tile, from `next` on
+  int n_chunks;   // chunks per row
+  int chunk;      // the column of `next`, in chunks
+  int rows_left;  // rows of the tile from `next` on
 
   __device__ Queue(const Share<SWIGLU>& share_, const W* w, int width, uint4* queue)
       : share(share_), mine(queue + threadIdx.x) {
@@ -192,7 +206,7 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) copy_next(stage);
   }
-  // Ask for a batch; what is not there becomes zeros.
+  // Start to copy a batch. Rows and columns that do not exist are filled with zeros.
   __device__ void copy_next(int stage) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -207,7 +221,7 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
     __pipeline_commit();
     next += row_bytes * (ROWS / UNIT);
     rows_left -= ROWS;
-    if (rows_left <= 0) {  // the first batch of the next tile; past the last one nothing is there
+    if (rows_left <= 0) {  // continue with the first batch of the next tile, which may not exist
       const int n_batches = (share.n_rows + ROWS - 1) / ROWS;
       next -= row_bytes * (ROWS / UNIT) * n_batches;
       next += TILE * 16;
@@ -222,8 +236,8 @@ template <typename W, int THREADS, int CHUNKS, int ROWS, int STAGES, bool SWIGLU
 
 // -- the kernel -----------------------------------------------------------------------------------
 
-// This thread's columns of x * norm in one tile, zeros where there are none. Lane 0 adds its warp's
-// sums of x^2 to squares (M).
+// Read this thread's columns of x * norm in one tile; columns that do not exist are zeros. Lane 0
+// of each warp adds the warp's sum of x^2 to squares (M).
 template <typename W, int M, int THREADS, int CHUNKS, bool NORM>
 __device__ inline void read_columns(Columns<W, M, CHUNKS>& columns, const float* x,
                                     const float* __restrict__ norm, int n_tokens, int width,
@@ -240,7 +254,7 @@ __device__ inline void read_columns(Columns<W, M, CHUNKS>& columns, const float*
       if (NORM && d < width) v = __ldg(reinterpret_cast<const float4*>(norm + d));
       factor[j][i] = v.x, factor[j][i + 1] = v.y, factor[j][i + 2] = v.z, factor[j][i + 3] = v.w;
     }
-  if (tile == 0) wait_for_previous_kernel();  // x is of that kernel
+  if (tile == 0) wait_for_previous_kernel();  // that kernel writes x
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
@@ -272,8 +286,8 @@ __device__ inline void read_columns(Columns<W, M, CHUNKS>& columns, const float*
   }
 }
 
-// y of the block's units, from what the block has in shared memory: sums (WARPS, M, pitch) and
-// squares (WARPS, M) of its warps, scales (pitch), residuals (M, pitch).
+// Compute y for the block's units from its shared memory: the sums (WARPS, M, pitch) and the sums
+// of squares (WARPS, M) of each warp, the scales (pitch) and the residuals (M, pitch).
 template <int M, int THREADS, bool SWIGLU>
 __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* sums, int pitch,
                                      const float* squares, const float* scales, bool has_scale,
@@ -308,10 +322,13 @@ __device__ inline void write_outputs(const Share<SWIGLU>& share, const float* su
   }
 }
 
-// W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), y, residual
-// (n_tokens, n_weight_rows, or half as many with SWIGLU). n_tokens <= M; width * sizeof(W) is a
-// multiple of 16. Dynamic shared memory: the queue, then floats as they are laid out below. Two
-// blocks fit on an SM (the 2 in the bounds): one of this kernel and one of the next.
+// W (n_weight_rows, width), scale (n_weight_rows), x (n_tokens, width), norm (width), and y and
+// residual (n_tokens, n_weight_rows), or (n_tokens, n_weight_rows / 2) with SWIGLU. n_tokens <= M,
+// and width * sizeof(W) is a multiple of 16.
+//
+// The dynamic shared memory contains the queue, followed by the float arrays that are defined
+// below. The 2 in the launch bounds limits the registers such that two blocks fit on an SM: one of
+// this kernel and one of the next kernel, which overlaps with it.
 // registers: at most 224
 template <typename W, int M, int THREADS, int CHUNKS, int ROWS, int STAGES, bool NORM, bool SWIGLU>
 __global__ void __launch_bounds__(THREADS, 2) gemv(
@@ -329,12 +346,12 @@ __global__ void __launch_bounds__(THREADS, 2) gemv(
 
   extern __shared__ uint4 queue[];  // (STAGES, ROWS, CHUNKS, THREADS)
   float* sums = reinterpret_cast<float*>(queue + STAGES * ROWS * Weights::TILE);
-  float* squares = sums + WARPS * M * pitch;  // behind sums (WARPS, M, pitch): (WARPS, M)
+  float* squares = sums + WARPS * M * pitch;  // (WARPS, M), after sums (WARPS, M, pitch)
   float* scales = squares + WARPS * M;        // (pitch)
   float* residuals = scales + pitch;          // (M, pitch)
 
-  // Each thread copies the scales and residuals of its own units beside the weights: if they were
-  // read at the end, every block would wait for them.
+  // Each thread copies the scales and residuals of its own units together with the weights. If it
+  // read them only at the end, every block would have to wait for them there.
   if (scale != nullptr) {
     for (int unit = threadIdx.x; unit < share.n_units; unit += THREADS)
       for (int i = unit * UNIT; i < (unit + 1) * UNIT; i++)
@@ -342,7 +359,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemv(
   }
   Weights weights(share, w, width, queue);
 
-  // of a batch this lane keeps the sum of row sum_row and token sum_token
+  // of each batch, this lane stores the sum of row sum_row of W and row sum_token of x
   const int sum_row = lane / LANES_OF_SUM / M, sum_token = lane / LANES_OF_SUM % M;
   float* my_sums = sums + (warp * M + sum_token) * pitch + sum_row;
   X columns;
@@ -359,7 +376,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemv(
       }
     }
     for (int row = 0; row < share.n_rows; row += ROWS) {
-      __pipeline_wait_prior(STAGES - 1);  // the oldest batch is there
+      __pipeline_wait_prior(STAGES - 1);  // until the oldest batch has been copied
       typename X::Sums batch[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; r++) columns.clear(batch[r]);

@@ -1,10 +1,12 @@
-// Blocks of many tokens: what stands between the products, which are cuBLAS's. Each kernel is bound
-// by memory: it reads its input once, 16 bytes a thread at a time, and writes its result once.
+// The kernels for many tokens. cuBLAS computes the matrix products, and these kernels compute the
+// operations between them. Memory bandwidth limits each of them, so it reads its input once, 16
+// bytes per thread at a time, and writes its result once.
 //
-// T is the 16-bit type in which tensor cores multiply, __half or __nv_bfloat16. Letters: M = B * T
-// rows (tokens), D width, H query heads, K key-value heads, G = H / K, C head width, F ffn width.
+// The template parameter T is the 16-bit type of the products, __half or __nv_bfloat16. In shapes,
+// T is the number of new tokens, and the other letters are: M = B * T rows (tokens), D width, H
+// query heads, K key-value heads, G = H / K, C head width, F ffn width.
 
-constexpr int THREADS = 256;  // of a block, in all of these kernels
+constexpr int THREADS = 256;  // threads per block, in all of these kernels
 constexpr int WARPS = THREADS / 32;
 
 __device__ inline float4 load4(const float* from) { return *(const float4*)from; }
@@ -13,7 +15,7 @@ __device__ inline float4 times(float4 a, float4 b) {
   return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
 }
 
-// Four numbers, rounded to 16 bits, in one store of 8 bytes.
+// Round four floats to 16 bits, and write them in one store of 8 bytes.
 template <typename T> __device__ inline void store4(T* to, float4 v) {
   union { T numbers[4]; uint2 bits; } u;
   u.numbers[0] = narrow<T>(v.x);
@@ -23,8 +25,9 @@ template <typename T> __device__ inline void store4(T* to, float4 v) {
   *(uint2*)to = u.bits;
 }
 
-// The sum (the maximum) of v over the block, returned to every thread: over each warp by shuffles,
-// then over the warps by shared memory. The first barrier lets the last use of `of_warps` end.
+// The sum (or the maximum) of v over the block, returned to every thread. Shuffles combine the
+// threads of each warp, and shared memory combines the warps. The first barrier ensures that no
+// thread still reads of_warps from an earlier call.
 __device__ inline float block_sum(float v, float* of_warps) {
   v = warp_sum(v);
   __syncthreads();
@@ -49,9 +52,9 @@ __device__ inline float block_max(float v, float* of_warps) {
 
 // h = x / sqrt(mean(x^2) + eps) * weight, rounded to T: x (M, D) float32 -> h (M, D).
 //
-// A block computes one row. The row waits in shared memory for its sum of squares, so that it is
-// read from global memory once; a thread reads there only what it wrote itself. D is a multiple
-// of 4. Dynamic shared memory: D + WARPS floats.
+// A block computes one row. It keeps the row in shared memory until the sum of squares is known, so
+// it reads the row from global memory only once. Each thread reads only the elements of shared
+// memory that it wrote. D is a multiple of 4. Dynamic shared memory: D + WARPS floats.
 // registers: at most 40
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -72,18 +75,20 @@ rms_norm_rows(const float* x, const float* weight, T* h, int width, float eps) {
     store4(h + begin + 4 * i, times(times(row[i], factors), load4(weight + 4 * i)));
 }
 
-// RoPE of the new queries and keys, and the write to the cache; all are rounded to T.
+// Rotate the new queries and keys (RoPE), and write the new keys and values to the cache:
 //
 //   (y_i, y_{i+C/2}) = (x_i cos_i - x_{i+C/2} sin_i,  x_{i+C/2} cos_i + x_i sin_i)
 //
-// qkv (B, T, (H + 2K) C) float32, times `scale` ((H + 2K) C,) where that is not null; cos, sin
-// (B, T, C/2). Keys (rotated) and values go to k_cache, v_cache (rows, K, context, C), at row
-// rows[b] and position starts[b] + t. Queries of the last n of the T tokens go to q, (B, n, H*C)
-// in all, in tiles of `tile` tokens (the last may have fewer, t of them): a tile is (H, t, C), so
-// that the queries of one key head are the rows of one matrix, (G*t, C).
+// Input: qkv (B, T, (H + 2K) C) float32, multiplied by scale ((H + 2K) C,) if that is not null, and
+// cos, sin (B, T, C/2). All results are rounded to the type T:
+//   - The rotated keys and the values go to k_cache and v_cache (rows, K, context, C), at row
+//     rows[b] and position starts[b] + t.
+//   - The rotated queries of the last n of the T tokens go to q, B * n * H * C elements. q is
+//     divided into tiles of `tile` tokens, of which the last one may be smaller. A tile of t tokens
+//     is stored as (H, t, C), so the queries of one key head form one matrix (G*t, C).
 //
-// A block computes one token. A thread rotates four pairs: it reads 16 bytes of each half of a
-// head, and writes 8 bytes to each half. C is a multiple of 8.
+// A block computes one token. A thread rotates four pairs at a time: it reads 16 bytes and writes 8
+// bytes of each half of a head. C is a multiple of 8.
 // registers: at most 40
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -95,7 +100,7 @@ rotate_and_cache(const float* qkv, const float* scale, const float* cos, const f
   const int half = head_dim / 2, fours = half / 4;
   const int all_heads = n_heads + 2 * n_kv_heads;
   const size_t cache_row = (size_t)rows[b] * n_kv_heads, position = starts[b] + t;
-  const int query = t - (n_new - n_last);             // among the last n; below 0 for those before
+  const int query = t - (n_new - n_last);  // index in the last n tokens; negative before them
   const int in_tile = query % tile, tile_begin = query - in_tile;
   const int tile_size = min(tile, n_last - tile_begin);
   for (int i = threadIdx.x; i < all_heads * fours; i += THREADS) {
@@ -120,7 +125,7 @@ rotate_and_cache(const float* qkv, const float* scale, const float* cos, const f
     }
     T* to;
     if (is_query) {
-      const size_t tile_row = ((size_t)b * n_last + tile_begin) * n_heads;  // in rows of C numbers
+      const size_t tile_row = ((size_t)b * n_last + tile_begin) * n_heads;  // in rows of C elements
       to = q + (tile_row + head * tile_size + in_tile) * head_dim;
     } else {
       const int kv_head = (head - n_heads) % n_kv_heads;
@@ -132,16 +137,17 @@ rotate_and_cache(const float* qkv, const float* scale, const float* cos, const f
   }
 }
 
-// p = softmax over the keys that a query sees, and 0 for the others:
+// The softmax over the keys that a query attends to, and 0 for the other keys:
 //
-//   p_j = exp(x_j - max x) / sum_i exp(x_i - max x)  for j below first + t,  0 from there on
+//   p_j = exp(x_j - max x) / sum_i exp(x_i - max x)  for j < first + t,  and 0 for other j
 //
-// scores (heads, t, stride) float32 -> p (heads, t, stride) T. The query t of each head sees
-// first + t keys. stride, a multiple of 4, is the number of keys rounded up; what stands in
-// scores behind the keys is not used.
+// scores (heads, n_queries, stride) float32 -> p (heads, n_queries, stride) T. Query t of each head
+// attends to the first `first + t` keys. stride is the number of keys rounded up to a multiple of
+// 4. The kernel ignores the scores of other keys.
 //
-// A block computes one row, which waits in shared memory for its maximum and its sum. A thread
-// comes back to its own numbers alone. Dynamic shared memory: stride + WARPS floats.
+// A block computes one row. It keeps the row in shared memory until the maximum and the sum are
+// known. Each thread reads only the elements of shared memory that it wrote. Dynamic shared memory:
+// stride + WARPS floats.
 // registers: at most 40
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -151,7 +157,7 @@ softmax_rows(const float* scores, T* p, int n_queries, int stride, int first) {
   wait_for_previous_kernel();
   const int n_seen = first + blockIdx.x % n_queries;
   const size_t begin = (size_t)blockIdx.x * stride;
-  const int n_fours = (n_seen + 3) / 4;  // the last may hold up to 3 keys that are not seen
+  const int n_fours = (n_seen + 3) / 4;  // the last four may contain up to 3 hidden keys
   float largest = MINUS_INFINITY;
   for (int i = threadIdx.x; i < n_fours; i += THREADS) {
     float4 v = load4(scores + begin + 4 * i);
@@ -176,10 +182,10 @@ softmax_rows(const float* scores, T* p, int n_queries, int stride, int first) {
     store4(p + begin + 4 * i, i < n_fours ? times(row[i], factors) : make_float4(0, 0, 0, 0));
 }
 
-// y = silu(gate) * up, rounded to T: gate_up (M, 2F) float32 -> y (M, F). gate_up is multiplied
-// by `scale` (2F,) before where that is not null.
+// y = silu(gate) * up, rounded to T: gate_up (M, 2F) float32 -> y (M, F). If scale (2F,) is not
+// null, gate_up is first multiplied by it.
 //
-// Block (m, i) computes 4 * THREADS numbers of row m, a thread four of them. F is a multiple of 4.
+// Block (m, i) computes 4 * THREADS elements of row m, four per thread. F is a multiple of 4.
 // registers: at most 40
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -197,9 +203,9 @@ swiglu_rows(const float* gate_up, const float* scale, T* y, int width) {
   store4(y + (size_t)blockIdx.x * width + column, times(gate, up));
 }
 
-// x += y * scale, in place: x, y (M, O) float32, scale (O,).
+// x += y * scale, in-place: x, y (M, O) float32, scale (O,).
 //
-// Block (m, i) computes 4 * THREADS numbers of row m, a thread four of them. O is a multiple of 4.
+// Block (m, i) computes 4 * THREADS elements of row m, four per thread. O is a multiple of 4.
 // registers: at most 32
 extern "C" __global__ void __launch_bounds__(THREADS)
 add_scaled_rows(const float* y, const float* scale, float* x, int width) {
@@ -213,7 +219,8 @@ add_scaled_rows(const float* y, const float* scale, float* x, int width) {
                                    old.w + product.w);
 }
 
-// int8 -> T, exactly: n numbers, a multiple of 16. A thread reads 16 bytes and writes 32.
+// int8 -> T without rounding, for n elements; n is a multiple of 16. Each thread converts 16
+// elements: it reads 16 bytes and writes 32.
 // registers: at most 40
 template <typename T>
 __global__ void __launch_bounds__(THREADS)

@@ -1,22 +1,24 @@
-// The next token of each row, from its logits: npllama/ops/sampling.py's `next_token`.
+// The next token of each row, chosen from its logits as `next_token` in npllama/ops/sampling.py
+// does.
 //
-// One block computes one row. Its warps divide the vocabulary into contiguous segments of one
-// length, in which neighbouring lanes read neighbouring logits. The steps:
-//   1. the maximum, the likeliest token and the sum of exponentials, in one pass (`summarize`);
-//      the greedy choice ends here,
-//   2. for top_k and then top_p a search for the least logit that is kept (`least_kept`),
-//   3. the draw: the probability of each segment, and then the token in one of them (`draw`).
+// One block computes one row. Each warp of the block has a contiguous segment of the vocabulary,
+// and consecutive lanes read consecutive logits. The steps are:
+//   1. `summarize`: the maximum, the most likely token and the sum of exponentials, in one pass.
+//      Greedy decoding needs only this step.
+//   2. `least_kept`, for top_k and then for top_p: a search for the smallest logit that is kept.
+//   3. `draw`: add up the probabilities of each segment, choose one segment, and choose the token
+//      within it.
 //
-// Probabilities are added as whole numbers (`Weight`). Such a sum is the same in every order, so
-// the token does not depend on which thread came first.
+// Probabilities are added as integers (`Weight`). A sum of integers does not depend on the order of
+// its terms, so the chosen token does not depend on the order in which the threads run.
 //
-// A new filter joins in `Kept`, which says what is left after all of them, and in FILTERS of
-// ops/cuda/sampling.py. If it needs a search, that is another call of `least_kept` in `next_token`.
+// To add a filter, extend `Kept`, which combines all filters, and FILTERS in ops/cuda/sampling.py.
+// A filter that searches for a threshold also needs a call of `least_kept` in `next_token`.
 
 constexpr int MAX_WARPS = 32;
 constexpr int MAX_THREADS = 32 * MAX_WARPS;
-constexpr float ONE = 17592186044416.0f;  // 2^44, the mass of the likeliest token
-constexpr float LEAST = -45.0f;           // 2^-45 of that is less than 1
+constexpr float ONE = 17592186044416.0f;  // 2^44, the mass of the most likely token
+constexpr float LEAST = -45.0f;           // the log2 of a probability with a mass below 1
 constexpr int NO_TOKEN = 0x7fffffff;
 
 using Mass = unsigned long long;
@@ -25,17 +27,18 @@ using Key = unsigned int;
 struct Shared {
   float raw_max[MAX_WARPS], raw_sum[MAX_WARPS], max[MAX_WARPS], lowest[MAX_WARPS];
   int token[MAX_WARPS];
-  Mass segment[MAX_WARPS];  // what the tokens weigh that are kept in a warp's segment
+  Mass segment[MAX_WARPS];  // the mass of the kept tokens in each warp's segment
   Mass scan[MAX_WARPS];
-  unsigned int low[MAX_THREADS], high[MAX_THREADS];  // a histogram: a bin for each thread
+  unsigned int low[MAX_THREADS], high[MAX_THREADS];  // a histogram with one 64-bit bin per thread
   Key first, last;
   Mass above;
   int bin;
 };
 
-// -- logits and their weights ---------------------------------------------------------------------
+// -- logits and their masses ----------------------------------------------------------------------
 
-// Keys are ordered as the floats are: those below zero by their complement. -0 is 0.
+// An unsigned key per float, in the same order as the floats: the bits of a negative float are
+// inverted, and those of another float get the highest bit set. -0 has the key of 0.
 __device__ inline Key key_of(float x) {
   const unsigned int bits = x == 0.0f ? 0u : __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -44,13 +47,14 @@ __device__ inline float value_of(Key key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// A row as the filters see it: (V,) logits of which those not allowed are -inf, with the
-// repetition penalty. With KEEP the values lie in shared memory after the first pass.
+// The adjusted logits of a row, (V,), which the filters read. The repetition penalty is applied,
+// and tokens that are not allowed have -inf. With KEEP, the first pass stores them in shared
+// memory.
 template <bool KEEP> struct Row {
   static constexpr int UNROLL = KEEP ? 4 : 2;
   const float* logits;
   const bool* seen;     // null without a penalty
-  const bool* allowed;  // null for all
+  const bool* allowed;  // null if all tokens are allowed
   float penalty;
   float* kept;
 
@@ -62,17 +66,21 @@ template <bool KEEP> struct Row {
   __device__ float operator[](int i) const { return KEEP ? kept[i] : adjusted(logits[i], i); }
 };
 
-// What a token weighs: p / max p = exp((x - max x) / t) = 2^y, y = (x - max x) log2(e) / t, in
-// units of 2^-44 and rounded down. In fixed point, since a sum of floats depends on the order of
-// its terms. The rounding of a row's sum is below V units: for V = 2^18 it is 1.5e-8 of the
-// likeliest token. 2^18 such tokens have room in 64 bits.
+// The mass of a token with adjusted logit x at temperature t: its probability relative to that of
+// the most likely token,
+//
+//   p / max p = exp((x - max x) / t) = 2^y,   y = (x - max x) log2(e) / t
+//
+// as an integer in units of 2^-44, rounded down. A sum of floats would depend on the order of its
+// terms. The rounding error of a row's sum is below V units, which for V = 2^18 is 1.5e-8 of the
+// most likely token's mass. The sum of 2^18 masses fits 64 bits.
 struct Weight {
   float max, sharpness;  // log2(e) / t
 
   __device__ float log2(float x) const { return (x - max) * sharpness; }
   __device__ Mass operator()(float x) const {
     const float y = log2(x);
-    return y > LEAST ? (Mass)(exp2f(y) * ONE) : 0;  // NaN weighs nothing
+    return y > LEAST ? (Mass)(exp2f(y) * ONE) : 0;  // 0 for NaN
   }
 };
 
@@ -90,7 +98,7 @@ __device__ inline Mass warp_total(Mass v) {
   return v;
 }
 
-// lane -> the sum of lanes 0 .. lane
+// The sum of v over the lanes 0 .. this lane.
 __device__ inline Mass warp_scan(Mass v) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -101,7 +109,8 @@ __device__ inline Mass warp_scan(Mass v) {
   return v;
 }
 
-// thread -> the sum of threads 0 .. thread; `total` is everybody's. One barrier.
+// The sum of v over the threads 0 .. this thread. `total` becomes the sum over all threads. There
+// is one barrier.
 __device__ inline Mass block_scan(Mass v, Mass* partial, Mass& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n_warps = blockDim.x / 32;
   const Mass in_warp = warp_scan(v);
@@ -115,13 +124,14 @@ __device__ inline Mass block_scan(Mass v, Mass* partial, Mass& total) {
 
 // -- the first pass -------------------------------------------------------------------------------
 
-// raw: of the logits as they came, for the log-probability. The rest is of the adjusted ones.
+// The results of the first pass. raw_max and raw_sum describe the original logits, which the
+// log-probability needs. The other members describe the adjusted logits.
 struct Summary {
   float raw_max = MINUS_INFINITY, raw_sum = 0.0f;  // sum of exp(x - raw_max)
   float max = MINUS_INFINITY, lowest = -MINUS_INFINITY;
-  int token = NO_TOKEN;  // the first of those with `max`
+  int token = NO_TOKEN;  // the first token with the logit `max`
 
-  // x - from is never -inf + inf, so that -inf adds 0 to a sum
+  // What to subtract from logits: their maximum, or 0 if that is -inf, as -inf + inf would be NaN.
   __device__ static float from(float max) { return max == MINUS_INFINITY ? 0.0f : max; }
 
   __device__ void likeliest(float x, int i) {
@@ -130,8 +140,8 @@ struct Summary {
     token = is_first ? i : token;
   }
 
-  // Of several threads' summaries, in the order of a tree: the sum is the same in each thread, and
-  // in each run.
+  // Combine the summaries of a warp (of the block). Sums are computed in a fixed tree order, so
+  // they are the same in each thread and in each run.
   template <bool SAMPLED> __device__ void join_warp() {
     const float all = warp_max(raw_max);
     raw_sum = warp_sum(raw_sum * __expf(raw_max - from(all)));
@@ -167,7 +177,7 @@ struct Summary {
   }
 };
 
-// The part of a vocabulary that a warp reads: its lanes take every 32nd of begin + lane .. end.
+// A warp's segment of the vocabulary. Lane l reads the tokens begin + l, begin + l + 32, ...
 struct Segment {
   int length, begin;
 
@@ -180,10 +190,10 @@ struct Segment {
   __device__ int end(int n) const { return min(begin + length, n); }
 };
 
-// One pass for all: the sum of exponentials is scaled anew where the maximum grows.
+// Compute the summary in one pass. When the maximum grows, the sum of exponentials is rescaled.
 template <bool SAMPLED, bool KEEP>
 __device__ Summary summarize(const Row<KEEP>& row, Segment segment, int n_vocab, int n_tokens) {
-  constexpr int AT_ONCE = !SAMPLED ? 12 : KEEP ? 8 : 4;  // loads in flight in a thread
+  constexpr int AT_ONCE = !SAMPLED ? 12 : KEEP ? 8 : 4;  // loads at a time per thread
   Summary all;
   const int end = segment.end(n_vocab);
   for (int i0 = segment.mine(); i0 < end; i0 += 32 * AT_ONCE) {
@@ -206,7 +216,7 @@ __device__ Summary summarize(const Row<KEEP>& row, Segment segment, int n_vocab,
       const int i = i0 + 32 * j;
       if (i >= end || i >= n_tokens) continue;
       const float adjusted = row.adjusted(x[j], i);
-      if (adjusted > all.max) {  // i grows, so that this is the first of equals
+      if (adjusted > all.max) {  // keeps the first of equal logits, because i grows
         all.max = adjusted;
         all.token = i;
       }
@@ -219,13 +229,13 @@ __device__ Summary summarize(const Row<KEEP>& row, Segment segment, int n_vocab,
 
 // -- filters --------------------------------------------------------------------------------------
 
-// What every filter keeps; other tokens have the mass 0.
+// The masses of the tokens after all filters. Tokens that a filter drops have the mass 0.
 template <bool KEEP> struct Kept {
   const Row<KEEP>& row;
   const Weight& weight;
-  Key top_k;         // the least key that is kept
-  Key top_p;         // that of top_p, which also keeps
-  Mass top_p_equal;  // what weighs as much: tokens of equal probability stay together
+  Key top_k;         // the least key that top_k keeps
+  Key top_p;         // the least key that top_p keeps
+  Mass top_p_equal;  // its mass; top_p keeps all tokens of this mass, as they are equally likely
   float log2_min_p;
 
   __device__ Mass operator[](int i) const {
@@ -237,7 +247,7 @@ template <bool KEEP> struct Kept {
   }
 };
 
-// A 64-bit sum of two 32-bit atomics, which shared memory has in hardware.
+// Add to a 64-bit bin by two 32-bit atomic additions, which shared memory supports in hardware.
 __device__ inline void add(Shared& s, int bin, Mass weight) {
   const unsigned int low = (unsigned int)weight;
   const unsigned int old = atomicAdd(&s.low[bin], low);
@@ -245,17 +255,19 @@ __device__ inline void add(Shared& s, int bin, Mass weight) {
   if (high != 0) atomicAdd(&s.high[bin], high);
 }
 
-// The least key, among those that top_k keeps, above which all tokens weigh at most a limit. What
-// is not less than that key is kept, so that equals stay together.
+// The threshold of top_k or top_p: the least key such that the tokens above it weigh at most
+// `limit` together. Only tokens that top_k keeps count. The filter keeps all tokens with this key
+// or a larger one, so it treats equal logits equally.
 //
-// top_k: every token weighs 1, and the limit is k - 1. top_p (MASS): a token weighs its mass, and
-// the limit is p times the sum of all. `limit_of` is k - 1 or p.
+// For top_k, every token weighs 1 and limit = k - 1. For top_p (MASS), a token weighs its mass and
+// limit is p times the sum of all masses. limit_of is k - 1 or p.
 //
-// A histogram of a range of keys has a bin for each thread, the likeliest in bin 0. The sums before
-// the bins show which one crosses the limit; its smallest and largest key are the next range. The
-// first round's bins have equal widths in x, so that logits spread over them, the others' in keys,
-// until one key is left. Each round divides the range by the number of threads; two or three are
-// usual, of two passes each.
+// The search makes a histogram of a range of keys, with one bin per thread and the largest keys in
+// bin 0. A scan over the bins finds the bin in which the sum crosses the limit. The next round
+// searches the range from the smallest to the largest key in that bin, until one key is left. In
+// the first round, bins have equal widths in x, which distributes the logits evenly. In later
+// rounds they have equal widths in keys, and each round divides the range by the number of threads.
+// Two or three rounds of two passes each are usual.
 template <bool MASS, bool KEEP>
 __device__ Key least_kept(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_tokens,
                           double limit_of) {
@@ -300,7 +312,7 @@ __device__ Key least_kept(Shared& s, const Kept<KEEP>& kept, Segment segment, in
     }
     __syncthreads();
     const int bin = s.bin;
-    if (bin < 0) break;  // all together are within the limit
+    if (bin < 0) break;  // all tokens together weigh at most the limit
     Key low = 0xffffffffu, high = 0;
 #pragma unroll Row<KEEP>::UNROLL
     for (int i = segment.mine(); i < end; i += 32) {
@@ -324,8 +336,9 @@ __device__ Key least_kept(Shared& s, const Kept<KEEP>& kept, Segment segment, in
 
 // -- the draw -------------------------------------------------------------------------------------
 
-// The first token at which the sum of the masses exceeds uniform * total. One thread finds it: its
-// `token` becomes that, the others' NO_TOKEN. Where nothing weighs anything, `token` stays.
+// Find the first token at which the cumulative sum of the masses exceeds uniform * total. One
+// thread finds it and sets its `token` to it; the other threads set theirs to NO_TOKEN. If the
+// total is 0, `token` does not change.
 template <bool KEEP>
 __device__ void draw(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_tokens,
                      double uniform, int& token) {
@@ -336,7 +349,7 @@ __device__ void draw(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_t
   sum = warp_total(sum);
   if (lane == 0) s.segment[warp] = sum;
   __syncthreads();
-  // every warp finds the segment
+  // every warp computes the segment that contains the token
   const Mass own = lane < n_warps ? s.segment[lane] : 0;
   const Mass through = warp_scan(own), total = __shfl_sync(ALL_LANES, through, 31);
   if (total == 0) return;
@@ -344,7 +357,7 @@ __device__ void draw(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_t
   Mass target = product < total ? product : total - 1;
   const int chosen = __ffs((int)__ballot_sync(ALL_LANES, target < through)) - 1;
   target -= __shfl_sync(ALL_LANES, through - own, chosen);
-  // the threads divide it, a few consecutive tokens for each
+  // the threads share this segment; each has a few consecutive tokens
   const int n_each = (segment.length + (int)blockDim.x - 1) / (int)blockDim.x;
   const int segment_end = min((chosen + 1) * segment.length, n_tokens);
   const int begin = chosen * segment.length + (int)threadIdx.x * n_each;
@@ -357,15 +370,17 @@ __device__ void draw(Shared& s, const Kept<KEEP>& kept, Segment segment, int n_t
   for (token = begin; (before += kept[token]) <= target;) token++;
 }
 
-// ids[b], log_probs[b] = the next token of row b and its log-probability under the logits as they
-// came; seen[b, ids[b]] = true.
+// Write the next token of each row b to ids[b], and its log-probability under the original logits
+// to log_probs[b]; set seen[b, ids[b]] = true.
 //
-//   logits (B, V), uniform (B,) in [0, 1), seen (B, V) or null, allowed (n_tokens,) or null.
-//   Off are: penalty 1, top_k 0, top_p 1, log2_min_p -inf. sharpness is log2(e) / temperature.
+//   logits (B, V), uniform (B,) in [0, 1), seen (B, V) or null, allowed (n_tokens,) or null
+//   sharpness = log2(e) / temperature
+//   disabled options have the values penalty 1, top_k 0, top_p 1, log2_min_p -inf
 //
-// Grid: B blocks, of a multiple of 32 threads. SAMPLED: false takes the likeliest token and reads
-// no uniform and no filter. KEEP: n_tokens floats of dynamic shared memory hold the row after the
-// first pass; without, later passes read it from L2 again.
+// Grid: B blocks, each with a multiple of 32 threads. If SAMPLED is false, the kernel chooses the
+// most likely token, and ignores uniform and the filters. If KEEP is true, n_tokens floats of
+// dynamic shared memory contain the adjusted logits after the first pass. Otherwise, later passes
+// read the logits again, usually from the L2 cache.
 // registers: at most 64
 template <bool SAMPLED, bool KEEP>
 __global__ void __launch_bounds__(MAX_THREADS)
@@ -384,8 +399,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
   const Segment segment(n_vocab);
   Summary all = summarize<SAMPLED>(row, segment, n_vocab, n_tokens);
   all.join_block<SAMPLED>(s);
-  int token = NO_TOKEN;  // the thread that has it writes it
-  if (threadIdx.x == 0) token = all.token < n_tokens ? all.token : 0;  // none among NaN
+  int token = NO_TOKEN;  // the one thread in which this becomes a token writes the results
+  if (threadIdx.x == 0) token = all.token < n_tokens ? all.token : 0;  // 0 if all are NaN or -inf
   if (SAMPLED) {
     const Weight weight = {all.max, sharpness};
     Kept<KEEP> kept = {row, weight, key_of(all.lowest), 0, 0, log2_min_p};
@@ -398,7 +413,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
   }
   if (token == NO_TOKEN) return;
   ids[blockIdx.x] = token;
-  // without a penalty the likeliest logit is at hand
+  // the greedy token's logit is known already, unless the penalty has changed it
   const bool is_known = !SAMPLED && !is_penalized && all.max > MINUS_INFINITY;
   const float x = is_known ? all.max : row.logits[token];
   log_probs[blockIdx.x] = x - all.raw_max - logf(all.raw_sum);

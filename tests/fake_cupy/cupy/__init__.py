@@ -1,7 +1,6 @@
-"""`import cupy` without a GPU: the CuPy for tests as a module of its own.
+"""A package named cupy for programs under test on machines without a GPU.
 
-With the folder above on PYTHONPATH, programs take it for CuPy, and sitecustomize.py beside this
-one for the driver.
+PYTHONPATH must contain the parent folder. Its sitecustomize.py provides the matching CUDA driver.
 """
 
 import sys
@@ -25,12 +24,12 @@ def __getattr__(name: str) -> object:
 
 
 def asarray(array: object) -> StrictArray:
-    """A copy of a NumPy array on the device."""
+    """Copy a NumPy array to the device."""
     return array if isinstance(array, StrictArray) else DEVICE.upload(array)
 
 
 def asnumpy(array: StrictArray) -> np.ndarray:
-    """A copy of a device array on the host."""
+    """Copy a device array to the host."""
     if not isinstance(array, StrictArray):
         raise TypeError(f"asnumpy was given a {type(array).__name__}: expected a device array")
     return DEVICE.download(array.array)

@@ -1,0 +1,38 @@
+"""The logit lens: the model's head applied to the residual stream after each layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from npllama.ops import Ops
+from npllama.parameters import Head
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What the head makes of the stream after each layer, the embedding first.
+
+    Attributes:
+        ids, probability: (L+1, T, n), the likeliest tokens, the likeliest first.
+        entropy: (L+1, T), how undecided the distribution is, in bits.
+
+    Source: nostalgebraist 2020 (interpreting GPT: the logit lens).
+    """
+
+    ids: np.ndarray
+    probability: np.ndarray
+    entropy: np.ndarray
+
+
+def look_through(ops: Ops, hidden: Sequence[np.ndarray], head: Head, n: int) -> Lens:
+    """The lens of the L+1 streams `hidden`, (T, D) each, with the n likeliest tokens."""
+    xp, to_host = ops.backend.xp, ops.backend.to_host
+    looks = []
+    for x in hidden:
+        logits = ops.head(ops.backend.to_device(x)[None], head)[0]  # (1, T, D) -> (T, V)
+        ids, log_p = ops.likeliest(logits, min(n, logits.shape[-1]))  # (T, n)
+        every_p, every_log_p = ops.softmax(logits), ops.log_softmax(logits)
+        entropy = -(every_p * every_log_p).sum(axis=-1) / np.log(2)
+        looks.append((to_host(ids), to_host(xp.exp(log_p)), to_host(entropy)))
+    return Lens(*(np.stack(part) for part in zip(*looks, strict=True)))

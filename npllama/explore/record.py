@@ -1,0 +1,229 @@
+"""One run of a model as plain NumPy arrays: everything that the page shows, and no HTML.
+
+The elements come from `Ops`, the reference that the page prints: its own blocks run, and what they
+pass to one another is kept. Letters: N tokens of the prompt, T of them in the window that is
+shown, L layers, H query heads, K key-value heads, C head width, D width, F ffn width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from npllama.config import LlamaConfig
+from npllama.errors import InputError
+from npllama.explore.choice import Choice, choose, most_open
+from npllama.explore.layers import LayerRecord, record_layers
+from npllama.explore.lens import Lens, look_through
+from npllama.explore.rotation import Rotations, rotate
+from npllama.explore.running import Growth, Times, measure_growth, time_operations
+from npllama.llama import DEFAULT_SAMPLING, Llama, Prompt
+from npllama.model import Transformer
+from npllama.ops import Ops
+from npllama.sampling_options import Sampling
+
+WINDOW = 24
+"""Tokens that the pictures have room for: of a longer prompt the last ones are shown."""
+MAX_WINDOW = 48
+LIKELIEST = 5
+"""Tokens that the lens keeps at each layer and position."""
+NEW_TOKENS = 24
+BUDGET, MAX_BUDGET = 1.2, 5.0
+
+
+@dataclass(frozen=True, repr=False)
+class Record:
+    """One run.
+
+    Attributes:
+        model: a name for the model.
+        config, dtype, backend, device, context: what `llama` says of itself.
+        prompt: the text; None where ids were given.
+        ids: (N,), those of the prompt.
+        start: the window's first position; its tokens are ids[start:].
+        window_text: the window's text; None where there is no tokenizer.
+        embedded: (T, D), the stream before the first block.
+        layers: L of them.
+        layer_normed: (T, D), what LayerNorm without a bias would make of `embedded` in the first
+            block.
+        rotations: RoPE's frequencies, and one query and key at many positions.
+        lens: the likeliest token after every layer.
+        choice: how one of the new tokens was chosen, the one that was least certain.
+        sampling, seed: what all tokens are chosen with.
+        new_ids, new_text, finish_reason: of `Llama.generate` with the same seed, on this
+            backend's own operations; the text is None where there is no tokenizer.
+        growth: what a token costs with and without the cache.
+        times: where the time of that generation went.
+        weight_nbytes: bytes of weights that one forward reads.
+        cache_itemsize: bytes of an element of the cache.
+        pieces_by_id: how the vocabulary writes the tokens of this run; empty without a tokenizer.
+    """
+
+    model: str
+    config: LlamaConfig
+    dtype: str
+    backend: str
+    device: str
+    context: int
+    prompt: str | None
+    ids: tuple[int, ...]
+    start: int
+    window_text: str | None
+    embedded: np.ndarray
+    layers: tuple[LayerRecord, ...]
+    layer_normed: np.ndarray
+    rotations: Rotations
+    lens: Lens
+    choice: Choice
+    sampling: Sampling
+    seed: int
+    new_ids: tuple[int, ...]
+    new_text: str | None
+    finish_reason: str
+    growth: Growth
+    times: Times
+    weight_nbytes: int
+    cache_itemsize: int
+    pieces_by_id: dict[int, str]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Record of {len(self.ids)} tokens and {len(self.new_ids)} new ones through "
+            f"{self.config.n_layers} layers of {self.model}>"
+        )
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """(L+1, T, D), the residual stream: the embedding, then what each block left."""
+        return np.stack([self.embedded, *(layer.hidden for layer in self.layers)])
+
+    @property
+    def pieces(self) -> list[str]:
+        """The T pieces of the window."""
+        return [self.piece(id_) for id_ in self.ids[self.start :]]
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return bool(self.pieces_by_id)
+
+    def piece(self, id_: int) -> str:
+        """How the vocabulary writes a token; "#" and its number where there is no tokenizer."""
+        return self.pieces_by_id.get(int(id_)) or f"#{int(id_)}"
+
+    def stacked(self, name: str) -> np.ndarray:
+        """One field of LayerRecord for all layers: (L, ...)."""
+        return np.stack([getattr(layer, name) for layer in self.layers])
+
+
+def record(
+    llama: Llama,
+    prompt: Prompt,
+    *,
+    model: str = "the model",
+    seed: int | None = 0,
+    sampling: Sampling = DEFAULT_SAMPLING,
+    max_new_tokens: int = NEW_TOKENS,
+    window: int = WINDOW,
+    budget: float = BUDGET,
+) -> Record:
+    """Run a prompt through the model, and keep what the page shows.
+
+    Args:
+        prompt: a text, or token ids.
+        model: a name for the model.
+        seed, sampling, max_new_tokens: as for `Llama.generate`.
+        window: of a longer prompt the last `window` tokens are kept.
+        budget: seconds in which the cost of long texts is measured; the rest is extrapolated.
+
+    Raises:
+        InputError: as for `Llama.generate`; or a window or a budget that is out of range.
+
+    >>> import npllama
+    >>> run = record(npllama.load(), "Once upon a time", budget=0)
+    >>> run.stacked("attention").shape  # (L, H, T, T)
+    (6, 6, 5, 5)
+    """
+    if not 1 <= window <= MAX_WINDOW:
+        raise InputError(f"window is {window}: expected 1 to {MAX_WINDOW} tokens")
+    if not 0 <= budget <= MAX_BUDGET:
+        raise InputError(f"budget is {budget}: expected 0 to {MAX_BUDGET:g} seconds")
+    options = {"max_new_tokens": max_new_tokens, "seed": seed, "sampling": sampling}
+    generation = llama.new_generation([prompt], **options)  # which checks them all
+    options["seed"] = generation.seed
+    ids = [int(id_) for id_ in llama.encode(prompt)]
+    start = max(0, len(ids) - window)
+
+    ops = Ops(llama.backend)
+    reference = Transformer(llama.config, llama.parameters, ops, llama.context)
+    completion = llama.generate(ids, **options)
+    new = list(completion.ids)
+    cache = reference.new_cache(context=len(ids) + max(len(new) - 1, 0))
+    embedded, layers = record_layers(reference, ids, start, cache)
+    head, first = llama.parameters.head, llama.parameters.layers[0]
+    hidden = [embedded, *(layer.hidden for layer in layers)]
+    lens = look_through(ops, hidden, head, LIKELIEST)
+    after = llama.backend.to_device(hidden[-1][-1:])[None]  # (1, 1, D)
+    logits = [ops.head(after, head)[0]]  # (1, V)
+    if len(new) > 1:
+        tokens = reference.to_tokens(new[:-1])[None]
+        logits.append(reference.forward(tokens, cache, n_last=len(new) - 1)[0])
+    each = llama.backend.xp.concatenate(logits)  # (new tokens, V), or (1, V)
+    step = most_open(ops, each, sampling.temperature)
+    choice = choose(
+        ops,
+        each[step : step + 1],
+        [*ids, *new[:step]],
+        step,
+        sampling,
+        generation.seed,
+        generation.n_tokens,
+        generation.allowed,
+    )
+    centred = llama.backend.to_device(embedded - embedded.mean(axis=-1, keepdims=True))
+
+    def again() -> int:
+        if completion.ids:
+            return len(llama.generate(ids, **options).ids)
+        llama.logits(ids)
+        return 0
+
+    shown = {llama.config.bos_id, *ids[start:], *new, choice.id, *map(int, lens.ids.ravel())}
+    shown |= set(map(int, np.argsort(-choice.logits, kind="stable")[:64]))
+    return Record(
+        model=model,
+        config=llama.config,
+        dtype=llama.dtype,
+        backend=llama.backend.name,
+        device=llama.backend.device_name(),
+        context=llama.context,
+        prompt=prompt if isinstance(prompt, str) else None,
+        ids=tuple(ids),
+        start=start,
+        window_text=_window_text(llama, prompt, ids, start),
+        embedded=embedded,
+        layers=layers,
+        layer_normed=llama.backend.to_host(
+            # LayerNorm is RMSNorm of what is left once the mean is subtracted
+            ops.rms_norm(centred, first.attention_norm, first.norm_eps)
+        ),
+        rotations=rotate(ops, llama.config, reference.rotation, layers[0], min(window, WINDOW)),
+        lens=lens,
+        choice=choice,
+        sampling=sampling,
+        seed=generation.seed,
+        new_ids=tuple(completion.ids),
+        new_text=completion.text,
+        finish_reason=completion.finish_reason,
+        growth=measure_growth(llama, budget),
+        times=time_operations(llama, again, len(ids)),
+        weight_nbytes=llama.bytes_per_forward,
+        cache_itemsize=llama.cache_dtype.itemsize,
+        pieces_by_id={}
+        if llama.tokenizer is None
+        else {id_: llama.tokenizer.piece(id_) for id_ in shown if id_ < llama.tokenizer.n_ids},
+    )
+
+
+def _window_text(llama: Llama, prompt: Prompt, ids: list[int], start: int) -> str | None:
+    if llama.tokenizer is None:
+        return None
+    return prompt if isinstance(prompt, str) and start == 0 else llama.decode(ids[start:])
