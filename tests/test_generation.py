@@ -374,7 +374,7 @@ def test_prompts_of_another_kind_are_refused(llama):
     for prompt in (5, b"abc", np.array(5)):
         with pytest.raises(InputError, match="expected a text or token ids"):
             llama.generate(prompt)
-    with pytest.raises(InputError, match=r"llama\.encode\(text\) makes them"):
+    with pytest.raises(InputError, match=r"llama\.encode\(text\) returns"):
         llama.logits("abc")
     with pytest.raises(InputError, match=r"sampling is 0\.7"):
         llama.generate_batch(["abc"], sampling=0.7)
