@@ -13,11 +13,9 @@ if __name__ == "__main__":  # before the other imports, which take a while
     end_at_once()
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from npllama.chat_commands import command_words, run_command
@@ -30,7 +28,6 @@ from npllama.console import (
     tell,
 )
 from npllama.conversation import Chat
-from npllama.dialogue import find_chat_format
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, NpllamaError, exhausted
 from npllama.input_history import History, history_file
@@ -50,6 +47,7 @@ from npllama.options import (
     add_stats,
     add_system,
     check_model,
+    find_format,
     generation_options,
     load_model,
     run_program,
@@ -158,8 +156,7 @@ def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
     """
     if args.model is None:
         return story, STORIES
-    directory = Path(args.model) if os.path.isdir(args.model) else None  # load reports others
-    chat_format, note = find_chat_format(directory, args.chat_format)
+    chat_format, note = find_format(args)
     if note is not None:
         note = (
             f"{args.model} has no chat template (in chat_template.jinja or tokenizer_config.json): "

@@ -392,7 +392,7 @@ def _n_system(messages: list[Message]) -> int:
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that are None, which stands for the default."""
+    """The options that are not None. None selects the default."""
     return {name: value for name, value in options.items() if value is not None}
 
 

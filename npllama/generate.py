@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the other imports, which take a while
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -31,7 +30,7 @@ from npllama.console import (
     utf8,
     write,
 )
-from npllama.dialogue import encode_chat, find_chat_format
+from npllama.dialogue import encode_chat
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError
 from npllama.generation import Generation
@@ -50,6 +49,7 @@ from npllama.options import (
     add_stats,
     add_system,
     check_model,
+    find_format,
     flag,
     generation_options,
     load_model,
@@ -220,11 +220,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(generation, prompts, llama, args.logprobs is not None)
         else:
-            heads = [""] * len(prompts)
-            if not args.no_echo:
-                begun = "\n" + (args.answer or "") if args.chat else ""
-                heads = [prompt + begun for prompt in prompts]
-            print_text(generation, heads)
+            print_text(generation, heads_of(prompts, args))
     except KeyboardInterrupt:
         interrupted = True
     except ReaderLeftError:
@@ -232,12 +228,7 @@ def run(args: argparse.Namespace) -> int:
             prompt_cache.save()
         return 0
     if args.logprobs is not None and not args.json:
-        # a list, because `completion` ends a row
-        begun = [row for row in generation.rows if generation.has_begun(row)]
-        for row in begun:
-            if len(prompts) > 1:
-                tell(f"prompt {row.number + 1} of {len(prompts)}: {prompts[row.number][:60]!r}")
-            print_log_probs(llama, generation.completion(row))
+        print_all_log_probs(llama, generation, prompts)
     completions = generation.completions()
     if args.max_new_tokens > 0 and (note := no_room(completions, llama)) is not None:
         tell(f"npllama: {note}")
@@ -269,8 +260,7 @@ def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
             "--chat needs a chat model, and the one that ships with npllama tells stories: give "
             "--model DIR, or leave out --chat"
         )
-    directory = Path(args.model) if os.path.isdir(args.model) else None  # load reports others
-    return find_chat_format(directory, args.chat_format)
+    return find_format(args)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -408,6 +398,14 @@ class Progress:
             self._bar.close()
 
 
+def heads_of(prompts: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """The text before each completion: the prompt, and the beginning of the answer in a chat."""
+    if args.no_echo:
+        return [""] * len(prompts)
+    begun = "\n" + (args.answer or "") if args.chat else ""
+    return [prompt + begun for prompt in prompts]
+
+
 def print_json(
     generation: Generation, prompts: Sequence[str], llama: Llama, log_probs: bool
 ) -> None:
@@ -482,6 +480,16 @@ def as_json(prompt: str, completion: Completion, llama: Llama, log_probs: bool) 
     if completion.top_logprobs is None:
         del fields["top_logprobs"]
     return json.dumps(fields, allow_nan=False)
+
+
+def print_all_log_probs(llama: Llama, generation: Generation, prompts: Sequence[str]) -> None:
+    """Write the table of each row that has begun to standard error."""
+    # a list, because `completion` ends a row
+    begun = [row for row in generation.rows if generation.has_begun(row)]
+    for row in begun:
+        if len(prompts) > 1:
+            tell(f"prompt {row.number + 1} of {len(prompts)}: {prompts[row.number][:60]!r}")
+        print_log_probs(llama, generation.completion(row))
 
 
 def print_log_probs(llama: Llama, completion: Completion) -> None:

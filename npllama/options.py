@@ -1,9 +1,11 @@
 """The options that generate and chat share, and the functions that evaluate them."""
 
 import argparse
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from npllama.backend import BACKENDS
@@ -16,6 +18,8 @@ from npllama.console import (
     tell,
     utf8,
 )
+from npllama.dialogue import find_chat_format
+from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, TokenizerWarning
 from npllama.escapes import unescape
 from npllama.llama import MAX_NEW_TOKENS, Llama, load
@@ -177,7 +181,7 @@ def add_chat_format(group: argparse._ArgumentGroup) -> None:
         "--chat-format",
         choices=tuple(CHAT_FORMATS),
         help="the format that the model was trained on (default: the checkpoint's own chat "
-        "template, which needs the extra [chat]; llama-2 where it has none)",
+        "template, which needs the extra [chat]; llama-2 if it has none)",
     )
 
 
@@ -279,6 +283,12 @@ def check_model(args: argparse.Namespace) -> None:
         raise InputError("--model is empty: expected a model directory")
 
 
+def find_format(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
+    """`find_chat_format` for --model and --chat-format."""
+    directory = Path(args.model) if os.path.isdir(args.model) else None  # load reports others
+    return find_chat_format(directory, args.chat_format)
+
+
 def load_model(args: argparse.Namespace) -> Llama:
     """Load the model, and write its notes to standard error."""
     with warnings.catch_warnings():
@@ -304,8 +314,8 @@ def load_model(args: argparse.Namespace) -> Llama:
 def run_program(run: Callable[[], int], out_of_memory: str) -> int:
     """Call `run` and return the exit code of the program.
 
-    Errors are one line on standard error, and long work shows its progress there. If the reader of
-    standard output leaves, the exit code is 0. `run` writes what Ctrl-C needs: it adds no line.
+    An error is one line on standard error, and long work shows its progress there. The exit code is
+    0 if the reader of standard output leaves, and 130 after Ctrl-C, without a line.
 
     Args:
         out_of_memory: advice for the line if memory runs out.
