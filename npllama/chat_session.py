@@ -1,4 +1,4 @@
-"""The dialogue of npllama.chat: messages are answered, and answers are written and replaced."""
+"""A session of npllama.chat: it answers messages, and writes the answers and their notes."""
 
 from collections.abc import Callable
 from typing import Any

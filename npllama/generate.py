@@ -99,9 +99,9 @@ def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
     p = _Parser(
         prog=started_as("generate", "python -m npllama.generate"),
-        description="Continue a text with a LLaMA-2 model. The text goes to standard output as "
-        "it is made; everything else goes to standard error, on a terminal with the time left of "
-        "what takes long.",
+        description="Continue a text with a LLaMA-2 model. Text goes to standard output as it is "
+        "generated, and everything else to standard error. On a terminal, long work shows the time "
+        "left.",
         epilog='Example: python -m npllama.generate --model ./llama-2-7b --prompt "The sea"',
     )
     add_model(p)
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompt-file",
         action=Once,
         metavar="FILE",
-        help="a file with one prompt a line, continued together; an empty line starts from "
+        help="a file with one prompt per line, all continued together; an empty line starts from "
         'nothing, "-" reads the lines of standard input',
     )
     add_escapes(p, "--prompt, --system, --answer and --stop")
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
         action=Once,
         type=utf8,
         metavar="TEXT",
-        help="how the assistant's answer begins; the model continues it",
+        help="the beginning of the assistant's answer, which the model continues",
     )
     add_chat_format(chat)
 
@@ -278,7 +278,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         ) from None
     text = _decoded(content, name)
     if not text:
-        raise InputError(f"{name} is empty: expected one prompt a line")
+        raise InputError(f"{name} is empty: expected one prompt per line")
     return text.removesuffix("\n").split("\n")
 
 

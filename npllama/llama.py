@@ -47,7 +47,7 @@ MAX_TOP_LOGPROBS = 20  # each one takes a pass over the logits
 MAX_THREADS = 1024
 DEFAULT_SAMPLING = Sampling()
 NO_TOKENIZER = (
-    "{} has no tokenizer.model or tokenizer.json: put the checkpoint's there to work with text, "
+    "{} has no tokenizer.model or tokenizer.json: copy the checkpoint's file there to use text, "
     "or pass token ids"
 )
 SHIPPED_CANNOT_CHAT = (

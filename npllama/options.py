@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
-            message += f"; a text that begins with a dash is given as {self.texts}=TEXT"
+            message += f"; write {self.texts}=TEXT for a text that begins with a dash"
         self.exit(WRONG_INPUT, f"npllama: error: {message} (--help lists all options)\n")
 
 
@@ -71,7 +71,7 @@ class Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if getattr(namespace, self.dest) is not None:
-            hint = "; --prompt-file takes several prompts, one a line"
+            hint = "; --prompt-file takes several prompts, one per line"
             raise argparse.ArgumentError(
                 self, f"it is given twice: expected one{hint if self.dest == 'prompt' else ''}"
             )
@@ -171,7 +171,7 @@ def add_system(group: argparse._ArgumentGroup) -> None:
         action=Once,
         type=utf8,
         metavar="TEXT",
-        help="how the assistant should behave",
+        help="the system prompt: how the assistant should behave",
     )
 
 

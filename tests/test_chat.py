@@ -182,7 +182,7 @@ def test_wrong_options_are_one_line(call, model, monkeypatch, capsys):
             return capsys.readouterr().err
 
     assert "'Hi' belongs to no option: messages are typed, or piped to standard" in line("Hi")
-    assert "is given as --system=TEXT" in line("--system")
+    assert "write --system=TEXT for" in line("--system")
     assert "temperature is -1.0: expected 0 or above" in line("--temperature", "-1")
     assert "max_new_tokens is -1: expected a whole number" in line("--max-new-tokens", "-1")
     assert "a stop text is empty" in line("--stop", "")

@@ -637,7 +637,7 @@ def test_a_prompt_file_may_be_standard_input(model, monkeypatch, capsys):
     assert (code, err) == (0, "")
     assert out == "".join(p + completion(model, p).text + "\n" for p in ("Once", "", "Twice"))
     stdin(b"")
-    assert "standard input is empty: expected one prompt a line" in error_line(capsys, *args)
+    assert "standard input is empty: expected one prompt per line" in error_line(capsys, *args)
     stdin(b"\xff")
     assert "standard input is not UTF-8 (byte 0)" in error_line(capsys, *args)
     stdin(b"a\n" + b"long" * 250)
@@ -775,7 +775,7 @@ def test_errors_of_the_model_directory(capsys, tmp_path, model):
     for folder in (tmp_path / "empty", f"{tmp_path / 'empty'}/"):
         assert "empty is empty: expected a model directory; hf download NAME" in line(folder)
     bare = write_model(tmp_path / "bare", CONFIG, tokenizer=False)
-    assert f"{bare} has no tokenizer.model or tokenizer.json: put" in line(bare)
+    assert f"{bare} has no tokenizer.model or tokenizer.json: copy" in line(bare)
     narrow = write_model(tmp_path / "narrow", replace(CONFIG, vocab_size=200))
     pieces = f"{narrow / 'tokenizer.model'} has 260 pieces, but the model has 200 embedding rows"
     assert pieces in line(narrow)
