@@ -135,7 +135,7 @@ def run(model: str | Path, prompt: str, max_new_tokens: int) -> None:
     tokenizer = read_tokenizer(directory, config)
     if tokenizer is None:
         raise TokenizerError(
-            f"{directory} has no tokenizer.model or tokenizer.json: copy the checkpoint's file there"
+            f"{directory} has no tokenizer.model or tokenizer.json: put the checkpoint's there"
         )
     ids = tokenizer.encode_prompt(prompt)  # BOS first
     if len(ids) > config.context_length or max_new_tokens < 0:
