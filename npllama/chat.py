@@ -154,16 +154,7 @@ def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
     Raises:
         TokenizerError: the chat template is damaged.
     """
-    if args.model is None:
-        return story, STORIES
-    chat_format, note = find_format(args)
-    if note is not None:
-        note = (
-            f"{args.model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
-            "Llama-2-chat's format is used; name another with --chat-format, or use npllama "
-            "generate if it is no chat model"
-        )
-    return chat_format, note
+    return (story, STORIES) if args.model is None else find_format(args)
 
 
 def open_source(args: argparse.Namespace) -> Source:

@@ -128,13 +128,13 @@ def write(text: str) -> None:
         raise kind(f"standard output cannot be written: {error.strerror or error}") from None
 
 
-# Control characters but for tab and newline
+# Control characters except tab and newline
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 
 def show(text: str) -> None:
-    """Write `text` to standard output at once; on a terminal without its control characters,
-    which a terminal would obey and a file keeps.
+    """Write `text` to standard output and flush it. On a terminal, U+FFFD replaces control
+    characters, which the terminal would obey.
 
     Raises:
         ReaderLeftError, OutputError: as `write`.

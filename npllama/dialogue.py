@@ -116,5 +116,5 @@ def find_chat_format(
     return llama_2, (
         f"{directory or 'the model'} has no chat template (in chat_template.jinja or "
         "tokenizer_config.json): Llama-2-chat's format is used; name another with --chat-format "
-        "(chat_format= in Python), or give a model that was not trained to chat a text to continue"
+        "(chat_format= in Python), or continue a text if the model was not trained to chat"
     )

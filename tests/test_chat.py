@@ -140,8 +140,8 @@ def test_a_model_without_a_format_says_so_first(call, model):
     assert code == 0
     assert err.startswith(
         f"npllama: {model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
-        "Llama-2-chat's format is used; name another with --chat-format, or use "
-        "npllama generate if it is no chat model\n"
+        "Llama-2-chat's format is used; name another with --chat-format (chat_format= in Python), "
+        "or continue a text if the model was not trained to chat\n"
     )
 
 

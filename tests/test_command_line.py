@@ -566,7 +566,7 @@ def test_chat_without_a_template_says_so_and_on_the_shipped_model_is_refused(mod
     assert err == (
         f"npllama: {model} has no chat template (in chat_template.jinja or tokenizer_config.json): "
         "Llama-2-chat's format is used; name another with --chat-format (chat_format= in Python), "
-        "or give a model that was not trained to chat a text to continue\n"
+        "or continue a text if the model was not trained to chat\n"
     )
     line = error_line(capsys, *args)
     assert "--chat needs a chat model, and the one that ships with npllama tells stories" in line

@@ -94,7 +94,12 @@ def test_with_standard_error_closed_standard_output_has_the_text_alone(
     model, capsys, closed_stderr
 ):
     args = ["--model", model, "--prompt", "Once", "--max-new-tokens", "3", "--no-echo"]
-    assert generate.main([*args, "--stats", "--logprobs", "--dtype", "float16", "--json"]) == 0
+    assert (
+        generate.main(
+            [*args, "--ignore-eos", "--stats", "--logprobs", "--dtype", "float16", "--json"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert json.loads(out)["finish_reason"] == "length"
     assert out.count("\n") == 1
