@@ -97,9 +97,9 @@ class NumpyEquations(Equations):
     def _product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
         """y = x W^T without the scale of W's rows: x (M, D) float32, W (O, D) -> (M, O) float32.
 
-        y is usually computed as y^T = W x^T. Weights smaller than float32 are widened tile by tile.
-        For few rows, worker processes may compute parts of the product (shared_products.py decides
-        for which matrices).
+        y is usually computed as y^T = W x^T. Elements smaller than float32 are widened tile by
+        tile. For few rows, worker processes may compute parts of the product (shared_products.py
+        decides for which matrices).
         """
         n_rows, n_out = len(x), w.shape[0]
         threads = self.backend.threads
