@@ -131,7 +131,7 @@ class CupyOps(Ops):
         return super().feed_forward(x, layer)
 
     def head(self, x: Array, head: Head) -> Array:
-        """`Ops.head`, in one kernel for one token per row and few rows, else with a cuBLAS product."""
+        """`Ops.head`: one kernel for one token per row and few rows, else a cuBLAS product."""
         w = head.lm_head
         if self._fits_step(x, w):
             return gemv.gemv(self.kernels, w, x, norm=head.norm, eps=head.norm_eps)
@@ -151,7 +151,7 @@ class CupyOps(Ops):
         n_tokens: int | None = None,
         allowed: Array | None = None,
     ) -> tuple[Array, Array]:
-        """`Ops.next_token` in one kernel, if that kernel supports all options in `sampling`."""
+        """`Ops.next_token` in one kernel, if that kernel supports these logits and filters."""
         arguments = (logits, uniform, sampling, seen, n_tokens, allowed)
         if sampling_kernel.fits(logits, sampling):
             return sampling_kernel.next_token(self.kernels, *arguments)
@@ -199,7 +199,7 @@ class CupyOps(Ops):
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """`Ops.attention` for a limited number of tokens at a time, so that it allocates no more than
+        """`Ops.attention` for a limited number of tokens at a time, so that it allocates at most
         `attention_nbytes`.
 
         Each part has the keys up to the position of its last token.
@@ -223,7 +223,7 @@ class CupyOps(Ops):
     # -- hooks -----------------------------------------------------------------------------------
 
     def prefill_chunk(self) -> int:
-        """More tokens than on the CPU, because smaller products leave a part of a large GPU idle."""
+        """More tokens than on the CPU, because smaller products leave parts of a large GPU idle."""
         return 2048
 
     def attention_nbytes(

@@ -102,8 +102,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return replace(layer, **changed).with_derived(**joined)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """A context that sets BLAS's number of threads for a forward pass. Only one thread at a time
-        can be in it.
+        """A context that sets BLAS's number of threads for a forward pass. Only one thread can hold
+        it at a time.
 
         BLAS uses `Threads.count` threads, by default as many as there are free cores. It uses one
         thread if the forward pass splits many rows over our own threads, or if worker processes

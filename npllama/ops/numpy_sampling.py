@@ -29,10 +29,10 @@ class NumpySampling(SamplingEquations):
         return kept
 
     def sample(self, logits: Array, uniform: Array) -> Array:
-        """Sampling with the softmax and the cumulative sum of only the tokens that the filters kept.
+        """Sampling with the softmax and the cumulative sum of only the tokens that are left.
 
-        Selecting these tokens takes time too. If the filters kept more than a quarter of the tokens
-        of a row, the reference samples from the whole row.
+        These are the tokens that the filters have not set to -inf. Selecting them takes time too,
+        so a row with more than a quarter of its tokens left goes to the reference.
         """
         ids = np.empty(len(logits), dtype="int64")
         for i, x in enumerate(logits):

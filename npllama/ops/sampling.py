@@ -40,8 +40,8 @@ class SamplingEquations(Equations):
         """(x_i - max x) / t, which has the same softmax as x_i / t; (B, V) -> (B, V).
 
         The dividend is at most 0, and t is clipped to [1e-30, 1e30]. A tiny temperature therefore
-        gives the greedy choice and a huge one the uniform distribution, and the result is never
-        NaN.
+        gives the greedy choice and a huge one the uniform distribution, without overflow and
+        without 0 / 0.
 
         Source: Hinton et al. 2015, equation 1.
         """

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_ROWS = 127
-"""The maximum number of rows of x in a shared product. For more rows, threads of this process are as
-fast."""
+"""The maximum number of rows of x in a shared product. For more rows, threads of the main process
+are as fast."""
 
 _SPIN = 0.005
 """Seconds for which a worker polls for the next product before it sleeps."""
@@ -47,10 +47,10 @@ _LOOK = 2000
 """The number of times that a process reads a counter before it checks anything else, such as the
 clock or whether the other process still runs."""
 
-# Indices of the int64 counters. The main process writes the four counters _SEQUENCE, ..., _N_PARTS.
-# Each worker writes three counters of its own, _DONE, _ASLEEP and _READY, whose indices are relative
-# to the worker's first counter. _LINE is the number of counters in a cache line. Each process writes
-# to a cache line of its own.
+# Indices of the int64 counters. The main process writes the first four, from _SEQUENCE through
+# _N_PARTS. Each worker writes three counters of its own: _DONE, _ASLEEP and _READY are indices
+# relative to the first counter of the worker. _LINE is the number of counters in a cache line. Each
+# process writes to a cache line of its own.
 _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
 _DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
