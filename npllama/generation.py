@@ -288,9 +288,8 @@ class Generation:
     def _reported_prefill(self) -> AbstractContextManager:
         """A context manager that reports the progress of prefilling.
 
-        The prompts that are prefilled before the first new token are reported together, as one
-        work. Later prompts are not reported, because a progress line would overwrite text on the
-        terminal.
+        All prompts that are prefilled before the first new token share one report. Later prompts
+        are not reported, because a progress line would overwrite text on the terminal.
         """
         if self.timings.new_tokens:
             return on_progress(None)
@@ -460,7 +459,8 @@ class Generation:
         if not self._is_served:
             raise error
         row.finish_reason, row.error = "error", error
-        self._cache.clear_row(row.cache_row)  # its NaNs would affect the next row that uses it
+        # NaNs in the cache row would affect the next row that uses it
+        self._cache.clear_row(row.cache_row)
 
     def _end(self, keeps: bool) -> None:
         """Release the cache.

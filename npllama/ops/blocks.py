@@ -299,8 +299,9 @@ class Ops(SamplingEquations, Derivatives):
         is an upper bound of the number of keys.
 
         An override may capture the step: it records, once, the operations that the step launches on
-        the device. Later calls replay this recording instead of running the step's Python code,
-        also in later generations. The step and its caller must therefore follow these rules:
+        the device. Later calls, also those of later generations, replay the recorded operations
+        (the capture) and do not run the step's Python code. The step and its caller must therefore
+        follow these rules:
 
         - The arrays of `state` and `cache`, and place.device_rows, have the same addresses in every
           call. A different number of rows needs a different state.

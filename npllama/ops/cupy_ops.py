@@ -199,10 +199,10 @@ class CupyOps(Ops):
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """`Ops.attention` for a limited number of tokens at a time, so that it allocates at most
+        """`Ops.attention` for one part of the tokens at a time, so that it allocates at most
         `attention_nbytes`.
 
-        Each part has the keys up to the position of its last token.
+        The scores of a part are computed for the keys up to the position of its last token.
         """
         n_new, n_keys = q.shape[1], k.shape[1]
         at_once = prompt.queries_at_once(len(q) // len(k), n_keys)

@@ -19,7 +19,8 @@ from npllama.parameters import Matrix
 class Equations:
     """The equations, from which blocks.py composes the blocks of the model.
 
-    A backend may override a method. The override has the same signature and the same result.
+    A backend may override a method. The override has the same signature, and the same result up to
+    rounding.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -49,8 +50,8 @@ class Equations:
         Args:
             x: (..., D).
             w: (O, D) in any format. The whole matrix is widened to x's dtype. A quantized format
-                (int8) also has a scale, which is one factor per row of W. The product with the
-                unscaled W is then multiplied by it, output by output.
+                (int8) also has a scale, which is one factor per row of W. x is then multiplied by
+                the unscaled W, and each output by the factor of its row.
 
         Returns:
             (..., O) in x's dtype.
@@ -107,8 +108,8 @@ class Equations:
 
         p is the position, theta_i the frequency of pair i, and a the attention scaling.
 
-        The angles are computed in float64, and only the results are rounded to `dtype`. In
-        half precision, the rounding error of an angle of 4000 radians can be one radian.
+        The angles are computed in float64, and only the results are rounded to `dtype`. In half
+        precision, the rounding error of an angle of 4000 radians can be one radian.
 
         Args:
             rotation: the frequencies, (C/2,) float64, and the attention scaling, as returned by
@@ -126,7 +127,7 @@ class Equations:
         return (a * xp.cos(angle)).astype(dtype), (a * xp.sin(angle)).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotate pair i of each head, (x_i, x_{i+C/2}), by its angle at the token's position:
+        """Rotate pair i of a head, (x_i, x_{i+C/2}), by the pair's angle at the token's position:
 
             y_i       = x_i cos_i - x_{i+C/2} sin_i
             y_{i+C/2} = x_{i+C/2} cos_i + x_i sin_i
@@ -142,7 +143,7 @@ class Equations:
         Returns:
             (B, T, heads, C) in x's dtype. The rotation preserves the norm of each head, unless
             cos and sin include yarn's attention scaling. The product q . k of a rotated query and
-            a rotated key depends on their two positions only through the difference.
+            a rotated key depends on their positions only through the difference of the positions.
 
         Source: Su et al. 2021, equation 34.
         """
@@ -213,9 +214,9 @@ class Equations:
 
         Returns:
             (T, n) bool for some n <= N: one row per query, and one column for each of the last n
-            keys. It is True where the query may not attend to the key. Every query attends to all
-            keys before the last n. This implementation returns n = T, the new keys. None if every
-            query attends to every key.
+            keys. An element is True where the query may not attend to the key. Every query attends
+            to all keys before the last n. In this implementation n is T, so these are the new keys.
+            The result is None if every query attends to every key.
         """
         if n_new == 1:  # the last position attends to all positions
             return None

@@ -52,7 +52,7 @@ class NumpyEquations(Equations):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        # whether a matrix is free of infinities and NaNs, for the matrices checked so far
+        # matrix -> whether all its elements are finite, for the matrices checked so far
         self._checked: WeakKeyDictionary[Matrix, bool] = WeakKeyDictionary()
         self._hidden: dict[tuple[int, int], np.ndarray] = {}  # (T, N) -> mask
 
@@ -204,10 +204,11 @@ class NumpyEquations(Equations):
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, with the scores in `scratch`.
 
-        The work is divided into items, which all cores compute. An item has some of the tokens,
-        some of the key heads, and the keys up to the last of its tokens. The number of key heads is
-        the largest for which the scores fit the thread's part of `scratch` and the processor's
-        cache, but at least one. The reference allocates four arrays with the scores of all tokens.
+        The work is divided into items, which the threads compute. An item has some of the tokens,
+        some of the key heads, and the keys up to the position of its last token. Its scores should
+        fit one thread's part of `scratch` and the processor's cache. It therefore has as many key
+        heads as fit, but at least one. The reference allocates four arrays with the scores of all
+        tokens.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -297,7 +298,7 @@ def _hide(scores: np.ndarray, hidden: np.ndarray | None) -> None:
 
 
 def tokens_at_once(groups: int) -> int:
-    """The number of tokens per attention product, for G = groups queries per token and key head."""
+    """The number of tokens per attention product. A token has G = groups queries per key head."""
     return max(1, QUERIES // groups)
 
 

@@ -1,4 +1,5 @@
-"""Faster blocks for NumPy: joined products, and all cores for a prompt."""
+"""Faster blocks for NumPy: one product for matrices with the same input, and all cores for a
+prompt."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -117,7 +118,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
 
     def turn(self) -> AbstractContextManager:
         """A context for several consecutive steps of one generation. The forward passes of other
-        threads wait until it ends, unless npllama may use only one thread per forward pass."""
+        threads wait until the context ends, unless npllama may use only one thread per forward
+        pass."""
         threads = self.backend.threads
         return threads.turn() if threads.most > 1 else nullcontext()
 
@@ -156,8 +158,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         """The number of bytes of the scratch memory, and of three arrays (H, T, C) for one chunk:
         the outputs, the scaled queries, and a temporary copy of queries or outputs.
 
-        If the KV cache is not float32, also the bytes of the scores of the whole chunk and of the
-        widened keys and values of one row.
+        If the KV cache is not float32, the scores of the whole chunk and the widened keys and
+        values of one row are added.
         """
         numbers = self.scratch_size(n_heads, n_kv_heads, chunk, context)
         if cache_dtype != np.float32:

@@ -27,7 +27,8 @@ class Rotation(NamedTuple):
 
 
 def rotation(xp: ModuleType, config: LlamaConfig, context: int) -> Rotation:
-    """The frequencies that a config specifies, for a model with at most `context` positions."""
+    """The frequencies and the attention scaling that a config specifies, for a model with at most
+    `context` positions."""
     scaling, theta, head_dim = config.rope_scaling, config.rope_theta, config.head_dim
     if scaling is None:
         return Rotation(plain(xp, theta, head_dim))

@@ -1,7 +1,7 @@
 """Sampling: from logits to the next token, with the random number as an input.
 
-The steps are, in this order: repetition penalty, temperature, the filters in the order of
-Sampling's fields, and the sample.
+`next_token` applies, in this order, the repetition penalty, the temperature, and the filters in the
+order of Sampling's fields. Then it samples a token.
 
 Each filter sets all logits below a threshold to -inf, so it treats equal logits equally. The kept
 tokens therefore do not depend on how a backend finds the threshold, for example by sorting or by
@@ -49,7 +49,7 @@ class SamplingEquations(Equations):
         return (logits - logits.max(axis=-1, keepdims=True)) / temperature
 
     def keep_top_k(self, logits: Array, k: int) -> Array:
-        """Keep the k largest logits and any equal to the k-th; set the others to -inf.
+        """Keep the k largest logits, and all that equal the k-th largest. Set the others to -inf.
 
         (B, V) -> (B, V).
 
@@ -153,7 +153,7 @@ class SamplingEquations(Equations):
                 most likely token.
             sampling: the options. The names in `sampling.filters()` are methods of this class.
             seen: (B, V) bool, the tokens of each row's prompt and completion so far. The chosen
-                tokens are added in-place. Required if repetition_penalty is not 1.
+                tokens are added in-place. It may be None if repetition_penalty is 1.
             n_tokens: only ids below n_tokens are chosen, because a model's vocabulary may be padded
                 beyond its tokenizer's. None allows all V ids.
             allowed: (n_tokens,) bool, the ids that may be chosen; None allows all.

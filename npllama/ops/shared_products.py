@@ -51,8 +51,8 @@ class SharedProducts:
 
     Only products of few rows are shared (see `most_rows`). In a model with large narrow matrices,
     products are shared from the first one on, and the first one waits until the workers have
-    started. In a small float32 model, products are shared once the workers have started, and this
-    process computes alone before that.
+    started. In a small float32 model (see SMALL_WIDTH), products are shared once the workers have
+    started, and this process computes alone before that.
 
     Attributes:
         workers: the worker processes; None before they are started.
@@ -73,10 +73,9 @@ class SharedProducts:
         """Join each group of matrices (O_i, D) to one matrix (sum O_i, D).
 
         Matrices that are neighbours in memory are joined as a view. Other groups are joined by a
-        copy if may_copy is true. The copy is in shared memory if the products with the group are
-        worth sharing. If they are, and other processes cannot map the matrices of the group, it is
-        copied to shared memory even if may_copy is false. This happens, for example, if the dtype
-        of the matrices was converted while loading.
+        copy if may_copy is true. For a group whose products are worth sharing, the copy is in
+        shared memory. Such a group is copied there even if may_copy is false, if other processes
+        cannot map its matrices, for example because their dtype was converted while loading.
 
         Returns:
             The joined matrix of each group, or None for a group whose matrices remain separate.
@@ -110,7 +109,7 @@ class SharedProducts:
         return (whole is None and may_copy) or not all(_can_be_mapped(w) for w in group)
 
     def numbered(self, w: Matrix, width: int) -> Matrix:
-        """Register a matrix for shared products, if it is large enough and can be mapped.
+        """Register a matrix for shared products, if it is large and other processes can map it.
 
         Args:
             width: the width D of the model.
@@ -136,8 +135,8 @@ class SharedProducts:
             Whether workers help in this forward pass.
 
         Raises:
-            WorkerError: a process could not be started. If all matrices are float32, this process
-                computes without workers instead.
+            WorkerError: a process could not be started, and a matrix is narrow. If all matrices
+                are float32, this process computes without workers instead.
         """
         if len(self._matrices) != self._n_counted:
             self._count()
@@ -176,8 +175,8 @@ class SharedProducts:
         """y^T = W x^T, without the scale of W's rows: x (M, D) float32 -> (O, M) float32.
 
         Raises:
-            WorkerError: a worker ended. If all matrices are float32, this process computes without
-                workers instead.
+            WorkerError: a worker ended, and a matrix is narrow. If all matrices are float32, this
+                process computes without workers instead.
         """
         try:
             index = self._known[w.number]
@@ -216,7 +215,8 @@ def _size(w: Matrix) -> int:
 
 
 def _least(w: Matrix, width: int) -> float:
-    """The minimum number of elements of a matrix that workers share, in a model of this width."""
+    """The minimum number of elements of a matrix in w's format whose products are shared, in a model
+    of this width. It is inf if such products are never shared."""
     if not w.format.is_wide:
         return SHARED_SIZE
     return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf

@@ -1,7 +1,8 @@
 """Worker processes that share a matrix product y^T = W x^T: each process computes some rows of y^T.
 
 Threads would be slower, because they would wait for the interpreter's lock: widening a tile (some
-rows of a matrix, see tiles.py) acquires the lock many times, and the cast of bfloat16 holds it.
+rows of a matrix, see tiles.py) acquires the lock many times, and the conversion from bfloat16 holds
+it all the time.
 Worker processes also help with float32 matrices that are too small for OpenBLAS to use several
 threads.
 
@@ -84,7 +85,7 @@ class Workers:
         matrices: each (O, D), with arrays in a file or in shared memory.
 
     Raises:
-        WorkerError: a process could not be started, or ended unexpectedly.
+        WorkerError: a process could not be started. `product` raises it if a worker has ended.
     """
 
     def __init__(self, n: int, matrices: list[Matrix]) -> None:
@@ -300,9 +301,9 @@ def serve() -> None:
             reads += 1
             if reads % _LOOK == 0 and time.perf_counter() - since > _SPIN:
                 counters[asleep] = 1
-                # The main process sees this store after a short delay. Until then it may start a
-                # product and send no byte. The pause is longer than the delay, so the condition of
-                # the loop below sees such a product.
+                # The main process sees the new value of this counter after a short delay. Until
+                # then it may start a product and send no byte. The pause is longer than the delay,
+                # so the condition of the loop below sees such a product.
                 time.sleep(0.0001)
                 while counters[_SEQUENCE] == sequence:  # a byte may be from an earlier product
                     if not os.read(0, 4096):
