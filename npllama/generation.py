@@ -60,9 +60,9 @@ class Generation:
         n_tokens: all generated ids are less than n_tokens.
         allowed: (n_tokens,) bool on the device, which ids may be generated; None for all.
         cache: a KV cache with one row per prompt; None to take one from the model. Row i of the
-            cache may contain the first ids of prompt i, which are then not computed again. It needs
-            capacity for the prompt and its completion. After the generation, it contains both,
-            except for the last id of the completion.
+            cache may contain the first ids of prompt i, which are then not computed again. Row i
+            needs capacity for the prompt and its completion. After the generation, it contains
+            both, except for the last id of the completion.
         batch_size: the maximum number of rows to decode together; None for all rows. It is used
             only if `cache` is None.
         waiting: a queue to which a server may append rows while this generation runs; None without
@@ -150,9 +150,10 @@ class Generation:
     def turns(self, take: Callable[[Row, str], None] | None = None) -> Generator[None, None, None]:
         """Run the generation in turns, and yield after each turn.
 
-        A turn holds a lock (`Ops.turn`), so the generations of several threads run in alternation.
-        A turn ends with the first new token after TURN seconds, and not after each step, because
-        passing the lock to another thread can take longer than one step of a small model.
+        A turn may hold a lock (see `Ops.turn`), so that the generations of several threads run in
+        alternation. A turn ends with the first new token after TURN seconds, and not after each
+        step, because passing the lock to another thread can take longer than one step of a small
+        model.
 
         Args:
             take: a function that is called within the turn, with each row and text from `pieces`.
@@ -176,8 +177,9 @@ class Generation:
         return ((row.number, text) for row, text in self.pieces())
 
     def pieces(self) -> Generator[tuple[Row, str], None, None]:
-        """An iterator over pairs (row, text), one for each new token. Iterating over the generation
-        itself yields row numbers instead of rows.
+        """An iterator over pairs (row, text), one for each new token. A server's row whose prefill
+        failed has one pair with an empty text. Iterating over the generation itself yields row
+        numbers instead of rows.
 
         Raises:
             InputError: the generation has been run before.

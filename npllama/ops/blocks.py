@@ -38,7 +38,7 @@ class Ops(SamplingEquations, Derivatives):
     # -- the blocks --------------------------------------------------------------------------
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
-        """The residual stream of token ids: (B, T) -> (B, T, D) float32."""
+        """The residual stream before the first layer: token ids (B, T) -> (B, T, D) float32."""
         return self.embedding(tokens, embedding)
 
     def attention_block(

@@ -215,8 +215,8 @@ def _size(w: Matrix) -> int:
 
 
 def _least(w: Matrix, width: int) -> float:
-    """The minimum number of elements of a matrix in w's format whose products are shared, in a model
-    of this width. It is inf if such products are never shared."""
+    """The minimum number of elements of a matrix in w's format whose products are shared, in a
+    model of this width. It is inf if such products are never shared."""
     if not w.format.is_wide:
         return SHARED_SIZE
     return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf

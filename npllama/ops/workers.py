@@ -124,8 +124,8 @@ class Workers:
 
     @property
     def are_ready(self) -> bool:
-        """Whether all workers have started, so that a product need not wait. Always False in a
-        forked process."""
+        """Whether all workers have started, so that a product does not wait for the start. It is
+        always False in a forked process."""
         if os.getpid() != self._owner:
             return False
         if not self._are_ready:
@@ -251,7 +251,7 @@ def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
     for process in processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
-        process.kill()  # a suspended worker would not exit; no worker has state to save
+        process.kill()  # a suspended worker does not notice that its pipe is closed
     for process in processes:
         process.wait()
     for stderr in stderrs:
