@@ -318,8 +318,8 @@ class Ops(SamplingEquations, Derivatives):
             step: the function. It returns a tuple of arrays.
             frozen: the Python values that the step depends on, and anything else that
                 distinguishes it from other steps.
-            constants: the other objects whose arrays the step reads, besides the state and the
-                cache. They are compared by identity.
+            constants: the arrays, and objects with arrays, that the step reads besides the state
+                and the cache. They are compared by identity.
         """
         return step
 
