@@ -1,4 +1,4 @@
-"""The generation loop: prefill prompts, decode tokens, and return text as soon as it is final."""
+"""The generation loop: prefill prompts, decode tokens, and yield text as soon as it is final."""
 
 import math
 import sys
@@ -23,16 +23,16 @@ from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
 Groups = tuple[tuple[Sampling, int, int | None], ...]
-"""(sampling, begin, end): the rows begin .. end-1 of a state have the same sampling options. If
-all rows have the same options, end is None."""
+"""(sampling, begin, end): the rows begin, ..., end - 1 of the rows that are decoded together have
+the options `sampling`. If all rows have the same options, end is None."""
 
 PROMPT_TOKENS_BETWEEN_STEPS = 128
-"""The most prompt tokens to prefill between two decode steps. The rows in the decode batch wait
-during this prefill, so the limit must be small. A forward pass over this many tokens is still
-nearly as efficient per token as one over a full chunk."""
+"""The maximum number of prompt tokens to prefill between two decode steps. The rows that are being
+decoded wait during this prefill, so the limit must be small. A forward pass over this many tokens
+is still nearly as efficient per token as one over a full chunk."""
 
 TURN = 0.02
-"""The duration of one turn in seconds; see `Generation.turns`."""
+"""The number of seconds after which a turn ends; see `Generation.turns`."""
 
 
 class Generation:
@@ -41,15 +41,16 @@ class Generation:
     Iteration yields a pair (row number, text) for each new token. The text may be empty, for
     example if a character consists of several tokens.
 
-    The loop prefills rows one at a time and decodes them together, each row at its own position.
-    Each row uses one row of the cache, its cache row. When a row ends, it leaves the batch, and the
-    next waiting prompt gets its cache row. The loop prefills this prompt in parts, one part between
-    two decode steps of the other rows.
+    A row is one prompt and its completion. The loop prefills the prompts one at a time, and then
+    decodes the rows together, each row at its own position. These rows are the decode batch. Each
+    row uses one row of the KV cache, which is called its cache row. When a row ends, it leaves the
+    decode batch, and the next waiting row gets its cache row. The loop prefills the new row's
+    prompt in parts, one part between two decode steps of the other rows.
 
-    Each iteration of the loop launches decode steps, reads the results of the oldest step in
-    flight, and passes each row its new token. A GPU executes steps asynchronously. The loop keeps
-    `backend.steps_ahead` further steps in flight while it reads the results of one, so the GPU
-    does not wait for the host.
+    A step is in flight from its launch until the loop reads its results. Each iteration of the loop
+    launches decode steps, reads the results of the oldest step in flight, and passes each row its
+    new token. A GPU executes steps asynchronously. While the loop reads the results of one step, it
+    keeps `backend.steps_ahead` further steps in flight, so that the GPU does not wait for the host.
 
     Args:
         model: the transformer.
@@ -58,14 +59,15 @@ class Generation:
         seed: the seed of the random numbers.
         n_tokens: all generated ids are less than n_tokens.
         allowed: (n_tokens,) bool on the device, which ids may be generated; None for all.
-        cache: a cache with a row per prompt; None to take one from the model. Row i may contain the
-            first ids of prompt i, which are then not computed again. Row i needs capacity for the
-            prompt and its completion. After the generation, it contains both, except for the last
-            id of the completion.
-        batch_size: the most rows to decode together, if `cache` is None; None for all rows.
+        cache: a KV cache with one row per prompt; None to take one from the model. Row i of the
+            cache may contain the first ids of prompt i, which are then not computed again. Row i
+            needs capacity for the prompt and its completion. After the generation, it contains
+            both, except for the last id of the completion.
+        batch_size: the maximum number of rows to decode together; None for all rows. It is used
+            only if `cache` is None.
         waiting: a queue to which a server may append rows while this generation runs; None without
             a server. Each of these rows has its own seed, sampling options and n_likeliest, and
-            uses any free row of `cache`. An error in one row ends only that row.
+            uses any free row of `cache`. An error in one of these rows ends only that row.
         n_likeliest: how many of the most likely tokens to report per step.
     """
 
@@ -91,12 +93,14 @@ class Generation:
         self.allowed = allowed
         self._cache = cache
         self._began = False
+        # per step in flight: its rows; a function that waits for its results and returns them as
+        # NumPy arrays; and whether the step chose the first tokens of its rows
         self._in_flight: deque[tuple[list[Row], Callable[[], tuple], bool]] = deque()
         self._compiled: dict[tuple[Groups, int], Callable] = {}
-        self._active: list[Row] = []  # the rows of self._state, in the same order
-        self._state: StepState | None = None
-        self._reading: deque[Row] = deque()  # rows whose prefill is not complete
-        self._seated: list[Row] = []  # rows that have a cache row
+        self._active: list[Row] = []  # the decode batch
+        self._state: StepState | None = None  # its device arrays, in the same order of rows
+        self._prefilling: deque[Row] = deque()  # rows whose prefill is not complete
+        self._assigned: list[Row] = []  # rows that have a cache row
         self._free: list[int] = []  # unused rows of the cache
         self._failed: list[Row] = []  # rows whose prefill failed
         self._is_served = waiting is not None
@@ -106,8 +110,8 @@ class Generation:
             row.n_likeliest = min(n_likeliest, model.config.vocab_size)
         cached = [0] * len(rows) if cache is None else cache.lengths
         active = [row for row in rows if row.finish_reason is None]
-        n_read = sum(len(row.prompt_ids) - cached[row.number] for row in active)
-        self.timings = Timings(prompt_tokens=n_read, rows=len(rows))
+        n_computed = sum(len(row.prompt_ids) - cached[row.number] for row in active)
+        self.timings = Timings(prompt_tokens=n_computed, rows=len(rows))
         self.waiting = deque(active) if waiting is None else waiting
 
     def completions(self) -> list[Completion]:
@@ -120,9 +124,9 @@ class Generation:
         return row.completion(self.timings)
 
     def has_begun(self, row: Row) -> bool:
-        """Whether a row has started. A row that waits for a cache row has not."""
-        has_place = row.number < self._batch_size or row.cache_row is not None
-        return has_place or row.finish_reason is not None
+        """Whether a row has a cache row, will get one when the generation starts, or has ended."""
+        is_assigned = row.number < self._batch_size or row.cache_row is not None
+        return is_assigned or row.finish_reason is not None
 
     def __repr__(self) -> str:
         ended = sum(row.finish_reason is not None for row in self.rows)
@@ -133,8 +137,8 @@ class Generation:
         )
 
     def steps_report(self) -> str | None:
-        """How often decode steps were captured, replayed and run eagerly; None if the backend
-        cannot capture steps."""
+        """How often decode steps were captured, replayed, and run without a capture; None if the
+        backend cannot capture steps (see `Ops.compile`)."""
         reports = [step.report() for step in self._compiled.values() if hasattr(step, "report")]
         return "; ".join(reports) or None
 
@@ -146,12 +150,13 @@ class Generation:
     def turns(self, take: Callable[[Row, str], None] | None = None) -> Generator[None, None, None]:
         """Run the generation in turns, and yield after each turn.
 
-        Generations in several threads alternate, because each turn holds a lock (`Ops.turn`). A
-        turn lasts several steps, because passing the lock to another thread can take longer than
-        one step of a small model.
+        A turn may hold a lock (see `Ops.turn`), so that the generations of several threads run in
+        alternation. A turn ends with the first new token after TURN seconds, and not after each
+        step, because passing the lock to another thread can take longer than one step of a small
+        model.
 
         Args:
-            take: called within the turn, with each row and text that `pieces` yields.
+            take: a function that is called within the turn, with each row and text from `pieces`.
         """
         is_running = True
         with closing(self.pieces()) as pieces:
@@ -172,7 +177,8 @@ class Generation:
         return ((row.number, text) for row, text in self.pieces())
 
     def pieces(self) -> Generator[tuple[Row, str], None, None]:
-        """An iterator over (row, text) pairs. Iterating over the generation itself yields row
+        """An iterator over pairs (row, text), one for each new token. A server's row whose prefill
+        failed has one pair with an empty text. Iterating over the generation itself yields row
         numbers instead of rows.
 
         Raises:
@@ -194,20 +200,20 @@ class Generation:
         if is_own or self._is_served:
             self._free = list(range(len(self._cache.lengths)))
         else:
-            self._keep_places()
+            self._assign_own_rows()
         self._cache.user = self
         try:
             while True:
-                self._seat()
-                if self._reading:
-                    self._read_prompts()
-                    began = self._count_reading(began)
+                self._assign_rows()
+                if self._prefilling:
+                    self._prefill_prompts()
+                    began = self._count_prefill(began)
                 while len(self._in_flight) <= self.backend.steps_ahead and self._launch():
                     pass
                 while self._failed:
                     yield self._failed.pop(), ""
                 if not self._in_flight:
-                    if self._reading or self.waiting:
+                    if self._prefilling or self.waiting:
                         continue
                     return
                 rows, is_first, results = self._read()
@@ -223,78 +229,79 @@ class Generation:
         finally:
             self._end(is_own)
 
-    def _keep_places(self) -> None:
+    def _assign_own_rows(self) -> None:
         """Assign row i of the caller's cache to prompt i."""
         while self.waiting:
             row = self.waiting.popleft()
             # another generation may have changed the cache since this one was created
             self._cache.check_prefix(row.number, row.prompt_ids)
-            self._take_place(row, row.number)
+            self._assign(row, row.number)
 
-    def _seat(self) -> None:
-        """Free the cache rows of ended rows, and assign free cache rows to waiting rows."""
+    def _assign_rows(self) -> None:
+        """If rows wait, free the cache rows of ended rows, and assign free cache rows to waiting
+        rows."""
         if not self.waiting:
             return
-        for row in self._seated:
+        for row in self._assigned:
             if row.finish_reason is not None:
                 self._cache.truncate(row.cache_row, 0)
                 self._free.append(row.cache_row)
-        self._seated = [row for row in self._seated if row.finish_reason is None]
+        self._assigned = [row for row in self._assigned if row.finish_reason is None]
         self._free.sort(reverse=True)
         while self._free and self.waiting:
             row = self.waiting.popleft()
             if row.finish_reason is None:
-                self._take_place(row, self._free.pop())
+                self._assign(row, self._free.pop())
 
-    def _take_place(self, row: Row, cache_row: int) -> None:
+    def _assign(self, row: Row, cache_row: int) -> None:
         row.cache_row = cache_row
-        self._seated.append(row)
-        self._reading.append(row)
+        self._assigned.append(row)
+        self._prefilling.append(row)
 
-    def _read_prompts(self) -> None:
+    def _prefill_prompts(self) -> None:
         """Prefill prompts, and choose the first token of each row whose prefill is complete.
 
         While other rows are decoding, one call prefills at most PROMPT_TOKENS_BETWEEN_STEPS tokens.
         """
         is_decoding = any(map(_goes_on, self._active))
         left = PROMPT_TOKENS_BETWEEN_STEPS if is_decoding else sys.maxsize
-        read, logits = [], []
-        with self._reported_reading():
-            while self._reading and left > 0:
-                row = self._reading[0]
-                rest = self._unread(row)
+        complete, logits = [], []
+        with self._reported_prefill():
+            while self._prefilling and left > 0:
+                row = self._prefilling[0]
+                rest = self._rest_of_prompt(row)
                 part = rest[:left]
                 if row.finish_reason is None:
                     left -= len(part)
                     last = self._prefill(row, part)  # (1, V)
                 if row.finish_reason is not None:  # it was cancelled, or its prefill failed
-                    self._reading.popleft()
+                    self._prefilling.popleft()
                 elif len(part) == len(rest):
-                    self._reading.popleft()
-                    read.append(row)
+                    self._prefilling.popleft()
+                    complete.append(row)
                     logits.append(last)
-        if read:
-            self._begin(read, logits)
+        if complete:
+            self._begin(complete, logits)
 
-    def _unread(self, row: Row) -> list[int]:
+    def _rest_of_prompt(self, row: Row) -> list[int]:
         """The ids of a row's prompt that are not in the cache yet."""
         return row.prompt_ids[self._cache.lengths[row.cache_row] :]
 
-    def _reported_reading(self) -> AbstractContextManager:
+    def _reported_prefill(self) -> AbstractContextManager:
         """A context manager that reports the progress of prefilling.
 
-        All prompts before the first new token share one report. Later prompts report nothing,
-        because a progress line would overwrite text on the terminal.
+        All prompts that are prefilled before the first new token share one report. Later prompts
+        are not reported, because a progress line would overwrite text on the terminal.
         """
         if self.timings.new_tokens:
             return on_progress(None)
-        return self.model.reading(sum(len(self._unread(row)) for row in self._reading))
+        return self.model.reading(sum(len(self._rest_of_prompt(row)) for row in self._prefilling))
 
     def _prefill(self, row: Row, ids: list[int]) -> Array | None:
         """Prefill a part of a row's prompt.
 
         Returns:
-            Logits (1, V) of the next token; None if the prefill failed, which ends the row.
+            Logits (1, V) of the next token; None if the prefill failed. The row has then ended.
         """
         self.timings.prefill_forwards += math.ceil(len(ids) / self.ops.prefill_chunk())
         try:
@@ -348,7 +355,7 @@ class Generation:
             self._arrange(self._active, [self._state])
         if not self._active:
             return False
-        if self._cache.user is not self:  # the other one has overwritten the state
+        if self._cache.user is not self:  # another generation has overwritten the state
             raise InputError("another generation uses the cache: this one cannot continue")
         rows = self._active
         place = self._cache.place(1, tuple(row.cache_row for row in rows), self._state.rows)
@@ -376,8 +383,8 @@ class Generation:
     ) -> tuple[Array, ...]:
         """Run one decode step: compute logits from state.tokens, and choose the next tokens.
 
-        Returns the results of `_choose`. A backend may capture and replay this function, so it must
-        follow the rules in `Ops.compile`.
+        Returns the results of `_choose`. A backend may capture and replay this function, so the
+        function must follow the rules in `Ops.compile`.
         """
         with _unwarned():
             logits = self.model.compute(state.tokens[:, None], cache, place)  # -> (B, 1, V)
@@ -418,8 +425,8 @@ class Generation:
 
         Returns:
             The rows of the step; whether the step chose their first tokens; and three lists with
-            one entry per row: the new id, its log-probability, and a list of the most likely tokens
-            as (id, log-probability) pairs.
+            one entry per row. The entries are the new id, its log-probability, and a list of the
+            most likely tokens as pairs (id, log-probability).
         """
         rows, copied, is_first = self._in_flight.popleft()
         ids, log_probs, *top = (array.tolist() for array in copied())
@@ -454,7 +461,8 @@ class Generation:
         if not self._is_served:
             raise error
         row.finish_reason, row.error = "error", error
-        self._cache.clear_row(row.cache_row)  # NaNs would affect the next row that uses it
+        # NaNs in the cache row would affect the next row that uses it
+        self._cache.clear_row(row.cache_row)
 
     def _end(self, keeps: bool) -> None:
         """Release the cache.
@@ -466,7 +474,7 @@ class Generation:
         cache, self._cache, self._state = self._cache, None, None
         if keeps:
             for _rows, copied, _is_first in self._in_flight:
-                copied()  # wait for each step, because the next user may use another stream
+                copied()  # wait for each step: the next generation may use another CUDA stream
             self.model.give_cache_back(cache)
         elif cache.user is self:
             self._settle(cache)
@@ -475,8 +483,8 @@ class Generation:
     def _settle(self, cache: KVCache) -> None:
         """Truncate each row of the caller's cache to its prompt and completion.
 
-        The last id of a completion has never been an input, so it is not in the cache. Steps that
-        were launched ahead or interrupted may have written further positions, which are removed.
+        The last id of a completion has never been the input of a step, so it is not in the cache.
+        Steps whose results were not read may have written further positions, which are removed.
         """
         cache.user = None
         for row in self.rows:
@@ -506,10 +514,10 @@ class Generation:
             seen[i, row.prompt_ids] = True
         return seen
 
-    def _count_reading(self, began: float) -> float:
-        """Add the time since `began` to prefill_seconds, and return the current time, at which the
-        next measurement begins."""
-        if self.timings.new_tokens == 0:  # `_count` adds all time up to the first token
+    def _count_prefill(self, began: float) -> float:
+        """Add the time since `began` to prefill_seconds. Return the time at which the next
+        measurement begins."""
+        if self.timings.new_tokens == 0:  # `_count` will add all time up to the first token
             return began
         now = time.perf_counter()
         self.timings.prefill_seconds += now - began
@@ -554,8 +562,8 @@ def _by_sampling(rows: list[Row]) -> list[int]:
 def _groups(rows: list[Row]) -> Groups:
     """Divide sorted rows into groups with the same sampling options.
 
-    If there is only one group, its end is None. The result then does not depend on the number of
-    rows, so one compiled step works for any number of rows.
+    If there is only one group, its end is None. The groups then do not depend on the number of
+    rows, so the same compiled step works for any number of rows.
     """
     found: list[tuple[Sampling, int, int | None]] = []
     begin = 0
@@ -567,6 +575,6 @@ def _groups(rows: list[Row]) -> Groups:
 
 
 def _unwarned() -> AbstractContextManager:
-    """Turn off NumPy's warnings about infinities and NaNs. `_accept` checks every log-probability
-    and raises a more helpful error."""
+    """A context without NumPy's warnings about infinities and NaNs. `_accept` checks every
+    log-probability, and its error is more helpful."""
     return np.errstate(over="ignore", invalid="ignore")

@@ -423,7 +423,7 @@ def test_ctrl_c_before_the_answer_leaves_the_dialogue_as_it_was(talk, monkeypatc
     before = talk("Hi")[0].chat.messages.copy()
     assert len(before) == 2
     monkeypatch.setattr(
-        Generation, "_read_prompts", lambda self: os.kill(os.getpid(), signal.SIGINT)
+        Generation, "_prefill_prompts", lambda self: os.kill(os.getpid(), signal.SIGINT)
     )
     session, _, err = talk("You", "/regen", "/bye")
     assert session.chat.messages == before and session.is_over

@@ -1,8 +1,8 @@
 """The mathematics of LLaMA-2: read equations.py, then blocks.py, then sampling.py.
 
-`Ops` is the reference implementation in plain `xp` calls. `NumpyOps` and `CupyOps` override the
-methods that their backend can compute faster, under the same signatures. The tests compare every
-override with the reference.
+`Ops` is the reference implementation in plain array calls. `NumpyOps` and `CupyOps` override the
+methods that their backend can compute faster. An override has the signature of its method, and the
+tests compare its result with the reference.
 """
 
 from npllama.backend import Backend

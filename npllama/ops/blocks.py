@@ -1,6 +1,7 @@
 """The four blocks of the model (embedding, attention, feed-forward, head), composed of equations.
 
-A layer of the model is an attention block and a feed-forward block.
+A layer of the model consists of an attention block and a feed-forward block. Each adds its result
+to the residual stream (B, T, D).
 
 A model can be sharded over several devices. Each shard then has some of the heads and ffn elements
 of every layer, and H, K and F count only these. Every shard has the whole residual stream. Shards
@@ -29,14 +30,15 @@ class Ops(SamplingEquations, Derivatives):
     """The reference implementation of all mathematics of the model, for any `xp`.
 
     `embed`, `attention_block` and `feed_forward` return the new residual stream, and `head` returns
-    the logits. An override of a block may overwrite its input and the cache's scratch memory.
-    Callers may rely only on the result and on the cached keys and values.
+    the logits. A backend's override of a block may overwrite its argument x and the scratch memory
+    of the KV cache. After a call, callers may therefore use only the result and the cached keys and
+    values.
     """
 
     # -- the blocks --------------------------------------------------------------------------
 
     def embed(self, tokens: Array, embedding: Matrix) -> Array:
-        """The residual stream of token ids: (B, T) -> (B, T, D) float32."""
+        """The residual stream before the first layer: token ids (B, T) -> (B, T, D) float32."""
         return self.embedding(tokens, embedding)
 
     def attention_block(
@@ -50,7 +52,7 @@ class Ops(SamplingEquations, Derivatives):
         """x + Attention(RMSNorm(x)) W_o^T; also writes the new keys and values to the cache.
 
         Args:
-            x: (B, T, D). Row b belongs to row positions.rows[b] of the cache.
+            x: (B, T, D). Row b of x belongs to row positions.rows[b] of the cache.
             n_last: compute the result only for the last n_last of the T tokens (at least 1); None
                 means all T. The keys and values of all T tokens are written in either case.
 
@@ -104,10 +106,11 @@ class Ops(SamplingEquations, Derivatives):
     def attention_map(self, x: Array, layer: Layer, positions: "Positions") -> Array:
         """The attention weights of each head in `attention_block`, for display.
 
-        Generation does not call this method, which does not round keys to the cache's dtype.
+        The weights can differ slightly from those that `attention_block` computes, because this
+        method uses no cache and so does not round the keys to the cache's dtype.
 
         Args:
-            x: (1, T, D), the input of the block for one row without cached positions.
+            x: (1, T, D), the input of the block for one row without cached positions (S = 0).
 
         Returns:
             (H, T, T) in x's dtype.
@@ -138,9 +141,10 @@ class Ops(SamplingEquations, Derivatives):
     # -- backward passes of the blocks ---------------------------------------------------------
     #
     # Each method takes dy, the gradient of the loss with respect to the block's output, and x, the
-    # block's input. It recomputes the intermediate results, which the forward pass does not keep.
-    # It returns dx and the gradients of the block's parameters under their names in Layer or Head.
-    # Training is not sharded, so a layer is whole here.
+    # block's input. The forward pass keeps no intermediate results, so the method computes them
+    # again. It returns dx, the gradient with respect to x, and the gradients of the block's
+    # parameters under their names in Layer or Head. Training does not support shards, so there is
+    # no `all_reduce` here.
 
     def attention_block_backward(
         self, dy: Array, x: Array, layer: Layer, positions: "Positions"
@@ -221,38 +225,44 @@ class Ops(SamplingEquations, Derivatives):
     # -- hooks that a backend or a sharded model overrides -----------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """Prepare a part of the model, which is being loaded, for computation.
+        """Prepare a part of the model for computation, while the model is loaded or initialized.
 
-        Weights are joined, uploaded or sharded only here.
+        This implementation moves the arrays to the device. Overrides may also join or shard the
+        matrices.
 
         Args:
-            may_copy: whether matrices with the same input may be copied in order to join them.
+            may_copy: whether matrices with the same input, such as wq, wk and wv, may be copied in
+                order to join them.
         """
         return part.map(self.backend.to_device)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """The context manager around a forward pass of n_rows = B * T tokens. Here it does
-        nothing."""
+        """The context manager that a caller holds during a forward pass over n_rows = B * T tokens.
+        This implementation does nothing."""
         return nullcontext()
 
     def turn(self) -> AbstractContextManager:
-        """The context manager around consecutive steps of one generation. Here it does nothing."""
+        """The context manager that a generation holds during a turn, which is several consecutive
+        steps. An override may make the generations of other threads wait until the turn ends. This
+        implementation does nothing."""
         return nullcontext()
 
     def cache_dtype(self, storage_dtype: np.dtype) -> np.dtype:
-        """The dtype of cached keys and values for weights of `storage_dtype`."""
+        """The dtype of cached keys and values for weights of `storage_dtype`. This implementation
+        always returns float32."""
         return np.dtype("float32")
 
     def prefill_chunk(self) -> int:
         """The maximum number of prompt tokens per forward pass.
 
-        It limits the attention scores in memory to prefill_chunk() * context instead of context^2.
+        This limits the attention scores of a head to prefill_chunk() * context elements. Without
+        chunks, they could have context^2 elements.
         """
         return 512
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """The number of float32 elements of scratch memory to allocate with the cache. Here it is
-        0."""
+        """The number of float32 elements of scratch memory to allocate with the KV cache. This
+        implementation needs none."""
         return 0
 
     def attention_nbytes(
@@ -266,46 +276,50 @@ class Ops(SamplingEquations, Derivatives):
     ) -> int:
         """The maximum number of bytes that `attention` allocates for one chunk of one row.
 
-        Here these are four arrays of scores, (H, T, N). If the cache is narrower than float32, the
-        widened keys and values of the row, (K, N, C) each, are added.
+        This implementation allocates four arrays of scores (H, T, N), for T = chunk and
+        N = context. If the elements of the cache are smaller than float32, it also allocates
+        widened copies of the row's keys and values, (K, N, C) each.
         """
         widened = 2 * n_kv_heads * context * head_dim if cache_dtype.itemsize < 4 else 0
         return 4 * (4 * n_heads * chunk * context + widened)
 
     keeps_caches = False
-    """Whether the next generation should reuse the cache of the last one. A captured step contains
-    the addresses of its cache, so it can be replayed only with that cache."""
+    """Whether the next generation should reuse the KV cache of the previous one. A backend that
+    captures decode steps (see `compile`) needs this, because a captured step contains the addresses
+    of its KV cache and can be replayed only with that cache."""
 
     def compile(
         self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
     ) -> Step:
-        """Return a version of a decode step that is fast to repeat. Here it is the step itself.
+        """Return a version of a decode step that is fast to repeat. This implementation returns the
+        step itself.
 
         A step is called as step(state, cache, place). `state` has the device arrays of the rows
         that are decoded (see StepState). `place` has their positions (see Place), and place.bucket
         is an upper bound of the number of keys.
 
-        A device captures the step once and replays it, also in later generations. Step and caller
-        must therefore follow these rules:
+        An override may capture the step: it records, once, the operations that the step launches on
+        the device. Later calls, also those of later generations, replay the recorded operations
+        (the capture) and do not run the step's Python code. The step and its caller must therefore
+        follow these rules:
 
         - The arrays of `state` and `cache`, and place.device_rows, have the same addresses in every
           call. A different number of rows needs a different state.
-        - A replay uses the Python values of the capture. The step must therefore not read
-          place.rows and place.starts, which change from call to call. Two calls share a capture
-          if they have the same state, cache, place.device_rows and constants, and equal
-          place.bucket and `frozen`.
+        - A replay repeats the operations with the Python values that the step had when it was
+          captured. The step must therefore not read place.rows and place.starts, which change from
+          call to call. Two calls share a capture if they have the same state, cache,
+          place.device_rows and constants, and equal place.bucket and `frozen`.
         - The step does all its work on the device, and advances the positions and the counters of
           random numbers there. It copies nothing between the host and the device.
-        - The next call may overwrite the results. The caller must start to copy them before that
-          call.
+        - The next call may overwrite the results of this one. The caller must start to copy them
+          before the next call.
 
         Args:
-            step: the function. It returns (ids, log_probs), followed by further arrays if
-                requested.
+            step: the function. It returns a tuple of arrays.
             frozen: the Python values that the step depends on, and anything else that
                 distinguishes it from other steps.
-            constants: the arrays, or objects that hold arrays, which the step reads besides the
-                state and the cache. They are compared by identity.
+            constants: the arrays, and objects with arrays, that the step reads besides the state
+                and the cache. They are compared by identity.
         """
         return step
 
@@ -315,7 +329,7 @@ class Ops(SamplingEquations, Derivatives):
         return x
 
     def all_gather(self, x: Array) -> Array:
-        """The slices of all shards, concatenated along the last axis. With one shard it is x
+        """The arrays x of all shards, concatenated along the last axis. With one shard it is x
         itself."""
         return x
 

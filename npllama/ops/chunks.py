@@ -10,15 +10,17 @@ from npllama.threads import Threads
 Item = TypeVar("Item")
 
 CHUNK = 64 * 1024
-"""Elements per chunk of an elementwise operation. Several ufuncs read each chunk in turn, so it
-should fit a core's private cache, but be large enough to be worth waking a thread for."""
+"""The number of elements per chunk of an elementwise operation. Several ufuncs read a chunk one
+after another, so it should fit a core's private cache. It should also be so large that waking a
+thread for it saves time."""
 
 MANY_ROWS = 64
 """The minimum number of rows for which operations are split over our own threads.
 
-For a matrix product each of these threads calls single-threaded BLAS. This is faster than BLAS with
-several threads, because BLAS's threads keep spinning after a product and slow down the next
-operation. For fewer rows, waking the threads costs more than it gains."""
+For a matrix product, each of our threads calls BLAS, which then uses one thread per call. One call
+of BLAS with several threads would be slower, because BLAS's threads keep spinning after a product
+and slow down the next operation. For fewer rows, waking our threads costs more time than it
+saves."""
 
 
 def for_each(

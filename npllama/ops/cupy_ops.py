@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class CupyOps(Ops):
     """Overrides for CUDA. Each computes the same result as the method of that name in Ops.
 
-    Kernels compute the result, with cuBLAS for large products, if they support the shapes and
-    dtypes. Otherwise array calls compute it.
+    If our CUDA kernels support the shapes and dtypes, they compute the result, and cuBLAS computes
+    its large products. Otherwise array calls compute the result.
 
     Args:
         graph: whether decode steps are captured as CUDA graphs.
@@ -40,7 +40,7 @@ class CupyOps(Ops):
     def compile(
         self, step: Step, frozen: Hashable = None, constants: tuple[object, ...] = ()
     ) -> Step:
-        """Return a callable that captures the step as a CUDA graph and replays the graph.
+        """Return a callable that captures the step as a CUDA graph, and replays the graph.
 
         Steps that call cuBLAS are not captured, because CuPy cannot capture such calls.
         """
@@ -54,11 +54,11 @@ class CupyOps(Ops):
         positions: "Positions",
         n_last: int | None = None,
     ) -> Array:
-        """`attention_block`, which may overwrite x.
+        """`Ops.attention_block`; it may overwrite x.
 
-        For one new token per row and few rows, it takes three kernels. Otherwise cuBLAS computes
-        the products with W_qkv and W_o and, for several tokens per row, the products of attention.
-        Kernels compute the rest.
+        For one new token per row and few rows, three kernels compute the block. Otherwise cuBLAS
+        computes the products with W_qkv and W_o. For several tokens per row, cuBLAS also computes
+        the products q k^T and P v. Kernels compute the rest.
         """
         if self._fits_step(x, layer.qkv, layer.wo) and decode_attention.fits(cache):
             norm, eps = layer.attention_norm, layer.norm_eps
@@ -88,7 +88,7 @@ class CupyOps(Ops):
         positions: "Positions",
         n_last: int | None,
     ) -> Array:
-        """`attention_block` with 16-bit products, for many tokens B * T."""
+        """`Ops.attention_block` with 16-bit products, for many tokens M = B * T."""
         kernels, qkv, wo = self.kernels, layer.qkv, layer.wo
         x = self.xp.ascontiguousarray(x)
         h = prompt.normalized(kernels, x, layer.attention_norm, layer.norm_eps, qkv)  # (M, D)
@@ -112,10 +112,10 @@ class CupyOps(Ops):
         return x + self.all_reduce(y.reshape(x.shape))
 
     def feed_forward(self, x: Array, layer: Layer) -> Array:
-        """`feed_forward`, which may overwrite x.
+        """`Ops.feed_forward`; it may overwrite x.
 
-        For one new token per row and few rows, it takes two kernels. Otherwise cuBLAS computes the
-        products with W_gate_up and W_down. Kernels compute the rest.
+        For one new token per row and few rows, two kernels compute the block. Otherwise cuBLAS
+        computes the products with W_gate_up and W_down, and kernels compute the rest.
         """
         if self._fits_step(x, layer.gate_up, layer.w_down):
             norm, eps = layer.ffn_norm, layer.norm_eps
@@ -131,7 +131,7 @@ class CupyOps(Ops):
         return super().feed_forward(x, layer)
 
     def head(self, x: Array, head: Head) -> Array:
-        """`head`: one kernel for one token per row and few rows, otherwise a cuBLAS product."""
+        """`Ops.head`: one kernel for one token per row and few rows, else a cuBLAS product."""
         w = head.lm_head
         if self._fits_step(x, w):
             return gemv.gemv(self.kernels, w, x, norm=head.norm, eps=head.norm_eps)
@@ -151,17 +151,17 @@ class CupyOps(Ops):
         n_tokens: int | None = None,
         allowed: Array | None = None,
     ) -> tuple[Array, Array]:
-        """`next_token` in one kernel, if that kernel has all filters of `sampling`."""
+        """`Ops.next_token` in one kernel, if that kernel supports these logits and filters."""
         arguments = (logits, uniform, sampling, seen, n_tokens, allowed)
         if sampling_kernel.fits(logits, sampling):
             return sampling_kernel.next_token(self.kernels, *arguments)
         return super().next_token(*arguments)
 
     def linear(self, x: Array, w: Matrix) -> Array:
-        """y = x W^T in x's dtype. 16-bit weights are multiplied in their own dtype.
+        """y = x W^T in x's dtype. For 16-bit weights, x is first rounded to the dtype of W.
 
         Products of 16-bit elements accumulate in float32. Both operands are two-dimensional and
-        have the same dtype, because only then does CuPy pass W^T to cuBLAS without a copy. int8
+        have the same dtype, because CuPy would otherwise copy W^T before it calls cuBLAS. int8
         weights are widened, because CuPy's int8 products accumulate in int8 and overflow.
         """
         self.kernels.cublas.n_calls += 1
@@ -175,10 +175,11 @@ class CupyOps(Ops):
     def cached_attention(
         self, q: Array, k: Array, v: Array, cache: "LayerCache", positions: "Positions"
     ) -> Array:
-        """`cached_attention` for one new token per row, computed for all rows together.
+        """`Ops.cached_attention`, for all rows together if each row has one new token.
 
-        It reads the positions only from the device, as `Ops.compile` requires. All rows attend to
-        the first positions.bucket keys, and the mask hides the keys after each row's own position.
+        It reads the positions only from the device, as `Ops.compile` requires. It computes the
+        scores of the first positions.bucket keys of each row, and the mask hides the keys after the
+        row's own position.
         """
         xp = self.xp
         if k.shape[1] > 1:
@@ -198,31 +199,31 @@ class CupyOps(Ops):
         return o.reshape(len(q), 1, -1)  # (B, K, G, C) -> (B, 1, H*C)
 
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
-        """`attention` for a limited number of queries at a time, so that it allocates no more than
+        """`Ops.attention` for one part of the tokens at a time, so that it allocates at most
         `attention_nbytes`.
 
-        Each of these parts uses the keys up to its last query.
+        The scores of a part are computed for the keys up to the position of its last token.
         """
         n_new, n_keys = q.shape[1], k.shape[1]
         at_once = prompt.queries_at_once(len(q) // len(k), n_keys)
         parts = []
         for begin in range(0, n_new, at_once):
             end = min(begin + at_once, n_new)
-            keys = slice(n_keys - n_new + end)  # the keys that the last query attends to
+            keys = slice(n_keys - n_new + end)  # up to the position of the last token
             parts.append(super().attention(q[:, begin:end], k[:, keys], v[:, keys], scratch))
         return parts[0] if len(parts) == 1 else self.xp.concatenate(parts, axis=1)
 
     def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
-        """Sort the rows of dx by token id, and add up the rows of each token.
+        """Sort the rows of dx by token id, and add up the rows with the same id.
 
-        This reads dx once. The reference multiplies dx by a (V, B*T) matrix.
+        This reads dx once. The reference multiplies a (V, B*T) matrix by dx.
         """
         return embedding.embedding_backward(self.kernels, dx, tokens, w.shape[0])
 
     # -- hooks -----------------------------------------------------------------------------------
 
     def prefill_chunk(self) -> int:
-        """More tokens than on the CPU, because smaller products do not fill a large GPU."""
+        """More tokens than on the CPU, because smaller products leave parts of a large GPU idle."""
         return 2048
 
     def attention_nbytes(
@@ -234,9 +235,10 @@ class CupyOps(Ops):
         context: int,
         cache_dtype: np.dtype,
     ) -> int:
-        """The maximum number of bytes of `attention` and of a widened part of an int8 matrix.
+        """The maximum number of bytes that `attention` allocates for one chunk of one row, plus the
+        bytes of one widened part of an int8 matrix.
 
-        The kernels for prompts allocate less than `attention`.
+        If kernels compute the attention of a prompt, they allocate less than `attention`.
         """
         at_once = prompt.queries_at_once(n_heads // n_kv_heads, context)
         nbytes = super().attention_nbytes(
@@ -247,8 +249,8 @@ class CupyOps(Ops):
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
         """Upload a part of the model.
 
-        On the device wq, wk and wv form one matrix, and so do w_gate and w_up, so that one kernel
-        multiplies by all of them.
+        On the device, wq, wk and wv are joined to one matrix, and w_gate and w_up to another. One
+        call can then multiply by a whole joined matrix.
         """
         if isinstance(part, Layer):
             return upload(self.backend, part)

@@ -3,7 +3,7 @@
 The gradient of a scalar loss with respect to y is called dy: dy = dLoss/dy. It has the shape of y.
 
 The first argument of each method is the gradient with respect to the equation's output. The other
-arguments are the inputs and outputs of the equation that the derivative needs. The method returns
+arguments are those inputs and outputs of the equation that the derivative needs. The method returns
 the gradients with respect to the differentiable inputs, in the order of the inputs.
 
 dtypes: as in the equations, every method computes in the dtype of the activations (float32 in
@@ -19,8 +19,11 @@ from npllama.parameters import Matrix
 
 
 class Derivatives(Equations):
-    """The chain rule: a method `<equation>_backward` for each equation that training differentiates
-    as a whole."""
+    """The chain rule: methods `<equation>_backward` for the equations that training needs.
+
+    `attention_backward` covers `attention_weights` and `weighted_values` together.
+    `cross_entropy_backward` covers `log_softmax` and the selection of each target's element.
+    """
 
     # -- embedding and projections ---------------------------------------------------------
 
@@ -71,8 +74,8 @@ class Derivatives(Equations):
             dx      = (dn - n * mean(dn * n)) / r, where dn = dy * weight
             dweight = sum over tokens of dy * n
 
-        The term with the mean removes the component of dx along x. Scaling x does not change y
-        (exactly so if eps is 0), so the gradient has no such component.
+        The term with the mean removes the component of dx along x. If eps is 0, scaling x does not
+        change y, so the gradient has no component along x. With a small eps this holds nearly.
 
         Args:
             dy, x: (..., D).
@@ -118,7 +121,7 @@ class Derivatives(Equations):
             p: (..., N), the output of the softmax.
 
         Returns:
-            dx (..., N), which is 0 for masked elements because p is 0 there.
+            dx (..., N). It is 0 for masked elements, because p is 0 there.
 
         Source: the quotient rule on Vaswani et al. 2017, equation 1; Dao et al. 2022
         (FlashAttention), appendix B.2.
@@ -134,8 +137,8 @@ class Derivatives(Equations):
             dP = do v^T,  dX = softmax_backward(dP, P)
             dq = dX k / sqrt(C),  dk = dX^T q / sqrt(C)
 
-        Queries are reshaped to (K, G*T, C), as in the equation. The products for dk and dv then
-        also sum over the G query heads of each key head.
+        The queries and do are reshaped to (K, G*T, C), as in `attention_weights`. The products for
+        dk and dv then also sum over the G query heads of each key head.
 
         Args:
             do, q: (H, T, C).

@@ -1,8 +1,8 @@
 """The equations of LLaMA-2 in plain array calls, written once for any array module `xp`.
 
 Letters: B batch, T new tokens, S cached positions, N = S + T keys, D width, H query heads,
-K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers. A plain matrix
-product has M rows and O outputs.
+K key-value heads, G = H / K, C head width, F ffn width, V vocabulary, L layers. In a plain matrix
+product, M is the number of rows, and O the number of outputs per row.
 
 dtypes: every method computes in the dtype of its activations (float32 in the model, float64 in
 the tests), and widens a weight from its storage dtype to that dtype.
@@ -19,7 +19,8 @@ from npllama.parameters import Matrix
 class Equations:
     """The equations, from which blocks.py composes the blocks of the model.
 
-    A backend overrides a method under the same signature.
+    A backend may override a method. The override has the same signature, and the same result up to
+    rounding.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -34,7 +35,7 @@ class Equations:
         Args:
             tokens: (B, T) integers in [0, V). The caller checks the range, because NumPy accepts
                 negative indices.
-            w: (V, D) in any format. Only the rows in use are widened.
+            w: (V, D) in any format. Only the rows of the given tokens are widened.
 
         Returns:
             (B, T, D) in `dtype`.
@@ -48,8 +49,9 @@ class Equations:
 
         Args:
             x: (..., D).
-            w: (O, D) in any format. The whole matrix is widened to x's dtype. A scale, which is
-                one factor per row of W, multiplies the O outputs.
+            w: (O, D) in any format. The whole matrix is widened to x's dtype. A quantized format
+                (int8) also has a scale, which is one factor per row of W. x is then multiplied by
+                the unscaled W, and each output by the factor of its row.
 
         Returns:
             (..., O) in x's dtype.
@@ -81,14 +83,15 @@ class Equations:
     # -- rotary position embeddings ----------------------------------------------------------
 
     def rope_frequencies(self, config: LlamaConfig, context: int | None = None) -> Rotation:
-        """The rotation angle of each pair per position:  theta_i = theta^(-2i / C).
+        """The frequency of each pair of elements of a head:  theta_i = theta^(-2i / C).
 
-        The `rope_scaling` of a config changes these frequencies. The kind "yarn" also scales the
-        attention scores. rope_frequencies.py has one function for each kind.
+        `rope` rotates pair i by the angle theta_i per position. The base theta is the config's
+        rope_theta. The config's `rope_scaling` changes the frequencies, and its kind "yarn" also
+        scales the attention scores. rope_frequencies.py has one function for each kind.
 
         Args:
-            context: the maximum number of positions, by default the config's. Only the kind
-                "dynamic" depends on it.
+            context: the maximum number of positions, by default the config's. Only the
+                frequencies of the kind "dynamic" depend on it.
 
         Returns:
             The frequencies, (C/2,) float64 in radians per position, and the attention scaling,
@@ -101,14 +104,16 @@ class Equations:
     def rope_table(
         self, n_positions: int, rotation: Rotation, dtype: str = "float32"
     ) -> tuple[Array, Array]:
-        """Cosine and sine of every rotation angle:  a cos(p theta_i), a sin(p theta_i).
+        """Scaled cosine and sine of every rotation angle:  a cos(p theta_i), a sin(p theta_i).
 
-        The angles are computed in float64 and only the results are rounded. In half precision the
-        error of an angle at position 4000 would exceed one radian.
+        p is the position, theta_i the frequency of pair i, and a the attention scaling.
+
+        The angles are computed in float64, and only the results are rounded to `dtype`. In half
+        precision, the rounding error of an angle of 4000 radians can be one radian.
 
         Args:
-            rotation: the frequencies theta_i, (C/2,) float64, and the attention scaling a, as
-                returned by `rope_frequencies`.
+            rotation: the frequencies, (C/2,) float64, and the attention scaling, as returned by
+                `rope_frequencies`.
 
         Returns:
             cos, sin: (n_positions, C/2) in `dtype`.
@@ -122,22 +127,23 @@ class Equations:
         return (a * xp.cos(angle)).astype(dtype), (a * xp.sin(angle)).astype(dtype)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotate each pair (x_i, x_{i+C/2}) of a head by the angle of pair i at its position:
+        """Rotate pair i of a head, (x_i, x_{i+C/2}), by the pair's angle at the token's position:
 
             y_i       = x_i cos_i - x_{i+C/2} sin_i
             y_{i+C/2} = x_{i+C/2} cos_i + x_i sin_i
 
-        The pairs are (i, i + C/2), which is Hugging Face's row order. Meta's files pair
-        (2i, 2i+1), so the converter permutes the rows of their wq and wk.
+        Element i is paired with element i + C/2, because the rows of wq and wk are in the order of
+        Hugging Face. In Meta's files, element 2i is paired with element 2i + 1. The converter
+        therefore permutes the rows of wq and wk in these files.
 
         Args:
             x: (B, T, heads, C), queries or keys.
             cos, sin: (B, T, C/2), the rows of the table at each token's position.
 
         Returns:
-            (B, T, heads, C) in x's dtype. The rotation preserves the norm of each head, except
-            that yarn scales it. The product q . k depends only on the distance between the
-            positions of q and k.
+            (B, T, heads, C) in x's dtype. The rotation preserves the norm of each head, unless
+            cos and sin include yarn's attention scaling. The product q . k of a rotated query and
+            a rotated key depends on their positions only through the difference of the positions.
 
         Source: Su et al. 2021, equation 34.
         """
@@ -157,7 +163,8 @@ class Equations:
         largest exponent is then 0.
 
         Args:
-            x: (...), with at least one finite element along the last axis. -inf gives 0.
+            x: (...), with at least one finite element along the last axis. The softmax of an
+                element -inf is 0.
 
         Returns:
             The shape and dtype of x.
@@ -184,9 +191,9 @@ class Equations:
     def is_hidden(self, query: Array, key: Array) -> Array:
         """The causal mask: a query attends to the keys up to and including its own position.
 
-        All array code takes the mask from this method. The CUDA kernels compute the same mask
-        themselves. Whoever changes the mask must keep hiding all later keys: overrides do not
-        compute the scores of keys after the last query.
+        All methods in array calls take the mask from this method. The CUDA kernels compute the same
+        mask themselves. A changed mask must still hide all keys after the query: overrides process
+        the queries in parts, and do not compute scores for keys after the last query of a part.
 
         Args:
             query, key: positions, integers whose shapes broadcast.
@@ -201,11 +208,15 @@ class Equations:
     def hidden_keys(self, n_new: int, n_keys: int) -> Array | None:
         """The mask of the last T of N = S + T positions, from `is_hidden`.
 
+        Args:
+            n_new: T.
+            n_keys: N.
+
         Returns:
-            bool, with a row for each of the T queries, True where the query may not attend to the
-            key. The columns are the last keys, and every query attends to all keys before them.
-            Here the last keys are the T new ones, so the shape is (T, T). None if every query
-            attends to every key.
+            (T, n) bool for some n <= N: one row per query, and one column for each of the last n
+            keys. An element is True where the query may not attend to the key. Every query attends
+            to all keys before the last n. In this implementation n is T, so these are the new keys.
+            The result is None if every query attends to every key.
         """
         if n_new == 1:  # the last position attends to all positions
             return None
@@ -215,17 +226,17 @@ class Equations:
     def attention_weights(self, q: Array, k: Array) -> Array:
         """Attention weights of grouped queries:  P = softmax(q k^T / sqrt(C) + mask).
 
-        The T queries are the last T of the N = S + T positions, and `hidden_keys` is the mask.
-        G = H / K consecutive query heads share one key head. Reshaping their queries to
-        (K, G*T, C) avoids repeating the keys. G = 1 is multi-head attention and K = 1 is
-        multi-query attention.
+        The T queries are at the last T of the N = S + T positions. The mask adds -inf to the score
+        of each key that `hidden_keys` hides from the query. G = H / K consecutive query heads share
+        one key head. Reshaping the queries to (K, G*T, C) avoids a copy of the keys for each query
+        head. G = 1 is multi-head attention, and K = 1 is multi-query attention.
 
         Args:
             q: (H, T, C), rotated.
             k: (K, N, C), rotated.
 
         Returns:
-            (H, T, N) in q's dtype; each row sums to 1.
+            (H, T, N) in q's dtype. The N weights of each query sum to 1.
 
         Source: Vaswani et al. 2017, equation 1; Ainslie et al. 2023 (GQA), section 2.2.
         """
@@ -245,7 +256,7 @@ class Equations:
         """The weighted sum of the values:  o = P v, where G query heads share one value head.
 
         Args:
-            p: (H, T, N).
+            p: (H, T, N), from `attention_weights`.
             v: (K, N, C).
 
         Returns:
@@ -266,8 +277,8 @@ class Equations:
             q: (H, T, C), rotated.
             k: (K, N, C), rotated; N = S + T includes the keys of the new tokens.
             v: (K, N, C).
-            scratch: (n,) memory in which an override may store scores. This implementation
-                ignores it.
+            scratch: float32 memory of any size (n,), in which an override may store scores. This
+                implementation ignores it.
 
         Returns:
             (H, T, C) in q's dtype.
@@ -306,7 +317,8 @@ class Equations:
         Returns:
             (..., F).
 
-        Source: Shazeer 2020 (GLU variants), equation 6. Meta's code names W_gate w1 and W_up w3.
+        Source: Shazeer 2020 (GLU variants), equation 6. In Meta's code W_gate is w1, and W_up is
+        w3.
         """
         return self.silu(gate) * up
 

@@ -11,9 +11,9 @@ class NumpyDerivatives(Derivatives):
     """Overrides. Each computes the same result as the method of that name in Derivatives."""
 
     def embedding_backward(self, dx: Array, tokens: Array, w: Matrix) -> Array:
-        """Sort the rows of dx by token id, and add up the rows of each token.
+        """Sort the rows of dx by token id, and add up the rows with the same id.
 
-        This takes B*T*D additions. The reference multiplies dx by a (V, B*T) matrix.
+        This takes at most B*T*D additions. The reference multiplies a (V, B*T) matrix by dx.
         """
         order = np.argsort(tokens, axis=None, kind="stable")
         present, begins = np.unique(tokens.reshape(-1)[order], return_index=True)

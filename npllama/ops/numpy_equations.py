@@ -1,12 +1,12 @@
 """Faster equations for NumPy: fewer bytes moved, fewer calls, all cores.
 
 A decode step spends most of its time reading the weights. The overhead of NumPy calls comes second:
-reading the weights evicts the interpreter's code and data from the cache, which makes every call on
-a small array slow. The overrides therefore make fewer calls.
+reading the weights evicts the interpreter's code and data from the processor's cache, so every call
+on a small array is slow. The overrides therefore make fewer calls.
 
-A prompt spends most of its time in matrix products. The other operations come second, because NumPy
-computes them on one core. The overrides therefore split the longer ones over all cores. Shorter
-ones are not worth waking threads for.
+Prefilling a prompt spends most of its time in matrix products. The other operations come second,
+because NumPy computes them on one core. The overrides therefore split the longer of these
+operations over all cores. For the shorter ones, waking threads costs more time than it saves.
 """
 
 import math
@@ -22,18 +22,20 @@ from npllama.ops.tiles import product
 from npllama.parameters import Matrix
 
 QUERIES = 128
-"""Queries per key head in one attention product; each token has G of them.
+"""The number of queries of one key head in one attention product. A token has G queries per key
+head, so a product has QUERIES / G tokens.
 
-A product of fewer queries is inefficient. More queries waste work: the scores of all queries are
-computed up to the last query's key, and the mask then discards many of them."""
+A product with fewer queries is inefficient. More queries waste work: a product computes the score
+of each of its queries for all keys up to the position of its last query, and the mask then discards
+the scores of later keys."""
 
 IN_CACHE = 256 * 1024
-"""The maximum number of attention scores per product, unless one key head alone has more. Six
-operations read the scores in turn, so they should fit the cache."""
+"""The maximum number of attention scores per product, unless one key head alone has more. Several
+operations read the scores one after another, so the scores should fit the processor's cache."""
 
 _KEPT, _KEPT_SIZE = 32, 2**20
-"""The maximum number of masks that are cached for other heads and layers, and the maximum number of
-elements of such a mask."""
+"""The maximum number of masks that are cached, and the maximum number of elements of a cached
+mask."""
 
 _SIGNS = np.array([[-1], [1]], dtype="float32")
 """The factors of sin in RoPE, for the first and the second half of a head."""
@@ -50,16 +52,17 @@ class NumpyEquations(Equations):
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend)
-        # whether a matrix is free of infinities and NaNs, for the matrices checked so far
+        # matrix -> whether all its elements are finite, for the matrices checked so far
         self._checked: WeakKeyDictionary[Matrix, bool] = WeakKeyDictionary()
         self._hidden: dict[tuple[int, int], np.ndarray] = {}  # (T, N) -> mask
 
     def linear(self, x: Array, w: Matrix) -> Array:
         """y = x W^T: (..., D) -> (..., O).
 
-        For many rows, y is a transposed view of the array y^T (O, M) that `_product` computes. In
-        memory, each output of a token is then next to the same output of the following token, not
-        next to the token's other outputs. The next operations are fast in this layout.
+        For many rows, y is usually a transposed view of the array y^T (O, M) that `_product`
+        computes. In memory, output o of token m is then next to output o of token m + 1, and not
+        next to output o + 1 of token m. The overrides of the forward pass are fast in this layout.
+        `_product` makes an exception if there is only one thread.
         """
         format_ = w.format
         n_out, width = w.shape
@@ -73,14 +76,15 @@ class NumpyEquations(Equations):
         return y.reshape(*x.shape[:-1], n_out)  # (M, O) -> (..., O)
 
     def _is_finite(self, w: Matrix) -> bool:
-        """Whether all elements of a matrix are finite.
+        """Whether all elements of a float16 matrix are finite.
 
         A float16 matrix is widened in tiles of some rows (see tiles.py), by integer operations that
-        give wrong results for infinities and NaNs. The reference therefore computes products with
-        such matrices, so that the model raises the same NumericalError as in other formats.
+        give wrong results for infinities and NaNs. The reference therefore computes the products
+        with a matrix that contains infinities or NaNs. The model then raises the same
+        NumericalError as in other formats.
 
-        The check runs at the first product, which has to read the matrix anyway. A check while
-        loading would read the whole file.
+        The check runs at the first product, which has to read the matrix anyway. A check while the
+        model is loaded would read the whole file.
         """
         result = self._checked.get(w)
         if result is None:
@@ -93,16 +97,16 @@ class NumpyEquations(Equations):
     def _product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
         """y = x W^T without the scale of W's rows: x (M, D) float32, W (O, D) -> (M, O) float32.
 
-        y is computed as y^T = W x^T. Weights narrower than float32 are widened tile by tile. For
-        few rows, worker processes compute parts of the product if the matrix is narrow, or if it
-        is a float32 matrix of a small model.
+        y is usually computed as y^T = W x^T. Elements smaller than float32 are widened tile by
+        tile. For few rows, worker processes may compute parts of the product (shared_products.py
+        decides for which matrices).
         """
         n_rows, n_out = len(x), w.shape[0]
         threads = self.backend.threads
         is_cut_up = n_rows >= MANY_ROWS
         if is_cut_up and threads.most == 1 and w.format.is_wide:
-            # one thread has no parts to split; training's derivatives are fastest with y in this
-            # layout, in which the outputs of a token are contiguous
+            # one thread needs no parts; the outputs of a token are contiguous in this result, which
+            # is the fastest layout for the derivatives in training
             return x @ w.values.T
         if self.shared.has(w) and n_rows <= self.shared.most_rows(w):
             y = self.shared.product(x, w)
@@ -116,7 +120,8 @@ class NumpyEquations(Equations):
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """x / sqrt(mean(x^2) + eps) * weight, with fewer NumPy calls than the reference.
 
-        A prompt is computed on one core too, because waking threads would take as long.
+        It uses one core even for a prompt, because waking threads would take as long as the
+        computation.
         """
         if x.dtype != np.float32:
             return super().rms_norm(x, weight, eps)
@@ -150,7 +155,7 @@ class NumpyEquations(Equations):
         return np.add.reduce(sums, axis=0)
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """RoPE with both halves of a head in each NumPy call, on all cores."""
+        """RoPE with both halves of a head in each NumPy call, and on all cores for many rows."""
         if x.dtype != np.float32:
             return super().rope(x, cos, sin)
         if x.strides[-1] != x.itemsize:
@@ -186,7 +191,7 @@ class NumpyEquations(Equations):
         return p
 
     def _hidden_keys(self, n_new: int, n_keys: int) -> np.ndarray | None:
-        """`hidden_keys`, cached for the other heads and layers."""
+        """The mask from `hidden_keys`, cached because other heads and layers need the same mask."""
         hidden = self._hidden.get((n_new, n_keys))
         if hidden is None:
             hidden = self.hidden_keys(n_new, n_keys)
@@ -199,10 +204,11 @@ class NumpyEquations(Equations):
     def attention(self, q: Array, k: Array, v: Array, scratch: Array | None = None) -> Array:
         """softmax(q k^T / sqrt(C) + mask) v, with the scores in `scratch`.
 
-        The work is divided into items. An item consists of a few tokens, the keys up to the last of
-        these tokens, and some key heads: as many as possible so that the scores fit `scratch` and
-        the processor's cache, but at least one. The reference allocates four arrays with the scores
-        of all tokens.
+        The work is divided into items, which the threads compute. An item has some of the tokens,
+        some of the key heads, and the keys up to the position of its last token. Its scores should
+        fit one thread's part of `scratch` and the processor's cache. It therefore has as many key
+        heads as fit, but at least one. The reference allocates four arrays with the scores of all
+        tokens.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -236,7 +242,7 @@ class NumpyEquations(Equations):
             scores = groups * (some.stop - begin) * n_keys  # elements per key head
             at_once = max(1, min(n_kv_heads, min(room, IN_CACHE) // scores))
             items += [(slice(i, i + at_once), some) for i in range(0, n_kv_heads, at_once)]
-        # the last tokens attend to the most keys, so the longest items start first
+        # items with later tokens take longer, because they have more keys: start the longest first
         for_each(self.backend.threads, attend, items[::-1], n_new)
         return o.reshape(q.shape)  # (K, G, T, C) -> (H, T, C)
 
@@ -246,7 +252,8 @@ class NumpyEquations(Equations):
         return np.reciprocal(s, out=s)
 
     def swiglu(self, gate: Array, up: Array) -> Array:
-        """gate / (1 + e^-gate) * up, computed in-place in one new array, on all cores."""
+        """gate / (1 + e^-gate) * up, computed in-place in one new array, and on all cores for many
+        rows."""
         y = np.empty_like(gate)
 
         def compute(some: slice) -> None:
@@ -262,7 +269,8 @@ def _exp(scores: np.ndarray) -> np.ndarray:
     """Replace scores (..., N) with e^(scores - max), and return the sums of these, (..., 1).
 
     The softmax is the new `scores` divided by the sums. A caller may instead multiply the new
-    `scores` by the values and divide that product by the sums, because it has fewer elements.
+    `scores` by the values and divide the product by the sums. This is faster, because the product
+    usually has fewer elements than the scores.
     """
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -270,8 +278,8 @@ def _exp(scores: np.ndarray) -> np.ndarray:
 
 
 def _one_plus_exp_minus(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Write 1 + e^-x to `out`. e^-x may overflow to infinity, and the callers divide by it: the
-    quotient is then 0."""
+    """Write 1 + e^-x to `out`. If e^-x overflows to infinity, the callers divide by infinity and
+    get 0, the limit."""
     np.negative(x, out=out)
     with np.errstate(over="ignore"):
         np.exp(out, out=out)
@@ -280,22 +288,23 @@ def _one_plus_exp_minus(x: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _hide(scores: np.ndarray, hidden: np.ndarray | None) -> None:
-    """Apply the mask to scores (heads, T, N) in-place: set those of hidden keys to -inf.
+    """Apply the mask to scores (heads, T, N) in-place: set the scores of hidden keys to -inf.
 
     Args:
-        hidden: (T, number of last keys) bool, or None, as returned by `hidden_keys`.
+        hidden: the mask of the last n keys, (T, n) bool, or None, as returned by `hidden_keys`.
     """
     if hidden is not None:
         np.copyto(scores[..., scores.shape[-1] - hidden.shape[1] :], -np.inf, where=hidden)
 
 
 def tokens_at_once(groups: int) -> int:
-    """The number of tokens per attention product, for G = groups queries per token and key head."""
+    """The number of tokens per attention product. A token has G = groups queries per key head."""
     return max(1, QUERIES // groups)
 
 
 def _scratch(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 array of `shape` in the memory of `scratch`, or a new one if that is too small."""
+    """A float32 array of `shape` in the memory of `scratch`, or a new array if `scratch` is too
+    small."""
     size = math.prod(shape)
     flat = scratch[:size] if size <= scratch.size else np.empty(size, dtype="float32")
     return flat.reshape(shape)

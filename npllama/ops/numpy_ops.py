@@ -1,4 +1,5 @@
-"""Faster blocks for NumPy: joined products, and all cores for a prompt."""
+"""Faster blocks for NumPy: one product for matrices with the same input, and all cores for a
+prompt."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -53,7 +54,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         """`queries_keys_values` with one product for q, k and v, and one rotation for q and k.
 
         For few rows, q is computed for all T tokens even if only the last n are needed. The product
-        then takes the time of reading W, which does not depend on the number of rows.
+        then takes as long as reading the matrix, and this time does not depend on the number of
+        rows.
         """
         batch, n_new, _ = h.shape
         is_all = n_last in (None, n_new) or batch * n_new < MANY_ROWS
@@ -68,11 +70,10 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     # -- hooks ---------------------------------------------------------------------------------
 
     def prepare(self, part: Part, may_copy: bool = False) -> Part:
-        """Join matrices that have the same input, and register large matrices, so that worker
-        processes help with their products.
+        """Join matrices that have the same input, and register large matrices for the products that
+        worker processes help to compute.
 
-        Matrices whose products are worth sharing are moved to shared memory if they are not in a
-        file.
+        `SharedProducts` decides which matrices are joined, registered, or moved to shared memory.
         """
         part = part.map(self.backend.to_device)
         if isinstance(part, Layer):
@@ -84,8 +85,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return w
 
     def _prepared_layer(self, layer: Layer, may_copy: bool) -> Layer:
-        """The layer with the joined matrices added. Its own matrices, such as wq, then become views
-        of the rows of a joined matrix."""
+        """The layer with the joined matrices added. The matrices that were joined, such as wq, are
+        then views of rows of the joined matrix."""
         width = layer.wq.shape[1]
         groups = [[getattr(layer, weight.field) for weight in ws] for ws in PRODUCTS.values()]
         changed: dict[str, Matrix] = {}
@@ -102,17 +103,23 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return replace(layer, **changed).with_derived(**joined)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """A context for one forward pass at a time, with as many BLAS threads as free cores.
+        """A context that sets BLAS's number of threads for a forward pass. Only one thread can hold
+        it at a time.
 
-        BLAS uses one thread if the forward pass splits many rows over our own threads, or if worker
-        processes compute. BLAS's threads keep spinning after a product, and would occupy the cores
-        of the other threads and processes. If npllama is limited to one thread, several forward
-        passes may run at the same time.
+        BLAS uses `Threads.count` threads, by default as many as there are free cores. It uses one
+        thread if the forward pass splits many rows over our own threads, or if worker processes
+        compute: BLAS's threads keep spinning after a product, and would occupy the cores of our
+        threads and of the processes.
+
+        If npllama may use only one thread per forward pass, forward passes in several threads of
+        the caller may run at the same time.
         """
         return self._forward_context(n_rows)
 
     def turn(self) -> AbstractContextManager:
-        """A context for consecutive steps of one generation. Other threads wait until its end."""
+        """A context for several consecutive steps of one generation. The forward passes of other
+        threads wait until the context ends, unless npllama may use only one thread per forward
+        pass."""
         threads = self.backend.threads
         return threads.turn() if threads.most > 1 else nullcontext()
 
@@ -129,10 +136,11 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
                 yield
 
     def scratch_size(self, n_heads: int, n_kv_heads: int, chunk: int, context: int) -> int:
-        """The number of float32 elements for the scores that all threads compute at a time.
+        """The number of float32 elements for the scores that all threads compute at the same time.
 
-        Each thread has memory for the scores of one key head, of `tokens_at_once` tokens and all
-        positions of the context. If there are fewer positions so far, several key heads fit.
+        Each thread has memory for the scores of one key head, for `tokens_at_once` tokens and all
+        positions of the context. While a row has fewer positions than the context, the scores of
+        several key heads fit in this memory.
         """
         groups = n_heads // n_kv_heads
         queries = groups * min(chunk, tokens_at_once(groups))
@@ -150,8 +158,8 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         """The number of bytes of the scratch memory, and of three arrays (H, T, C) for one chunk:
         the outputs, the scaled queries, and a temporary copy of queries or outputs.
 
-        If the cache is not float32, the scores of the whole chunk and the widened keys and values
-        of one row are added.
+        If the KV cache is not float32, the scores of the whole chunk and the widened keys and
+        values of one row are added.
         """
         numbers = self.scratch_size(n_heads, n_kv_heads, chunk, context)
         if cache_dtype != np.float32:

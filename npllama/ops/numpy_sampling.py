@@ -12,9 +12,9 @@ class NumpySampling(SamplingEquations):
     def keep_top_p(self, logits: Array, p: float) -> Array:
         """Top-p, with a sort of only those tokens that may be kept.
 
-        Consider all tokens with a probability below (1 - p) / V. Their probabilities add up to
-        less than 1 - p, so those of the more likely tokens add up to more than p. Top-p therefore
-        drops all the unlikely tokens, and they need no sorting.
+        A token is called unlikely here if its probability is below (1 - p) / V. The probabilities
+        of all unlikely tokens add up to less than 1 - p, so those of the other tokens add up to
+        more than p. Top-p therefore drops all unlikely tokens, and they need no sorting.
         """
         probability = self.softmax(logits)
         # The bound is halved because the computed probabilities do not add up to exactly 1. If
@@ -29,10 +29,10 @@ class NumpySampling(SamplingEquations):
         return kept
 
     def sample(self, logits: Array, uniform: Array) -> Array:
-        """Sampling that reads only the remaining tokens of a row, if the filters kept few of them.
+        """Sampling with the softmax and the cumulative sum of only the tokens that are left.
 
-        Selecting the remaining tokens takes time too, so rows with many of them go to the
-        reference.
+        These are the tokens that the filters have not set to -inf. Selecting them takes time too,
+        so a row with more than a quarter of its tokens left goes to the reference.
         """
         ids = np.empty(len(logits), dtype="int64")
         for i, x in enumerate(logits):

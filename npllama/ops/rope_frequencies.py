@@ -27,7 +27,8 @@ class Rotation(NamedTuple):
 
 
 def rotation(xp: ModuleType, config: LlamaConfig, context: int) -> Rotation:
-    """The frequencies that a config specifies, for a model with at most `context` positions."""
+    """The frequencies and the attention scaling that a config specifies, for a model with at most
+    `context` positions."""
     scaling, theta, head_dim = config.rope_scaling, config.rope_theta, config.head_dim
     if scaling is None:
         return Rotation(plain(xp, theta, head_dim))
@@ -50,7 +51,7 @@ def plain(xp: ModuleType, theta: float, head_dim: int) -> Array:
 
 
 def linear(frequencies: Array, scaling: RopeScaling) -> Array:
-    """theta_i / s, which rotates position p by the angle that position p / s had before.
+    """theta_i / s. Position p then has the rotation angle that position p / s has without scaling.
 
     Source: Chen et al. 2023 (Position Interpolation), equation 4.
     """
@@ -58,13 +59,13 @@ def linear(frequencies: Array, scaling: RopeScaling) -> Array:
 
 
 def dynamic_theta(config: LlamaConfig, context: int) -> float:
-    """The base for a context of N positions:  theta (s N / Lmax - (s - 1))^(C / (C - 2)).
+    """The base for a context of P positions:  theta (s P / Lmax - (s - 1))^(C / (C - 2)).
 
-    Lmax is max_position_embeddings, and N is the larger of Lmax and the model's context. For
-    N = Lmax the base is theta. In Hugging Face transformers N is the current length of the text,
-    so keys that were cached at different lengths have different bases. Here N is fixed per model,
-    so the logits of a text do not depend on how it is split into chunks. They equal those of
-    transformers for a text of N tokens in one forward pass.
+    Lmax is max_position_embeddings, and P is the larger of Lmax and `context`. For P = Lmax the
+    base is theta. In Hugging Face transformers P is the current length of the text, so keys that
+    were cached at different lengths have different bases. Here P is fixed per model, so the logits
+    of a text do not depend on how the text is split into chunks. For a text of P tokens in one
+    forward pass, the logits equal those of transformers.
 
     Source: Peng et al. 2023 (YaRN), sections 3.1 and 3.3, "dynamic NTK", after bloc97 and emozilla.
     """
@@ -78,8 +79,9 @@ def llama3(xp: ModuleType, frequencies: Array, scaling: RopeScaling) -> Array:
 
         t_i = (L0 theta_i / (2 pi) - low) / (high - low), clipped to [0, 1].
 
-    L0 theta_i / (2 pi) is the number of rotations of pair i in L0 positions. Pairs with more than
-    `high` rotations keep their frequency. Pairs with fewer than `low` have it divided by s.
+    `low` and `high` are the config's low_freq_factor and high_freq_factor. L0 theta_i / (2 pi) is
+    the number of rotations of pair i in L0 positions. Pairs with more than `high` rotations keep
+    their frequency. The frequency of pairs with fewer than `low` rotations is divided by s.
 
     Source: the reference code of Llama 3.1 (`apply_scaling`); there is no paper.
     """
@@ -94,11 +96,9 @@ def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> A
 
         r_i = (i - first) / (last - first), clipped to [0, 1].
 
-    The pair `first` makes beta_fast rotations in L0 positions, and the pair `last` makes beta_slow
-    rotations.
-
-    The ends `first` and `last` are rounded outwards if the config's `truncate` is true, and then
-    clipped to [0, C - 1].
+    Pair number `first` makes beta_fast rotations in L0 positions, and pair number `last` makes
+    beta_slow rotations. Both are real numbers. If the config's `truncate` is true, `first` is
+    rounded down and `last` up. Then `first` is at least 0, and `last` at most C - 1.
 
     Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its reference code,
     in which the ramp r is linear in the index i.

@@ -1,7 +1,7 @@
 """Sampling: from logits to the next token, with the random number as an input.
 
-The steps are, in this order: repetition penalty, temperature, the filters in the order of
-Sampling's fields, and the sample.
+`next_token` applies, in this order, the repetition penalty, the temperature, and the filters in the
+order of Sampling's fields. Then it samples a token.
 
 Each filter sets all logits below a threshold to -inf, so it treats equal logits equally. The kept
 tokens therefore do not depend on how a backend finds the threshold, for example by sorting or by
@@ -19,7 +19,7 @@ class SamplingEquations(Equations):
     """The equations of sampling, on logits (B, V) float32. A logit of -inf excludes a token."""
 
     def penalize_repetition(self, logits: Array, seen: Array, penalty: float) -> Array:
-        """x_i / penalty if x_i > 0, else x_i * penalty, for each token that was `seen`.
+        """x_i / penalty if x_i > 0, else x_i * penalty, for each token i that `seen` marks.
 
         Args:
             logits: (B, V).
@@ -28,8 +28,9 @@ class SamplingEquations(Equations):
         Returns:
             (B, V).
 
-        Source: Keskar et al. 2019 (CTRL), section 4.1. The case x_i <= 0 is Hugging Face's, since
-        a division would raise a negative logit.
+        Source: Keskar et al. 2019 (CTRL), section 4.1, which divides in both cases. For x_i <= 0
+        this method multiplies, as Hugging Face transformers does. Dividing a negative logit by a
+        penalty above 1 would make the token more likely.
         """
         xp = self.xp
         penalized = xp.where(logits > 0, logits / penalty, logits * penalty)
@@ -38,9 +39,9 @@ class SamplingEquations(Equations):
     def divide_by_temperature(self, logits: Array, temperature: float) -> Array:
         """(x_i - max x) / t, which has the same softmax as x_i / t; (B, V) -> (B, V).
 
-        The dividend is at most 0, and t is clipped to the range of float32. A tiny temperature
-        therefore gives the greedy choice and a huge one the uniform distribution, without
-        overflow and without 0 / 0.
+        The dividend is at most 0, and t is clipped to [1e-30, 1e30]. A tiny temperature therefore
+        gives the greedy choice and a huge one the uniform distribution, without overflow and
+        without 0 / 0.
 
         Source: Hinton et al. 2015, equation 1.
         """
@@ -48,7 +49,7 @@ class SamplingEquations(Equations):
         return (logits - logits.max(axis=-1, keepdims=True)) / temperature
 
     def keep_top_k(self, logits: Array, k: int) -> Array:
-        """Keep the k largest logits and any equal to the k-th; set the others to -inf.
+        """Keep the k largest logits, and all that equal the k-th largest. Set the others to -inf.
 
         (B, V) -> (B, V).
 
@@ -114,8 +115,9 @@ class SamplingEquations(Equations):
     def likeliest(self, logits: Array, n: int) -> tuple[Array, Array]:
         """The n most likely tokens, in order of decreasing probability, with log-probabilities.
 
-        Among equal tokens the one with the lowest id comes first. The method makes n passes over
-        the logits, because a CUDA graph can capture CuPy's reductions but not its sort.
+        Among tokens with equal logits, the one with the lowest id comes first. The method makes n
+        passes over the logits instead of sorting them, because a CUDA graph can capture CuPy's
+        reductions but not its sort.
 
         Args:
             logits: (B, V).
@@ -150,7 +152,8 @@ class SamplingEquations(Equations):
             uniform: (B,) float64 in [0, 1). It may be None at temperature 0, which chooses the
                 most likely token.
             sampling: the options. The names in `sampling.filters()` are methods of this class.
-            seen: (B, V) bool, updated in-place; required if repetition_penalty is not 1.
+            seen: (B, V) bool, the tokens of each row's prompt and completion so far. The chosen
+                tokens are added in-place. It may be None if repetition_penalty is 1.
             n_tokens: only ids below n_tokens are chosen, because a model's vocabulary may be padded
                 beyond its tokenizer's. None allows all V ids.
             allowed: (n_tokens,) bool, the ids that may be chosen; None allows all.

@@ -19,26 +19,28 @@ from npllama.parameters import Matrix
 from npllama.shared_arrays import location_of, neighbours, share_joined
 
 SHARED_SIZE = 512 * 1024
-"""The minimum number of elements of a narrow matrix for which its products are shared. Starting a
-shared product takes little time compared with widening so many elements."""
+"""The minimum number of elements of a narrow matrix whose products are shared. Starting a shared
+product takes little time compared with widening so many elements."""
 
 SMALL_WIDTH = 678
 """The largest model width D for which float32 products of few rows are shared.
 
-OpenBLAS uses only one core to multiply one row by a matrix of fewer than 460,800 elements. The
-D x D matrices of these models are that small. Workers use the other cores."""
+OpenBLAS uses only one core to multiply one row by a matrix of fewer than 460,800 elements. In
+models of this width or less, the D x D matrices have fewer elements. Workers then use the other
+cores."""
 
 SHARED_SMALL_SIZE = 64 * 1024
-"""The minimum number of elements of a float32 matrix for which its products are shared, in a model
-of at most SMALL_WIDTH."""
+"""The minimum number of elements of a float32 matrix whose products are shared, in a model of width
+SMALL_WIDTH or less."""
 
 CACHED_SIZE = 8 * 1024 * 1024
-"""The minimum number of elements of all registered float32 matrices together for which workers are
-started. Fewer elements stay in the processor's cache, where sharing gains nothing."""
+"""If no registered matrix is narrow, workers are started only if all registered float32 matrices
+together have at least this number of elements. Fewer elements stay in the processor's cache, and
+sharing then gains nothing."""
 
 MAX_WORKERS = 16
-"""The maximum number of processes. Fewer processes already use the whole memory bandwidth, and each
-process costs memory."""
+"""The maximum number of processes, including this one. So many processes already use the whole
+memory bandwidth, and each further process costs memory."""
 
 _numbers = count()
 """Numbers that identify matrices uniquely within the process, also across `Ops` objects."""
@@ -47,9 +49,10 @@ _numbers = count()
 class SharedProducts:
     """The matrix products that worker processes help this process to compute.
 
-    Only products of few rows are shared (see `most_rows`). With large narrow matrices they are
-    shared from the first product on, which waits until the workers have started. In a small float32
-    model they are shared as soon as the workers have started.
+    Only products of few rows are shared (see `most_rows`). In a model with large narrow matrices,
+    products are shared from the first one on, and the first one waits until the workers have
+    started. In a small float32 model (see SMALL_WIDTH), products are shared once the workers have
+    started, and this process computes alone before that.
 
     Attributes:
         workers: the worker processes; None before they are started.
@@ -69,13 +72,13 @@ class SharedProducts:
     def joined(self, groups: Sequence[Sequence[Matrix]], may_copy: bool) -> list[Matrix | None]:
         """Join each group of matrices (O_i, D) to one matrix (sum O_i, D).
 
-        Matrices that are neighbours in memory are joined as a view. Others are joined by a copy if
-        may_copy is true. If products with a group are worth sharing, the copy is in shared memory.
-        Such a group is also moved there if other processes cannot map its matrices, for example
-        because their dtype was converted while loading.
+        Matrices that are neighbours in memory are joined as a view. Other groups are joined by a
+        copy if may_copy is true. For a group whose products are worth sharing, the copy is in
+        shared memory. Such a group is copied there even if may_copy is false, if other processes
+        cannot map its matrices, for example because their dtype was converted while loading.
 
         Returns:
-            The matrix of each group, or None for a group that remains separate.
+            The joined matrix of each group, or None for a group whose matrices remain separate.
         """
         wholes = [_side_by_side(group) for group in groups]
         width = groups[0][0].shape[1]
@@ -106,7 +109,7 @@ class SharedProducts:
         return (whole is None and may_copy) or not all(_can_be_mapped(w) for w in group)
 
     def numbered(self, w: Matrix, width: int) -> Matrix:
-        """Register a matrix for shared products, if it is large enough and can be mapped.
+        """Register a matrix for shared products, if it is large and other processes can map it.
 
         Args:
             width: the width D of the model.
@@ -124,16 +127,16 @@ class SharedProducts:
     def begin(self) -> bool:
         """Begin a forward pass: start the workers if they are needed and not yet running.
 
-        Call this method within `Threads.turn`. Workers start in the background. Products with
-        narrow matrices wait for them. If all matrices are float32, this process computes without
-        them until they are ready.
+        Call this method within `Threads.turn`. Workers start in the background. If a matrix is
+        narrow, the first shared product waits for the workers. If all matrices are float32, this
+        process computes without the workers until they are ready.
 
         Returns:
             Whether workers help in this forward pass.
 
         Raises:
-            WorkerError: a process could not be started. If all matrices are float32, this process
-                computes without workers instead.
+            WorkerError: a process could not be started, and a matrix is narrow. If all matrices
+                are float32, this process computes without workers instead.
         """
         if len(self._matrices) != self._n_counted:
             self._count()
@@ -148,8 +151,8 @@ class SharedProducts:
     def _count(self) -> None:
         """Count the registered matrices again, after a model was loaded or freed.
 
-        The workers are stopped, because they map the old set of matrices and would keep the memory
-        of freed ones. `begin` starts new workers.
+        The workers are stopped, because they map the old set of matrices, and would keep the memory
+        of freed matrices in use. `begin` starts new workers.
         """
         matrices = list(self._matrices.values())
         self._n_counted = len(matrices)
@@ -164,16 +167,16 @@ class SharedProducts:
         return self._is_helped and w.number in self._known
 
     def most_rows(self, w: Matrix) -> int:
-        """The maximum number of rows of x for which a product is shared. Threads of this process
-        compute products of more rows."""
+        """The maximum number of rows of x in a shared product with this matrix. Threads of this
+        process compute products of more rows."""
         return MANY_ROWS - 1 if w.format.is_wide else MAX_ROWS
 
     def product(self, x: np.ndarray, w: Matrix) -> np.ndarray:
         """y^T = W x^T, without the scale of W's rows: x (M, D) float32 -> (O, M) float32.
 
         Raises:
-            WorkerError: a worker ended. If all matrices are float32, this process computes without
-                workers instead.
+            WorkerError: a worker ended, and a matrix is narrow. If all matrices are float32, this
+                process computes without workers instead.
         """
         try:
             index = self._known[w.number]
@@ -212,14 +215,16 @@ def _size(w: Matrix) -> int:
 
 
 def _least(w: Matrix, width: int) -> float:
-    """The minimum number of elements of a matrix that workers share, in a model of this width."""
+    """The minimum number of elements of a matrix in w's format whose products are shared, in a
+    model of this width. It is inf if such products are never shared."""
     if not w.format.is_wide:
         return SHARED_SIZE
     return SHARED_SMALL_SIZE if width <= SMALL_WIDTH else math.inf
 
 
 def _can_be_mapped(w: Matrix) -> bool:
-    """Whether other processes can map all arrays from which tiles (see tiles.py) are widened."""
+    """Whether other processes can map the arrays of this matrix from which tiles are widened (see
+    tiles.py)."""
     return all(location_of(getattr(w, name)) is not None for name in w.format.tiled)
 
 

@@ -1,8 +1,9 @@
 """Matrix products on the CPU with weights in any format, tile by tile.
 
 A tile is some consecutive rows of a matrix. BLAS has no products for 16-bit or 8-bit weights.
-Widening a whole matrix to float32 would write it to memory and read it back. Instead one tile at a
-time is widened into a buffer that stays in the processor's cache, and multiplied from there.
+Widening a whole matrix to float32 would write it to memory and read it back. Instead, one tile at a
+time is widened to float32 in a buffer that stays in the processor's cache, and BLAS multiplies by
+this buffer.
 """
 
 import threading
@@ -21,14 +22,14 @@ def product(
 ) -> np.ndarray:
     """y^T = W x^T, without the scale of W's rows.
 
-    OpenBLAS computes W x^T faster than x W^T for any M. For M = 2, two products with one row each
-    are faster still.
+    OpenBLAS computes W x^T faster than x W^T for any M. For M = 2 and float32 weights, two products
+    with one row of x each are faster still.
 
     Args:
         x: (M, D) float32.
-        w: (O, D) in any format, or with more rows, of which `some` selects O.
-        some: the rows of W by which x is multiplied; None for all.
-        out: (O, M) float32, the memory of the result; None allocates it.
+        w: (number of rows, D) in any format.
+        some: the O rows of w to multiply by; None for all rows.
+        out: (O, M) float32, the array for the result; None allocates it.
 
     Returns:
         (O, M) float32.

@@ -1,15 +1,16 @@
-"""Worker processes that share a matrix product: each process computes some rows of the result.
+"""Worker processes that share a matrix product y^T = W x^T: each process computes some rows of y^T.
 
 Threads would be slower, because they would wait for the interpreter's lock: widening a tile (some
-rows of a matrix, see tiles.py) acquires the lock many times, and the cast of bfloat16 holds it.
+rows of a matrix, see tiles.py) acquires the lock many times, and the conversion from bfloat16 holds
+it all the time.
 Worker processes also help with float32 matrices that are too small for OpenBLAS to use several
 threads.
 
 The main process starts the workers with `subprocess`. All processes map the same memory: one input,
 one output, a few counters, and the matrices, which are in files or in shared memory. The main
 process starts a product by incrementing a counter, and a worker reports its part as done in another
-counter. Neither needs a system call. A worker that has waited for a few milliseconds sleeps until
-it can read a byte from its pipe, and exits when the pipe is closed.
+counter. These two actions need no system call. A worker that has waited for _SPIN seconds sleeps
+until it can read a byte from its pipe. It exits when the pipe is closed.
 
 The protocol requires that other processes see the stores of one process in program order. x86-64
 guarantees this order, so workers exist only there.
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_ROWS = 127
-"""The maximum number of rows of x in a shared product. For more rows, threads are as fast."""
+"""The maximum number of rows of x in a shared product. For more rows, threads of the main process
+are as fast."""
 
 _SPIN = 0.005
 """Seconds for which a worker polls for the next product before it sleeps."""
@@ -46,9 +48,10 @@ _LOOK = 2000
 """The number of times that a process reads a counter before it checks anything else, such as the
 clock or whether the other process still runs."""
 
-# Indices of the int64 counters. The main process writes _SEQUENCE to _N_PARTS. A worker writes
-# _DONE, _ASLEEP and _READY, which are relative to its first counter. _LINE is the number of
-# counters in a cache line: each process writes to a cache line of its own.
+# Indices of the int64 counters. The main process writes the first four, from _SEQUENCE through
+# _N_PARTS. Each worker writes three counters of its own: _DONE, _ASLEEP and _READY are indices
+# relative to the first counter of the worker. _LINE is the number of counters in a cache line. Each
+# process writes to a cache line of its own.
 _SEQUENCE, _MATRIX, _N_ROWS, _N_PARTS = range(4)
 _DONE, _ASLEEP, _READY, _LINE = 0, 1, 2, 8
 
@@ -71,7 +74,7 @@ class _Job:
     counters: Location
     x: Location  # (MAX_ROWS * widest D,)
     y: Location  # (longest O * MAX_ROWS,)
-    matrices: list[dict[str, Location]]  # per matrix the arrays from which tiles are widened
+    matrices: list[dict[str, Location]]  # per matrix, the arrays from which tiles are widened
 
 
 class Workers:
@@ -82,7 +85,7 @@ class Workers:
         matrices: each (O, D), with arrays in a file or in shared memory.
 
     Raises:
-        WorkerError: a process could not be started, or ended unexpectedly.
+        WorkerError: a process could not be started. `product` raises it if a worker has ended.
     """
 
     def __init__(self, n: int, matrices: list[Matrix]) -> None:
@@ -121,8 +124,8 @@ class Workers:
 
     @property
     def are_ready(self) -> bool:
-        """Whether all workers have started, so that a product need not wait. Always False in a
-        forked process."""
+        """Whether all workers have started, so that a product does not wait for the start. It is
+        always False in a forked process."""
         if os.getpid() != self._owner:
             return False
         if not self._are_ready:
@@ -135,8 +138,9 @@ class Workers:
 
         Args:
             x: (M, D) float32, M <= MAX_ROWS.
-            w: (O, D), which was `matrices[index]`. `Workers` keeps no reference to its matrices,
-                so that they can be freed with their model.
+            w: (O, D), the matrix that was `matrices[index]` when the workers were started.
+                `Workers` keeps no reference to its matrices, so that they can be freed with their
+                model.
             n_parts: the number of processes that compute, including this one.
 
         Returns:
@@ -195,7 +199,7 @@ class Workers:
             process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
 
     def _wake(self, rank: int) -> None:
-        # the worker has ended (BrokenPipeError), or `close` has closed the pipe (ValueError)
+        # BrokenPipeError: the worker has ended; ValueError: `close` has closed the pipe
         with contextlib.suppress(BrokenPipeError, ValueError):
             self._processes[rank - 1].stdin.write(b"\n")
 
@@ -209,9 +213,9 @@ class Workers:
                 if process.poll() is not None:
                     raise self._ended(rank, process.returncode)
                 if counters[_of_worker(rank, _ASLEEP)] and not is_woken:
-                    self._wake(rank)  # an exception may have prevented the first attempt
+                    self._wake(rank)  # an exception may have prevented `product` from waking it
                     is_woken = True  # one byte is enough, and writing to a full pipe would block
-                time.sleep(0)  # give up the core, because the worker may be waiting for it
+                time.sleep(0)  # yield the core, because the worker may need it
 
     def _ended(self, rank: int, code: int) -> WorkerError:
         stderr = self._stderrs[rank - 1]
@@ -230,8 +234,8 @@ _living: "weakref.WeakSet[Workers]" = weakref.WeakSet()
 
 
 def _leave_to_the_parent() -> None:
-    """Close the workers' pipes in a forked process. The workers exit when the parent exits, which
-    requires that no other process holds the pipes open."""
+    """Close the workers' pipes in a forked process. Otherwise the workers would not exit when the
+    parent exits, because this process would keep their pipes open."""
     for workers in _living:
         for process in workers._processes:
             process.stdin.close()
@@ -242,12 +246,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _close(processes: "list[Popen]", stderrs: list, owner: int) -> None:
-    if os.getpid() != owner:  # only the parent of a forked process stops the workers
+    if os.getpid() != owner:  # a forked process must not stop the workers of its parent
         return
     for process in processes:
         with contextlib.suppress(OSError):
             process.stdin.close()
-        process.kill()  # a worker has no state to save, and a suspended one would not exit
+        process.kill()  # a suspended worker does not notice that its pipe is closed
     for process in processes:
         process.wait()
     for stderr in stderrs:
@@ -264,8 +268,8 @@ def _compute(
 ) -> None:
     """Compute this part's rows of y^T (O, M), which begin at about O * part / n_parts.
 
-    The bounds are multiples of 16. BLAS processes rows in groups and rounds the rows of an
-    incomplete group differently, so other bounds would make the result depend on n_parts.
+    Each part begins at a multiple of 16. BLAS processes rows in groups, and the rounding is
+    different in an incomplete group. Other bounds would make the result depend on n_parts.
     """
     n_out, width = w.shape
     begin = n_out * part // n_parts // 16 * 16
@@ -297,8 +301,9 @@ def serve() -> None:
             reads += 1
             if reads % _LOOK == 0 and time.perf_counter() - since > _SPIN:
                 counters[asleep] = 1
-                # The main process may start a product before it sees this store, and then sends
-                # no byte. The pause ensures that the loop below sees such a product.
+                # The main process sees the new value of this counter after a short delay. Until
+                # then it may start a product and send no byte. The pause is longer than the delay,
+                # so the condition of the loop below sees such a product.
                 time.sleep(0.0001)
                 while counters[_SEQUENCE] == sequence:  # a byte may be from an earlier product
                     if not os.read(0, 4096):
