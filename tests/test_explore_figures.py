@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
+from npllama.backend import Backend
 from npllama.explore.axes import Scale, labels_fit, log_ticks, ticks
 from npllama.explore.colours import (
     DARK,
@@ -23,6 +24,7 @@ from npllama.explore.colours import (
 )
 from npllama.explore.figures.attention import attention_map, attention_maps, first_token_share
 from npllama.explore.figures.cache import cost_growth
+from npllama.explore.figures.dials import rope_dials
 from npllama.explore.figures.embedding import embedding_rows
 from npllama.explore.figures.family import parameters_by_part, time_by_operation
 from npllama.explore.figures.heads import cache_bytes, heads_diagram, qkv_heads
@@ -45,6 +47,8 @@ from npllama.explore.labels import (
     text_width,
 )
 from npllama.explore.svg import STYLE_ELEMENT
+from npllama.ops import Ops
+from npllama.ops.rope_frequencies import Rotation
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = [
@@ -77,6 +81,12 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+def hands(angle, n, length):
+    """(n, 2): a hand that points up, and turns by an angle per position."""
+    turned = np.pi / 2 + angle * np.arange(n)
+    return length * np.stack([np.cos(turned), np.sin(turned)], axis=1)
+
+
 def pictures(pieces, n_layers, n_heads, n_kv_heads, scale):
     """Every picture once, for a run of the given sizes; elements are about `scale` large."""
     n, width, r = len(pieces), 6 * n_heads, rng()
@@ -97,7 +107,8 @@ def pictures(pieces, n_layers, n_heads, n_kv_heads, scale):
         "qkv": lambda: qkv_heads(
             scale * r.standard_normal((n_heads, 4)), *np.zeros((2, n_kv_heads, 4))
         ),
-        "clock": lambda: rope_clock(theta, 2, range(n), np.array([0.0, scale])),
+        "clock": lambda: rope_clock(theta, 2, hands(float(theta[2]), n, scale)),
+        "dials": lambda: rope_dials(theta, 40 * n),
         "frequencies": lambda: rope_frequencies(theta),
         "scaled frequencies": lambda: rope_frequencies(theta / 4, theta),
         "distance": lambda: rope_distance(scores),
@@ -416,7 +427,7 @@ def test_what_is_not_finite_is_refused_by_name(name, value):
         (lambda: heads_diagram(6, 4), "6 query heads and 4 key-value heads"),
         (lambda: cost_growth([1, 2], [0, 1], [1, 2], "FLOPs"), "must be positive"),
         (lambda: rope_distance(np.ones((2, 3))), "expected a square"),
-        (lambda: rope_clock([1.0], 1, [0], [1, 0]), "pair 1: expected 0 to 0"),
+        (lambda: rope_clock([1.0], 1, [[1, 0]]), "pair 1: expected 0 to 0"),
         (lambda: cumulative_choice(["a"], [1.0], 1.5, 0), "the uniform is 1.5"),
         (lambda: cumulative_choice(["a"], [1.0], 0.5, 1), "chosen is 1"),
         (lambda: sampling_stages(["a"], [("softmax", [2.0])]), "softmax has elements"),
@@ -524,12 +535,22 @@ def test_the_distance_names_the_largest_difference_along_a_diagonal():
 
 
 def test_the_hands_of_the_clock_stand_at_their_angles():
-    tree = ET.fromstring(rope_clock([np.pi / 2], 0, [0, 1], [3.0, 0.0]).svg)
+    tree = ET.fromstring(rope_clock([np.pi / 2], 0, [[3.0, 0.0], [0.0, 3.0]]).svg)
     ends = [(float(e.get("x2")), float(e.get("y2"))) for e in tree.iter(SVG + "line")][2:]
     (x0, y0), (x1, y1) = ends  # to the right, then up
     assert x0 > 340 and y0 == pytest.approx(176, abs=0.1)
     assert x1 == pytest.approx(230, abs=0.1) and y1 < 70
     assert tips(tree)[1] == "position 1: turned by 90°"
+
+
+def test_the_dials_stand_at_the_position_of_the_rotary_table():
+    frequencies, position = 10000.0 ** -(np.arange(16) / 16), 13
+    table = Ops(Backend()).rope_table(position + 1, Rotation(frequencies, 1.0))
+    tree = ET.fromstring(rope_dials(frequencies, position).svg)
+    drawn = [e.get("transform") for e in tree.iter(SVG + "line") if e.get("class") == "hand"]
+    degrees = [float(re.search(r"rotate\((\S+)", turn).group(1)) for turn in drawn]
+    for got, cos, sin in zip(degrees, *(part[position] for part in table), strict=True):
+        np.testing.assert_allclose(np.exp(-1j * np.radians(got)), cos + 1j * sin, atol=2e-3)
 
 
 def test_more_heads_and_columns_than_fit_are_a_part_that_says_so():

@@ -19,9 +19,8 @@ class Rotations:
         frequencies: (C/2,), radians per position.
         plain: (C/2,), those without a scaling; None where the model has no scaling.
         attention_scaling: what cosines and sines are multiplied by; 1 but for yarn.
-        query: (C,), the query of the window's last token in the first head of the first layer,
-            before RoPE.
-        turned: (n, C), this query at the positions 0 to n - 1.
+        turned: (n, C), the query of the window's last token in the first head of the first layer,
+            rotated to the positions 0 to n - 1. Position 0 leaves it unchanged.
         scores: (n, n), q . k / sqrt(C) of this query at position i and the same token's key at
             position j. They depend on i - j alone.
         spread: the largest difference between scores of the same i - j.
@@ -30,7 +29,6 @@ class Rotations:
     frequencies: np.ndarray
     plain: np.ndarray | None
     attention_scaling: float
-    query: np.ndarray
     turned: np.ndarray
     scores: np.ndarray
     spread: float
@@ -53,7 +51,6 @@ def rotate(
         frequencies=to_host(rotation.frequencies),
         plain=plain,
         attention_scaling=float(rotation.attention_scaling),
-        query=q,
         turned=to_host(turned_q),
         scores=scores,
         spread=max(float(np.ptp(scores.diagonal(-d))) for d in range(1 - n, n)),

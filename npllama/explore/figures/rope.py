@@ -1,7 +1,6 @@
 """Section 5: rotary position embedding."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,26 +24,22 @@ from npllama.explore.svg import (
 )
 
 
-def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.ndarray) -> Figure:
+def rope_clock(theta: np.ndarray, pair: int, turned: np.ndarray) -> Figure:
     """One pair of a query's elements as a hand that turns with the position.
 
-    The hand at position p is q turned by the angle p * theta[pair].
-
     Args:
-        theta: (C/2,) angles per position.
-        pair: which pair is drawn.
-        positions: which positions are drawn.
-        q: (2,), the two elements before the turn.
+        theta: (C/2,), the angle in radians by which each pair turns per position.
+        pair: the pair that is drawn.
+        turned: (n, 2), the two elements of the pair after RoPE, at the positions 0 to n - 1.
 
     What to see: the hand keeps its length, and from each position to the next it turns by the
     same angle.
     """
-    theta, q = array(theta, "theta", 1), array(q, "q", 1)
-    positions = array(positions, "positions", 1)
-    same_length(2, q=q)
+    theta, turned = array(theta, "theta", 1), array(turned, "turned", 2)
+    same_length(2, **{"a row of turned": turned[0]})
     if not 0 <= pair < len(theta):
         raise ValueError(f"pair {pair}: expected 0 to {len(theta) - 1}")
-    angle, start = float(theta[pair]), math.atan2(q[1], q[0])
+    angle = float(theta[pair])
     cx, cy, radius = NARROW / 2, 176.0, 128.0
     parts = [
         circle(cx, cy, radius, fill="none", stroke=colour("line")),
@@ -52,18 +47,18 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
         line(cx, cy - radius - 8, cx, cy + radius + 8, stroke_opacity="0.5"),
     ]
     taken: list[tuple[float, float]] = []
-    for i, p in enumerate(positions):
-        turned = start + p * angle
-        x, y = math.cos(turned), -math.sin(turned)  # y of the drawing points down
-        tip = f"position {p:g}: turned by {math.degrees(p * angle):.4g}°"
-        hue = colour("2") if i == 0 else colour("1")
+    for p, (first, second) in enumerate(turned):
+        length = math.hypot(first, second) or 1.0
+        x, y = first / length, -second / length  # y of the drawing points down
+        tip = f"position {p}: turned by {math.degrees(p * angle):.4g}°"
+        hue = colour("2") if p == 0 else colour("1")
         hand = arrow(cx, cy, cx + radius * x, cy + radius * y, 9, stroke=hue, stroke_width="1.6")
         at = (cx + (radius + 16) * x, cy + (radius + 16) * y)
         far = all(math.hypot(at[0] - tx, at[1] - ty) > 17 for tx, ty in taken)
         label = ""
         if far:
             taken.append(at)
-            label = text(at[0], at[1] + 5, f"{p:g}", "middle", class_="b" if i == 0 else None)
+            label = text(at[0], at[1] + 5, str(p), "middle", class_="b" if p == 0 else None)
         parts.append(group(hand, label, tip=tip))
     wavelength = 2 * math.pi / angle if angle else math.inf
     lines = [
@@ -76,8 +71,8 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
         for i, content in enumerate(lines)
     ]
     alt = (
-        f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(positions), 'position')} as "
-        f"a hand of length {quantity(float(np.hypot(*q)))}. It turns by "
+        f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(turned), 'position')} as "
+        f"a hand of length {quantity(float(np.hypot(*turned[0])))}. It turns by "
         f"{math.degrees(angle):.4g} degrees per position."
     )
     return figure(parts, NARROW, 344 + 46, "One pair turns with the position", alt)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from npllama.explore.dials import rope_dials
+from npllama.explore.figures.dials import rope_dials
 from npllama.explore.figures.rope import rope_clock, rope_distance, rope_frequencies
 from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, piece, say, shape
@@ -16,8 +16,7 @@ def section(run: Record) -> Section:
     r = run.rotations
     pair = _shown_pair(r.frequencies)
     half = len(r.frequencies)
-    q = np.array([r.query[pair], r.query[pair + half]])
-    positions = np.arange(min(len(r.turned), _MOST_HANDS))
+    hands = r.turned[:_MOST_HANDS, [pair, pair + half]]  # (n, C) -> (at most 8, 2)
     functions = (
         Function(
             Ops.rope,
@@ -84,7 +83,7 @@ def section(run: Record) -> Section:
                 ),
             ),
             Picture(
-                rope_clock(r.frequencies, pair, positions, q),
+                rope_clock(r.frequencies, pair, hands),
                 say(
                     "Pair {pair} of the query of {last} in head 0 of layer 0, put at several "
                     "positions.",
