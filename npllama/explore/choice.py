@@ -7,6 +7,7 @@ import numpy as np
 
 from npllama.backend import Array
 from npllama.explore.calls import recorded
+from npllama.explore.lens import entropy
 from npllama.ops import Ops
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
@@ -122,6 +123,4 @@ def most_open(ops: Ops, logits: Array, temperature: float) -> int:
     """The row of logits, (n, V), whose distribution has the largest entropy: the choice that was
     least certain."""
     x = ops.divide_by_temperature(logits, temperature or 1.0)
-    log_p = ops.log_softmax(x)
-    entropy = -(ops.softmax(x) * log_p).sum(axis=-1)
-    return int(ops.backend.to_host(entropy).argmax())
+    return int(ops.backend.to_host(entropy(ops, x)).argmax())

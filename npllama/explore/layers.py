@@ -11,7 +11,8 @@ from npllama.kv_cache import KVCache
 from npllama.model import Transformer
 from npllama.ops import Ops
 
-_EQUATIONS = ("rms_norm", "rope", "attention_weights", "weighted_values", "swiglu")
+_EQUATIONS = ("rms_norm", "rope", "attention_weights", "weighted_values", "silu", "swiglu")
+_CURVE_POINTS, _CURVE_LEAST = 121, 4.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class LayerRecord:
             tokens without the first one, which sees nothing else; 1 where there is no other.
         to_earlier: (H,), the attention to tokens before the window, averaged over the window's.
         after_attention: (T, D), the residual stream between the two halves of the block.
-        gate, gated: (T, F), the gate x W_gate^T, and the result of SwiGLU.
+        gate, opened, gated: (T, F), the gate x W_gate^T, SiLU of it, and the result of SwiGLU.
+        silu_curve: (2, 121), evenly spaced x that span the last token's gates, and SiLU(x).
         hidden: (T, D), the residual stream after the block.
     """
 
@@ -43,6 +45,8 @@ class LayerRecord:
     to_earlier: np.ndarray
     after_attention: np.ndarray
     gate: np.ndarray
+    opened: np.ndarray
+    silu_curve: np.ndarray
     gated: np.ndarray
     hidden: np.ndarray
 
@@ -82,7 +86,8 @@ def _layer(ops: Ops, calls: Calls, between: Array, after: Array, start: int) -> 
     turned_q, turned_k = calls.named("rope")
     (weights,) = calls.named("attention_weights")
     (mixed,) = calls.named("weighted_values")
-    (gates,) = calls.named("swiglu")
+    (gates,), (opened,) = calls.named("swiglu"), calls.named("silu")
+    gate = to_host(gates.args[0][0])  # (1, T, F) -> (T, F)
     q, k = (to_host(a) for a in weights.args)  # (H, T, C), (K, N, C)
     attention = to_host(weights.result)  # (H, T, N)
     later = attention[:, 1:] if start == 0 and attention.shape[1] > 1 else attention
@@ -91,13 +96,22 @@ def _layer(ops: Ops, calls: Calls, between: Array, after: Array, start: int) -> 
         q_plain=to_host(turned_q.args[0][0]).swapaxes(0, 1),  # (T, H, C) -> (H, T, C)
         k_plain=to_host(turned_k.args[0][0]).swapaxes(0, 1),  # (T, K, C) -> (K, T, C)
         q=q,
-        k=k[:, start:],  # (K, N, C) -> (K, T, C)
-        v=to_host(mixed.args[1])[:, start:],
+        k=k[:, start:].copy(),  # (K, N, C) -> (K, T, C); a view would keep the whole cache
+        v=to_host(mixed.args[1])[:, start:].copy(),
         attention=attention[:, :, start:].copy(),  # (H, T, N) -> (H, T, T)
         to_first=later[:, :, 0].mean(axis=1),
         to_earlier=attention[:, :, :start].sum(axis=2).mean(axis=1),
         after_attention=to_host(between[0]),
-        gate=to_host(gates.args[0][0]),
+        gate=gate,
+        opened=to_host(opened.result[0]),
+        silu_curve=_silu_curve(ops, gate[-1]),
         gated=to_host(gates.result[0]),
         hidden=to_host(after[0]),
     )
+
+
+def _silu_curve(ops: Ops, gate: np.ndarray) -> np.ndarray:
+    """(2, 121): x beyond the largest |gate| on both sides, and SiLU(x)."""
+    end = max(_CURVE_LEAST, 1.05 * float(np.abs(gate).max()))
+    x = np.linspace(-end, end, _CURVE_POINTS, dtype="float32")
+    return np.stack([x, ops.backend.to_host(ops.silu(ops.backend.to_device(x)))])

@@ -4,11 +4,11 @@ import numpy as np
 
 from npllama.costs import parameters_by_part
 from npllama.explore.figures.swiglu import gate_on_silu, gate_rows
+from npllama.explore.layers import LayerRecord
 from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, piece, say, shape
 from npllama.ops import Ops
 
-_CURVE = 121
 _CLOSED = 0.1
 """A gate of SiLU that lets through less than this is called nearly closed."""
 
@@ -16,9 +16,8 @@ _CLOSED = 0.1
 def section(run: Record) -> Section:
     c, n = run.config, len(run.pieces)
     layer = c.n_layers // 2
-    gates = run.layers[layer].gate  # (T, F)
-    x = _curve(gates[-1])
-    ops = _reference()
+    shown = run.layers[layer]
+    x, silu = shown.silu_curve  # (121,) each
     part = parameters_by_part(c)
     return Section(
         slug="swiglu",
@@ -63,10 +62,10 @@ def section(run: Record) -> Section:
         parts=(
             Picture(
                 gate_on_silu(
-                    gates[-1],
-                    ops.silu(gates[-1]),
+                    shown.gate[-1],
+                    shown.opened[-1],
                     x,
-                    ops.silu(x),
+                    silu,
                     np.maximum(x, 0),
                     run.pieces[-1],
                 ),
@@ -79,27 +78,16 @@ def section(run: Record) -> Section:
                 ),
             ),
             Picture(
-                gate_rows(run.pieces, gates),
+                gate_rows(run.pieces, shown.gate),
                 say("The gates of every token in layer {layer}, before SiLU.", layer=layer),
             ),
         ),
-        see=_see(run, gates[-1], layer),
+        see=_see(run, shown),
     )
 
 
-def _reference() -> Ops:
-    from npllama.backend import Backend
-
-    return Ops(Backend())
-
-
-def _curve(gate: np.ndarray) -> np.ndarray:
-    end = max(4.0, float(np.abs(gate).max()) * 1.05)
-    return np.linspace(-end, end, _CURVE)
-
-
-def _see(run: Record, gate: np.ndarray, layer: int) -> tuple:
-    passed = np.abs(_reference().silu(gate))
+def _see(run: Record, layer: LayerRecord) -> tuple:
+    gate, passed = layer.gate[-1], np.abs(layer.opened[-1])  # (F,) each
     n, last = len(gate), piece(run.pieces[-1])
     return (
         say(
