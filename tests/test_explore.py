@@ -17,6 +17,7 @@ from model_directory import write_model
 from npllama.errors import NpllamaError
 from npllama.explore.__main__ import NEEDED, main
 from npllama.explore.record import MAX_WINDOW, record
+from npllama.ops import Ops
 from npllama.rope_scaling import RopeScaling
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
@@ -90,6 +91,35 @@ def test_every_backend_records_the_same(ops):
     assert_close(run.rotations.scores, expected.rotations.scores)
     assert (run.choice.id, run.new_ids) == (expected.choice.id, expected.new_ids)
     assert run.choice.id == run.new_ids[run.choice.step]
+
+
+@pytest.mark.parametrize("name", FIXTURE_NAMES)
+def test_each_recorded_equation_is_what_its_override_computes(name):
+    llama = load(name)
+    run = record(llama, IDS, max_new_tokens=1, budget=0)
+    ops, weights, first = llama.ops, llama.parameters.layers[0], run.layers[0]
+    assert type(ops).rms_norm is not Ops.rms_norm and type(ops).rope is not Ops.rope
+    normed = ops.rms_norm(run.embedded[None], weights.attention_norm, weights.norm_eps)
+    assert_close(first.normed, normed[0])
+    cos, sin = (part[None] for part in ops.rope_table(len(IDS), llama.rotation))  # (1, T, C/2)
+    for plain, turned in ((first.q_plain, first.q), (first.k_plain, first.k)):
+        x = plain.swapaxes(0, 1)[None].copy()  # (heads, T, C) -> (1, T, heads, C)
+        assert_close(turned, ops.rope(x, cos, sin)[0].swapaxes(0, 1))
+    assert_close(run.rotations.turned[: len(IDS)], _turned(ops, first.q_plain[0, -1], cos, sin))
+    assert_close(first.attention, ops.attention_weights(first.q, first.k))
+    h = ops.rms_norm(first.after_attention[None], weights.ffn_norm, weights.norm_eps)
+    gate, up = ops.linear(h, weights.w_gate), ops.linear(h, weights.w_up)
+    assert_close(first.gate, gate[0])
+    assert_close(first.opened, ops.swiglu(gate.copy(), np.ones_like(gate))[0])
+    assert_close(first.gated, ops.swiglu(gate.copy(), up)[0])
+    x, silu = first.silu_curve
+    assert_close(silu, ops.swiglu(x.copy(), np.ones_like(x)))
+
+
+def _turned(ops, query, cos, sin):
+    """(T, C): one query at the T positions of the table."""
+    same = np.tile(query, (1, cos.shape[1], 1, 1))  # (1, T, 1, C)
+    return ops.rope(same, cos, sin)[0, :, 0]
 
 
 @pytest.mark.parametrize("name", FIXTURE_NAMES)
