@@ -314,6 +314,15 @@ def test_a_long_prompt_shows_a_window_and_says_so(pages, shipped):
     assert run.piece(run.config.bos_id) == "<s>"
 
 
+def test_each_token_that_the_page_names_has_its_piece(pages, shipped):
+    """With a window of one token, the text before the choice lies outside of the window."""
+    run = record(shipped, "Once upon a time there was", budget=0, window=1, max_new_tokens=2)
+    assert run.choice.step == 1
+    text, _ = outlined(pages, run)
+    assert not re.search(r">#\d", text)
+    assert run.piece(shipped.config.vocab_size) == f"#{shipped.config.vocab_size}"
+
+
 def test_a_prompt_that_fills_the_context(pages):
     llama = make_llama(make_ops("numpy"), replace(TINY, context_length=5))
     run = record(llama, [1, 4, 5, 6, 7], budget=0)

@@ -8,12 +8,17 @@ import numpy as np
 from npllama.backend import Array
 from npllama.explore.calls import recorded
 from npllama.explore.lens import entropy
+from npllama.generation import Generation
+from npllama.kv_cache import KVCache
+from npllama.model import Transformer
 from npllama.ops import Ops
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
 EXAMPLES = {"keep_top_k": 40, "keep_top_p": 0.9, "keep_min_p": 0.05}
-"""A usual value of each filter, to show what it would do where the run does not use it."""
+"""A usual value of each filter, which shows its effect if the run does not use it."""
+_FILTERS = {f.metadata["option"].method for f in fields(Sampling)} - {None}
+_CHANGES = ("penalize_repetition", "divide_by_temperature", *sorted(_FILTERS))
 
 
 @dataclass(frozen=True)
@@ -65,28 +70,27 @@ def choose(
     ids: Sequence[int],
     step: int,
     sampling: Sampling,
-    seed: int,
-    n_tokens: int,
-    allowed: Array | None,
+    generation: Generation,
 ) -> Choice:
-    """Choose as a step of a generation does, and keep what it passes through.
+    """Choose a token as a step of the generation does, and record each change of the logits.
 
     Args:
         logits: (1, V).
-        ids: all before it, which the repetition penalty counts.
-        step: which of the tokens after the prompt it is, from 0.
-        n_tokens, allowed: as for `Ops.next_token`.
+        ids: all ids before the token; the repetition penalty counts them.
+        step: the number of new tokens before it.
+        generation: its seed, and which ids it may choose.
     """
     xp, to_host = ops.backend.xp, ops.backend.to_host
-    uniform = None if sampling.temperature == 0 else uniforms(seed, [0], [step])[0]  # (1,)
+    uniform = None  # temperature 0 draws no random number
+    if sampling.temperature != 0:
+        uniform = uniforms(generation.seed, [0], [step])[0]  # (1,)
     seen = None
     if sampling.repetition_penalty != 1:
         seen = xp.zeros(logits.shape, dtype=bool)
         seen[0, xp.asarray(sorted(set(ids)))] = True
     on_device = None if uniform is None else ops.backend.to_device(uniform)
-    filters = {f.metadata["option"].method for f in fields(Sampling)} - {None}
-    changes = ("penalize_repetition", "divide_by_temperature", *sorted(filters))
-    with recorded(ops, changes) as calls:
+    n_tokens, allowed = generation.n_tokens, generation.allowed
+    with recorded(ops, _CHANGES) as calls:
         chosen, _ = ops.next_token(logits, on_device, sampling, seen, n_tokens, allowed)
 
     def stage(method: str, value: float | None, x: Array) -> Stage:
@@ -119,8 +123,28 @@ def choose(
     )
 
 
-def most_open(ops: Ops, logits: Array, temperature: float) -> int:
-    """The row of logits, (n, V), whose distribution has the largest entropy: the choice that was
-    least certain."""
-    x = ops.divide_by_temperature(logits, temperature or 1.0)
-    return int(ops.backend.to_host(entropy(ops, x)).argmax())
+def least_certain(
+    model: Transformer, last: np.ndarray, new: Sequence[int], cache: KVCache, temperature: float
+) -> tuple[int, Array]:
+    """The new token whose distribution has the largest entropy.
+
+    Args:
+        model: of reference ops.
+        last: (D,), the residual stream of the prompt's last token after the last block.
+        new: the ids after the prompt.
+        cache: holds the prompt; afterwards also the new ids without the last one.
+
+    Returns:
+        its number, from 0, and the logits (1, V) from which it was chosen. Without new tokens,
+        0 and the logits of the token that would come next.
+    """
+    ops, backend = model.ops, model.backend
+    x = backend.to_device(last)[None, None]  # (D,) -> (1, 1, D)
+    logits = [ops.head(x, model.parameters.head)[0]]  # (1, V)
+    if len(new) > 1:
+        tokens = model.to_tokens(new[:-1])[None]  # (1, T)
+        logits.append(model.forward(tokens, cache, n_last=len(new) - 1)[0])  # (T, V)
+    each = backend.xp.concatenate(logits)  # (T + 1, V)
+    bits = entropy(ops, ops.divide_by_temperature(each, temperature or 1.0))
+    step = int(backend.to_host(bits).argmax())
+    return step, each[step : step + 1]

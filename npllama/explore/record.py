@@ -11,7 +11,7 @@ import numpy as np
 
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
-from npllama.explore.choice import Choice, choose, most_open
+from npllama.explore.choice import Choice, choose, least_certain
 from npllama.explore.layers import LayerRecord, record_layers
 from npllama.explore.lens import Lens, look_through
 from npllama.explore.rotation import Rotations, rotate
@@ -19,6 +19,7 @@ from npllama.explore.running import Growth, Times, measure_growth, time_operatio
 from npllama.llama import DEFAULT_SAMPLING, Llama, Prompt
 from npllama.model import Transformer
 from npllama.ops import Ops
+from npllama.parameters import Layer
 from npllama.sampling_options import Sampling
 
 WINDOW = 24
@@ -55,7 +56,7 @@ class Record:
         times: where the time of that generation went.
         weight_nbytes: bytes of weights that one forward reads.
         cache_itemsize: bytes of an element of the cache.
-        pieces_by_id: how the vocabulary writes the tokens of this run; empty without a tokenizer.
+        vocabulary: how the tokenizer writes each of its tokens; empty without a tokenizer.
     """
 
     model: str
@@ -83,7 +84,7 @@ class Record:
     times: Times
     weight_nbytes: int
     cache_itemsize: int
-    pieces_by_id: dict[int, str]
+    vocabulary: tuple[str, ...]
 
     def __repr__(self) -> str:
         return (
@@ -103,11 +104,11 @@ class Record:
 
     @property
     def has_tokenizer(self) -> bool:
-        return bool(self.pieces_by_id)
+        return bool(self.vocabulary)
 
     def piece(self, id_: int) -> str:
-        """How the vocabulary writes a token; "#" and its number where there is no tokenizer."""
-        return self.pieces_by_id.get(int(id_)) or f"#{int(id_)}"
+        """How the tokenizer writes a token; "#" and the id if the tokenizer lacks the token."""
+        return (self.vocabulary[id_] if id_ < len(self.vocabulary) else "") or f"#{id_}"
 
     def stacked(self, name: str) -> np.ndarray:
         """One field of LayerRecord for all layers: (L, ...)."""
@@ -152,42 +153,25 @@ def record(
     ids = [int(id_) for id_ in llama.encode(prompt)]
     start = max(0, len(ids) - window)
 
-    ops = Ops(llama.backend)
-    reference = Transformer(llama.config, llama.parameters, ops, llama.context)
     completion = llama.generate(ids, **options)
     new = list(completion.ids)
+
+    ops = Ops(llama.backend)
+    reference = Transformer(llama.config, llama.parameters, ops, llama.context)
     cache = reference.new_cache(context=len(ids) + max(len(new) - 1, 0))
     embedded, layers = record_layers(reference, ids, start, cache)
-    head, first = llama.parameters.head, llama.parameters.layers[0]
     hidden = [embedded, *(layer.hidden for layer in layers)]
-    lens = look_through(ops, hidden, head, LIKELIEST)
-    after = llama.backend.to_device(hidden[-1][-1:])[None]  # (1, 1, D)
-    logits = [ops.head(after, head)[0]]  # (1, V)
-    if len(new) > 1:
-        tokens = reference.to_tokens(new[:-1])[None]
-        logits.append(reference.forward(tokens, cache, n_last=len(new) - 1)[0])
-    each = llama.backend.xp.concatenate(logits)  # (new tokens, V), or (1, V)
-    step = most_open(ops, each, sampling.temperature)
-    choice = choose(
-        ops,
-        each[step : step + 1],
-        [*ids, *new[:step]],
-        step,
-        sampling,
-        generation.seed,
-        generation.n_tokens,
-        generation.allowed,
-    )
-    centred = llama.backend.to_device(embedded - embedded.mean(axis=-1, keepdims=True))
+    lens = look_through(ops, hidden, llama.parameters.head, LIKELIEST)
+    step, logits = least_certain(reference, hidden[-1][-1], new, cache, sampling.temperature)
+    choice = choose(ops, logits, [*ids, *new[:step]], step, sampling, generation)
 
     def again() -> int:
-        if completion.ids:
+        if new:
             return len(llama.generate(ids, **options).ids)
         llama.logits(ids)
         return 0
 
-    shown = {llama.config.bos_id, *ids[start:], *new, choice.id, *map(int, lens.ids.ravel())}
-    shown |= set(map(int, np.argsort(-choice.logits, kind="stable")[:64]))
+    tokenizer = llama.tokenizer
     return Record(
         model=model,
         config=llama.config,
@@ -201,26 +185,27 @@ def record(
         window_text=_window_text(llama, prompt, ids, start),
         embedded=embedded,
         layers=layers,
-        layer_normed=llama.backend.to_host(
-            # LayerNorm is RMSNorm of what is left once the mean is subtracted
-            ops.rms_norm(centred, first.attention_norm, first.norm_eps)
-        ),
+        layer_normed=_layer_norm(ops, embedded, llama.parameters.layers[0]),
         rotations=rotate(ops, llama.config, reference.rotation, layers[0], min(window, WINDOW)),
         lens=lens,
         choice=choice,
         sampling=sampling,
         seed=generation.seed,
-        new_ids=tuple(completion.ids),
+        new_ids=tuple(new),
         new_text=completion.text,
         finish_reason=completion.finish_reason,
         growth=measure_growth(llama, budget),
         times=time_operations(llama, again, len(ids)),
         weight_nbytes=llama.bytes_per_forward,
         cache_itemsize=llama.cache_dtype.itemsize,
-        pieces_by_id={}
-        if llama.tokenizer is None
-        else {id_: llama.tokenizer.piece(id_) for id_ in shown if id_ < llama.tokenizer.n_ids},
+        vocabulary=() if tokenizer is None else tuple(map(tokenizer.piece, range(tokenizer.n_ids))),
     )
+
+
+def _layer_norm(ops: Ops, x: np.ndarray, layer: Layer) -> np.ndarray:
+    """LayerNorm without a bias: RMSNorm of x minus its mean; (T, D) -> (T, D)."""
+    centred = ops.backend.to_device(x - x.mean(axis=-1, keepdims=True))
+    return ops.backend.to_host(ops.rms_norm(centred, layer.attention_norm, layer.norm_eps))
 
 
 def _window_text(llama: Llama, prompt: Prompt, ids: list[int], start: int) -> str | None:
