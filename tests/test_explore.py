@@ -105,7 +105,8 @@ def test_each_recorded_equation_is_what_its_override_computes(name):
     for plain, turned in ((first.q_plain, first.q), (first.k_plain, first.k)):
         x = plain.swapaxes(0, 1)[None].copy()  # (heads, T, C) -> (1, T, heads, C)
         assert_close(turned, ops.rope(x, cos, sin)[0].swapaxes(0, 1))
-    assert_close(run.rotations.turned[: len(IDS)], _turned(ops, first.q_plain[0, -1], cos, sin))
+    for at_positions, plain in ((run.rotations.q, first.q_plain), (run.rotations.k, first.k_plain)):
+        assert_close(at_positions[: len(IDS)], _turned(ops, plain[0, -1], cos, sin))
     assert_close(first.attention, ops.attention_weights(first.q, first.k))
     h = ops.rms_norm(first.after_attention[None], weights.ffn_norm, weights.norm_eps)
     gate, up = ops.linear(h, weights.w_gate), ops.linear(h, weights.w_up)
@@ -205,12 +206,12 @@ def test_a_scaled_rope_is_shown_beside_the_plain_one(pages):
 def test_costs_beyond_the_budget_are_extrapolated_and_marked(shipped):
     growth = record(shipped, "a", budget=0, max_new_tokens=1).growth
     assert growth.n[-1] == shipped.context
-    for seconds, measured, flops in (
-        (growth.seconds_with, growth.measured_with, growth.flops_with),
+    for seconds, measured, cost in (
+        (growth.seconds_with, growth.measured_with, growth.bytes_with),
         (growth.seconds_without, growth.measured_without, growth.flops_without),
     ):
         assert measured.tolist() == [True] + [False] * (len(growth.n) - 1)
-        assert np.allclose(seconds / flops, seconds[0] / flops[0])
+        assert np.allclose(seconds / cost, seconds[0] / cost[0])
     assert (growth.flops_without > growth.flops_with).all()
     cache = 2 * 6 * 2 * 32 * 4 * growth.n  # k and v, L, K, C, bytes of float32
     assert np.array_equal(growth.bytes_with - growth.bytes_without, cache)
@@ -451,9 +452,9 @@ def test_the_command_writes_the_page_and_says_how_to_make_it_again(pages, tmp_pa
     "words, what",
     [
         (["--prompt", "a", "--out", "."], "is a directory"),
-        (["--prompt", "a", "--out", ""], "is a directory"),
-        (["--prompt", "a", "--out", "/dev/null"], "no ordinary file"),
-        (["--prompt", "a", "--out", "nowhere/page.html"], "is no directory"),
+        (["--prompt", "a", "--out", ""], "--out is empty"),
+        (["--prompt", "a", "--out", "/dev/null"], "not a regular file"),
+        (["--prompt", "a", "--out", "nowhere/page.html"], "is not a directory"),
         (["--prompt", "a", "--out", "p.html", "--model", ""], "--model is empty"),
         (["--prompt", "a", "--out", "p.html", "--model", "/nowhere"], "does not exist"),
         (["--prompt", "a", "--out", "p.html", "--measure", "9"], "expected 0 to 5 seconds"),
@@ -462,7 +463,7 @@ def test_the_command_writes_the_page_and_says_how_to_make_it_again(pages, tmp_pa
         (["--prompt", "a", "--out", "p.html", "--seed", "-1"], "seed is -1"),
         (["--prompt", "a" * 9999, "--out", "p.html"], "do not fit the context"),
         (["--ids", "1,5000", "--out", "p.html"], "outside the vocabulary"),
-        (["--ids", "one", "--out", "p.html"], "no list of token ids"),
+        (["--ids", "one", "--out", "p.html"], "not a list of token ids"),
         (["--ids", "", "--out", "p.html"], "there are no token ids"),
         (["--out", "p.html"], "required"),
     ],

@@ -1,4 +1,4 @@
-"""How one token after the prompt is chosen, step by step."""
+"""How one of the new tokens is chosen, step by step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -26,8 +26,8 @@ class Stage:
     """One step from the logits to the token.
 
     Attributes:
-        method: of Ops: softmax for the logits as the head returns them, or what changed them.
-        value: the setting, such as the temperature; None where there is none.
+        method: the method of Ops that changed the logits; "softmax" for the original logits.
+        value: the method's setting, such as the temperature; None for the original logits.
         probability: (V,), the softmax of the logits after this step.
     """
 
@@ -46,12 +46,14 @@ class Choice:
     """How one token was chosen.
 
     Attributes:
-        logits: (V,) float32; -inf for ids that are never chosen, as rows that pad a vocabulary.
-        stages: in their order, the softmax of the logits first.
-        alone: each filter that this run does not use, with a usual value, after the temperature.
-        uniform: the random number in [0, 1); None at temperature 0, which draws none.
-        id: the token.
-        step: which of the tokens after the prompt it is, from 0.
+        logits: (V,) float32, after the repetition penalty; -inf for ids that are never chosen,
+            such as the rows that pad a vocabulary.
+        stages: in order of application. The first is the softmax of the original logits.
+        alone: the filters that this run does not use, each with a usual value. Each is applied
+            alone after the temperature, or at temperature 0 to the logits.
+        uniform: the random number in [0, 1); None at temperature 0, which draws no number.
+        id: the chosen token.
+        step: the number of new tokens before it.
         before: all ids before it.
     """
 
@@ -103,12 +105,15 @@ def choose(
         x = xp.where(allowed, x, -xp.inf)
     stages = [stage("softmax", None, x)]
     stages += [stage(call.name, call.args[-1], call.result) for call in calls]
-    before = next((c.result for c in calls if c.name == "divide_by_temperature"), x)
-    used = {call.name for call in calls}
+    results = {call.name: call.result for call in calls}
+    x = results.get("penalize_repetition", x)
+    if sampling.temperature == 0:  # next_token then takes the largest logit
+        stages.append(stage("divide_by_temperature", 0.0, ops.divide_by_temperature(x, 0.0)))
+    spread = results.get("divide_by_temperature", x)
     alone = [
-        stage(method, value, getattr(ops, method)(before, value))
+        stage(method, value, getattr(ops, method)(spread, value))
         for method, value in EXAMPLES.items()
-        if method not in used
+        if method not in results
     ]
     kept = np.full(logits.shape[-1], -np.inf, dtype="float32")
     kept[: x.shape[-1]] = to_host(x)[0]

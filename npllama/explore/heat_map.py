@@ -10,7 +10,7 @@ import numpy as np
 from npllama.explore.axes import Scale, x_axis
 from npllama.explore.colours import DIVERGING, VIRIDIS, data_uri, hex_colour, png
 from npllama.explore.labels import quantity
-from npllama.explore.svg import FONT, NARROW, colour, element, rect
+from npllama.explore.svg import FONT, NARROW, colour, element, number, rect
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,17 @@ def _hover_data(
         if labels is not None:
             data[name] = json.dumps(list(labels), ensure_ascii=False, separators=(",", ":"))
     return data
+
+
+def hatching(n: int, left: float, top: float, side: float) -> str:
+    """Lines along the diagonals of the masked cells of an n x n map, at most 16 lines."""
+    cell, every = side / n, max(1, round(n / 16))
+    steps = [
+        f"M{number(left + k * cell)} {number(top)}L{number(left + side)} "
+        f"{number(top + side - k * cell)}"
+        for k in range(1, n, every)
+    ]
+    return element("path", d="".join(steps), stroke=colour("line"), stroke_opacity="0.5")
 
 
 def colour_bar(

@@ -117,14 +117,14 @@ def seconds_label(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 in percent: 12.3 %."""
+    """A share of 1 in percent: 12.3%."""
     value = 100 * share
-    return f"{value:,.0f} %" if abs(value) >= 999.5 else f"{value:.3g} %"
+    return f"{value:,.0f}%" if abs(value) >= 999.5 else f"{value:.3g}%"
 
 
-def count(n: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is 1."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+def count(n: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 token, 1,024 tokens."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def array(values: object, name: str, n_dims: int) -> np.ndarray:

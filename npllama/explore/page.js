@@ -75,7 +75,7 @@
       rows.forEach(({ bar, share }, i) => {
         const p = Math.exp(logits[shown[i]] / t) / total;
         bar.style.width = `${100 * p}%`;
-        share.textContent = `${(100 * p).toFixed(1)} %`;
+        share.textContent = `${(100 * p).toFixed(1)}%`;
       });
       output.textContent = `temperature ${t.toFixed(2)}`;
     };

@@ -146,7 +146,9 @@ def record(
     if not 1 <= window <= MAX_WINDOW:
         raise InputError(f"window is {window}: expected 1 to {MAX_WINDOW} tokens")
     if not 0 <= budget <= MAX_BUDGET:
-        raise InputError(f"budget is {budget}: expected 0 to {MAX_BUDGET:g} seconds")
+        raise InputError(
+            f"the time to measure is {budget} seconds: expected 0 to {MAX_BUDGET:g} seconds"
+        )
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "sampling": sampling}
     generation = llama.new_generation([prompt], **options)  # which checks them all
     options["seed"] = generation.seed
@@ -186,7 +188,7 @@ def record(
         embedded=embedded,
         layers=layers,
         layer_normed=_layer_norm(ops, embedded, llama.parameters.layers[0]),
-        rotations=rotate(ops, llama.config, reference.rotation, layers[0], min(window, WINDOW)),
+        rotations=rotate(ops, llama.config, reference.rotation, layers[0], WINDOW),
         lens=lens,
         choice=choice,
         sampling=sampling,

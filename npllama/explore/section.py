@@ -130,8 +130,3 @@ def shape(name: str, letters: str, *sizes: int) -> tuple[str, str, str]:
     """A row of the table of shapes."""
     shown = ", ".join(f"{size:,}" for size in sizes)
     return name, f"({letters})", f"({shown}{',' if len(sizes) == 1 else ''})"
-
-
-def count(n: int, one: str, many: str = "") -> str:
-    """A number with its noun: 1 token, 1,024 tokens."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"

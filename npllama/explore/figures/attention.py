@@ -7,11 +7,12 @@ import numpy as np
 from npllama.explore.axes import column_labels, column_labels_height, row_labels
 from npllama.explore.colours import VIRIDIS, ink_on
 from npllama.explore.figures.rows import labels_width, piece_labels
-from npllama.explore.heat_map import BAR_HEIGHT, Shades, colour_bar, heat_map, magnitude
+from npllama.explore.heat_map import BAR_HEIGHT, Shades, colour_bar, hatching, heat_map, magnitude
 from npllama.explore.labels import array, count, percent, same_length, text_width, window
-from npllama.explore.svg import FONT, NARROW, Figure, colour, element, figure, number, rect, text
+from npllama.explore.svg import FONT, NARROW, Figure, colour, element, figure, rect, text
 
-_MOST_MAPS = 8
+MOST_MAPS = 8
+"""Layers, and heads of each, that are drawn of a large model."""
 # the root shows small shares too: with T tokens most of them are about 1 / T
 _SHARES = Shades(0.0, 1.0, VIRIDIS, power=0.5)
 
@@ -33,7 +34,7 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     weights = array(weights, "weights", 4)
     same_length(weights.shape[2], pieces=pieces)
     _check_square(weights)
-    layers, heads = (window(n, _MOST_MAPS) for n in weights.shape[:2])
+    layers, heads = (window(n, MOST_MAPS) for n in weights.shape[:2])
     left, top, gap = 46.0, 24.0, 5.0
     step = (NARROW - left) / len(heads)
     side = min(step - gap, 120)
@@ -85,7 +86,7 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     parts = [
         text(left, 16, f"layer {layer}, head {head}", class_="b"),
         rect(left, top, side, side, fill=colour("fill")),
-        _hatching(len(pieces), left, top, side),
+        hatching(len(pieces), left, top, side),
         heat_map(weights, _SHARES, (left, top, side, side), labels, labels, causal=True),
         row_labels(labels, left - 6, top, side),
         column_labels(labels, left, top + side, side),
@@ -163,17 +164,6 @@ def _percent_in_cells(
 def _check_square(weights: np.ndarray) -> None:
     if weights.shape[-1] != weights.shape[-2]:
         raise ValueError(f"weights has the shape {weights.shape}: expected T by T at the end")
-
-
-def _hatching(n: int, left: float, top: float, side: float) -> str:
-    """Lines along the diagonals of the masked cells, at most 16 of them."""
-    cell, every = side / n, max(1, round(n / 16))
-    steps = [
-        f"M{number(left + k * cell)} {number(top)}L{number(left + side)} "
-        f"{number(top + side - k * cell)}"
-        for k in range(1, n, every)
-    ]
-    return element("path", d="".join(steps), stroke=colour("line"), stroke_opacity="0.5")
 
 
 def _mask_label(left: float, top: float, side: float) -> str:

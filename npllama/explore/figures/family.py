@@ -70,7 +70,7 @@ def _stack(counts: Mapping[str, int], total: int, x: float, y: float, width: flo
     parts = []
     for i, (part, count) in enumerate(counts.items()):
         size = width * count / total
-        label = f"{100 * count / total:.0f} %"
+        label = f"{100 * count / total:.0f}%"
         fits = text_width(label) + 4 <= size
         # on paper of the page's colour the label has the contrast of ordinary text
         plate = rect(x + size / 2 - 22, y + 5, 44, 17, rx=3, fill=colour("paper")) if fits else ""
@@ -119,7 +119,7 @@ def time_by_operation(names: Sequence[str], seconds: np.ndarray) -> Figure:
     parts, y = [], 2.0
     for name, duration in bars:
         size = duration / largest * (NARROW - left - room)
-        share = percent(duration / total) if duration >= 0.001 * total else "<0.1 %"
+        share = percent(duration / total) if duration >= 0.001 * total else "<0.1%"
         label = f"{share}  {seconds_label(duration)}"
         parts.append(
             group(

@@ -111,7 +111,7 @@ def _bars(
 ) -> str:
     """One stage: a bar per token with its percentage; `cut` where a filter dropped it."""
     parts = [line(x, y, x, y + _ROW * len(p))]
-    room = text_width("0.47 %") + 4
+    room = text_width("0.47%") + 4
     for i, share in enumerate(p):
         top, size = y + i * _ROW, float(share) / largest * (width - room)
         hue = colour("2" if i == chosen else "1")
@@ -126,8 +126,8 @@ def _share(share: float) -> str:
     if share == 0:
         return "cut"
     if share < 0.001:
-        return "<0.1 %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+        return "<0.1%"
+    return f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.2g}%"
 
 
 def cumulative_choice(
