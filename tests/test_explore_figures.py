@@ -532,7 +532,7 @@ def test_the_lens_shows_its_window_with_probability_and_entropy():
     shown = labels(ET.fromstring(figure.svg))
     assert "x07" in shown and "x211" in shown and "x06" not in shown
     assert "The last 5 of 12" in figure.alt
-    assert tips(ET.fromstring(figure.svg))[0] == "embedding, after p: x02 50%, entropy 1.5 bit"
+    assert tips(ET.fromstring(figure.svg))[0] == "embedding, after p: x07 50%, entropy 1.5 bit"
 
 
 def test_the_distance_names_the_largest_difference_along_a_diagonal():
