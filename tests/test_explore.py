@@ -1,6 +1,7 @@
 """The page about a run: its elements are the model's, and it holds for any model and prompt."""
 
 import ast
+import base64
 import html.parser
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ from conftest import FIXTURES, ROOT, TINY, make_llama, make_ops, needed
 from model_directory import write_model
 from npllama.errors import NpllamaError
 from npllama.explore.__main__ import NEEDED, main
+from npllama.explore.labels import bytes_label, quantity
 from npllama.explore.record import MAX_WINDOW, record
 from npllama.ops import Ops
 from npllama.rope_scaling import RopeScaling
@@ -335,7 +337,67 @@ def test_a_prompt_that_fills_the_context(pages):
 @pytest.mark.parametrize("changes", [{"temperature": 0}, {"top_k": 3, "min_p": 0.1, "top_p": 1.0}])
 def test_every_way_of_sampling_has_its_page(pages, shipped, changes):
     run = record(shipped, "a", budget=0, sampling=Sampling(**changes), max_new_tokens=2)
-    outlined(pages, run)
+    text, _ = outlined(pages, run)
+    is_greedy = changes.get("temperature") == 0
+    assert ("No random number is drawn" in text) == is_greedy
+    assert ("The uniform of seed 0" in text) != is_greedy
+    if is_greedy:  # the distribution before the choice of the likeliest, and after it
+        first, last = run.choice.stages[0].probability, run.choice.stages[-1].probability
+        assert first.max() < 0.99 and last.max() == last[run.choice.id] == 1
+
+
+def test_the_slider_of_a_penalized_run_starts_at_its_probabilities(pages, shipped):
+    changes = {"repetition_penalty": 1.5, "temperature": 1.0, "top_p": 1.0}
+    options = {"sampling": Sampling(**changes), "max_new_tokens": 1, "budget": 0}
+    run = record(shipped, "Tom had a ball. He liked the ball. He liked the", **options)
+    text, _ = outlined(pages, run)
+    encoded = re.search(r'data-logits="(.*?)"', text).group(1)
+    logits = np.frombuffer(base64.b64decode(encoded), "<i2") / 128
+    p = np.exp(logits) / np.exp(logits).sum()
+    assert np.abs(p - run.choice.stages[-1].probability).max() < 0.005
+    assert np.abs(p - run.choice.stages[0].probability).max() > 0.02
+    assert "repetition penalty</strong> of 1.5" in text and "penalize_repetition" in text
+
+
+def test_a_divided_word_is_named(pages):
+    from npllama.explore.sections.text import divided_word
+
+    assert divided_word(["<s>", "▁He", "▁li", "ked", "▁to", "."]) == ["▁li", "ked"]
+    assert divided_word(["▁a", ".", "b", "▁x"]) == []
+    assert divided_word(["▁ru", "n"]) == ["▁ru", "n"]
+
+
+def test_operations_have_the_roles_of_their_matrices(pages, shipped):
+    from npllama.explore.sections.family import operation
+
+    c = shipped.config
+    names = ("linear 320 x 192", "linear 1024 x 192", "linear 192 x 512", "rope", "linear 9 x 9")
+    shown = ["linear q+k+v", "linear gate+up or head", "linear down", "rope", "linear 9 x 9"]
+    assert [operation(name, c) for name in names] == shown
+
+
+def test_numbers_that_occur_twice_agree(pages, shipped_run):
+    """The costs of this model in the table of the family are those of the section on the cache."""
+    (family,) = [
+        s for s in (section(shipped_run) for section in pages.SECTIONS) if s.slug == "family"
+    ]
+    own = {row[0]: row[1] for row in family.parts[0].rows}
+    growth, c = shipped_run.growth, shipped_run.config
+    assert own["bytes read per token"] == bytes_label(growth.bytes_with[-1])
+    assert own["FLOPs per token"] == quantity(growth.flops_with[-1])
+    in_layers = c.n_layers * (
+        2 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.dim * c.ffn_dim
+    )
+    n, width = growth.n, c.n_layers * c.n_heads * c.head_dim
+    head = 2 * c.vocab_size * c.dim
+    assert np.array_equal(growth.flops_with, 2 * in_layers + head + 4 * width * n)
+    assert np.array_equal(growth.flops_without, 2 * in_layers * n + head + 2 * width * n * (n + 1))
+
+
+def test_the_page_of_the_widest_window_is_small(pages, shipped):
+    words = "extraordinary misunderstanding of Lily's quixotic zebra <b> 🦙 " * 8
+    run = record(shipped, words, budget=0, max_new_tokens=1, window=MAX_WINDOW)
+    assert len(pages.page(run).encode()) < 1_500_000
 
 
 def test_the_uniform_lies_in_the_interval_of_the_chosen_token(pages, shipped):

@@ -25,7 +25,7 @@ _VARIABLES = "".join(f"--{name}:var(--fig-{name},{colour});" for name, colour in
 _DARK_VARIABLES = "".join(f"--{name}:var(--fig-{name},{colour});" for name, colour in DARK.items())
 STYLE = (
     f".nf{{{_VARIABLES}}}"
-    f"@media(prefers-color-scheme:dark){{.nf{{{_DARK_VARIABLES}}}}}"
+    f"@media screen and (prefers-color-scheme:dark){{.nf{{{_DARK_VARIABLES}}}}}"
     f".nf text{{font-size:{FONT}px}}"
     ".nf text{font-family:system-ui,'DejaVu Sans',sans-serif;fill:var(--ink);direction:ltr;"
     "white-space:pre}"

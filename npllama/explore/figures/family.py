@@ -114,7 +114,7 @@ def time_by_operation(names: Sequence[str], seconds: np.ndarray) -> Figure:
         rest = bars[_MOST_BARS - 1 :]
         bars = bars[: _MOST_BARS - 1] + [(f"{len(rest)} others", sum(s for _, s in rest))]
     total, largest = float(seconds.sum()) or 1.0, max(s for _, s in bars) or 1.0
-    left = min(max(text_width(name, mono=True) for name, _ in bars) + 10, 190)
+    left = min(max(text_width(name, mono=True) for name, _ in bars) + 10, 200)
     room = text_width("99.9 %  999 ms") + 6
     parts, y = [], 2.0
     for name, duration in bars:

@@ -193,7 +193,7 @@ def rope_distance(scores: np.ndarray) -> Figure:
         hatching(n, left, top, side),
         heat_map(scores, shades, (left, top, side, side), causal=True),
         _positions(n, left, top, side),
-        colour_bar(shades, left, top + side + 58, side, "score"),
+        colour_bar(shades, left, top + side + 58, side, "dot product"),
     ]
     spreads = [float(np.ptp(np.diagonal(scores, -d))) for d in range(n)]
     alt = (

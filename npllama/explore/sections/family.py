@@ -63,10 +63,10 @@ def section(run: Record) -> Section:
                 say(
                     "Seconds per operation while this model read {read} and wrote {new} on "
                     "{backend} ({device}). The time of an operation excludes the operations that "
-                    "it calls. <code>linear</code> is the product with the matrices that follow; "
-                    "several matrices may be joined in one product. <code>outside of ops</code> is "
-                    "the Python code around the operations. The backend's own versions of the "
-                    "functions ran here.",
+                    "it calls. <code>linear</code> is the product with the named matrix; + joins "
+                    "matrices in one product, and <q>or</q> separates matrices of the same shape. "
+                    "<code>outside of ops</code> is the Python code around the operations. The "
+                    "backend's own versions of the functions ran here.",
                     read=count(times.n_read, "token"),
                     new=count(times.n_new, "token"),
                     backend=run.backend,
@@ -94,7 +94,7 @@ def _matrices(c: LlamaConfig) -> list[tuple[tuple[str, ...], str, tuple[int, int
 def operation(name: str, c: LlamaConfig) -> str:
     """A name of `Times` with the roles of the matrix instead of its shape.
 
-    Shapes do not tell all roles apart, so several may be named: "linear gate+up, head".
+    Roles with equal shapes are all named: "linear gate+up or head".
     """
     method, *size = name.split(" ", 1)
     if not size:
@@ -103,15 +103,15 @@ def operation(name: str, c: LlamaConfig) -> str:
     roles = {
         "q+k+v": (heads + 2 * kv_heads, c.dim),
         "q": (heads, c.dim),
-        "k, v": (kv_heads, c.dim),
+        "k or v": (kv_heads, c.dim),
         "wo": (c.dim, heads),
         "gate+up": (2 * c.ffn_dim, c.dim),
-        "gate, up": (c.ffn_dim, c.dim),
+        "gate or up": (c.ffn_dim, c.dim),
         "down": (c.dim, c.ffn_dim),
         "head": (c.vocab_size, c.dim),
     }
     found = [role for role, (n, d) in roles.items() if size[0] == f"{n} x {d}"]
-    return f"{method} {', '.join(found)}" if found else name
+    return f"{method} {' or '.join(found)}" if found else name
 
 
 def _table(run: Record) -> Table:

@@ -107,18 +107,16 @@ def _answer(run: Record) -> Markup:
     if len(others) == 0:
         return said + say("The lens shows it already after the embedding.")
     since = int(others[-1])  # row i is layer i - 1, so the next row is layer `since`
-    only = since == run.config.n_layers - 1
-    row = int(others[lens.probability[others, -1, 0].argmax()])
-    return (
-        said
-        + say(
-            "The lens shows it {when}. ",
-            when="only after the last layer" if only else f"from layer {since} on",
-        )
-        + say(
-            "Its strongest other guess is {other}, with {p:.1%} after {where}.",
-            other=piece(run.piece(top[row])),
-            p=float(lens.probability[row, -1, 0]),
-            where="the embedding" if row == 0 else f"layer {row - 1}",
-        )
+    is_last = since == run.config.n_layers - 1
+    when = "only after the last layer" if is_last else f"from layer {since} on"
+    said += say("The lens shows it {when}.", when=when)
+    layers = others[others > 0]
+    if len(layers) == 0:
+        return said
+    row = int(layers[lens.probability[layers, -1, 0].argmax()])
+    return said + say(
+        " The strongest other guess of a layer is {other}, with {p:.1%} after layer {layer}.",
+        other=piece(run.piece(top[row])),
+        p=float(lens.probability[row, -1, 0]),
+        layer=row - 1,
     )

@@ -4,7 +4,7 @@ import numpy as np
 from markupsafe import Markup
 
 from npllama.explore.figures.residual import block_shares, residual_norms
-from npllama.explore.labels import quantity
+from npllama.explore.labels import percent, quantity
 from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, say, shape
 from npllama.ops import Ops
@@ -98,10 +98,10 @@ def _see(hidden: np.ndarray, attention: np.ndarray, feed_forward: np.ndarray) ->
             else "the embedding is still in the sum, but small beside what the layers added",
         ),
         say(
-            "The largest addition is that of the {half} in layer {layer}: {share:.0%} of the "
-            "stream before it.",
+            "The largest addition is that of the {half} in layer {layer}: {share} of the "
+            "length of the stream before it.",
             half=half,
             layer=int(shares.argmax()),
-            share=float(largest),
+            share=percent(float(largest)),
         ),
     )

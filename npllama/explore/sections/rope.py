@@ -48,7 +48,8 @@ def section(run: Record) -> Section:
             say(
                 "Each of the <var>C</var>/2 = {half} pairs turns at a speed of its own; here the "
                 "base is <var>b</var> = {base}. Fast pairs distinguish near tokens, like a second "
-                "hand; slow pairs distinguish far ones, like an hour hand.",
+                "hand; slow pairs distinguish far ones, like an hour hand. In the first "
+                "equations <var>x</var> is a query or a key, and <var>m</var> is its position.",
                 half=half,
                 base=f"{c.rope_theta:,.0f}",
             ),
@@ -149,6 +150,7 @@ def _see(run: Record) -> tuple[Markup, ...]:
     r = run.rotations
     waves = 2 * np.pi / r.frequencies
     fast, slow = float(waves.min()), float(waves.max())
+    seen_scores = r.scores[np.tril_indices(len(r.scores))]
     context = f"The context is {run.context:,} tokens."
     if run.context < slow:
         context = (
@@ -167,8 +169,8 @@ def _see(run: Record) -> tuple[Markup, ...]:
             "Measured: products at the same distance differ by at most {spread}, the rounding of "
             "float32, while products at different distances lie between {low} and {high}.",
             spread=quantity(r.spread, 2),
-            low=quantity(float(r.scores.min())),
-            high=quantity(float(r.scores.max())),
+            low=quantity(float(seen_scores.min())),
+            high=quantity(float(seen_scores.max())),
         ),
     ]
     scaling = run.config.rope_scaling

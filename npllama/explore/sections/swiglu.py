@@ -133,10 +133,11 @@ def _see(run: Record, layer: LayerRecord) -> tuple[Markup, ...]:
         own, other = (set(np.argsort(-np.abs(x))[:few].tolist()) for x in layer.opened[[-1, -2]])
         seen.append(
             say(
-                "Of these {few} gates {n} are also among the {few} most open gates of the token "
-                "before, {before}. So another token uses another part of the network.",
+                "Of these {few} gates, {n} are also among the {few} most open gates of the token "
+                "before, {before}. The other {others} are not: each token opens its own gates.",
                 few=few,
                 n=len(own & other),
+                others=few - len(own & other),
                 before=piece(run.pieces[-2]),
             )
             if len(own & other) < few
