@@ -275,6 +275,46 @@ def test_colours_are_readable_on_their_paper(theme):
         assert contrast(theme[name], theme["paper"]) >= 3
 
 
+# Full dichromacy in linear RGB: Machado et al. 2009, table 1.
+DICHROMATS = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}  # fmt: skip
+
+
+def seen_lab(colour, kind):
+    """CIE L*a*b* of `#rrggbb` as a dichromat sees it."""
+    srgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(DICHROMATS[kind]) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    f = np.cbrt(np.maximum(to_xyz @ seen / [0.9505, 1.0, 1.089], 0.0089))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("kind", DICHROMATS)
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_dichromats_tell_the_colours_of_a_figure_apart(theme, kind):
+    """The two curves of a figure, and the two ends of the map of signed values."""
+    pairs = [(theme["1"], theme["2"]), ("#" + DIVERGING[1], "#" + DIVERGING[-2])]
+    for a, b in pairs:
+        assert np.linalg.norm(seen_lab(a, kind) - seen_lab(b, kind)) > 30
+    assert (
+        np.linalg.norm(seen_lab("#c04040", "deuteranopia") - seen_lab("#707030", "deuteranopia"))
+        < 30
+    )
+
+
 def test_the_colour_maps_say_what_they_are_for():
     falling = [luminance("#" + bytes(rgb).hex()) for rgb in ramp(VIRIDIS, 32)]
     assert falling == sorted(falling)  # the brighter, the more
