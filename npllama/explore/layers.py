@@ -1,4 +1,4 @@
-"""What every block of the model computes for the tokens that are shown."""
+"""The arrays that each layer of the model computes for the tokens of the window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,21 +17,24 @@ _CURVE_POINTS, _CURVE_LEAST = 121, 4.0
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What one block computed for the T tokens of the window.
+    """The arrays that one layer computed for the T tokens of the window.
 
     Attributes:
         normed: (T, D), the attention's input after RMSNorm.
         q_plain, k_plain: (H, T, C) and (K, T, C), before RoPE.
         q, k, v: (H, T, C), (K, T, C), (K, T, C); q and k after RoPE.
-        attention: (H, T, T), each token's attention to the tokens of the window. A row sums to 1
-            together with the attention to the tokens before the window.
-        to_first: (H,), the attention to the prompt's first token, averaged over the window's
-            tokens without the first one, which sees nothing else; 1 where there is no other.
-        to_earlier: (H,), the attention to tokens before the window, averaged over the window's.
-        after_attention: (T, D), the residual stream between the two halves of the block.
-        gate, opened, gated: (T, F), the gate x W_gate^T, SiLU of it, and the result of SwiGLU.
-        silu_curve: (2, 121), evenly spaced x that span the last token's gates, and SiLU(x).
-        hidden: (T, D), the residual stream after the block.
+        attention: (H, T, T), the share that each token gives to each token of the window. A row
+            and the shares of the tokens before the window sum to 1.
+        to_first: (H,), the share that goes to the prompt's first token, averaged over the tokens
+            of the window. The prompt's first token is excluded, since it sees only itself; 1 if
+            the prompt has no other token.
+        to_earlier: (H,), the share that goes to the tokens before the window, averaged over the
+            tokens of the window.
+        after_attention: (T, D), the residual stream between attention and feed-forward.
+        gate, opened, gated: (T, F), the gate h W_gate^T, SiLU(gate), and the result of SwiGLU.
+        silu_curve: (2, 121), evenly spaced x around 0 that include the last token's gates, and
+            SiLU(x).
+        hidden: (T, D), the residual stream after the layer.
     """
 
     normed: np.ndarray
@@ -54,13 +57,13 @@ class LayerRecord:
 def record_layers(
     model: Transformer, ids: Sequence[int], start: int, cache: KVCache
 ) -> tuple[np.ndarray, tuple[LayerRecord, ...]]:
-    """Run ids through a model of reference ops, and keep what ids[start:] meet.
+    """Run ids through a model of reference ops, and record the arrays of ids[start:].
 
     Args:
-        cache: an empty one, which holds the ids afterwards.
+        cache: an empty cache; afterwards it holds the ids.
 
     Returns:
-        the embedded tokens (T, D), and the layers.
+        The embedded tokens (T, D), and the record of each layer.
     """
     ops, parameters = model.ops, model.parameters
     if start:

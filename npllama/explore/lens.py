@@ -13,11 +13,11 @@ from npllama.parameters import Head
 
 @dataclass(frozen=True)
 class Lens:
-    """What the head makes of the stream after each layer, the embedding first.
+    """The predictions of the head from the stream after the embedding and after each layer.
 
     Attributes:
-        ids, probability: (L+1, T, n), the likeliest tokens, the likeliest first.
-        entropy: (L+1, T), how undecided the distribution is, in bits.
+        ids, probability: (L+1, T, n), the n likeliest tokens in order of decreasing probability.
+        entropy: (L+1, T), the entropy of each distribution in bits.
 
     Source: nostalgebraist 2020 (interpreting GPT: the logit lens).
     """
@@ -36,7 +36,7 @@ def entropy(ops: Ops, logits: Array) -> Array:
 
 
 def look_through(ops: Ops, hidden: Sequence[np.ndarray], head: Head, n: int) -> Lens:
-    """The lens of the L+1 streams `hidden`, (T, D) each, with the n likeliest tokens."""
+    """Apply the head to the L+1 streams `hidden`, (T, D) each, and keep the n likeliest tokens."""
     xp, to_host = ops.backend.xp, ops.backend.to_host
     looks = []
     for x in hidden:

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // A map of values: its image carries them as float16, row by row; the pointer shows one.
+  // A map of values: its image contains them as float16; the value under the pointer is shown.
   const half = (bits) => {
     const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
     if (exponent === 0) return sign * fraction * 2 ** -24;
@@ -35,7 +35,7 @@
     else tip.hidden = true;
   });
 
-  // RoPE: one hand per pair, turned by position * theta.
+  // RoPE: one hand per pair, rotated by position * theta.
   for (const control of document.querySelectorAll(".control[data-turn]")) {
     control.hidden = false;
     const slider = control.querySelector("input"), output = control.querySelector("output");
@@ -83,7 +83,7 @@
     draw();
   }
 
-  // The section that is read, in the list of sections.
+  // Mark the section in view in the list of sections.
   const links = new Map([...document.querySelectorAll("nav li a")].map((a) => [a.hash.slice(1), a]));
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {

@@ -91,7 +91,7 @@ def mathml(latex: str) -> Markup:
 
 
 def highlighted(code: str) -> Markup:
-    """Python code as HTML, colored by the page's style."""
+    """Python code as HTML, coloured by the page's style."""
     from pygments import highlight
     from pygments.formatters.html import HtmlFormatter
     from pygments.lexers.python import PythonLexer

@@ -1,8 +1,8 @@
-"""One run of a model as plain NumPy arrays: everything that the page shows, and no HTML.
+"""One run of a model as plain NumPy arrays: everything that the page shows, without HTML.
 
-The elements come from `Ops`, the reference that the page prints: its own blocks run, and what they
-pass to one another is kept. Letters: N tokens of the prompt, T of them in the window that is
-shown, L layers, H query heads, K key-value heads, C head width, D width, F ffn width, V vocabulary.
+The arrays come from `Ops`, the reference whose source the page shows: its blocks run, and the
+arguments and results of its methods are recorded. Letters: N tokens of the prompt, T of them in the
+window, L layers, H query heads, K key-value heads, C head width, D width, F ffn width, V pieces.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from npllama.parameters import Layer
 from npllama.sampling_options import Sampling
 
 WINDOW = 24
-"""Tokens that the pictures have room for: of a longer prompt the last ones are shown."""
+"""Tokens that the pictures show by default; of a longer prompt the last ones."""
 MAX_WINDOW = 48
 LIKELIEST = 5
-"""Tokens that the lens keeps at each layer and position."""
+"""Tokens that the lens records per layer and position."""
 NEW_TOKENS = 24
 BUDGET, MAX_BUDGET = 1.2, 5.0
 
@@ -37,24 +37,24 @@ class Record:
 
     Attributes:
         model: a name for the model.
-        config, dtype, backend, device, context: what `llama` says of itself.
-        prompt: the text; None where ids were given.
-        ids: (N,), those of the prompt.
-        start: the window's first position; its tokens are ids[start:].
-        window_text: the window's text; None where there is no tokenizer.
-        embedded: (T, D), the stream before the first block.
-        layers: L of them.
-        layer_normed: (T, D), what LayerNorm without a bias would make of `embedded` in the first
-            block.
+        config, dtype, backend, device, context: properties of the `Llama`.
+        prompt: the text; None if token ids were given.
+        ids: (N,), the ids of the prompt.
+        start: the first position of the window, which is ids[start:].
+        window_text: the text of the window; None without a tokenizer.
+        embedded: (T, D), the residual stream before the first layer.
+        layers: the arrays of the L layers.
+        layer_normed: (T, D), LayerNorm of `embedded` without a bias, with the weight of the first
+            layer's attention norm.
         rotations: RoPE's frequencies, and one query and key at many positions.
-        lens: the likeliest token after every layer.
-        choice: how one of the new tokens was chosen, the one that was least certain.
-        sampling, seed: what all tokens are chosen with.
-        new_ids, new_text, finish_reason: of `Llama.generate` with the same seed, on this
-            backend's own operations; the text is None where there is no tokenizer.
-        growth: what a token costs with and without the cache.
-        times: where the time of that generation went.
-        weight_nbytes: bytes of weights that one forward reads.
+        lens: the likeliest tokens after each layer.
+        choice: how the least certain of the new tokens was chosen.
+        sampling, seed: how all new tokens were chosen.
+        new_ids, new_text, finish_reason: the result of `Llama.generate` with this seed, which
+            uses the backend's overrides. The text is None without a tokenizer.
+        growth: the cost of a token with and without the cache, as the text grows.
+        times: the time of each operation of this generation.
+        weight_nbytes: bytes of weights that one forward pass reads.
         cache_itemsize: bytes of an element of the cache.
         vocabulary: how the tokenizer writes each of its tokens; empty without a tokenizer.
     """
@@ -94,7 +94,7 @@ class Record:
 
     @property
     def hidden(self) -> np.ndarray:
-        """(L+1, T, D), the residual stream: the embedding, then what each block left."""
+        """(L+1, T, D), the residual stream after the embedding and after each layer."""
         return np.stack([self.embedded, *(layer.hidden for layer in self.layers)])
 
     @property
@@ -126,17 +126,17 @@ def record(
     window: int = WINDOW,
     budget: float = BUDGET,
 ) -> Record:
-    """Run a prompt through the model, and keep what the page shows.
+    """Run a prompt through the model, and record what the page shows.
 
     Args:
         prompt: a text, or token ids.
         model: a name for the model.
-        seed, sampling, max_new_tokens: as for `Llama.generate`.
-        window: of a longer prompt the last `window` tokens are kept.
-        budget: seconds in which the cost of long texts is measured; the rest is extrapolated.
+        seed, sampling, max_new_tokens: as in `Llama.generate`.
+        window: the largest number of tokens to record, 1 to 48; the last ones of the prompt.
+        budget: seconds for measuring the time per token, 0 to 5. Other times are extrapolated.
 
     Raises:
-        InputError: as for `Llama.generate`; or a window or a budget that is out of range.
+        InputError: as in `Llama.generate`; or the window or the budget is out of range.
 
     >>> import npllama
     >>> run = record(npllama.load(), "Once upon a time", budget=0)
@@ -150,7 +150,7 @@ def record(
             f"the time to measure is {budget} seconds: expected 0 to {MAX_BUDGET:g} seconds"
         )
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "sampling": sampling}
-    generation = llama.new_generation([prompt], **options)  # which checks them all
+    generation = llama.new_generation([prompt], **options)  # checks all options
     options["seed"] = generation.seed
     ids = [int(id_) for id_ in llama.encode(prompt)]
     start = max(0, len(ids) - window)

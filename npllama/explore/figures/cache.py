@@ -87,7 +87,7 @@ def cost_growth(
 
 
 def _curve(points: list[tuple[float, float]], known: np.ndarray, hue: str) -> str:
-    """Segments between points; dashed where one of the two ends is extrapolated."""
+    """Segments between points; dashed if one of the two ends is extrapolated."""
     parts = []
     for sure in (True, False):
         steps = "".join(
@@ -103,7 +103,7 @@ def _curve(points: list[tuple[float, float]], known: np.ndarray, hue: str) -> st
 
 
 def _mark(x: float, y: float, hue: str, sure: bool, tip: str | None = None) -> str:
-    """A disc for the first series, a square for the second; hollow where extrapolated."""
+    """A disc for the first series, a square for the second; hollow if extrapolated."""
     pen = {
         "fill": colour(hue) if sure else colour("paper"),
         "stroke": colour(hue),

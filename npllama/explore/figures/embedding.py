@@ -17,8 +17,8 @@ def embedding_rows(pieces: Sequence[str], rows: np.ndarray) -> Figure:
         pieces: T pieces.
         rows: (T, D).
 
-    What to see: a piece that occurs twice has the same row twice: at this point the model knows
-    neither the order nor the neighbours.
+    What to see: a piece that occurs twice has the same row twice, because a row depends neither on
+    the position nor on the neighbours.
     """
     rows = array(rows, "rows", 2)
     same_length(len(rows), pieces=pieces)

@@ -82,7 +82,7 @@ def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
 
 
 def _heads(centres: Sequence[float], y: float, width: float, letter: str, hue: str) -> str:
-    """A row of boxes, with names where these fit."""
+    """A row of boxes, with their names if these fit."""
     parts = []
     for i, x in enumerate(centres):
         parts.append(rect(x - width / 2, y, width, 24, rx=3))
@@ -154,7 +154,7 @@ def qkv_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Figure:
         k, v: (K, C).
 
     What to see: there are G times as many queries as keys and values. Only the keys and values
-    are stored in the cache. Queries, keys and values each have their own scale of colors.
+    are stored in the cache. Queries, keys and values each have their own scale of colours.
     """
     named = [(n, array(x, n, 2)) for n, x in (("q", q), ("k", k), ("v", v))]
     width_c = named[0][1].shape[1]

@@ -29,10 +29,10 @@ def logit_lens(
     entropy: np.ndarray,
     pieces: Sequence[str],
 ) -> Figure:
-    """The likeliest next token after every layer, if the model stopped there.
+    """The likeliest next token after each layer, if the model ended there.
 
     A row per state of the residual stream, from the embedding to the last layer; a column per
-    token, at most the last 5; the color is the probability. The rightmost column is the entropy
+    token, at most the last 5; the colour is the probability. The rightmost column is the entropy
     in bits after the last token. At most 33 rows are drawn, evenly spaced.
 
     Args:
@@ -89,7 +89,7 @@ def logit_lens(
 
 
 def _fitted(x: float, y: float, piece: str, class_: str, **values: object) -> str:
-    """A piece, centred, as much as fits a cell."""
+    """A centred piece, shortened to the width of a cell."""
     label = shorten(piece_label(piece), _CELL - 6, mono=True)
     return text(x, y, label, "middle", class_=class_, **values)
 

@@ -19,16 +19,16 @@ from npllama.explore.svg import NARROW, Figure, colour, dots, figure, legend, pa
 
 
 def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
-    """The size of each token's vector in the residual stream, from the embedding to the end.
+    """The length of each token's vector in the residual stream, after each layer.
 
-    A line per token on a logarithmic axis, of at most 32 tokens that are evenly spread; the first
-    and the last one are drawn thick.
+    A line per token on a logarithmic axis. At most 32 tokens are drawn, evenly spaced; the first
+    and the last one are thick.
 
     Args:
-        norms: (L+1, T), not negative; row 0 is the embedding, row i what layer i - 1 left.
+        norms: (L+1, T), not negative; row 0 is the embedding, row i the stream after layer i - 1.
         pieces: T pieces.
 
-    What to see: each layer adds to the stream and overwrites nothing, and the stream grows.
+    What to see: each layer adds to the stream, and the stream grows.
     """
     norms = array(norms, "norms", 2)
     same_length(norms.shape[1], pieces=pieces)
@@ -129,6 +129,6 @@ _PARTS = ("attention", "feed-forward")
 
 
 def _mark(points: list[tuple[float, float]], series: int, tip: str | None = None) -> str:
-    """Discs for the first series, triangles for the second: not by color alone."""
+    """Discs for the first series, triangles for the second: not by colour alone."""
     draw, size = ((dots, 4), (triangles, 5.5))[series]
     return draw(points, size, stroke=colour(str(series + 1)), tip=tip)

@@ -133,7 +133,7 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
         theta: (C/2,) angles per position.
         plain_theta: (C/2,) those without the scaling of RoPE, drawn beside; None: no scaling.
 
-    What to see: the first pairs complete a turn within a few tokens and distinguish neighbors; the
+    What to see: the first pairs complete a turn within a few tokens and distinguish neighbours; the
     last pairs hardly turn within the context.
     """
     theta = array(theta, "theta", 1)
@@ -178,7 +178,7 @@ def rope_distance(scores: np.ndarray) -> Figure:
         scores: (n, n); scores[i, j] has the query at position i and the key at j. The scores
             with j > i are masked.
 
-    What to see: the color is the same along each diagonal, because the score depends only on the
+    What to see: the colour is the same along each diagonal, because the score depends only on the
     distance i - j.
     """
     scores = array(scores, "scores", 2)

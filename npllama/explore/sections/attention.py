@@ -98,8 +98,8 @@ def _which(run: Record) -> Markup:
             all_heads=c.n_heads,
         )
     which += say(
-        " A row is the token that reads, a column the token that is read; brighter is more. Colors "
-        "follow the square root of the share, which makes small shares visible."
+        " A row is the token that reads, a column the token that is read; brighter is more. The "
+        "colours follow the square root of the share, which makes small shares visible."
     )
     if run.start:
         which += say(

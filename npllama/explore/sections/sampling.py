@@ -189,7 +189,7 @@ def _drawn(run: Record) -> tuple[Picture, ...]:
 
 def intervals(run: Record) -> tuple[list[str], np.ndarray, int]:
     """Labels and probabilities of the remaining tokens in the order of their ids, and the index of
-    the chosen one. Neighbors that are neither likely nor chosen are joined."""
+    the chosen one. Neighbours that are neither likely nor chosen are joined."""
     choice = run.choice
     last = choice.stages[-1].probability.astype("float64")
     kept = np.flatnonzero(last > 0)
