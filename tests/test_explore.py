@@ -202,7 +202,14 @@ def test_a_scaled_rope_is_shown_beside_the_plain_one(pages):
     llama = make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling))
     run = record(llama, "ab", budget=0)
     assert np.allclose(run.rotations.plain, 4 * run.rotations.frequencies)
-    assert "linear, factor 4" in pages.page(run)
+    assert "linear, factor 4): slow pairs turn slower" in pages.page(run)
+
+
+def test_a_scaling_that_changes_nothing_yet_says_so(pages):
+    scaling = RopeScaling("dynamic", 2.0)
+    run = record(make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling)), "ab", budget=0)
+    assert np.allclose(run.rotations.plain, run.rotations.frequencies)
+    assert "dynamic, factor 2): it changes no frequency" in pages.page(run)
 
 
 def test_costs_beyond_the_budget_are_extrapolated_and_marked(shipped):

@@ -173,15 +173,23 @@ def _see(run: Record) -> tuple[Markup, ...]:
             high=quantity(float(seen_scores.max())),
         ),
     ]
-    scaling = run.config.rope_scaling
-    if scaling is not None:
-        seen.append(
-            say(
-                "This model scales its frequencies ({kind}, factor {factor:g}): slow pairs turn "
-                "slower than without scaling, so that the angles of a longer text stay within the "
-                "range of the training.",
-                kind=scaling.kind,
-                factor=scaling.factor,
-            )
-        )
+    if run.config.rope_scaling is not None:
+        seen.append(_scaling(run))
     return tuple(seen)
+
+
+def _scaling(run: Record) -> Markup:
+    scaling, r = run.config.rope_scaling, run.rotations
+    if np.allclose(r.frequencies, r.plain):
+        effect = "it changes no frequency at this context, only at a longer one."
+    else:
+        effect = (
+            "slow pairs turn slower than without scaling, so that the angles of a longer text stay "
+            "within the range of the training."
+        )
+    return say(
+        "This model scales its frequencies ({kind}, factor {factor:g}): {effect}",
+        kind=scaling.kind,
+        factor=scaling.factor,
+        effect=effect,
+    )
