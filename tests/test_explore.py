@@ -202,14 +202,14 @@ def test_a_scaled_rope_is_shown_beside_the_plain_one(pages):
     llama = make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling))
     run = record(llama, "ab", budget=0)
     assert np.allclose(run.rotations.plain, 4 * run.rotations.frequencies)
-    assert "linear, factor 4): slow pairs turn slower" in pages.page(run)
+    assert "linear, factor 4): slow pairs turn slower" in pages.rope.section(run).see[-1]
 
 
 def test_a_scaling_that_changes_nothing_yet_says_so(pages):
     scaling = RopeScaling("dynamic", 2.0)
     run = record(make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling)), "ab", budget=0)
     assert np.allclose(run.rotations.plain, run.rotations.frequencies)
-    assert "dynamic, factor 2): it changes no frequency" in pages.page(run)
+    assert "dynamic, factor 2): it changes no frequency" in pages.rope.section(run).see[-1]
 
 
 def test_costs_beyond_the_budget_are_extrapolated_and_marked(shipped):
@@ -317,10 +317,12 @@ def test_a_prompt_of_one_token(pages, shipped):
 
 
 def test_a_long_prompt_shows_a_window_and_says_so(pages, shipped):
-    run = record(shipped, "Once upon a time. " * 20, budget=0, max_new_tokens=1)
+    words = "An extraordinary misunderstanding of Lily's quixotic zebra <b> 🦙. "
+    run = record(shipped, words * 9, budget=0, max_new_tokens=1, window=MAX_WINDOW)
     text, _ = outlined(pages, run)
-    assert "The pictures show the last 24" in text
-    assert run.window_text.endswith("Once upon a time. ") and len(run.window_text) < 120
+    assert "The pictures show the last 48" in text
+    assert len(text.encode()) < 1_500_000
+    assert run.window_text.endswith("zebra <b> 🦙. ") and len(run.window_text) < 200
     assert run.piece(run.config.bos_id) == "<s>"
 
 
@@ -357,13 +359,14 @@ def test_the_slider_of_a_penalized_run_starts_at_its_probabilities(pages, shippe
     changes = {"repetition_penalty": 1.5, "temperature": 1.0, "top_p": 1.0}
     options = {"sampling": Sampling(**changes), "max_new_tokens": 1, "budget": 0}
     run = record(shipped, "Tom had a ball. He liked the ball. He liked the", **options)
-    text, _ = outlined(pages, run)
-    encoded = re.search(r'data-logits="(.*?)"', text).group(1)
+    section = pages.sampling.section(run)
+    encoded = re.search(r'data-logits="(.*?)"', section.parts[0].extra).group(1)
     logits = np.frombuffer(base64.b64decode(encoded), "<i2") / 128
     p = np.exp(logits) / np.exp(logits).sum()
     assert np.abs(p - run.choice.stages[-1].probability).max() < 0.005
     assert np.abs(p - run.choice.stages[0].probability).max() > 0.02
-    assert "repetition penalty</strong> of 1.5" in text and "penalize_repetition" in text
+    assert "repetition penalty</strong> of 1.5" in section.idea[-1]
+    assert Ops.penalize_repetition in [function.function for function in section.functions]
 
 
 def test_a_divided_word_is_named(pages):
@@ -385,10 +388,7 @@ def test_operations_have_the_roles_of_their_matrices(pages, shipped):
 
 def test_numbers_that_occur_twice_agree(pages, shipped_run):
     """The costs of this model in the table of the family are those of the section on the cache."""
-    (family,) = [
-        s for s in (section(shipped_run) for section in pages.SECTIONS) if s.slug == "family"
-    ]
-    own = {row[0]: row[1] for row in family.parts[0].rows}
+    own = {row[0]: row[1] for row in pages.family.section(shipped_run).parts[0].rows}
     growth, c = shipped_run.growth, shipped_run.config
     assert own["bytes read per token"] == bytes_label(growth.bytes_with[-1])
     assert own["FLOPs per token"] == quantity(growth.flops_with[-1])
@@ -399,12 +399,6 @@ def test_numbers_that_occur_twice_agree(pages, shipped_run):
     head = 2 * c.vocab_size * c.dim
     assert np.array_equal(growth.flops_with, 2 * in_layers + head + 4 * width * n)
     assert np.array_equal(growth.flops_without, 2 * in_layers * n + head + 2 * width * n * (n + 1))
-
-
-def test_the_page_of_the_widest_window_is_small(pages, shipped):
-    words = "extraordinary misunderstanding of Lily's quixotic zebra <b> 🦙 " * 8
-    run = record(shipped, words, budget=0, max_new_tokens=1, window=MAX_WINDOW)
-    assert len(pages.page(run).encode()) < 1_500_000
 
 
 def test_the_uniform_lies_in_the_interval_of_the_chosen_token(pages, shipped):
@@ -438,7 +432,7 @@ def eval_last(code):
 @pytest.mark.parametrize("name, kinds", [("mha", 3), ("gqa", 3), ("mqa", 3)])
 def test_all_three_kinds_of_attention_are_drawn_for_any_model(pages, name, kinds):
     run = record(load(name), IDS, max_new_tokens=1, budget=0)
-    (heads,) = [part for part in (s(run) for s in pages.SECTIONS) if part.slug == "heads"]
+    heads = pages.heads.section(run)
     drawn = heads.parts[0].figure.svg
     assert sum(f"{kind}: " in drawn for kind in ("multi-head", "grouped", "multi-query")) == kinds
     assert drawn.count("this model") >= 1
