@@ -473,6 +473,17 @@ def test_each_function_is_shown_as_it_stands_with_its_source_and_tests(pages, sh
         )
 
 
+@pytest.mark.parametrize("folder", ["sections", "figures"])
+def test_drawing_computes_nothing_that_the_model_computes(folder):
+    """Sections name functions of Ops, and neither they nor the figures call or repeat one."""
+    for path in (ROOT / "npllama" / "explore" / folder).glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        assert not [
+            name for name in called if re.match(r"Ops\b|ops\.|(np|math)\.(exp|cos|sin)$", name)
+        ]
+
+
 def test_no_number_belongs_to_one_prompt_or_model(pages):
     """Sentences with numbers are made from the run: another model has others."""
     first = record(make_llama(make_ops("numpy")), "ab", budget=0)
@@ -546,6 +557,12 @@ def test_a_text_for_a_model_without_a_tokenizer_is_refused(pages, tmp_path, caps
     out = tmp_path / "page.html"
     code, _, err = call(capsys, "--model", str(model), "--prompt", "a", "--out", str(out))
     assert code == 2 and "--ids" in err and not out.exists()
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr("npllama.explore.__main__.load", None)  # a call would raise TypeError
+    code, _, err = call(capsys, "--prompt", "a", "--out", "a" * 300)
+    assert code == 2 and "File name too long" in err and err.count("\n") == 1
 
 
 def test_what_is_missing_is_named_with_the_extra_that_brings_it(tmp_path, capsys, monkeypatch):

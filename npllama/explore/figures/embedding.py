@@ -25,7 +25,6 @@ def embedding_rows(pieces: Sequence[str], rows: np.ndarray) -> Figure:
     alt = (
         f"A heat map of {count(rows.shape[0], 'embedding row')} of "
         f"{count(rows.shape[1], 'element')}, from {quantity(rows.min())} to "
-        f"{quantity(rows.max())}; the root mean square is "
-        f"{quantity(float(np.sqrt(np.mean(rows**2))))}."
+        f"{quantity(rows.max())}."
     )
     return rows_map(pieces, rows, signed(rows), "element", "value", "Rows of the embedding", alt)
