@@ -54,7 +54,7 @@
   // Sampling: the softmax of the logits at another temperature.
   for (const control of document.querySelectorAll(".control[data-logits]")) {
     control.hidden = false;
-    const logits = Float32Array.from(new Int16Array(bytes(control.dataset.logits).buffer), (x) => x / 128);
+    const logits = Float32Array.from(new Int16Array(bytes(control.dataset.logits).buffer), (x) => x / 512);
     const shown = JSON.parse(control.dataset.shown), labels = JSON.parse(control.dataset.labels);
     const slider = control.querySelector("input"), output = control.querySelector("output");
     const bars = control.querySelector(".bars");

@@ -146,10 +146,10 @@ def _at(run: Record) -> str:
 def _slider(run: Record, shown: np.ndarray, labels: list[str]) -> Markup:
     """A control with which the page's script shows the softmax at any temperature.
 
-    Its logits are int16: differences from the largest logit, in steps of 1/128.
+    Its logits are int16: differences from the largest logit, in steps of 1/512.
     """
     x = run.choice.logits
-    below = np.maximum(np.nan_to_num((x - x.max()) * 128, neginf=-32768.0), -32768)
+    below = np.maximum(np.nan_to_num((x - x.max()) * 512, neginf=-32768.0), -32768)
     return say(
         '<div class="control" hidden data-logits="{logits}" data-shown="{shown}" '
         'data-labels="{labels}" data-chosen="{chosen}"><label for="temperature">Try another '
