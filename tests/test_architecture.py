@@ -32,12 +32,13 @@ FLOORS = [
     # pictures need nothing of the model: they draw arrays
     ["explore", "explore.figures", "explore.colours", "explore.labels"],
     ["explore.svg"],
-    ["explore.axes", "explore.dials"],
+    ["explore.axes"],
     ["explore.heat_map"],
     ["explore.figures.rows"],
     [
         "explore.figures.attention",
         "explore.figures.cache",
+        "explore.figures.dials",
         "explore.figures.embedding",
         "explore.figures.family",
         "explore.figures.heads",

@@ -1,6 +1,7 @@
 """The page about a run: its elements are the model's, and it holds for any model and prompt."""
 
 import ast
+import base64
 import html.parser
 import importlib.util
 import inspect
@@ -16,7 +17,9 @@ from conftest import FIXTURES, ROOT, TINY, make_llama, make_ops, needed
 from model_directory import write_model
 from npllama.errors import NpllamaError
 from npllama.explore.__main__ import NEEDED, main
+from npllama.explore.labels import bytes_label, quantity
 from npllama.explore.record import MAX_WINDOW, record
+from npllama.ops import Ops
 from npllama.rope_scaling import RopeScaling
 from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
@@ -90,6 +93,36 @@ def test_every_backend_records_the_same(ops):
     assert_close(run.rotations.scores, expected.rotations.scores)
     assert (run.choice.id, run.new_ids) == (expected.choice.id, expected.new_ids)
     assert run.choice.id == run.new_ids[run.choice.step]
+
+
+@pytest.mark.parametrize("name", FIXTURE_NAMES)
+def test_each_recorded_equation_is_what_its_override_computes(name):
+    llama = load(name)
+    run = record(llama, IDS, max_new_tokens=1, budget=0)
+    ops, weights, first = llama.ops, llama.parameters.layers[0], run.layers[0]
+    assert type(ops).rms_norm is not Ops.rms_norm and type(ops).rope is not Ops.rope
+    normed = ops.rms_norm(run.embedded[None], weights.attention_norm, weights.norm_eps)
+    assert_close(first.normed, normed[0])
+    cos, sin = (part[None] for part in ops.rope_table(len(IDS), llama.rotation))  # (1, T, C/2)
+    for plain, turned in ((first.q_plain, first.q), (first.k_plain, first.k)):
+        x = plain.swapaxes(0, 1)[None].copy()  # (heads, T, C) -> (1, T, heads, C)
+        assert_close(turned, ops.rope(x, cos, sin)[0].swapaxes(0, 1))
+    for at_positions, plain in ((run.rotations.q, first.q_plain), (run.rotations.k, first.k_plain)):
+        assert_close(at_positions[: len(IDS)], _turned(ops, plain[0, -1], cos, sin))
+    assert_close(first.attention, ops.attention_weights(first.q, first.k))
+    h = ops.rms_norm(first.after_attention[None], weights.ffn_norm, weights.norm_eps)
+    gate, up = ops.linear(h, weights.w_gate), ops.linear(h, weights.w_up)
+    assert_close(first.gate, gate[0])
+    assert_close(first.opened, ops.swiglu(gate.copy(), np.ones_like(gate))[0])
+    assert_close(first.gated, ops.swiglu(gate.copy(), up)[0])
+    x, silu = first.silu_curve
+    assert_close(silu, ops.swiglu(x.copy(), np.ones_like(x)))
+
+
+def _turned(ops, query, cos, sin):
+    """(T, C): one query at the T positions of the table."""
+    same = np.tile(query, (1, cos.shape[1], 1, 1))  # (1, T, 1, C)
+    return ops.rope(same, cos, sin)[0, :, 0]
 
 
 @pytest.mark.parametrize("name", FIXTURE_NAMES)
@@ -169,18 +202,25 @@ def test_a_scaled_rope_is_shown_beside_the_plain_one(pages):
     llama = make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling))
     run = record(llama, "ab", budget=0)
     assert np.allclose(run.rotations.plain, 4 * run.rotations.frequencies)
-    assert "linear, factor 4" in pages.page(run)
+    assert "linear, factor 4): slow pairs turn slower" in pages.rope.section(run).see[-1]
+
+
+def test_a_scaling_that_changes_nothing_yet_says_so(pages):
+    scaling = RopeScaling("dynamic", 2.0)
+    run = record(make_llama(make_ops("numpy"), replace(TINY, rope_scaling=scaling)), "ab", budget=0)
+    assert np.allclose(run.rotations.plain, run.rotations.frequencies)
+    assert "dynamic, factor 2): it changes no frequency" in pages.rope.section(run).see[-1]
 
 
 def test_costs_beyond_the_budget_are_extrapolated_and_marked(shipped):
     growth = record(shipped, "a", budget=0, max_new_tokens=1).growth
     assert growth.n[-1] == shipped.context
-    for seconds, measured, flops in (
-        (growth.seconds_with, growth.measured_with, growth.flops_with),
+    for seconds, measured, cost in (
+        (growth.seconds_with, growth.measured_with, growth.bytes_with),
         (growth.seconds_without, growth.measured_without, growth.flops_without),
     ):
         assert measured.tolist() == [True] + [False] * (len(growth.n) - 1)
-        assert np.allclose(seconds / flops, seconds[0] / flops[0])
+        assert np.allclose(seconds / cost, seconds[0] / cost[0])
     assert (growth.flops_without > growth.flops_with).all()
     cache = 2 * 6 * 2 * 32 * 4 * growth.n  # k and v, L, K, C, bytes of float32
     assert np.array_equal(growth.bytes_with - growth.bytes_without, cache)
@@ -277,11 +317,22 @@ def test_a_prompt_of_one_token(pages, shipped):
 
 
 def test_a_long_prompt_shows_a_window_and_says_so(pages, shipped):
-    run = record(shipped, "Once upon a time. " * 20, budget=0, max_new_tokens=1)
+    words = "An extraordinary misunderstanding of Lily's quixotic zebra <b> 🦙. "
+    run = record(shipped, words * 9, budget=0, max_new_tokens=1, window=MAX_WINDOW)
     text, _ = outlined(pages, run)
-    assert "The pictures show the last 24" in text
-    assert run.window_text.endswith("Once upon a time. ") and len(run.window_text) < 120
+    assert "The pictures show the last 48" in text
+    assert len(text.encode()) < 1_500_000
+    assert run.window_text.endswith("zebra <b> 🦙. ") and len(run.window_text) < 200
     assert run.piece(run.config.bos_id) == "<s>"
+
+
+def test_each_token_that_the_page_names_has_its_piece(pages, shipped):
+    """With a window of one token, the text before the choice lies outside of the window."""
+    run = record(shipped, "Once upon a time there was", budget=0, window=1, max_new_tokens=2)
+    assert run.choice.step == 1
+    text, _ = outlined(pages, run)
+    assert not re.search(r">#\d", text)
+    assert run.piece(shipped.config.vocab_size) == f"#{shipped.config.vocab_size}"
 
 
 def test_a_prompt_that_fills_the_context(pages):
@@ -295,7 +346,59 @@ def test_a_prompt_that_fills_the_context(pages):
 @pytest.mark.parametrize("changes", [{"temperature": 0}, {"top_k": 3, "min_p": 0.1, "top_p": 1.0}])
 def test_every_way_of_sampling_has_its_page(pages, shipped, changes):
     run = record(shipped, "a", budget=0, sampling=Sampling(**changes), max_new_tokens=2)
-    outlined(pages, run)
+    text, _ = outlined(pages, run)
+    is_greedy = changes.get("temperature") == 0
+    assert ("No random number is drawn" in text) == is_greedy
+    assert ("The uniform of seed 0" in text) != is_greedy
+    if is_greedy:  # the distribution before the choice of the likeliest, and after it
+        first, last = run.choice.stages[0].probability, run.choice.stages[-1].probability
+        assert first.max() < 0.99 and last.max() == last[run.choice.id] == 1
+
+
+def test_the_slider_of_a_penalized_run_starts_at_its_probabilities(pages, shipped):
+    changes = {"repetition_penalty": 1.5, "temperature": 1.0, "top_p": 1.0}
+    options = {"sampling": Sampling(**changes), "max_new_tokens": 1, "budget": 0}
+    run = record(shipped, "Tom had a ball. He liked the ball. He liked the", **options)
+    section = pages.sampling.section(run)
+    encoded = re.search(r'data-logits="(.*?)"', section.parts[0].extra).group(1)
+    logits = np.frombuffer(base64.b64decode(encoded), "<i2") / 512
+    p = np.exp(logits) / np.exp(logits).sum()
+    assert np.abs(p - run.choice.stages[-1].probability).max() < 0.001
+    assert np.abs(p - run.choice.stages[0].probability).max() > 0.02
+    assert "repetition penalty</strong> of 1.5" in section.idea[-1]
+    assert Ops.penalize_repetition in [function.function for function in section.functions]
+
+
+def test_a_divided_word_is_named(pages):
+    from npllama.explore.sections.text import divided_word
+
+    assert divided_word(["<s>", "▁He", "▁li", "ked", "▁to", "."]) == ["▁li", "ked"]
+    assert divided_word(["▁a", ".", "b", "▁x"]) == []
+    assert divided_word(["▁ru", "n"]) == ["▁ru", "n"]
+
+
+def test_operations_have_the_roles_of_their_matrices(pages, shipped):
+    from npllama.explore.sections.family import operation
+
+    c = shipped.config
+    names = ("linear 320 x 192", "linear 1024 x 192", "linear 192 x 512", "rope", "linear 9 x 9")
+    shown = ["linear q+k+v", "linear gate+up or head", "linear down", "rope", "linear 9 x 9"]
+    assert [operation(name, c) for name in names] == shown
+
+
+def test_numbers_that_occur_twice_agree(pages, shipped_run):
+    """The costs of this model in the table of the family are those of the section on the cache."""
+    own = {row[0]: row[1] for row in pages.family.section(shipped_run).parts[0].rows}
+    growth, c = shipped_run.growth, shipped_run.config
+    assert own["bytes read per token"] == bytes_label(growth.bytes_with[-1])
+    assert own["FLOPs per token"] == quantity(growth.flops_with[-1])
+    in_layers = c.n_layers * (
+        2 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim + 3 * c.dim * c.ffn_dim
+    )
+    n, width = growth.n, c.n_layers * c.n_heads * c.head_dim
+    head = 2 * c.vocab_size * c.dim
+    assert np.array_equal(growth.flops_with, 2 * in_layers + head + 4 * width * n)
+    assert np.array_equal(growth.flops_without, 2 * in_layers * n + head + 2 * width * n * (n + 1))
 
 
 def test_the_uniform_lies_in_the_interval_of_the_chosen_token(pages, shipped):
@@ -329,7 +432,7 @@ def eval_last(code):
 @pytest.mark.parametrize("name, kinds", [("mha", 3), ("gqa", 3), ("mqa", 3)])
 def test_all_three_kinds_of_attention_are_drawn_for_any_model(pages, name, kinds):
     run = record(load(name), IDS, max_new_tokens=1, budget=0)
-    (heads,) = [part for part in (s(run) for s in pages.SECTIONS) if part.slug == "heads"]
+    heads = pages.heads.section(run)
     drawn = heads.parts[0].figure.svg
     assert sum(f"{kind}: " in drawn for kind in ("multi-head", "grouped", "multi-query")) == kinds
     assert drawn.count("this model") >= 1
@@ -368,6 +471,17 @@ def test_each_function_is_shown_as_it_stands_with_its_source_and_tests(pages, sh
         assert f"def {name}(" in "\n".join(
             (ROOT / path).read_text().splitlines()[int(line) - 1 : int(line) + 3]
         )
+
+
+@pytest.mark.parametrize("folder", ["sections", "figures"])
+def test_drawing_computes_nothing_that_the_model_computes(folder):
+    """Sections name functions of Ops, and neither they nor the figures call or repeat one."""
+    for path in (ROOT / "npllama" / "explore" / folder).glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = [ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        assert not [
+            name for name in called if re.match(r"Ops\b|ops\.|(np|math)\.(exp|cos|sin)$", name)
+        ]
 
 
 def test_no_number_belongs_to_one_prompt_or_model(pages):
@@ -412,9 +526,9 @@ def test_the_command_writes_the_page_and_says_how_to_make_it_again(pages, tmp_pa
     "words, what",
     [
         (["--prompt", "a", "--out", "."], "is a directory"),
-        (["--prompt", "a", "--out", ""], "is a directory"),
-        (["--prompt", "a", "--out", "/dev/null"], "no ordinary file"),
-        (["--prompt", "a", "--out", "nowhere/page.html"], "is no directory"),
+        (["--prompt", "a", "--out", ""], "--out is empty"),
+        (["--prompt", "a", "--out", "/dev/null"], "not a regular file"),
+        (["--prompt", "a", "--out", "nowhere/page.html"], "is not a directory"),
         (["--prompt", "a", "--out", "p.html", "--model", ""], "--model is empty"),
         (["--prompt", "a", "--out", "p.html", "--model", "/nowhere"], "does not exist"),
         (["--prompt", "a", "--out", "p.html", "--measure", "9"], "expected 0 to 5 seconds"),
@@ -423,7 +537,7 @@ def test_the_command_writes_the_page_and_says_how_to_make_it_again(pages, tmp_pa
         (["--prompt", "a", "--out", "p.html", "--seed", "-1"], "seed is -1"),
         (["--prompt", "a" * 9999, "--out", "p.html"], "do not fit the context"),
         (["--ids", "1,5000", "--out", "p.html"], "outside the vocabulary"),
-        (["--ids", "one", "--out", "p.html"], "no list of token ids"),
+        (["--ids", "one", "--out", "p.html"], "not a list of token ids"),
         (["--ids", "", "--out", "p.html"], "there are no token ids"),
         (["--out", "p.html"], "required"),
     ],
@@ -443,6 +557,12 @@ def test_a_text_for_a_model_without_a_tokenizer_is_refused(pages, tmp_path, caps
     out = tmp_path / "page.html"
     code, _, err = call(capsys, "--model", str(model), "--prompt", "a", "--out", str(out))
     assert code == 2 and "--ids" in err and not out.exists()
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr("npllama.explore.__main__.load", None)  # a call would raise TypeError
+    code, _, err = call(capsys, "--prompt", "a", "--out", "a" * 300)
+    assert code == 2 and "File name too long" in err and err.count("\n") == 1
 
 
 def test_what_is_missing_is_named_with_the_extra_that_brings_it(tmp_path, capsys, monkeypatch):

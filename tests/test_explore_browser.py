@@ -8,6 +8,7 @@ import npllama
 from chromium import browser, find_chromium
 from conftest import needed
 from npllama.explore.__main__ import NEEDED
+from npllama.explore.colours import LIGHT
 from npllama.explore.record import record
 
 WIDE, NARROW = 1280, 400
@@ -100,6 +101,20 @@ def test_it_is_read_without_its_script(window, file):
     assert window.evaluate("[...document.querySelectorAll('.control')].every((e) => e.hidden)")
     window.evaluate("document.getElementById('head-0').click()")  # this choice is CSS alone
     assert window.evaluate("document.querySelector('.choice').checkVisibility()")
+
+
+def test_it_is_printed_whole_and_light(window, file):
+    window.open(file, WIDE, scheme="dark")
+    hidden = "[...document.querySelectorAll('.code')].filter((e) => !e.checkVisibility())"
+    assert window.evaluate(f"{hidden}.length") > 5  # folded on a screen
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    window.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    assert window.evaluate(f"{hidden}.length") == 0
+    assert not window.evaluate("document.querySelector('nav').checkVisibility()")
+    colours = "getComputedStyle(document.querySelector('{}')).getPropertyValue('{}')"
+    assert window.evaluate(colours.format("svg.nf", "--paper")) == LIGHT["paper"]
+    assert window.evaluate(colours.format(":root", "--page")) == LIGHT["paper"]
+    window.call("Emulation.setEmulatedMedia", media="", features=[])
 
 
 FAULTS = {

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
+from npllama.backend import Backend
 from npllama.explore.axes import Scale, labels_fit, log_ticks, ticks
 from npllama.explore.colours import (
     DARK,
@@ -23,14 +24,20 @@ from npllama.explore.colours import (
 )
 from npllama.explore.figures.attention import attention_map, attention_maps, first_token_share
 from npllama.explore.figures.cache import cost_growth
+from npllama.explore.figures.dials import rope_dials
 from npllama.explore.figures.embedding import embedding_rows
 from npllama.explore.figures.family import parameters_by_part, time_by_operation
 from npllama.explore.figures.heads import cache_bytes, heads_diagram, qkv_heads
 from npllama.explore.figures.lens import logit_lens
-from npllama.explore.figures.norm import norm_before_after, norm_kinds
+from npllama.explore.figures.norm import norm_kinds, norm_sizes
 from npllama.explore.figures.overview import pipeline
 from npllama.explore.figures.residual import block_shares, residual_norms
-from npllama.explore.figures.rope import rope_clock, rope_distance, rope_frequencies
+from npllama.explore.figures.rope import (
+    rope_clock,
+    rope_difference,
+    rope_distance,
+    rope_frequencies,
+)
 from npllama.explore.figures.sampling import cumulative_choice, sampling_stages
 from npllama.explore.figures.swiglu import gate_on_silu, gate_rows
 from npllama.explore.figures.text import pieces_strip
@@ -45,6 +52,8 @@ from npllama.explore.labels import (
     text_width,
 )
 from npllama.explore.svg import STYLE_ELEMENT
+from npllama.ops import Ops
+from npllama.ops.rope_frequencies import Rotation
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = [
@@ -77,6 +86,12 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+def hands(angle, n, length):
+    """(n, 2): a hand that points up, and turns by an angle per position."""
+    turned = np.pi / 2 + angle * np.arange(n)
+    return length * np.stack([np.cos(turned), np.sin(turned)], axis=1)
+
+
 def pictures(pieces, n_layers, n_heads, n_kv_heads, scale):
     """Every picture once, for a run of the given sizes; elements are about `scale` large."""
     n, width, r = len(pieces), 6 * n_heads, rng()
@@ -90,14 +105,18 @@ def pictures(pieces, n_layers, n_heads, n_kv_heads, scale):
     return {
         "pieces": lambda: pieces_strip("".join(pieces), pieces, list(range(n))),
         "embedding": lambda: embedding_rows(pieces, x),
-        "norm": lambda: norm_before_after(pieces, x, x / scale, np.sqrt(np.mean(x**2, axis=1))),
+        "norm": lambda: norm_sizes(scale * (1 + r.random((n_layers, n))), np.ones((n_layers, n))),
         "norm kinds": lambda: norm_kinds(x[0], x[0] / scale, x[0] / scale - 1),
         "heads": lambda: heads_diagram(n_heads, n_kv_heads),
         "cache": lambda: cache_bytes([("this model", GROUPED, "grouped")]),
         "qkv": lambda: qkv_heads(
             scale * r.standard_normal((n_heads, 4)), *np.zeros((2, n_kv_heads, 4))
         ),
-        "clock": lambda: rope_clock(theta, 2, range(n), np.array([0.0, scale])),
+        "clock": lambda: rope_clock(theta, 2, hands(float(theta[2]), n, scale)),
+        "difference": lambda: rope_difference(
+            hands(0.6, 20, scale), hands(0.6, 20, scale), 0.6, [(5, 2), (15, 12)]
+        ),
+        "dials": lambda: rope_dials(theta, 40 * n),
         "frequencies": lambda: rope_frequencies(theta),
         "scaled frequencies": lambda: rope_frequencies(theta / 4, theta),
         "distance": lambda: rope_distance(scores),
@@ -256,6 +275,46 @@ def test_colours_are_readable_on_their_paper(theme):
         assert contrast(theme[name], theme["paper"]) >= 3
 
 
+# Full dichromacy in linear RGB: Machado et al. 2009, table 1.
+DICHROMATS = {
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}  # fmt: skip
+
+
+def seen_lab(colour, kind):
+    """CIE L*a*b* of `#rrggbb` as a dichromat sees it."""
+    srgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(DICHROMATS[kind]) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    f = np.cbrt(np.maximum(to_xyz @ seen / [0.9505, 1.0, 1.089], 0.0089))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("kind", DICHROMATS)
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_dichromats_tell_the_colours_of_a_figure_apart(theme, kind):
+    """The two curves of a figure, and the two ends of the map of signed values."""
+    pairs = [(theme["1"], theme["2"]), ("#" + DIVERGING[1], "#" + DIVERGING[-2])]
+    for a, b in pairs:
+        assert np.linalg.norm(seen_lab(a, kind) - seen_lab(b, kind)) > 30
+    assert (
+        np.linalg.norm(seen_lab("#c04040", "deuteranopia") - seen_lab("#707030", "deuteranopia"))
+        < 30
+    )
+
+
 def test_the_colour_maps_say_what_they_are_for():
     falling = [luminance("#" + bytes(rgb).hex()) for rgb in ramp(VIRIDIS, 32)]
     assert falling == sorted(falling)  # the brighter, the more
@@ -374,13 +433,13 @@ def test_numbers_in_few_characters():
     assert shown == ["0", "0.5", "−1,234", "6.74B", "1.25e−7", "3e20", "1,000"]
     assert [bytes_label(x) for x in (12, 3072, 999_999)] == ["12 B", "3.07 kB", "1 MB"]
     assert [seconds_label(x) for x in (2, 0.0031, 4e-5, 0)] == ["2 s", "3.1 ms", "40 µs", "0 s"]
-    assert [percent(x) for x in (0, 0.1234, 12.34)] == ["0 %", "12.3 %", "1,234 %"]
+    assert [percent(x) for x in (0, 0.1234, 12.34)] == ["0%", "12.3%", "1,234%"]
 
 
 ONES = np.ones((2, 2))
 BAD = {
     "rows": lambda x: embedding_rows(["a", "b"], x),
-    "before": lambda x: norm_before_after(["a", "b"], x, ONES, ONES[0]),
+    "before": lambda x: norm_sizes(x, ONES),
     "x": lambda x: norm_kinds(x[0], ONES[0], ONES[0]),
     "q": lambda x: qkv_heads(x, ONES, ONES),
     "theta": lambda x: rope_frequencies(x[0]),
@@ -416,7 +475,7 @@ def test_what_is_not_finite_is_refused_by_name(name, value):
         (lambda: heads_diagram(6, 4), "6 query heads and 4 key-value heads"),
         (lambda: cost_growth([1, 2], [0, 1], [1, 2], "FLOPs"), "must be positive"),
         (lambda: rope_distance(np.ones((2, 3))), "expected a square"),
-        (lambda: rope_clock([1.0], 1, [0], [1, 0]), "pair 1: expected 0 to 0"),
+        (lambda: rope_clock([1.0], 1, [[1, 0]]), "pair 1: expected 0 to 0"),
         (lambda: cumulative_choice(["a"], [1.0], 1.5, 0), "the uniform is 1.5"),
         (lambda: cumulative_choice(["a"], [1.0], 0.5, 1), "chosen is 1"),
         (lambda: sampling_stages(["a"], [("softmax", [2.0])]), "softmax has elements"),
@@ -468,7 +527,7 @@ def test_bars_of_sampling_are_as_long_as_their_probabilities():
     assert widths == pytest.approx(
         [widths[3] / 2, widths[3] / 4, widths[3] / 4, widths[3], 0, 0], abs=0.02
     )
-    assert labels(tree).count("cut") == 2 and "50 %" in labels(tree)
+    assert labels(tree).count("cut") == 2 and "50%" in labels(tree)
     assert "a was chosen" in figure.alt
 
 
@@ -492,13 +551,13 @@ def test_shares_of_time_add_up():
     figure = time_by_operation([f"op{i}" for i in range(40)], np.ones(40))
     tree = ET.fromstring(figure.svg)
     assert "25 others" in labels(tree)
-    shares = [float(re.search(r"([\d.]+) %", tip).group(1)) for tip in tips(tree)]
+    shares = [float(re.search(r"([\d.]+)%", tip).group(1)) for tip in tips(tree)]
     assert len(shares) == 16 and sum(shares) == pytest.approx(100)
 
 
 def test_parts_of_a_bar_are_as_wide_as_their_shares():
     tree = ET.fromstring(parameters_by_part([("m", {"embedding": 30, "head": 10})]).svg)
-    assert tips(tree) == ["embedding: 30, 75 %", "head: 10, 25 %"]
+    assert tips(tree) == ["embedding: 30, 75%", "head: 10, 25%"]
     first, second = (
         float(next(group.iter(SVG + "rect")).get("width"))
         for group in tree.iter(SVG + "g")
@@ -511,25 +570,35 @@ def test_the_lens_shows_its_window_with_probability_and_entropy():
     top = [[f"x{layer}{t}" for t in range(12)] for layer in range(3)]
     figure = logit_lens(top, np.full((3, 12), 0.5), np.full((3, 12), 1.5), ["p"] * 12)
     shown = labels(ET.fromstring(figure.svg))
-    assert "x02" in shown and "x211" in shown and "x01" not in shown
-    assert "The last 10 of 12" in figure.alt
-    assert tips(ET.fromstring(figure.svg))[0] == "embedding, after p: x02 50 %, entropy 1.5 bit"
+    assert "x07" in shown and "x211" in shown and "x06" not in shown
+    assert "The last 5 of 12" in figure.alt
+    assert tips(ET.fromstring(figure.svg))[0] == "embedding, after p: x07 50%, entropy 1.5 bit"
 
 
 def test_the_distance_names_the_largest_difference_along_a_diagonal():
     scores = np.subtract.outer(np.arange(4.0), np.arange(4.0))
-    assert "differ by at most 0 " in rope_distance(scores).alt
+    assert "differ by at most 0." in rope_distance(scores).alt
     scores[0, 0] = 0.5
-    assert "differ by at most 0.5 " in rope_distance(scores).alt
+    assert "differ by at most 0.5." in rope_distance(scores).alt
 
 
 def test_the_hands_of_the_clock_stand_at_their_angles():
-    tree = ET.fromstring(rope_clock([np.pi / 2], 0, [0, 1], [3.0, 0.0]).svg)
+    tree = ET.fromstring(rope_clock([np.pi / 2], 0, [[3.0, 0.0], [0.0, 3.0]]).svg)
     ends = [(float(e.get("x2")), float(e.get("y2"))) for e in tree.iter(SVG + "line")][2:]
     (x0, y0), (x1, y1) = ends  # to the right, then up
     assert x0 > 340 and y0 == pytest.approx(176, abs=0.1)
     assert x1 == pytest.approx(230, abs=0.1) and y1 < 70
     assert tips(tree)[1] == "position 1: turned by 90°"
+
+
+def test_the_dials_stand_at_the_position_of_the_rotary_table():
+    frequencies, position = 10000.0 ** -(np.arange(16) / 16), 13
+    table = Ops(Backend()).rope_table(position + 1, Rotation(frequencies, 1.0))
+    tree = ET.fromstring(rope_dials(frequencies, position).svg)
+    drawn = [e.get("transform") for e in tree.iter(SVG + "line") if e.get("class") == "hand"]
+    degrees = [float(re.search(r"rotate\((\S+)", turn).group(1)) for turn in drawn]
+    for got, cos, sin in zip(degrees, *(part[position] for part in table), strict=True):
+        np.testing.assert_allclose(np.exp(-1j * np.radians(got)), cos + 1j * sin, atol=2e-3)
 
 
 def test_more_heads_and_columns_than_fit_are_a_part_that_says_so():
@@ -553,7 +622,7 @@ def test_gates_lie_on_the_curve():
     paths = list(ET.fromstring(figure.svg).iter(SVG + "path"))
     curve, gates = paths[-2], paths[-1]
     np.testing.assert_allclose(points(gates), points(curve)[::10], atol=0.02)
-    assert "44.4 % are negative" in figure.alt
+    assert "44.4% are negative" in figure.alt
 
 
 def test_the_residual_stream_is_drawn_in_decades():
@@ -569,17 +638,35 @@ def test_the_residual_stream_is_drawn_in_decades():
     assert "grows from 3 to 52.5, the first token's ends at 100" in figure.alt
 
 
-def test_the_norm_shows_the_range_and_the_middle_half():
-    before = np.array([[0.0, 1, 2, 3, 4]])
-    tree = ET.fromstring(norm_before_after(["a"], before, before / 2, [2.45]).svg)
-    groups = [group for group in tree.iter(SVG + "g") if group.find(SVG + "line") is not None]
-    assert len(groups) == 2
-    for group in groups:
-        thin, thick = group.find(SVG + "line"), group.find(SVG + "rect")
-        length = float(thin.get("x2")) - float(thin.get("x1"))
-        assert float(thick.get("width")) == pytest.approx(length / 2, abs=0.05)
-    assert tips(tree)[0] == "a: 0 to 4, the middle half 1 to 3, the median 2"
-    assert "2.45" in labels(tree)
+def test_the_norm_shows_each_token_before_and_after():
+    figure = norm_sizes([[0.1, 0.1], [1.0, 10.0]], [[1.0, 1.0], [1.0, 1.0]])
+    tree = ET.fromstring(figure.svg)
+    assert tips(tree) == [
+        "layer 0: before 0.1 to 0.1, after 1 to 1",
+        "layer 1: before 1 to 10, after 1 to 1",
+    ]
+    layers = [g for g in tree.iter(SVG + "g") if g.find(SVG + "title") is not None]
+    before, after = zip(
+        *([starts(p)[:, 0] for p in g.iter(SVG + "path")] for g in layers), strict=True
+    )
+    decade = before[1][1] - before[1][0]
+    assert before[1][0] - before[0][0] == pytest.approx(decade, abs=0.05)
+    assert np.allclose(np.concatenate(after), before[1][0], atol=0.05)
+
+
+def starts(path):
+    """(n, 2): the points to which a path's data moves."""
+    return np.array(re.findall(r"M([\d.]+) ([\d.]+)", path.get("d")), dtype=float)
+
+
+def test_the_difference_shows_the_same_angle_at_the_same_distance():
+    q, k = hands(0.6, 20, 1.0), hands(0.6, 20, 2.0) @ [[0.0, 1.0], [-1.0, 0.0]]
+    tree = ET.fromstring(rope_difference(q, k, 0.6, [(5, 2), (15, 12), (5, 4)]).svg)
+    ends = [[float(e.get(a)) for a in ("x1", "y1", "x2", "y2")] for e in tree.iter(SVG + "line")]
+    angles = [np.arctan2(y1 - y2, x2 - x1) for x1, y1, x2, y2 in ends]  # k, q, k, q ...
+    between = np.exp(1j * (np.array(angles[1::2]) - angles[0::2]))
+    assert abs(between[0] - between[1]) < 1e-3 < abs(between[0] - between[2])
+    assert between[0] == pytest.approx(np.exp(1j * (3 * 0.6 - np.pi / 2)), abs=1e-3)
 
 
 def test_the_norms_differ_by_the_mean():
@@ -587,15 +674,15 @@ def test_the_norms_differ_by_the_mean():
     figure = norm_kinds(x, x / 2, (x - 2) / 2)
     assert "mean is 2" in figure.alt and "differ by at most 1." in figure.alt
     drawn = list(ET.fromstring(figure.svg).iter(SVG + "path"))[-2:]  # triangles, then discs
-    starts = [np.array(re.findall(r"M([\d.]+) ([\d.]+)", p.get("d")), dtype=float) for p in drawn]
-    assert (starts[0][:, 1] > starts[1][:, 1] + 20).all()  # the mean lower
+    layer_norm, rms_norm = (starts(path)[:, 1] for path in drawn)
+    assert (layer_norm > rms_norm + 20).all()  # the mean lower
 
 
 def test_the_attention_of_the_last_token_is_described():
     weights = [[1, 0, 0], [0.75, 0.25, 0], [0.125, 0.5, 0.375]]
     alt = attention_map(np.array(weights), ["a", "b", "c"], 3, 1).alt
     assert "layer 3, head 1" in alt
-    assert "gives 12.5 % to the first token and 37.5 % to itself" in alt
-    assert "75 %, from b to a" in alt
+    assert "gives 12.5% to the first token and 37.5% to itself" in alt
+    assert "75%, from b to a" in alt
     shares = ET.fromstring(first_token_share([[0.2, 0.7]]).svg)
     assert {"20", "70"} <= set(labels(shares))

@@ -1,6 +1,6 @@
 """python -m npllama.explore: one run of a model, explained as a page.
 
-Exit codes: 0, 2 for input that cannot be served (one line says why), 130 after Ctrl-C.
+Exit codes: 0; 2 for wrong input, with one line that explains it; 130 after Ctrl-C.
 """
 
 if __name__ == "__main__":  # first of all, since the imports take a while
@@ -13,33 +13,32 @@ import importlib.util
 import os
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+from npllama.atomic_file import atomic_file, check_writable
 from npllama.backend import BACKENDS
 from npllama.console import exit_code, open_streams, started_as, tell, utf8
 from npllama.errors import InputError, TokenizerError, TokenizerWarning
-from npllama.explore.record import BUDGET, NEW_TOKENS, WINDOW, record
+from npllama.explore.record import BUDGET, MAX_BUDGET, MAX_WINDOW, NEW_TOKENS, WINDOW, record
 from npllama.llama import load
 from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
 from npllama.weight_formats import FORMATS
 
 NEEDED = ("jinja2", "pygments", "latex2mathml")
-"""What the page is made with: the extra [explore]."""
+"""The packages that make the page, in the extra [explore]."""
 
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
     p = argparse.ArgumentParser(
         prog=started_as("explore", "python -m npllama.explore"),
-        description="Run a LLaMA-2 model on a prompt, and explain the run as one HTML page: for "
-        "each step of the model its equation, its code, and a picture of this run. The page needs "
-        "no network. It contains the prompt.",
+        description="Run a LLaMA-2 model on a prompt, and explain the run in one HTML page. Each "
+        "step of the model has its equation, its code, and pictures of this run. The page needs "
+        "no network. It contains the prompt and the text that the model writes.",
         epilog='Example: python -m npllama.explore --prompt "Once upon a time" --out page.html',
     )
     p.add_argument(
@@ -54,15 +53,17 @@ def parser() -> argparse.ArgumentParser:
         "--ids",
         type=_ids,
         metavar="ID,ID,...",
-        help="token ids in place of a text, for a model without a tokenizer",
+        help="token ids instead of a text, for a model without a tokenizer",
     )
-    p.add_argument("--out", required=True, metavar="FILE", help="the page, such as page.html")
+    p.add_argument(
+        "--out", required=True, metavar="FILE", help="the file to write, such as page.html"
+    )
     p.add_argument(
         "--window",
         type=int,
         default=WINDOW,
         metavar="N",
-        help="of a longer prompt, show the last N tokens (default: %(default)s)",
+        help=f"show the last N tokens of a longer prompt, to {MAX_WINDOW} (default: %(default)s)",
     )
     p.add_argument(
         "--max-new-tokens",
@@ -76,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=BUDGET,
         metavar="SECONDS",
-        help="how long to measure what tokens cost with and without the cache, 0 to 5; what is "
-        "not measured is extrapolated and marked (default: %(default)s)",
+        help="how long to measure the time per token with and without the cache, "
+        f"0 to {MAX_BUDGET:g}; other times are extrapolated and marked (default: %(default)s)",
     )
     choice = p.add_argument_group("how the next token is chosen")
     for field in fields(Sampling):
@@ -94,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="S",
-        help="the same seed gives the same text again (default: %(default)s)",
+        help="the same seed gives the same text (default: %(default)s)",
     )
     machine = p.add_argument_group("how it is computed")
     machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see npllama generate")
@@ -109,12 +110,12 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text[:60]!r} is no list of token ids: expected whole numbers, such as 1,261,300"
+            f"{text[:60]!r} is not a list of token ids: expected whole numbers, such as 1,261,300"
         ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code."""
+    """Run the command line and return the exit code."""
     open_streams()
     arguments = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
@@ -127,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """What the parsed arguments ask for."""
+    """Make the page that the parsed arguments describe."""
     out = _checked(args.out)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"{' and '.join(missing)} cannot be imported: pip install 'npllama[explore]' brings "
-            "what the page is made with"
+            f"{', '.join(missing)} cannot be imported: install what the page needs with "
+            "pip install 'npllama[explore]'"
         )
     from npllama.explore.page import page
 
@@ -149,11 +150,11 @@ def run(args: argparse.Namespace, command: str) -> None:
     try:
         llama.encode(prompt)
     except TokenizerError as error:
-        raise InputError(f"{error}, as --ids 1,261,300") from None
+        raise InputError(f"{error}, for example --ids 1,261,300") from None
     recorded = record(
         llama,
         prompt,
-        model="the story model that ships with npllama"
+        model="the model that ships with npllama, trained on short stories"
         if args.model is None
         else Path(args.model).resolve().name,
         seed=args.seed,
@@ -162,55 +163,27 @@ def run(args: argparse.Namespace, command: str) -> None:
         window=args.window,
         budget=args.measure,
     )
-    text = page(recorded, command)
-    write_whole(out, text.encode("utf-8", "replace"))
-    tell(f"explore: {out} ({len(text.encode('utf-8', 'replace')) / 1e6:.2f} MB)")
+    content = page(recorded, command).encode("utf-8", "replace")
+    with atomic_file(out) as partial:
+        partial.write_bytes(content)
+    tell(f"explore: wrote {out} ({len(content) / 1e6:.2f} MB)")
 
 
 def _checked(given: str) -> Path:
-    """Refuse at once what could not be written after the work."""
-    out = Path(os.path.realpath(given)) if given else Path()
-    if not given or out.is_dir():
+    """The path of the page. A path that cannot be written is refused before the work."""
+    if not given:
+        raise InputError("--out is empty: expected the name of a file, such as page.html")
+    out = Path(os.path.realpath(given))
+    if out.is_dir():
         raise InputError(f"--out is {given!r}, which is a directory: expected the name of a file")
     if out.exists() and not out.is_file():
-        raise InputError(f"--out is {given!r}, which is no ordinary file: choose another name")
+        raise InputError(f"--out is {given!r}, which is not a regular file: choose another name")
     if not out.parent.is_dir():
-        raise InputError(f"--out is {given!r}, and {out.parent} is no directory: make it first")
+        raise InputError(
+            f"--out is {given!r}, but {out.parent} is not a directory: create it first"
+        )
+    check_writable(out)
     return out
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a program killed at any moment leaves the old one or the
-    new one.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        partial = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.chmod(_mode(path))
-            os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _mode(path: Path) -> int:
-    """The permissions that a new file has, or those of the one that is replaced."""
-    with suppress(OSError):
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scales, round ticks and axes whose labels neither overlap nor are cut."""
+"""Scales, round ticks, and axes whose labels neither overlap nor are cut."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ class Scale:
     """From data to units of the drawing, linear or logarithmic.
 
     Attributes:
-        low, high: ends in the data; a logarithmic scale needs low > 0.
-        start, stop: where these are drawn.
-        power: a linear share of the way is raised to it; 0.5 gives small values more room.
+        low, high: the ends in the data; a logarithmic scale needs low > 0.
+        start, stop: the positions of low and high in the drawing.
+        power: the exponent of the relative position on a linear scale; 0.5 enlarges small values.
     """
 
     low: float
@@ -33,7 +33,7 @@ class Scale:
             raise ValueError(f"a scale from {self.low} to {self.high}: expected low < high")
 
     def __call__(self, value: float) -> float:
-        """Where a value is drawn; what lies outside is drawn at the nearer end."""
+        """The position of a value; a value outside the ends is drawn at the nearer end."""
         value = min(max(value, self.low), self.high)
         if self.log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -75,7 +75,7 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def spread(values: np.ndarray, zero: bool = False, margin: float = 0.05) -> tuple[float, float]:
-    """Ends of a linear scale that holds the values with a margin; a constant gets a range too."""
+    """Ends of a linear scale that contains the values and a margin; never an empty range."""
     low, high = float(values.min()), float(values.max())
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -89,7 +89,7 @@ def spread(values: np.ndarray, zero: bool = False, margin: float = 0.05) -> tupl
 
 
 def log_spread(values: np.ndarray) -> tuple[float, float]:
-    """Ends of a logarithmic scale that holds the positive ones of the values.
+    """Ends of a logarithmic scale that contains the positive values.
 
     Raises:
         ValueError: no value is positive.
@@ -129,7 +129,7 @@ def x_axis(
 
 
 def _thinned(scale: Scale, show: Callable[[float], str], most: int) -> list[tuple[float, str]]:
-    """Ticks with their labels, fewer where the labels would touch."""
+    """Ticks with their labels; fewer if the labels would overlap."""
     for n in range(most, 0, -1):
         shown = [(v, show(v)) for v in scale.ticks(n)]
         if labels_fit([scale(v) for v, _ in shown], [label for _, label in shown]):
@@ -155,7 +155,7 @@ def y_axis(
     grid_to: float | None = None,
     most: int = 6,
 ) -> str:
-    """An axis at the left of a plot; the title lies over its upper end, so it reads as text."""
+    """An axis at the left of a plot, with a horizontal title above its upper end."""
     parts = [line(x, scale.start, x, scale.stop)]
     for value in scale.ticks(most):
         y = scale(value)
@@ -169,12 +169,12 @@ def y_axis(
 
 
 def y_labels_width(scale: Scale, show: Callable[[float], str] = quantity, most: int = 6) -> float:
-    """Room that the labels of a y axis need at its left."""
+    """Width of the labels at the left of a y axis."""
     return max(text_width(show(v)) for v in scale.ticks(most)) + 10
 
 
 def row_labels(labels: Sequence[str], x: float, y: float, height: float, class_: str = "m") -> str:
-    """Labels at the left of rows that share a height; every second, third ... where they touch."""
+    """Labels at the left of rows of equal height; only every n-th one if they would overlap."""
     step = height / len(labels)
     every = max(math.ceil((FONT + 1) / step), 1)
     parts = [
@@ -188,10 +188,10 @@ def row_labels(labels: Sequence[str], x: float, y: float, height: float, class_:
 def column_labels(
     labels: Sequence[str], x: float, y: float, width: float, class_: str = "m"
 ) -> str:
-    """Labels below columns that share a width: level where all fit, else turned by 90 degrees,
-    and every second, third ... where they touch.
+    """Labels below columns of equal width: horizontal if all fit, else rotated by 90 degrees, and
+    only every n-th one if they would overlap.
 
-    `column_labels_height` is the room that they need.
+    `column_labels_height` is their height.
     """
     step, is_level = width / len(labels), _are_level(labels, width)
     every = 1 if is_level else max(math.ceil((FONT + 1) / step), 1)
@@ -207,7 +207,7 @@ def column_labels(
 
 
 def column_labels_height(labels: Sequence[str], width: float) -> float:
-    """Room that `column_labels` needs."""
+    """The height of `column_labels`."""
     if _are_level(labels, width):
         return FONT + 6
     return max(text_width(label, mono=True) for label in labels) + 8

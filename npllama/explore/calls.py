@@ -1,4 +1,4 @@
-"""What the methods of an ops object are given and return while a block of code runs."""
+"""Records the arguments and results of an ops object's methods while a block of code runs."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from npllama.ops import Ops
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a method: its name, its positional arguments, and what it returned."""
+    """One call of a method: its name, its positional arguments, and its result."""
 
     name: str
     args: tuple[Any, ...]
@@ -18,19 +18,19 @@ class Call:
 
 
 class Calls(list[Call]):
-    """Calls in the order in which they returned."""
+    """Calls in the order of their returns."""
 
     def named(self, name: str) -> list[Call]:
-        """The calls of one method, the first one first."""
+        """The calls of one method, in the same order."""
         return [call for call in self if call.name == name]
 
 
 @contextmanager
 def recorded(ops: Ops, names: Collection[str]) -> Iterator[Calls]:
-    """Each call of these methods of `ops` is kept while the block runs, calls by others of its
-    methods included.
+    """Record each call of the named methods of `ops` while the block runs, including calls from
+    other methods.
 
-    `ops` must be the reference, `Ops` itself: an override may reuse the memory of its arguments.
+    `ops` must be an `Ops`, the reference: an override may reuse the memory of its arguments.
     """
     calls = Calls()
 

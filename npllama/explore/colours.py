@@ -77,7 +77,7 @@ def ink_on(background: str) -> str:
 def png(levels: np.ndarray, anchors: tuple[str, ...]) -> bytes:
     """A PNG of levels: (rows, columns) integers, 0 transparent, 1 to 255 along the colour map.
 
-    Its palette holds the levels that occur and no other.
+    Its palette contains only the levels that occur.
 
     Source: PNG specification, third edition, sections 5 and 11.
     """

@@ -1,4 +1,4 @@
-"""Heat maps: a matrix as a PNG inside the figure, its values beside it for the page's script."""
+"""Heat maps: a matrix as a PNG in a figure, with its values for the page's script."""
 
 import base64
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from npllama.explore.axes import Scale, x_axis
 from npllama.explore.colours import DIVERGING, VIRIDIS, data_uri, hex_colour, png
 from npllama.explore.labels import quantity
-from npllama.explore.svg import FONT, NARROW, colour, element, rect
+from npllama.explore.svg import FONT, NARROW, colour, element, number, rect
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Shades:
     Attributes:
         low, high: the values at the two ends of the colour map.
         anchors: the colour map.
-        power: the share of the way from low to high is raised to it.
+        power: the exponent of the relative position between low and high.
     """
 
     low: float
@@ -29,7 +29,7 @@ class Shades:
     power: float = 1.0
 
     def share(self, values: np.ndarray) -> np.ndarray:
-        """Where values lie on the colour map, 0 to 1."""
+        """The positions of values on the colour map, 0 to 1."""
         scale = max(abs(self.low), abs(self.high))
         low, high = self.low / scale, self.high / scale
         return np.clip((values / scale - low) / (high - low), 0, 1) ** self.power
@@ -44,7 +44,7 @@ class Shades:
 
 
 def signed(values: np.ndarray) -> Shades:
-    """Shades of signed values: pale at 0, the same distance on both sides."""
+    """Shades of signed values: pale at 0, with the same range on both sides."""
     largest = float(np.abs(values).max()) or 1.0
     return Shades(-largest, largest, DIVERGING)
 
@@ -68,12 +68,12 @@ def heat_map(
     Args:
         values: (rows, columns).
         box: x, y, width, height.
-        rows, columns: names that the page's script shows with a value; default their index.
+        rows, columns: names that the page's script shows with a value; by default the indices.
         causal: leave the cells above the diagonal of a square transparent.
-        hover: carry the values: `data-values` is base64 of float16, little-endian, row by row,
-            each the value divided by `data-scale`; `data-shape` is "rows columns"; `data-rows`
-            and `data-columns` are JSON lists of names. A causal map has `data-lower` instead of
-            `data-values`: row i has only its elements 0 to i.
+        hover: include the values. `data-values` is base64 of little-endian float16 in row order,
+            divided by `data-scale`. `data-shape` is "rows columns". `data-rows` and `data-columns`
+            are JSON lists of names. A causal map has `data-lower` instead of `data-values`, which
+            contains only the elements 0 to i of row i.
     """
     x, y, width, height = (float(side) for side in box)
     levels = shades.levels(values)
@@ -115,6 +115,17 @@ def _hover_data(
     return data
 
 
+def hatching(n: int, left: float, top: float, side: float) -> str:
+    """Lines along the diagonals of the masked cells of an n x n map, at most 16 lines."""
+    cell, every = side / n, max(1, round(n / 16))
+    steps = [
+        f"M{number(left + k * cell)} {number(top)}L{number(left + side)} "
+        f"{number(top + side - k * cell)}"
+        for k in range(1, n, every)
+    ]
+    return element("path", d="".join(steps), stroke=colour("line"), stroke_opacity="0.5")
+
+
 def colour_bar(
     shades: Shades,
     x: float,
@@ -124,7 +135,7 @@ def colour_bar(
     show: Callable[[float], str] = quantity,
     limit: float = NARROW,
 ) -> str:
-    """A level bar of the colours with ticks and a title that names the unit; 52 units high."""
+    """A horizontal bar of the colours with ticks and a title; BAR_HEIGHT units high."""
     levels = np.arange(1, 256)[None]
     bar = element(
         "image",
@@ -141,4 +152,4 @@ def colour_bar(
 
 
 BAR_HEIGHT = 10 + 8 + 2 * FONT + 6
-"""Room that a colour bar needs below a map."""
+"""Height of a colour bar below a map."""

@@ -1,4 +1,4 @@
-"""Text as a picture can show it: printable, escaped, measured, shortened."""
+"""Text for pictures: printable, escaped, measured, shortened."""
 
 import html
 import textwrap
@@ -7,18 +7,18 @@ import unicodedata
 import numpy as np
 
 SPACE = "▁"
-"""Sentencepiece's mark of a space, which would be invisible otherwise."""
+"""Sentencepiece's visible mark of a space."""
 
 _NARROW = set("iljtfrI.,:;'|!()[]/- `")
 _WIDE = set("mwMW@%")
 
 
 def printable(text: str) -> str:
-    """The text with everything that would be invisible, or forbidden in XML, spelled out.
+    """The text with each character spelled out that is invisible or forbidden in XML.
 
-    Control characters become hexadecimal as sentencepiece writes bytes, `<0x0A>`; formatting
+    Control characters become hexadecimal, as sentencepiece writes bytes: `<0x0A>`. Formatting
     characters (joiners, marks of direction), lone surrogates and unassigned code points become
-    `<U+200E>`. A combining character with nothing before it stands on a dotted circle.
+    `<U+200E>`. A dotted circle carries a combining character at the start.
     """
     shown = "".join(_printable_character(c) for c in text)
     if shown and unicodedata.category(shown[0]).startswith("M"):
@@ -68,7 +68,7 @@ def _character_width(c: str, mono: bool) -> float:
 
 
 def shorten(text: str, width: float, size: float = 14, mono: bool = False) -> str:
-    """The longest beginning of a text that fits the width, with `…` where it was cut."""
+    """The longest beginning of a text that fits the width; `…` marks the cut."""
     if text_width(text, size, mono) <= width:
         return text
     while text and text_width(text + "…", size, mono) > width:
@@ -117,14 +117,14 @@ def seconds_label(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 in percent: 12.3 %."""
+    """A share of 1 in percent: 12.3%."""
     value = 100 * share
-    return f"{value:,.0f} %" if abs(value) >= 999.5 else f"{value:.3g} %"
+    return f"{value:,.0f}%" if abs(value) >= 999.5 else f"{value:.3g}%"
 
 
-def count(n: int, noun: str) -> str:
-    """A number with its noun, in the plural unless it is 1."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+def count(n: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 token, 1,024 tokens."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def array(values: object, name: str, n_dims: int) -> np.ndarray:
@@ -148,14 +148,14 @@ def array(values: object, name: str, n_dims: int) -> np.ndarray:
 
 
 def same_length(expected: int, **sequences: object) -> None:
-    """Raise ValueError where one of the sequences has another length."""
+    """Raise ValueError if one of the sequences has another length."""
     for name, sequence in sequences.items():
         if len(sequence) != expected:  # type: ignore[arg-type]
             raise ValueError(f"{name} has {len(sequence)} entries: expected {expected}")  # type: ignore[arg-type]
 
 
 def window(n: int, most: int) -> np.ndarray:
-    """At most `most` of the indices 0 to n - 1, evenly spread, with the first and the last."""
+    """At most `most` of the indices 0 to n - 1, evenly spaced, including the first and the last."""
     if n <= most:
         return np.arange(n)
     return np.unique(np.linspace(0, n - 1, most).round().astype(int))

@@ -1,4 +1,4 @@
-"""What every block of the model computes for the tokens that are shown."""
+"""The arrays that each layer of the model computes for the tokens of the window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,30 @@ from npllama.kv_cache import KVCache
 from npllama.model import Transformer
 from npllama.ops import Ops
 
-_EQUATIONS = ("rms_norm", "rope", "attention_weights", "weighted_values", "swiglu")
+_EQUATIONS = ("rms_norm", "rope", "attention_weights", "weighted_values", "silu", "swiglu")
+_CURVE_POINTS, _CURVE_LEAST = 121, 4.0
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What one block computed for the T tokens of the window.
+    """The arrays that one layer computed for the T tokens of the window.
 
     Attributes:
         normed: (T, D), the attention's input after RMSNorm.
         q_plain, k_plain: (H, T, C) and (K, T, C), before RoPE.
         q, k, v: (H, T, C), (K, T, C), (K, T, C); q and k after RoPE.
-        attention: (H, T, T), each token's attention to the tokens of the window. A row sums to 1
-            together with the attention to the tokens before the window.
-        to_first: (H,), the attention to the prompt's first token, averaged over the window's
-            tokens without the first one, which sees nothing else; 1 where there is no other.
-        to_earlier: (H,), the attention to tokens before the window, averaged over the window's.
-        after_attention: (T, D), the residual stream between the two halves of the block.
-        gate, gated: (T, F), the gate x W_gate^T, and the result of SwiGLU.
-        hidden: (T, D), the residual stream after the block.
+        attention: (H, T, T), the share that each token gives to each token of the window. A row
+            and the shares of the tokens before the window sum to 1.
+        to_first: (H,), the share that goes to the prompt's first token, averaged over the tokens
+            of the window. The prompt's first token is excluded, since it sees only itself; 1 if
+            the prompt has no other token.
+        to_earlier: (H,), the share that goes to the tokens before the window, averaged over the
+            tokens of the window.
+        after_attention: (T, D), the residual stream between attention and feed-forward.
+        gate, opened, gated: (T, F), the gate h W_gate^T, SiLU(gate), and the result of SwiGLU.
+        silu_curve: (2, 121), evenly spaced x around 0 that include the last token's gates, and
+            SiLU(x).
+        hidden: (T, D), the residual stream after the layer.
     """
 
     normed: np.ndarray
@@ -43,6 +48,8 @@ class LayerRecord:
     to_earlier: np.ndarray
     after_attention: np.ndarray
     gate: np.ndarray
+    opened: np.ndarray
+    silu_curve: np.ndarray
     gated: np.ndarray
     hidden: np.ndarray
 
@@ -50,13 +57,13 @@ class LayerRecord:
 def record_layers(
     model: Transformer, ids: Sequence[int], start: int, cache: KVCache
 ) -> tuple[np.ndarray, tuple[LayerRecord, ...]]:
-    """Run ids through a model of reference ops, and keep what ids[start:] meet.
+    """Run ids through a model of reference ops, and record the arrays of ids[start:].
 
     Args:
-        cache: an empty one, which holds the ids afterwards.
+        cache: an empty cache; afterwards it holds the ids.
 
     Returns:
-        the embedded tokens (T, D), and the layers.
+        The embedded tokens (T, D), and the record of each layer.
     """
     ops, parameters = model.ops, model.parameters
     if start:
@@ -82,7 +89,8 @@ def _layer(ops: Ops, calls: Calls, between: Array, after: Array, start: int) -> 
     turned_q, turned_k = calls.named("rope")
     (weights,) = calls.named("attention_weights")
     (mixed,) = calls.named("weighted_values")
-    (gates,) = calls.named("swiglu")
+    (gates,), (opened,) = calls.named("swiglu"), calls.named("silu")
+    gate = to_host(gates.args[0][0])  # (1, T, F) -> (T, F)
     q, k = (to_host(a) for a in weights.args)  # (H, T, C), (K, N, C)
     attention = to_host(weights.result)  # (H, T, N)
     later = attention[:, 1:] if start == 0 and attention.shape[1] > 1 else attention
@@ -91,13 +99,22 @@ def _layer(ops: Ops, calls: Calls, between: Array, after: Array, start: int) -> 
         q_plain=to_host(turned_q.args[0][0]).swapaxes(0, 1),  # (T, H, C) -> (H, T, C)
         k_plain=to_host(turned_k.args[0][0]).swapaxes(0, 1),  # (T, K, C) -> (K, T, C)
         q=q,
-        k=k[:, start:],  # (K, N, C) -> (K, T, C)
-        v=to_host(mixed.args[1])[:, start:],
+        k=k[:, start:].copy(),  # (K, N, C) -> (K, T, C); a view would keep the whole cache
+        v=to_host(mixed.args[1])[:, start:].copy(),
         attention=attention[:, :, start:].copy(),  # (H, T, N) -> (H, T, T)
         to_first=later[:, :, 0].mean(axis=1),
         to_earlier=attention[:, :, :start].sum(axis=2).mean(axis=1),
         after_attention=to_host(between[0]),
-        gate=to_host(gates.args[0][0]),
+        gate=gate,
+        opened=to_host(opened.result[0]),
+        silu_curve=_silu_curve(ops, gate[-1]),
         gated=to_host(gates.result[0]),
         hidden=to_host(after[0]),
     )
+
+
+def _silu_curve(ops: Ops, gate: np.ndarray) -> np.ndarray:
+    """(2, 121): x beyond the largest |gate| on both sides, and SiLU(x)."""
+    end = max(_CURVE_LEAST, 1.05 * float(np.abs(gate).max()))
+    x = np.linspace(-end, end, _CURVE_POINTS, dtype="float32")
+    return np.stack([x, ops.backend.to_host(ops.silu(ops.backend.to_device(x)))])

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // A map of values: its image carries them as float16, row by row; the pointer shows one.
+  // A map of values: its image contains them as float16; the value under the pointer is shown.
   const half = (bits) => {
     const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
     if (exponent === 0) return sign * fraction * 2 ** -24;
@@ -35,7 +35,7 @@
     else tip.hidden = true;
   });
 
-  // RoPE: one hand per pair, turned by position * theta.
+  // RoPE: one hand per pair, rotated by position * theta.
   for (const control of document.querySelectorAll(".control[data-turn]")) {
     control.hidden = false;
     const slider = control.querySelector("input"), output = control.querySelector("output");
@@ -54,7 +54,7 @@
   // Sampling: the softmax of the logits at another temperature.
   for (const control of document.querySelectorAll(".control[data-logits]")) {
     control.hidden = false;
-    const logits = Float32Array.from(new Int16Array(bytes(control.dataset.logits).buffer), (x) => x / 128);
+    const logits = Float32Array.from(new Int16Array(bytes(control.dataset.logits).buffer), (x) => x / 512);
     const shown = JSON.parse(control.dataset.shown), labels = JSON.parse(control.dataset.labels);
     const slider = control.querySelector("input"), output = control.querySelector("output");
     const bars = control.querySelector(".bars");
@@ -75,7 +75,7 @@
       rows.forEach(({ bar, share }, i) => {
         const p = Math.exp(logits[shown[i]] / t) / total;
         bar.style.width = `${100 * p}%`;
-        share.textContent = `${(100 * p).toFixed(1)} %`;
+        share.textContent = `${(100 * p).toFixed(1)}%`;
       });
       output.textContent = `temperature ${t.toFixed(2)}`;
     };
@@ -83,7 +83,7 @@
     draw();
   }
 
-  // The section that is read, in the list of sections.
+  // Mark the section in view in the list of sections.
   const links = new Map([...document.querySelectorAll("nav li a")].map((a) => [a.hash.slice(1), a]));
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {

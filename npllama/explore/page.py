@@ -10,9 +10,9 @@ import npllama
 from npllama.config import LLAMA_2
 from npllama.explore.colours import DARK, LIGHT
 from npllama.explore.figures.overview import pipeline
-from npllama.explore.labels import bytes_label, printable, quantity
+from npllama.explore.labels import bytes_label, count, printable, quantity
 from npllama.explore.record import Record
-from npllama.explore.section import Picture, Section, Table, count, say
+from npllama.explore.section import Picture, Section, Table, say
 from npllama.explore.sections import (
     attention,
     cache,
@@ -51,10 +51,10 @@ _LIGHT_CODE, _DARK_CODE = "default", "github-dark"
 
 
 def page(run: Record, command: str = "npllama explore") -> str:
-    """The whole page of a run as one HTML document, which needs no other file.
+    """The page of a run as one HTML document that needs no other file.
 
     Args:
-        command: what makes the page again.
+        command: the command that makes the page, for its footer.
     """
     import jinja2
 
@@ -84,14 +84,14 @@ def page(run: Record, command: str = "npllama explore") -> str:
 
 @lru_cache(maxsize=64)
 def mathml(latex: str) -> Markup:
-    """An equation as MathML, which browsers draw without a script."""
+    """An equation as MathML, which browsers render without a script."""
     from latex2mathml.converter import convert
 
     return Markup(convert(latex, display="block"))
 
 
 def highlighted(code: str) -> Markup:
-    """Python with a class per kind of word, coloured by the page's style."""
+    """Python code as HTML, coloured by the page's style."""
     from pygments import highlight
     from pygments.formatters.html import HtmlFormatter
     from pygments.lexers.python import PythonLexer
@@ -135,7 +135,7 @@ def _style() -> str:
 
 
 def _visible(text: str) -> str:
-    """The text with its lines as they are, and what would be invisible spelled out."""
+    """The text with its line breaks; invisible characters are spelled out."""
     return "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n"))
 
 
@@ -150,8 +150,8 @@ def _notes(run: Record) -> list[Markup]:
     if run.start:
         notes.append(
             say(
-                "The prompt has {all} tokens. The pictures show the last {shown}, the "
-                "<em>window</em>; the model read all of them.",
+                "The prompt has {all} tokens, and the model read all of them. The pictures show "
+                "the last {shown}, the <em>window</em>.",
                 all=f"{len(run.ids):,}",
                 shown=len(run.ids) - run.start,
             )
@@ -159,9 +159,9 @@ def _notes(run: Record) -> list[Markup]:
     if not run.has_tokenizer:
         notes.append(
             say(
-                "The model has no tokenizer: tokens appear as <code>#</code> and their id. A "
-                "<code>tokenizer.model</code> or <code>tokenizer.json</code> in its directory "
-                "gives them text."
+                "The model has no tokenizer, so a token appears as <code>#</code> and its id. A "
+                "<code>tokenizer.model</code> or <code>tokenizer.json</code> in the model's "
+                "directory gives the tokens their text."
             )
         )
     if len(run.ids) >= run.context:
@@ -191,8 +191,10 @@ def _facts(run: Record) -> Table:
 
 def _letters(run: Record) -> Table:
     c = run.config
+    shown = f"{run.start:,}, {len(run.pieces):,}, {len(run.ids):,}"
     rows = [
-        ("N, T", "tokens of the prompt, of the window", f"{len(run.ids):,}, {len(run.pieces):,}"),
+        ("B", "texts that are computed together", "1"),
+        ("S, T, N", "tokens before the window, in it, and in the prompt: N = S + T", shown),
         ("D", "width of the residual stream", f"{c.dim:,}"),
         ("L", "layers", f"{c.n_layers:,}"),
         ("H", "query heads", f"{c.n_heads:,}"),
@@ -205,7 +207,12 @@ def _letters(run: Record) -> Table:
     return Table(
         (),
         tuple(rows),
-        say("Letters, the same everywhere. Layers, heads and positions count from 0."),
+        say(
+            "These letters have the same meaning in all sections and in the code. The window is "
+            "the part of the prompt that the pictures show{all}. Layers, heads, and positions "
+            "count from 0.",
+            all="" if run.start else ", here all of it",
+        ),
     )
 
 
@@ -215,24 +222,33 @@ def _reasons(run: Record) -> list[tuple[str, Markup]]:
     ratio = growth.flops_without[-1] / growth.flops_with[-1]
     return [
         (
+            "The residual stream",
+            say(
+                "Each layer adds to the stream instead of replacing it. So earlier results remain "
+                "in the sum, and the gradient reaches every layer along the sum."
+            ),
+        ),
+        (
             "RMSNorm",
             say(
                 "The stream grows from layer to layer. RMSNorm gives every layer input of the same "
-                "size, which keeps training stable, and does it with less work than LayerNorm."
+                "size. That keeps softmax inputs moderate and training stable, with less work "
+                "than LayerNorm."
             ),
         ),
         (
             "RoPE",
             say(
-                "A dot product does not know positions. RoPE turns queries and keys so that their "
-                "score depends on the distance between two tokens, without a parameter."
+                "A dot product does not depend on positions. RoPE rotates queries and keys, so "
+                "that their score depends on what they contain and on the distance between the "
+                "two tokens. It needs no parameters."
             ),
         ),
         (
             "Grouped-query attention",
             say(
-                "The cache has to be kept and read for every token. With {k} in place of {h}, as "
-                "{name} has them, it is {g} times smaller, at nearly the same quality.",
+                "The cache has to be stored, and to be read for each new token. With {k} instead "
+                "of {h}, as in {name}, it is {g} times smaller, at nearly the same quality.",
                 k=count(shared.n_kv_heads, "key-value head"),
                 h=shared.n_heads,
                 g=shared.n_heads // shared.n_kv_heads,
@@ -242,18 +258,27 @@ def _reasons(run: Record) -> list[tuple[str, Markup]]:
         (
             "The KV cache",
             say(
-                "Keys and values of past tokens never change. Computed once and kept, they save "
-                "computing the whole text again for each token: a factor of {ratio} at position "
-                "{n}.",
-                ratio=f"{ratio:,.0f}",
+                "Keys and values of past tokens never change. They are computed once and stored, "
+                "instead of computing the whole text again for each token. Token {n} then costs "
+                "{ratio} times fewer FLOPs.",
+                ratio=quantity(ratio),
                 n=f"{int(growth.n[-1]):,}",
             ),
         ),
         (
             "SwiGLU",
             say(
-                "Each token opens and closes the elements of the feed-forward network by gates of "
-                "its own, smoothly. At equal size this predicts better than ReLU."
+                "Each token opens and closes the elements of the feed-forward network with gates "
+                "of its own. The gates are smooth, so a closed gate still learns. At an equal "
+                "number of parameters this predicts better than ReLU."
+            ),
+        ),
+        (
+            "Sampling",
+            say(
+                "The likeliest token alone gives dull text, and the whole softmax gives nonsense "
+                "now and then. Temperature and filters lie between, and a seed makes the choice "
+                "reproducible."
             ),
         ),
     ]

@@ -1,8 +1,8 @@
-"""One run of a model as plain NumPy arrays: everything that the page shows, and no HTML.
+"""One run of a model as plain NumPy arrays: everything that the page shows, without HTML.
 
-The elements come from `Ops`, the reference that the page prints: its own blocks run, and what they
-pass to one another is kept. Letters: N tokens of the prompt, T of them in the window that is
-shown, L layers, H query heads, K key-value heads, C head width, D width, F ffn width, V vocabulary.
+The arrays come from `Ops`, the reference whose source the page shows: its blocks run, and the
+arguments and results of its methods are recorded. Letters: N tokens of the prompt, T of them in the
+window, L layers, H query heads, K key-value heads, C head width, D width, F ffn width, V pieces.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 
 from npllama.config import LlamaConfig
 from npllama.errors import InputError
-from npllama.explore.choice import Choice, choose, most_open
+from npllama.explore.choice import Choice, choose, least_certain
 from npllama.explore.layers import LayerRecord, record_layers
 from npllama.explore.lens import Lens, look_through
 from npllama.explore.rotation import Rotations, rotate
@@ -19,13 +19,14 @@ from npllama.explore.running import Growth, Times, measure_growth, time_operatio
 from npllama.llama import DEFAULT_SAMPLING, Llama, Prompt
 from npllama.model import Transformer
 from npllama.ops import Ops
+from npllama.parameters import Layer
 from npllama.sampling_options import Sampling
 
 WINDOW = 24
-"""Tokens that the pictures have room for: of a longer prompt the last ones are shown."""
+"""Tokens that the pictures show by default; of a longer prompt the last ones."""
 MAX_WINDOW = 48
 LIKELIEST = 5
-"""Tokens that the lens keeps at each layer and position."""
+"""Tokens that the lens records per layer and position."""
 NEW_TOKENS = 24
 BUDGET, MAX_BUDGET = 1.2, 5.0
 
@@ -36,26 +37,26 @@ class Record:
 
     Attributes:
         model: a name for the model.
-        config, dtype, backend, device, context: what `llama` says of itself.
-        prompt: the text; None where ids were given.
-        ids: (N,), those of the prompt.
-        start: the window's first position; its tokens are ids[start:].
-        window_text: the window's text; None where there is no tokenizer.
-        embedded: (T, D), the stream before the first block.
-        layers: L of them.
-        layer_normed: (T, D), what LayerNorm without a bias would make of `embedded` in the first
-            block.
+        config, dtype, backend, device, context: properties of the `Llama`.
+        prompt: the text; None if token ids were given.
+        ids: (N,), the ids of the prompt.
+        start: the first position of the window, which is ids[start:].
+        window_text: the text of the window; None without a tokenizer.
+        embedded: (T, D), the residual stream before the first layer.
+        layers: the arrays of the L layers.
+        layer_normed: (T, D), LayerNorm of `embedded` without a bias, with the weight of the first
+            layer's attention norm.
         rotations: RoPE's frequencies, and one query and key at many positions.
-        lens: the likeliest token after every layer.
-        choice: how one of the new tokens was chosen, the one that was least certain.
-        sampling, seed: what all tokens are chosen with.
-        new_ids, new_text, finish_reason: of `Llama.generate` with the same seed, on this
-            backend's own operations; the text is None where there is no tokenizer.
-        growth: what a token costs with and without the cache.
-        times: where the time of that generation went.
-        weight_nbytes: bytes of weights that one forward reads.
+        lens: the likeliest tokens after each layer.
+        choice: how the least certain of the new tokens was chosen.
+        sampling, seed: how all new tokens were chosen.
+        new_ids, new_text, finish_reason: the result of `Llama.generate` with this seed, which
+            uses the backend's overrides. The text is None without a tokenizer.
+        growth: the cost of a token with and without the cache, as the text grows.
+        times: the time of each operation of this generation.
+        weight_nbytes: bytes of weights that one forward pass reads.
         cache_itemsize: bytes of an element of the cache.
-        pieces_by_id: how the vocabulary writes the tokens of this run; empty without a tokenizer.
+        vocabulary: how the tokenizer writes each of its tokens; empty without a tokenizer.
     """
 
     model: str
@@ -83,7 +84,7 @@ class Record:
     times: Times
     weight_nbytes: int
     cache_itemsize: int
-    pieces_by_id: dict[int, str]
+    vocabulary: tuple[str, ...]
 
     def __repr__(self) -> str:
         return (
@@ -93,7 +94,7 @@ class Record:
 
     @property
     def hidden(self) -> np.ndarray:
-        """(L+1, T, D), the residual stream: the embedding, then what each block left."""
+        """(L+1, T, D), the residual stream after the embedding and after each layer."""
         return np.stack([self.embedded, *(layer.hidden for layer in self.layers)])
 
     @property
@@ -103,11 +104,11 @@ class Record:
 
     @property
     def has_tokenizer(self) -> bool:
-        return bool(self.pieces_by_id)
+        return bool(self.vocabulary)
 
     def piece(self, id_: int) -> str:
-        """How the vocabulary writes a token; "#" and its number where there is no tokenizer."""
-        return self.pieces_by_id.get(int(id_)) or f"#{int(id_)}"
+        """How the tokenizer writes a token; "#" and the id if the tokenizer lacks the token."""
+        return (self.vocabulary[id_] if id_ < len(self.vocabulary) else "") or f"#{id_}"
 
     def stacked(self, name: str) -> np.ndarray:
         """One field of LayerRecord for all layers: (L, ...)."""
@@ -125,17 +126,17 @@ def record(
     window: int = WINDOW,
     budget: float = BUDGET,
 ) -> Record:
-    """Run a prompt through the model, and keep what the page shows.
+    """Run a prompt through the model, and record what the page shows.
 
     Args:
         prompt: a text, or token ids.
         model: a name for the model.
-        seed, sampling, max_new_tokens: as for `Llama.generate`.
-        window: of a longer prompt the last `window` tokens are kept.
-        budget: seconds in which the cost of long texts is measured; the rest is extrapolated.
+        seed, sampling, max_new_tokens: as in `Llama.generate`.
+        window: the largest number of tokens to record, 1 to 48; the last ones of the prompt.
+        budget: seconds for measuring the time per token, 0 to 5. Other times are extrapolated.
 
     Raises:
-        InputError: as for `Llama.generate`; or a window or a budget that is out of range.
+        InputError: as in `Llama.generate`; or the window or the budget is out of range.
 
     >>> import npllama
     >>> run = record(npllama.load(), "Once upon a time", budget=0)
@@ -145,49 +146,34 @@ def record(
     if not 1 <= window <= MAX_WINDOW:
         raise InputError(f"window is {window}: expected 1 to {MAX_WINDOW} tokens")
     if not 0 <= budget <= MAX_BUDGET:
-        raise InputError(f"budget is {budget}: expected 0 to {MAX_BUDGET:g} seconds")
+        raise InputError(
+            f"the time to measure is {budget} seconds: expected 0 to {MAX_BUDGET:g} seconds"
+        )
     options = {"max_new_tokens": max_new_tokens, "seed": seed, "sampling": sampling}
-    generation = llama.new_generation([prompt], **options)  # which checks them all
+    generation = llama.new_generation([prompt], **options)  # checks all options
     options["seed"] = generation.seed
     ids = [int(id_) for id_ in llama.encode(prompt)]
     start = max(0, len(ids) - window)
 
-    ops = Ops(llama.backend)
-    reference = Transformer(llama.config, llama.parameters, ops, llama.context)
     completion = llama.generate(ids, **options)
     new = list(completion.ids)
+
+    ops = Ops(llama.backend)
+    reference = Transformer(llama.config, llama.parameters, ops, llama.context)
     cache = reference.new_cache(context=len(ids) + max(len(new) - 1, 0))
     embedded, layers = record_layers(reference, ids, start, cache)
-    head, first = llama.parameters.head, llama.parameters.layers[0]
     hidden = [embedded, *(layer.hidden for layer in layers)]
-    lens = look_through(ops, hidden, head, LIKELIEST)
-    after = llama.backend.to_device(hidden[-1][-1:])[None]  # (1, 1, D)
-    logits = [ops.head(after, head)[0]]  # (1, V)
-    if len(new) > 1:
-        tokens = reference.to_tokens(new[:-1])[None]
-        logits.append(reference.forward(tokens, cache, n_last=len(new) - 1)[0])
-    each = llama.backend.xp.concatenate(logits)  # (new tokens, V), or (1, V)
-    step = most_open(ops, each, sampling.temperature)
-    choice = choose(
-        ops,
-        each[step : step + 1],
-        [*ids, *new[:step]],
-        step,
-        sampling,
-        generation.seed,
-        generation.n_tokens,
-        generation.allowed,
-    )
-    centred = llama.backend.to_device(embedded - embedded.mean(axis=-1, keepdims=True))
+    lens = look_through(ops, hidden, llama.parameters.head, LIKELIEST)
+    step, logits = least_certain(reference, hidden[-1][-1], new, cache, sampling.temperature)
+    choice = choose(ops, logits, [*ids, *new[:step]], step, sampling, generation)
 
     def again() -> int:
-        if completion.ids:
+        if new:
             return len(llama.generate(ids, **options).ids)
         llama.logits(ids)
         return 0
 
-    shown = {llama.config.bos_id, *ids[start:], *new, choice.id, *map(int, lens.ids.ravel())}
-    shown |= set(map(int, np.argsort(-choice.logits, kind="stable")[:64]))
+    tokenizer = llama.tokenizer
     return Record(
         model=model,
         config=llama.config,
@@ -201,26 +187,27 @@ def record(
         window_text=_window_text(llama, prompt, ids, start),
         embedded=embedded,
         layers=layers,
-        layer_normed=llama.backend.to_host(
-            # LayerNorm is RMSNorm of what is left once the mean is subtracted
-            ops.rms_norm(centred, first.attention_norm, first.norm_eps)
-        ),
-        rotations=rotate(ops, llama.config, reference.rotation, layers[0], min(window, WINDOW)),
+        layer_normed=_layer_norm(ops, embedded, llama.parameters.layers[0]),
+        rotations=rotate(ops, llama.config, reference.rotation, layers[0], WINDOW),
         lens=lens,
         choice=choice,
         sampling=sampling,
         seed=generation.seed,
-        new_ids=tuple(completion.ids),
+        new_ids=tuple(new),
         new_text=completion.text,
         finish_reason=completion.finish_reason,
         growth=measure_growth(llama, budget),
         times=time_operations(llama, again, len(ids)),
         weight_nbytes=llama.bytes_per_forward,
         cache_itemsize=llama.cache_dtype.itemsize,
-        pieces_by_id={}
-        if llama.tokenizer is None
-        else {id_: llama.tokenizer.piece(id_) for id_ in shown if id_ < llama.tokenizer.n_ids},
+        vocabulary=() if tokenizer is None else tuple(map(tokenizer.piece, range(tokenizer.n_ids))),
     )
+
+
+def _layer_norm(ops: Ops, x: np.ndarray, layer: Layer) -> np.ndarray:
+    """LayerNorm without a bias: RMSNorm of x minus its mean; (T, D) -> (T, D)."""
+    centred = ops.backend.to_device(x - x.mean(axis=-1, keepdims=True))
+    return ops.backend.to_host(ops.rms_norm(centred, layer.attention_norm, layer.norm_eps))
 
 
 def _window_text(llama: Llama, prompt: Prompt, ids: list[int], start: int) -> str | None:

@@ -1,4 +1,4 @@
-"""RoPE of this model: its frequencies, and one query and one key at many positions."""
+"""RoPE of this model: its frequencies, and one query and one key rotated to many positions."""
 
 from dataclasses import dataclass, replace
 
@@ -13,25 +13,24 @@ from npllama.parameters import Matrix
 
 @dataclass(frozen=True)
 class Rotations:
-    """How RoPE turns the pairs of a head.
+    """How RoPE rotates the pairs of a head.
 
     Attributes:
         frequencies: (C/2,), radians per position.
-        plain: (C/2,), those without a scaling; None where the model has no scaling.
-        attention_scaling: what cosines and sines are multiplied by; 1 but for yarn.
-        query: (C,), the query of the window's last token in the first head of the first layer,
-            before RoPE.
-        turned: (n, C), this query at the positions 0 to n - 1.
-        scores: (n, n), q . k / sqrt(C) of this query at position i and the same token's key at
-            position j. They depend on i - j alone.
-        spread: the largest difference between scores of the same i - j.
+        plain: (C/2,), the frequencies without scaling; None if the model has no scaling.
+        attention_scaling: the factor of the cosines and sines; 1 except for yarn.
+        q, k: (n, C), the query and the key of the window's last token in the first head of the
+            first layer, rotated to the positions 0 to n - 1. Position 0 leaves them unchanged.
+        scores: (n, n), the dot product of this query at position i and this key at position j. It
+            depends only on i - j.
+        spread: the largest difference between scores with the same i - j.
     """
 
     frequencies: np.ndarray
     plain: np.ndarray | None
     attention_scaling: float
-    query: np.ndarray
-    turned: np.ndarray
+    q: np.ndarray
+    k: np.ndarray
     scores: np.ndarray
     spread: float
 
@@ -39,13 +38,13 @@ class Rotations:
 def rotate(
     ops: Ops, config: LlamaConfig, rotation: Rotation, layer: LayerRecord, n: int
 ) -> Rotations:
-    """Put the query and key of the window's last token at n positions."""
+    """Rotate the query and the key of the window's last token to n positions."""
     to_device, to_host = ops.backend.to_device, ops.backend.to_host
     q, k = layer.q_plain[0, -1], layer.k_plain[0, -1]  # (C,)
     cos, sin = (table[None] for table in ops.rope_table(n, rotation))  # (1, n, C/2)
     everywhere = [to_device(np.tile(x, (1, n, 1, 1))) for x in (q, k)]  # (1, n, 1, C)
     turned_q, turned_k = (ops.rope(x, cos, sin)[0, :, 0] for x in everywhere)  # (n, C)
-    scores = to_host(ops.linear(turned_q, Matrix(turned_k))) / np.sqrt(config.head_dim)  # (n, n)
+    scores = to_host(ops.linear(turned_q, Matrix(turned_k)))  # (n, C), (n, C) -> (n, n)
     plain = None
     if config.rope_scaling is not None:
         plain = to_host(ops.rope_frequencies(replace(config, rope_scaling=None)).frequencies)
@@ -53,8 +52,8 @@ def rotate(
         frequencies=to_host(rotation.frequencies),
         plain=plain,
         attention_scaling=float(rotation.attention_scaling),
-        query=q,
-        turned=to_host(turned_q),
+        q=to_host(turned_q),
+        k=to_host(turned_k),
         scores=scores,
         spread=max(float(np.ptp(scores.diagonal(-d))) for d in range(1 - n, n)),
     )

@@ -1,4 +1,4 @@
-"""What a token costs on this machine: with and without the cache, and operation by operation."""
+"""Costs of a token on this machine, with and without the cache, and the time of each operation."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,20 +16,22 @@ OUTSIDE = "outside of ops"
 SHORTEST = 16
 _REPEATS = 5
 _PART_TO_REPEAT = 0.1
-"""Of the time that is left: what repeating a measurement may take at most."""
+"""The largest part of the remaining time that the repeats of a measurement may take."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The cost of the n-th token of a text, for several n.
+    """The cost of the last token of a text of n tokens, for several n.
 
     Attributes:
         n: (points,) lengths, the new token included.
-        flops_with, flops_without: (points,), with the cache, and where all n tokens are computed
+        flops_with, flops_without: (points,), with the cache, and if all n tokens are computed
             again.
-        bytes_with, bytes_without: (points,), weights and cache that are read.
-        seconds_with, seconds_without: (points,), measured, or else the last measurement times the
-            ratio of FLOPs.
+        bytes_with, bytes_without: (points,), the bytes of weights and cache that a step reads.
+        seconds_with, seconds_without: (points,), measured or extrapolated. A step with the cache
+            is limited by reading memory, so its last measurement is multiplied by the ratio of
+            the bytes. A step without the cache is limited by arithmetic, so its last measurement
+            is multiplied by the ratio of the FLOPs.
         measured_with, measured_without: (points,) bool.
     """
 
@@ -46,13 +48,13 @@ class Growth:
 
 @dataclass(frozen=True)
 class Times:
-    """Where the time of a generation went, the slowest operation first.
+    """The time of each operation of a generation, the slowest first.
 
     Attributes:
-        names: methods of ops, with the shape of the matrix where one is given.
-        seconds: of each, without the operations that it calls.
-        total: seconds.
-        n_read, n_new: tokens of the prompt, and chosen after it.
+        names: methods of ops, with the shape of the matrix if the method takes one.
+        seconds: the time of each, excluding the operations that it calls.
+        total: seconds of the generation.
+        n_read, n_new: tokens of the prompt, and new tokens.
     """
 
     names: tuple[str, ...]
@@ -63,7 +65,7 @@ class Times:
 
 
 def measure_growth(llama: Llama, budget: float) -> Growth:
-    """The costs up to the whole context; seconds are measured while `budget` seconds last."""
+    """The costs up to the full context. Times are measured for about `budget` seconds."""
     n = _lengths(llama.context)
     config = llama.config
     matrices = forward_flops(config, 1, 1)
@@ -72,15 +74,15 @@ def measure_growth(llama: Llama, budget: float) -> Growth:
         [forward_flops(config, m, 1) + attention_flops(config, m, 0) for m in n], dtype=float
     )
     weights = llama.bytes_per_forward
-    cache = [_cache_nbytes(llama, m) for m in n]
+    bytes_with = np.array([weights + _cache_nbytes(llama, m) for m in n], dtype=float)
     end = time.perf_counter() + budget
-    with_cache = _measured(lambda m: _one_more(llama, m), n, flops_with, end - budget / 2)
+    with_cache = _measured(lambda m: _one_more(llama, m), n, bytes_with, end - budget / 2)
     without = _measured(lambda m: _all_again(llama, m), n, flops_without, end)
     return Growth(
         n=np.array(n),
         flops_with=flops_with,
         flops_without=flops_without,
-        bytes_with=np.array([weights + c for c in cache], dtype=float),
+        bytes_with=bytes_with,
         bytes_without=np.full(len(n), weights, dtype=float),
         seconds_with=with_cache[0],
         seconds_without=without[0],
@@ -104,12 +106,16 @@ def _cache_nbytes(llama: Llama, n: int) -> int:
 
 
 def _measured(
-    timed: Callable[[int], float], n: Sequence[int], flops: np.ndarray, end: float
+    timed: Callable[[int], float], n: Sequence[int], cost: np.ndarray, end: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds at each length, and whether they were measured: the first length always is."""
+    """Seconds at each length, and whether they were measured.
+
+    The first length is always measured. A length that does not fit before `end` is extrapolated
+    in proportion to `cost`.
+    """
     seconds, measured = np.zeros(len(n)), np.zeros(len(n), dtype=bool)
     for i, length in enumerate(n):
-        guess = seconds[i - 1] * flops[i] / flops[i - 1] if i else 0.0
+        guess = seconds[i - 1] * cost[i] / cost[i - 1] if i else 0.0
         fits = i == 0 or (measured[i - 1] and time.perf_counter() + 1.5 * guess < end)
         try:
             seconds[i] = timed(length) if fits else guess
@@ -120,14 +126,14 @@ def _measured(
         measured[i] = fits
         left = end - time.perf_counter()
         if fits and _REPEATS * seconds[i] < _PART_TO_REPEAT * left:
-            # the shortest is the one that nothing disturbed
+            # other programs can only make a measurement longer
             seconds[i] = min(seconds[i], *(timed(length) for _ in range(_REPEATS - 1)))
     return seconds, measured
 
 
 def _one_more(llama: Llama, n: int) -> float:
-    """Seconds of one token after n - 1 in the cache. Their keys are zeros: time does not depend
-    on their values."""
+    """Seconds of one token after n - 1 cached ones. The cached keys are zeros, because the time
+    does not depend on their values."""
     llama.check_memory(1, n)
     cache = llama.new_cache(context=n)
     if n > 1:
@@ -138,7 +144,7 @@ def _one_more(llama: Llama, n: int) -> float:
 
 
 def _all_again(llama: Llama, n: int) -> float:
-    """Seconds of n tokens without a cache that holds any."""
+    """Seconds of n tokens that are computed from an empty cache."""
     llama.check_memory(1, n)
     return _seconds(llama, n, llama.new_cache(context=n))
 
@@ -146,15 +152,16 @@ def _all_again(llama: Llama, n: int) -> float:
 def _seconds(llama: Llama, n_new: int, cache: KVCache) -> float:
     ids = [llama.config.bos_id % llama.config.vocab_size] * n_new
     begin = time.perf_counter()
-    llama.backend.to_host(llama.prefill(ids, cache))  # which waits for it
+    llama.backend.to_host(llama.prefill(ids, cache))  # waits for the device
     return time.perf_counter() - begin
 
 
 def time_operations(llama: Llama, run: Callable[[], int], n_read: int) -> Times:
-    """Where the time of `run` goes, by method of the ops object.
+    """The time of each method of the ops object during `run`.
 
     Args:
-        run: generates, and returns the number of new tokens.
+        run: generates text and returns the number of new tokens.
+        n_read: tokens of the prompt.
     """
     marker = llama.backend.xp.zeros(1)
     with watched(llama.ops, lambda: llama.backend.to_host(marker)) as watch:

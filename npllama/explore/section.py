@@ -1,4 +1,4 @@
-"""What a section of the page consists of, and the words that its text is made with."""
+"""The parts of a section of the page, and functions that make its text."""
 
 import inspect
 import re
@@ -23,8 +23,8 @@ class Function:
 
     Attributes:
         function: the function itself.
-        tests: names of the tests that hold it to its definition, as pytest -k takes them.
-        source: the paper, for a function whose docstring has no "Source:" of its own.
+        tests: names of the tests that compare it with its definition, for pytest -k.
+        source: the paper, for a function whose docstring has no "Source:".
     """
 
     function: Callable
@@ -37,19 +37,19 @@ class Function:
 
     @property
     def place(self) -> str:
-        """File and line in the package."""
+        """The file and the line in the package."""
         path = Path(inspect.getsourcefile(self.function))  # type: ignore[arg-type]
         line = inspect.getsourcelines(self.function)[1]
         return f"{path.relative_to(_ROOT).as_posix()}:{line}"
 
     @property
     def code(self) -> str:
-        """The source, at the margin."""
+        """The source code without indentation."""
         return inspect.cleandoc("\n" + inspect.getsource(self.function)) + "\n"
 
     @property
     def reference(self) -> str:
-        """The paper that its docstring names, or `source`."""
+        """The paper that the docstring names, or else `source`."""
         doc = inspect.getdoc(self.function) or ""
         found = re.search(r"^Source: (.*?)(?:\n\n|\Z)", doc, re.S | re.M)
         return self.source if found is None else " ".join(found.group(1).split())
@@ -57,10 +57,10 @@ class Function:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and what stands below it.
+    """A figure with its caption.
 
     Attributes:
-        extra: a control above the figure, such as a slider.
+        extra: a control below the figure, such as a slider.
     """
 
     figure: Figure
@@ -69,13 +69,18 @@ class Picture:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it needs the width of two."""
+        """Whether it needs the width of two pictures."""
         return self.figure.width > _NARROW or bool(self.extra)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Figures of which one is shown at a time: (label, figure) each; `shown` is the first one."""
+    """Figures of which one is shown at a time.
+
+    Attributes:
+        figures: (label, figure) each. Labels with the same part before a dot are in one line.
+        shown: the index of the figure that is shown first.
+    """
 
     name: str
     figures: tuple[tuple[str, Figure], ...]
@@ -85,7 +90,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the first column names the row, the others hold numbers."""
+    """Rows of text. The first column names the row."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -97,13 +102,13 @@ class Section:
     """One section of the page.
 
     Attributes:
-        slug: the anchor.
-        idea: paragraphs that say why the part is there.
-        equations: LaTeX.
-        functions: the first one is the section's; the others belong to it.
-        shapes: (array, shape in letters, shape in numbers).
+        slug: the anchor, the target of links.
+        idea: paragraphs that say why this part of the model exists.
+        equations: LaTeX; a `qquad` separates equations of one line.
+        functions: the functions that compute the equations; the first one is shown unfolded.
+        shapes: (array, shape in letters, shape in this run).
         parts: pictures and tables.
-        see: sentences that say what to see.
+        see: sentences that say what to see in the pictures.
     """
 
     slug: str
@@ -117,21 +122,15 @@ class Section:
 
 
 def say(text: str, /, **values: object) -> Markup:
-    """A sentence with HTML marks, and values, which are escaped."""
+    """A text with HTML marks and {names}, which are replaced by the escaped values."""
     return Markup(text).format(**values)
 
 
 def piece(text: str) -> Markup:
-    """A piece of the vocabulary in a sentence."""
+    """A piece of the vocabulary as HTML, for a sentence."""
     return Markup('<code class="piece">{}</code>').format(piece_label(text))
 
 
 def shape(name: str, letters: str, *sizes: int) -> tuple[str, str, str]:
-    """A row of the table of shapes."""
-    shown = ", ".join(f"{size:,}" for size in sizes)
-    return name, f"({letters})", f"({shown}{',' if len(sizes) == 1 else ''})"
-
-
-def count(n: int, one: str, many: str = "") -> str:
-    """A number with its noun: 1 token, 1,024 tokens."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+    """A row of the table of shapes: the name, the shape in letters, and the sizes."""
+    return name, f"({letters})", f"({', '.join(f'{size:,}' for size in sizes)})"

@@ -1,8 +1,8 @@
-"""Figures: SVG text made by short functions, which follow the page's colours, light or dark.
+"""Figures: SVG text made by short functions. It follows the page's light or dark colours.
 
-Sizes. A figure is drawn in units of its viewBox and scales to the width of its container. A
-`NARROW` figure with labels of `FONT` units keeps them at 11 px on a screen of 400 px. A wider one
-has a minimum width that keeps them so; its container scrolls (`overflow-x: auto`).
+Sizes. A figure is drawn in units of its viewBox and scales to the width of its container. The
+labels of a `NARROW` figure, of `FONT` units, have 11 px on a screen of 400 px. A wider figure has
+a minimum width at which its labels have 11 px; its container scrolls (`overflow-x: auto`).
 
 Colours. Each is a CSS custom property of the page with a default of its own for light and dark
 (`STYLE`): `--fig-ink`, `--fig-soft`, `--fig-line`, `--fig-paper`, `--fig-fill`, `--fig-1` to
@@ -25,7 +25,7 @@ _VARIABLES = "".join(f"--{name}:var(--fig-{name},{colour});" for name, colour in
 _DARK_VARIABLES = "".join(f"--{name}:var(--fig-{name},{colour});" for name, colour in DARK.items())
 STYLE = (
     f".nf{{{_VARIABLES}}}"
-    f"@media(prefers-color-scheme:dark){{.nf{{{_DARK_VARIABLES}}}}}"
+    f"@media screen and (prefers-color-scheme:dark){{.nf{{{_DARK_VARIABLES}}}}}"
     f".nf text{{font-size:{FONT}px}}"
     ".nf text{font-family:system-ui,'DejaVu Sans',sans-serif;fill:var(--ink);direction:ltr;"
     "white-space:pre}"
@@ -34,7 +34,7 @@ STYLE = (
     ".nf image{image-rendering:pixelated}"
 )
 STYLE_ELEMENT = f"<style>{STYLE}</style>"
-"""What makes each figure complete by itself; a page with many needs it once."""
+"""The style of each figure, which makes it complete without a page."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Figure:
 
     Attributes:
         svg: a complete <svg> element.
-        alt: a sentence that says what is shown, with this run's numbers.
+        alt: a description in words, with numbers of this run.
         width, height: of the viewBox.
     """
 
@@ -111,7 +111,7 @@ def circle(x: float, y: float, radius: float, **values: object) -> str:
 
 
 def path(points: Iterable[tuple[float, float]], closed: bool = False, **values: object) -> str:
-    """A line through points, by default unfilled."""
+    """A line through points, not filled by default."""
     steps = "L".join(f"{number(x)} {number(y)}" for x, y in points)
     drawn = f"M{steps}" + ("Z" if closed else "")
     return element("path", d=drawn, **({"fill": "none", "stroke": colour("ink")} | values))
@@ -161,7 +161,7 @@ def legend(x: float, y: float, entries: list[tuple[str, str]], width: float) -> 
         entries: (an element drawn around the point 0, 0; its label).
 
     Returns:
-        the elements, and the y below them.
+        The elements, and the y below them.
     """
     parts, left = [], x
     for mark, label in entries:
@@ -175,7 +175,7 @@ def legend(x: float, y: float, entries: list[tuple[str, str]], width: float) -> 
 
 
 def figure(parts: Iterable[str], width: float, height: float, title: str, alt: str) -> Figure:
-    """The elements as a whole picture, on paper that the page may make transparent."""
+    """The elements as a complete picture with a background."""
     least = min(width * _LEAST_PIXELS / FONT, width)
     style = f"width:100%;max-width:{number(width * 1.2)}px;min-width:{number(least)}px;height:auto"
     svg = element(

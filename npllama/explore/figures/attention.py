@@ -7,11 +7,12 @@ import numpy as np
 from npllama.explore.axes import column_labels, column_labels_height, row_labels
 from npllama.explore.colours import VIRIDIS, ink_on
 from npllama.explore.figures.rows import labels_width, piece_labels
-from npllama.explore.heat_map import BAR_HEIGHT, Shades, colour_bar, heat_map, magnitude
+from npllama.explore.heat_map import BAR_HEIGHT, Shades, colour_bar, hatching, heat_map, magnitude
 from npllama.explore.labels import array, count, percent, same_length, text_width, window
-from npllama.explore.svg import FONT, NARROW, Figure, colour, element, figure, number, rect, text
+from npllama.explore.svg import FONT, NARROW, Figure, colour, element, figure, rect, text
 
-_MOST_MAPS = 8
+MOST_MAPS = 8
+"""Layers, and heads of each, that are drawn of a large model."""
 # the root shows small shares too: with T tokens most of them are about 1 / T
 _SHARES = Shades(0.0, 1.0, VIRIDIS, power=0.5)
 
@@ -19,21 +20,21 @@ _SHARES = Shades(0.0, 1.0, VIRIDIS, power=0.5)
 def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
     """The attention of all heads as small maps, a row of maps per layer.
 
-    In a map, row i is how token i divides its attention over the tokens 0 to i. All maps share one
-    scale of colours, which follows the square root of the share. At most 8 layers and 8 heads are
-    drawn, evenly spread.
+    Row i of a map is the shares that token i gives to the tokens 0 to i. All maps have one scale of
+    colours, which follows the square root of the share. At most 8 layers and 8 heads are drawn,
+    evenly spaced.
 
     Args:
         weights: (L, H, T, T).
         pieces: T pieces.
 
-    What to see: some heads look at the token before (a line beside the diagonal), many at the
-    first token (a column at the left), some at particular words.
+    What to see: some heads read the token before (a line beside the diagonal), some the first
+    token (a column at the left), some particular words.
     """
     weights = array(weights, "weights", 4)
     same_length(weights.shape[2], pieces=pieces)
     _check_square(weights)
-    layers, heads = (window(n, _MOST_MAPS) for n in weights.shape[:2])
+    layers, heads = (window(n, MOST_MAPS) for n in weights.shape[:2])
     left, top, gap = 46.0, 24.0, 5.0
     step = (NARROW - left) / len(heads)
     side = min(step - gap, 120)
@@ -66,12 +67,12 @@ def attention_maps(weights: np.ndarray, pieces: Sequence[str]) -> Figure:
 
 
 def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: int) -> Figure:
-    """The attention of one head, large: a row per token that looks, a column per token seen.
+    """The attention of one head, large: a row per token that reads, a column per token read.
 
     Args:
         weights: (T, T); row i is the attention of token i.
         pieces: T pieces.
-        layer, head: where the weights come from, for the labels.
+        layer, head: of the weights, for the labels.
 
     What to see: each row sums to 1. The hatched half is the mask: a token sees no later token.
     """
@@ -85,7 +86,7 @@ def attention_map(weights: np.ndarray, pieces: Sequence[str], layer: int, head: 
     parts = [
         text(left, 16, f"layer {layer}, head {head}", class_="b"),
         rect(left, top, side, side, fill=colour("fill")),
-        _hatching(len(pieces), left, top, side),
+        hatching(len(pieces), left, top, side),
         heat_map(weights, _SHARES, (left, top, side, side), labels, labels, causal=True),
         row_labels(labels, left - 6, top, side),
         column_labels(labels, left, top + side, side),
@@ -112,11 +113,10 @@ def first_token_share(shares: np.ndarray) -> Figure:
     """The share of attention that goes to the first token, per layer and head.
 
     Args:
-        shares: (L, H), 0 to 1: the mean over all tokens but the first, which can look at nothing
-            else.
+        shares: (L, H), 0 to 1, averaged over the tokens except the first, which sees only itself.
 
-    What to see: many heads give most of their attention to the first token when no other token
-    matters to them (an "attention sink", Xiao et al. 2023).
+    What to see: which heads give a large share to the first token (an "attention sink", Xiao et
+    al. 2023).
     """
     shares = array(shares, "shares", 2)
     if shares.min() < 0 or shares.max() > 1 + 1e-6:
@@ -149,7 +149,7 @@ def first_token_share(shares: np.ndarray) -> Figure:
 def _percent_in_cells(
     shares: np.ndarray, shades: Shades, left: float, top: float, width: float, height: float
 ) -> str:
-    """Percent in the cells of a map, black or white, whichever is easier to read."""
+    """Percentages in the cells of a map, in black or white, whichever is easier to read."""
     parts = []
     for (row, column), share in np.ndenumerate(shares):
         ink = ink_on(shades.colour(float(share)))
@@ -165,19 +165,8 @@ def _check_square(weights: np.ndarray) -> None:
         raise ValueError(f"weights has the shape {weights.shape}: expected T by T at the end")
 
 
-def _hatching(n: int, left: float, top: float, side: float) -> str:
-    """Lines along the diagonals of the masked cells, at most 16 of them."""
-    cell, every = side / n, max(1, round(n / 16))
-    steps = [
-        f"M{number(left + k * cell)} {number(top)}L{number(left + side)} "
-        f"{number(top + side - k * cell)}"
-        for k in range(1, n, every)
-    ]
-    return element("path", d="".join(steps), stroke=colour("line"), stroke_opacity="0.5")
-
-
 def _mask_label(left: float, top: float, side: float) -> str:
-    """What the hatched half is, on a plate that keeps it readable."""
+    """The name of the hatched half, on a background that keeps it readable."""
     width = text_width("masked") + 12
     x = left + side - width - 8
     plate = rect(x, top + 8, width, 22, rx=3, fill=colour("paper"))

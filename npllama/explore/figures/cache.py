@@ -29,17 +29,18 @@ def cost_growth(
     measured_with: np.ndarray | None = None,
     measured_without: np.ndarray | None = None,
 ) -> Figure:
-    """What one more token costs as the text grows, with the cache and without it.
+    """The cost of the next token as the text grows, with the cache and without it.
 
     Args:
-        n: (points,) tokens of text before it, rising.
+        n: (points,) tokens of text, the new token included, rising.
         with_cache, without: (points,) costs, positive.
-        unit: "FLOPs", "bytes" or "seconds".
-        measured_with, measured_without: (points,) bool; where False the point is extrapolated,
-            drawn hollow with a dashed line. None: all are as good as measured.
+        unit: "FLOPs", "bytes" or "seconds". The axis of bytes is linear from 0; the other axes
+            are logarithmic.
+        measured_with, measured_without: (points,) bool. A point that is not measured is
+            extrapolated, and drawn hollow with a dashed line. None: no point is extrapolated.
 
-    What to see: without the cache each token costs as much as the whole text before it; with it,
-    the cost hardly grows until the text is long.
+    What to see: without the cache a token costs as much as the whole text before it. With the
+    cache the cost grows slowly.
     """
     n = array(n, "n", 1)
     costs = [array(with_cache, "with_cache", 1), array(without, "without", 1)]
@@ -59,7 +60,10 @@ def cost_growth(
         entries.append((ring, "hollow: extrapolated"))
     marks, y = legend(4, 16, entries, NARROW - 8)
     top, base = y + 20, y + 250
-    y_scale = Scale(*log_spread(np.concatenate(costs)), base, top, log=True)
+    if unit == "bytes":
+        y_scale = Scale(0, 1.08 * float(np.concatenate(costs).max()), base, top)
+    else:
+        y_scale = Scale(*log_spread(np.concatenate(costs)), base, top, log=True)
     left = y_labels_width(y_scale, show)
     x_scale = Scale(*log_spread(n), left, NARROW - 20, log=True)
     parts = [
@@ -75,7 +79,7 @@ def cost_growth(
             parts.append(_mark(*point, hue, bool(sure), tip))
     ratio = costs[1][-1] / costs[0][-1]
     alt = (
-        f"The {unit} that the next token costs, on logarithmic axes: after {n[-1]:,.0f} tokens "
+        f"The {unit} of the next token as the text grows. In a text of {n[-1]:,.0f} tokens: "
         f"{show(costs[0][-1])} with the cache and {show(costs[1][-1])} without it, "
         f"{quantity(float(ratio))} times as much."
     )
@@ -83,7 +87,7 @@ def cost_growth(
 
 
 def _curve(points: list[tuple[float, float]], known: np.ndarray, hue: str) -> str:
-    """Segments between points; dashed where one of the two ends is extrapolated."""
+    """Segments between points; dashed if one of the two ends is extrapolated."""
     parts = []
     for sure in (True, False):
         steps = "".join(
@@ -99,7 +103,7 @@ def _curve(points: list[tuple[float, float]], known: np.ndarray, hue: str) -> st
 
 
 def _mark(x: float, y: float, hue: str, sure: bool, tip: str | None = None) -> str:
-    """A disc for the first series, a square for the second; hollow where extrapolated."""
+    """A disc for the first series, a square for the second; hollow if extrapolated."""
     pen = {
         "fill": colour(hue) if sure else colour("paper"),
         "stroke": colour(hue),

@@ -17,15 +17,14 @@ def embedding_rows(pieces: Sequence[str], rows: np.ndarray) -> Figure:
         pieces: T pieces.
         rows: (T, D).
 
-    What to see: a piece that occurs twice has the same row twice: at this point the model knows
-    neither the order nor the neighbours.
+    What to see: a piece that occurs twice has the same row twice, because a row depends neither on
+    the position nor on the neighbours.
     """
     rows = array(rows, "rows", 2)
     same_length(len(rows), pieces=pieces)
     alt = (
         f"A heat map of {count(rows.shape[0], 'embedding row')} of "
         f"{count(rows.shape[1], 'element')}, from {quantity(rows.min())} to "
-        f"{quantity(rows.max())}; the root mean square is "
-        f"{quantity(float(np.sqrt(np.mean(rows**2))))}."
+        f"{quantity(rows.max())}."
     )
     return rows_map(pieces, rows, signed(rows), "element", "value", "Rows of the embedding", alt)

@@ -30,13 +30,13 @@ _MOST_BARS = 16
 
 
 def parameters_by_part(models: Sequence[tuple[str, Mapping[str, int]]]) -> Figure:
-    """Which share of its parameters each model has in which part, as stacked bars.
+    """The share of each part in the parameters of each model, as stacked bars.
 
     Args:
         models: (name, {part: parameters}); the parts in the order of the first model.
 
-    What to see: the larger the model, the less its embedding counts; of a block, two thirds are
-    feed-forward.
+    What to see: the larger the model, the smaller the share of its embedding. Two thirds or more
+    of a layer are feed-forward.
     """
     if not models:
         raise ValueError("no models to compare: expected at least 1")
@@ -70,9 +70,9 @@ def _stack(counts: Mapping[str, int], total: int, x: float, y: float, width: flo
     parts = []
     for i, (part, count) in enumerate(counts.items()):
         size = width * count / total
-        label = f"{100 * count / total:.0f} %"
+        label = f"{100 * count / total:.0f}%"
         fits = text_width(label) + 4 <= size
-        # on paper of the page's colour the label has the contrast of ordinary text
+        # on the page's background the label has the contrast of ordinary text
         plate = rect(x + size / 2 - 22, y + 5, 44, 17, rx=3, fill=colour("paper")) if fits else ""
         name = text(x + size / 2, y + 18.5, label, "middle") if fits else ""
         tip = f"{part}: {quantity(count)}, {percent(count / total)}"
@@ -82,7 +82,7 @@ def _stack(counts: Mapping[str, int], total: int, x: float, y: float, width: flo
 
 
 def _segment(x: float, y: float, width: float, height: float, index: int) -> str:
-    """A filled rectangle with strokes of its own, so that parts differ by more than colour."""
+    """A filled rectangle with a pattern of strokes, so that parts differ by more than colour."""
     hue = colour(str(index % 5 + 1))
     box = rect(x, y, width, height, fill=hue, stroke=colour("paper"))
     every = (0, 7, 0, 5, 9)[index % 5]
@@ -96,13 +96,13 @@ def _segment(x: float, y: float, width: float, height: float, index: int) -> str
 
 
 def time_by_operation(names: Sequence[str], seconds: np.ndarray) -> Figure:
-    """Where the time of a run went: a bar per operation, the longest first.
+    """The time of each operation of a run: a bar per operation, the longest first.
 
     Args:
-        names: n operations; after the 15 longest the rest is one bar.
+        names: n operations; all but the 15 longest are one bar.
         seconds: (n,), not negative.
 
-    What to see: nearly all the time goes to a few matrix products.
+    What to see: which operations take the most time; in large models these are matrix products.
     """
     seconds = array(seconds, "seconds", 1)
     same_length(len(seconds), names=names)
@@ -114,12 +114,12 @@ def time_by_operation(names: Sequence[str], seconds: np.ndarray) -> Figure:
         rest = bars[_MOST_BARS - 1 :]
         bars = bars[: _MOST_BARS - 1] + [(f"{len(rest)} others", sum(s for _, s in rest))]
     total, largest = float(seconds.sum()) or 1.0, max(s for _, s in bars) or 1.0
-    left = min(max(text_width(name, mono=True) for name, _ in bars) + 10, 190)
+    left = min(max(text_width(name, mono=True) for name, _ in bars) + 10, 200)
     room = text_width("99.9 %  999 ms") + 6
     parts, y = [], 2.0
     for name, duration in bars:
         size = duration / largest * (NARROW - left - room)
-        share = percent(duration / total) if duration >= 0.001 * total else "<0.1 %"
+        share = percent(duration / total) if duration >= 0.001 * total else "<0.1%"
         label = f"{share}  {seconds_label(duration)}"
         parts.append(
             group(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from npllama.explore.axes import Scale, row_labels, x_axis
+from npllama.explore.axes import Scale, row_labels
 from npllama.explore.heat_map import BAR_HEIGHT, colour_bar, heat_map, signed
 from npllama.explore.labels import array, bytes_label, count, quantity, text_width
 from npllama.explore.svg import (
@@ -26,10 +26,11 @@ def heads_diagram(n_heads: int, n_kv_heads: int, grouped: int | None = None) -> 
     Args:
         n_heads: H.
         n_kv_heads: K, which divides H.
-        grouped: K of a grouped variant to be drawn too, for a model that is none; divides H.
+        grouped: K of a grouped variant, drawn in addition for a model that has no groups; it
+            divides H.
 
-    What to see: the boxes below are what the cache keeps, per token and layer. Each query head
-    reads the one that its line leads to.
+    What to see: the lower boxes are what the cache holds per token and layer. Each query head
+    reads the key-value head to which its line leads.
     """
     for n in (n_kv_heads, grouped or 1):
         if n < 1 or n_heads < 1 or n_heads % n:
@@ -81,7 +82,7 @@ def _sharing(n_heads: int, n_kv_heads: int, y: float, own: bool) -> str:
 
 
 def _heads(centres: Sequence[float], y: float, width: float, letter: str, hue: str) -> str:
-    """A row of boxes, with names where these fit."""
+    """A row of boxes, with their names if these fit."""
     parts = []
     for i, x in enumerate(centres):
         parts.append(rect(x - width / 2, y, width, 24, rx=3))
@@ -95,40 +96,38 @@ def _heads(centres: Sequence[float], y: float, width: float, letter: str, hue: s
 def cache_bytes(
     rows: Sequence[tuple[str, Mapping[str, float], str]], per: str = "per token"
 ) -> Figure:
-    """Bytes of keys and values that the cache keeps, for three kinds of attention.
+    """Bytes of keys and values that the cache holds, for each kind of attention.
+
+    The bars of one model share a linear scale. The longest bar of each model has the same length.
 
     Args:
-        rows: (name of a model, {"multi-head": bytes, "grouped": bytes, "multi-query": bytes},
-            the kind that the model has); all bytes positive.
+        rows: (name of a model, {kind of attention: bytes}, the kind that the model has); all
+            bytes are positive.
         per: what the bytes are counted for, in words.
 
-    What to see: a group of G query heads that share one key head makes the cache G times
-    smaller.
+    What to see: G query heads that share one key-value head make the cache G times smaller.
     """
     if not rows:
         raise ValueError("no models to compare: expected at least 1")
     sizes = array([size for _, kinds, _ in rows for size in kinds.values()], "bytes", 1)
     if sizes.min() <= 0:
         raise ValueError(f"a cache of {sizes.min()} bytes: expected a positive number")
-    hues = {"multi-head": "1", "grouped": "2", "multi-query": "3"}
-    left, right = 100.0, NARROW - 90.0
-    low = 10.0 ** np.floor(np.log10(sizes.min() / 2))
-    scale = Scale(low, float(sizes.max()) * 1.05, left, right, log=True)
     parts, y = [], 8.0
     for name, kinds, own in rows:
         parts.append(text(0, y + 16, name, class_="b"))
         y += 24
+        scale = Scale(0, max(kinds.values()), 160, NARROW - 84)
         for kind, size in kinds.items():
-            parts.append(_byte_bar(kind, size, kind == own, scale, y, hues.get(kind, "4")))
+            parts.append(_byte_bar(kind, size, kind == own, scale, y))
             y += 22
         y += 8
-    parts.append(x_axis(scale, y, f"bytes {per} (logarithmic)", bytes_label, 4))
     own_sizes = "; ".join(f"{name}: {bytes_label(kinds[own])} ({own})" for name, kinds, own in rows)
-    alt = f"Bytes of the cache {per} by kind of attention, on a logarithmic axis. {own_sizes}."
-    return figure(parts, NARROW, y + 44, "Bytes of the cache", alt)
+    alt = f"Bytes of the cache {per} by kind of attention. {own_sizes}."
+    return figure(parts, NARROW, y, "Bytes of the cache", alt)
 
 
-def _byte_bar(kind: str, size: float, own: bool, scale: Scale, y: float, hue: str) -> str:
+def _byte_bar(kind: str, size: float, own: bool, scale: Scale, y: float) -> str:
+    """A bar; the kind that the model has is filled, bold and marked."""
     end = scale(size)
     label = bytes_label(size) + (" ◀" if own else "")
     return group(
@@ -138,9 +137,9 @@ def _byte_bar(kind: str, size: float, own: bool, scale: Scale, y: float, hue: st
             y + 2,
             end - scale.start,
             16,
-            fill=colour(hue),
-            fill_opacity=None if own else "0.45",
-            stroke=colour(hue),
+            fill=colour("1"),
+            fill_opacity=None if own else "0.3",
+            stroke=colour("1"),
         ),
         text(end + 6, y + 14, label, class_="b" if own else None),
         tip=f"{kind}: {size:,.0f} bytes",
@@ -154,8 +153,8 @@ def qkv_heads(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Figure:
         q: (H, C).
         k, v: (K, C).
 
-    What to see: there are G times as many strips of queries as of keys; one scale of colours
-    serves each of the three.
+    What to see: there are G times as many queries as keys and values. Only the keys and values
+    are stored in the cache. Queries, keys and values each have their own scale of colours.
     """
     named = [(n, array(x, n, 2)) for n, x in (("q", q), ("k", k), ("v", v))]
     width_c = named[0][1].shape[1]

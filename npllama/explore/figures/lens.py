@@ -17,8 +17,10 @@ from npllama.explore.labels import (
 )
 from npllama.explore.svg import Figure, colour, figure, group, rect, text
 
-_MOST_COLUMNS, _MOST_ROWS = 10, 33
-_CELL, _ROW, _LEFT, _RIGHT = 69.0, 26.0, 92.0, 74.0
+MOST_COLUMNS = 5
+"""Tokens for which a screen of 400 px has room."""
+_MOST_ROWS = 33
+_CELL, _ROW, _LEFT, _RIGHT = 58.0, 26.0, 92.0, 76.0
 
 
 def logit_lens(
@@ -27,11 +29,11 @@ def logit_lens(
     entropy: np.ndarray,
     pieces: Sequence[str],
 ) -> Figure:
-    """The likeliest next token after every layer, if the model stopped there.
+    """The likeliest next token after each layer, if the model ended there.
 
     A row per state of the residual stream, from the embedding to the last layer; a column per
-    token, the last 10 at most; the colour is the probability. At the right stands the entropy of
-    the last column in bits. At most 33 rows are drawn, evenly spread.
+    token, at most the last 5; the colour is the probability. The rightmost column is the entropy
+    in bits after the last token. At most 33 rows are drawn, evenly spaced.
 
     Args:
         top: (L+1) rows of T pieces.
@@ -49,7 +51,7 @@ def logit_lens(
         same_length(probability.shape[1], row=row)
     same_length(probability.shape[1], pieces=pieces, entropy=entropy[0])
     rows = window(len(top), _MOST_ROWS)
-    columns = range(max(0, len(pieces) - _MOST_COLUMNS), len(pieces))
+    columns = range(max(0, len(pieces) - MOST_COLUMNS), len(pieces))
     shades = Shades(0.0, 1.0, VIRIDIS)
     width = _LEFT + max(_CELL * len(columns), 220) + _RIGHT
     header = [
@@ -81,13 +83,13 @@ def logit_lens(
         f"({percent(float(probability[-1, -1]))}); the entropy goes from "
         f"{entropy[0, -1]:.2f} to {entropy[-1, -1]:.2f} bits."
     )
-    if len(pieces) > _MOST_COLUMNS:
-        alt += f" The last {_MOST_COLUMNS} of {len(pieces)} tokens are drawn."
+    if len(pieces) > MOST_COLUMNS:
+        alt += f" The last {MOST_COLUMNS} of {len(pieces)} tokens are drawn."
     return figure(parts, width, y + BAR_HEIGHT, "Logit lens", alt)
 
 
 def _fitted(x: float, y: float, piece: str, class_: str, **values: object) -> str:
-    """A piece, centred, as much as fits a cell."""
+    """A centred piece, shortened to the width of a cell."""
     label = shorten(piece_label(piece), _CELL - 6, mono=True)
     return text(x, y, label, "middle", class_=class_, **values)
 

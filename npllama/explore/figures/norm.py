@@ -1,12 +1,17 @@
 """Section 3: RMSNorm before and after, and LayerNorm beside it."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from npllama.explore.axes import Scale, row_labels, spread, x_axis, y_axis, y_labels_width
-from npllama.explore.figures.rows import labels_width, piece_labels, rows_height
-from npllama.explore.labels import array, count, quantity, same_length, window
+from npllama.explore.axes import (
+    Scale,
+    log_spread,
+    row_labels,
+    spread,
+    x_axis,
+    y_axis,
+    y_labels_width,
+)
+from npllama.explore.labels import array, count, quantity, same_length, text_width, window
 from npllama.explore.svg import (
     NARROW,
     Figure,
@@ -15,73 +20,60 @@ from npllama.explore.svg import (
     figure,
     group,
     legend,
-    line,
-    rect,
-    text,
     triangles,
 )
 
 
-def norm_before_after(
-    pieces: Sequence[str], before: np.ndarray, after: np.ndarray, rms: np.ndarray
-) -> Figure:
-    """How widely each token's elements spread before and after RMSNorm.
+def norm_sizes(before: np.ndarray, after: np.ndarray) -> Figure:
+    """The root mean square of each token's elements before and after the RMSNorm of each layer.
 
-    A row per token: a thin line from the least to the greatest element, a thick one that holds
-    the middle half of the elements, and each token's root mean square before the norm.
+    A row per layer on a logarithmic axis, with a mark per token. At most 33 layers are drawn,
+    evenly spaced.
 
     Args:
-        pieces: T pieces.
-        before, after: (T, D).
-        rms: (T,), the root mean square of each row of `before`.
+        before, after: (L, T), positive.
 
-    What to see: tokens of very different size come out with the same one.
+    What to see: before the norm the sizes differ between tokens and grow from layer to layer;
+    after it they are nearly equal.
     """
     before, after = array(before, "before", 2), array(after, "after", 2)
-    rms = array(rms, "rms", 1)
-    same_length(len(before), pieces=pieces, after=after, rms=rms)
-    labels, height, top = piece_labels(pieces), rows_height(len(pieces)), 30.0
-    left, right = labels_width(labels), NARROW - 62.0
-    middle = (left + right) / 2
-    parts = [text(NARROW - 2, 16, "rms", "end")]
-    for values, x, end, name in (
-        (before, left, middle - 8, "before"),
-        (after, middle + 8, right, "after"),
-    ):
-        scale = Scale(*spread(values), x + 4, end - 4)
-        parts.append(text((x + end) / 2, 16, name, "middle", class_="b"))
-        parts.append(_spreads(values, scale, top, height, labels))
-        parts.append(x_axis(scale, top + height, "elements", grid_to=top, most=4))
-    parts.append(row_labels(labels, left - 6, top, height, "m"))
-    parts.append(row_labels([quantity(r) for r in rms], NARROW - 2, top, height, "s"))
+    same_length(len(before), after=after)
+    drawn = window(len(before), 33)
+    marks = [
+        triangles([(0, 0)], 5, stroke=colour("2")),
+        dots([(0, 0)], 3, stroke=colour("1")),
+    ]
+    entries = list(zip(marks, ("before", "after"), strict=True))
+    legend_marks, y = legend(4, 16, entries, NARROW - 8)
+    top, height = y + 4, min(max(22 * len(drawn), 44), 480)
+    labels = [f"layer {i}" for i in drawn]
+    left = max(text_width(label, mono=True) for label in labels) + 8
+    scale = Scale(*log_spread(np.concatenate([before, after])), left + 8, NARROW - 12, log=True)
+    parts = [
+        legend_marks,
+        x_axis(scale, top + height, "root mean square (logarithmic)", grid_to=top),
+        row_labels(labels, left, top, height),
+    ]
+    step = height / len(drawn)
+    for row, layer in enumerate(drawn):
+        y = top + (row + 0.5) * step
+        sizes = [[(scale(size), y) for size in values[layer]] for values in (before, after)]
+        tip = f"layer {layer}: before {_range(before[layer])}, after {_range(after[layer])}"
+        marks = [
+            triangles(sizes[0], 5, stroke=colour("2")),
+            dots(sizes[1], 3, stroke=colour("1"), stroke_opacity="0.7"),
+        ]
+        parts.append(group(*marks, tip=tip))
     alt = (
-        f"The spread of {count(before.shape[1], 'element')} of {count(len(pieces), 'token')} "
-        f"before and after RMSNorm. Before, the root mean square is {quantity(rms.min())} to "
-        f"{quantity(rms.max())}; after, the elements lie between {quantity(after.min())} and "
-        f"{quantity(after.max())}."
+        f"The root mean square of {count(before.shape[1], 'token')} in "
+        f"{count(len(before), 'layer')} before RMSNorm, {_range(before)}, and after it, "
+        f"{_range(after)}."
     )
     return figure(parts, NARROW, top + height + 46, "Before and after RMSNorm", alt)
 
 
-def _spreads(
-    values: np.ndarray, scale: Scale, top: float, height: float, labels: Sequence[str]
-) -> str:
-    """A thin and a thick line per row of values (T, D)."""
-    marks = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], axis=1).T  # (T, D) -> (T, 5)
-    step, parts = height / len(values), []
-    for i, (least, low, median, high, most) in enumerate(marks):
-        y = top + (i + 0.5) * step
-        thick = max(min(step - 4, 8), 3)
-        tip = (
-            f"{labels[i]}: {quantity(least)} to {quantity(most)}, the middle half "
-            f"{quantity(low)} to {quantity(high)}, the median {quantity(median)}"
-        )
-        box = rect(
-            scale(low), y - thick / 2, max(scale(high) - scale(low), 2), thick, fill=colour("1")
-        )
-        thin = line(scale(least), y, scale(most), y, stroke=colour("1"), stroke_width="1.5")
-        parts.append(group(thin, box, tip=tip))
-    return "".join(parts)
+def _range(values: np.ndarray) -> str:
+    return f"{quantity(float(values.min()))} to {quantity(float(values.max()))}"
 
 
 def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) -> Figure:
@@ -90,9 +82,9 @@ def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) 
     Args:
         x, rms_normed, layer_normed: (D,); at most 200 elements are drawn.
 
-    What to see: RMSNorm multiplies all elements by one number, a line through 0; LayerNorm
-    subtracts the mean before, the same line moved by the mean. Where the mean is small beside the
-    root mean square, the two agree, and RMSNorm saves a pass over the elements.
+    What to see: both norms multiply the elements by one factor and by a weight per element.
+    LayerNorm first subtracts the mean. If the mean is small relative to the root mean square, the
+    results are nearly equal, and RMSNorm needs one sum over the elements less.
     """
     x = array(x, "x", 1)
     normed = [array(rms_normed, "rms_normed", 1), array(layer_normed, "layer_normed", 1)]
@@ -117,11 +109,10 @@ def norm_kinds(x: np.ndarray, rms_normed: np.ndarray, layer_normed: np.ndarray) 
     rms_at, layer_at = ([y_scale(values[i]) for i in picked] for values in normed)
     parts.append(triangles(list(zip(x_at, layer_at, strict=True)), 4, stroke=colour("2")))
     parts.append(dots(list(zip(x_at, rms_at, strict=True)), 2, stroke=colour("1")))
-    mean, rms = float(x.mean()), float(np.sqrt(np.mean(x**2)))
+    mean = float(x.mean())
     difference = float(np.abs(normed[0] - normed[1]).max())
     alt = (
         f"{len(x)} elements of one token under RMSNorm and LayerNorm. Their mean is "
-        f"{quantity(mean)}, their root mean square {quantity(rms)}; the two results differ by at "
-        f"most {quantity(difference)}."
+        f"{quantity(mean)}; the two results differ by at most {quantity(difference)}."
     )
     return figure(parts, NARROW, base + 50, "RMSNorm and LayerNorm", alt)

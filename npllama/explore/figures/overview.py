@@ -31,11 +31,11 @@ def pipeline(
     n_tokens: int,
     name: str = "",
 ) -> Figure:
-    """The way of a text through the model, with the shapes of this run.
+    """The path of a text through the model, with the shapes of this run.
 
-    Text becomes ids, ids become rows of the embedding, L layers add to them (the vertical line is
-    the residual stream), and the last row becomes the logits, of which one token is sampled. It
-    is appended to the ids, and its row of the embedding passes the layers next.
+    Text becomes ids, and ids become rows of the embedding. L layers add to these rows; the vertical
+    line is the residual stream. The last row becomes the logits, from which one token is sampled.
+    The token is appended to the ids, and the next step computes its row.
 
     Args:
         vocab_size, dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim: V, D, L, H, K, C, F.
@@ -53,10 +53,10 @@ def pipeline(
     drawing.branch()
     drawing.box("RMSNorm", f"{t:,} × {d:,}")
     drawing.down()
-    qkv = [f"q: {t:,} × {n_heads} × {head_dim}", f"k and v: {t:,} × {n_kv_heads} × {head_dim}"]
-    drawing.box("project, turn (RoPE)", *qkv)
+    qkv = [f"q: {n_heads} × {t:,} × {head_dim}", f"k and v: {n_kv_heads} × {t:,} × {head_dim}"]
+    drawing.box("project, rotate (RoPE)", *qkv)
     kept_from = drawing.middle
-    drawing.down()
+    drawing.down("q")
     drawing.box("attention", f"{n_heads} maps of {t:,} × {t:,}", f"→ {t:,} × {d:,}")
     drawing.cache(kept_from, ["k and v:", f"{n_kv_heads} × {t:,}", f"× {head_dim}"])
     drawing.add()
@@ -82,7 +82,7 @@ def pipeline(
 
 
 class _Drawing:
-    """A column of boxes beside the stem; y is where the next one begins."""
+    """A column of boxes beside the stem; the next box begins at y."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -108,17 +108,19 @@ class _Drawing:
         self._last_box = (self.y, self.y + height)
         self.y += height
 
-    def down(self) -> None:
+    def down(self, label: str = "") -> None:
         """An arrow from the last box to the next."""
         x = (_LEFT + _RIGHT) / 2
+        if label:
+            self.parts.append(text(x + 7, self.y + 13, label))
         self.parts.append(arrow(x, self.y, x, self.y + 18))
         self.y += 18
 
     def open_frame(self, title: str) -> None:
-        """The frame that holds one layer; the stem enters it."""
+        """Begin the frame of one layer, which the stem enters."""
         self._frame = (self.y, title)
         self._stem_from = self.y - 18
-        self.parts.pop()  # the arrow of `down`: here the stem takes its place
+        self.parts.pop()  # the stem replaces the arrow of `down`
         self.y += 8
 
     def branch(self) -> None:
@@ -128,7 +130,7 @@ class _Drawing:
         self.y += 4
 
     def add(self) -> None:
-        """The last box's result is added to the stem."""
+        """Add the last box's result to the stem."""
         y = (self._last_box[0] + self._last_box[1]) / 2
         self.parts.append(arrow(_LEFT, y, _STEM + 9, y))
         self.parts.append(_Drawing._plus(y))
@@ -160,7 +162,7 @@ class _Drawing:
         self.parts.append(arrow(left, self.middle, _RIGHT, self.middle, **pen))
 
     def close_frame(self) -> None:
-        """Close the layer: the frame and the stem, drawn below all that it holds."""
+        """Close the layer: the frame and the stem are drawn behind the boxes."""
         top, title = self._frame
         width = _LOOP - 14 - 8
         frame = rect(
@@ -173,7 +175,7 @@ class _Drawing:
         self.y += 18
 
     def loop(self, to: float) -> None:
-        """The way back: the sampled id becomes the last one of the ids."""
+        """The path back: the sampled id becomes the last of the ids."""
         y, pen = self.middle, {"fill": "none", "stroke": colour("3"), "stroke_width": "1.5"}
         drawn = f"M{_RIGHT} {y}H{_LOOP}V{to}H{_RIGHT + 8}"
         self.parts.append(element("path", d=drawn, **pen))

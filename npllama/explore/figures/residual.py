@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from npllama.explore.axes import Scale, log_spread, spread, x_axis, y_axis, y_labels_width
+from npllama.explore.axes import Scale, log_spread, x_axis, y_axis, y_labels_width
 from npllama.explore.labels import (
     array,
     count,
@@ -15,20 +15,20 @@ from npllama.explore.labels import (
     shorten,
     window,
 )
-from npllama.explore.svg import NARROW, Figure, colour, figure, legend, path, rect, text
+from npllama.explore.svg import NARROW, Figure, colour, dots, figure, legend, path, triangles
 
 
 def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
-    """The size of each token's vector in the residual stream, from the embedding to the end.
+    """The length of each token's vector in the residual stream, after each layer.
 
-    A line per token on a logarithmic axis, of at most 32 tokens that are evenly spread; the first
-    and the last one are drawn thick.
+    A line per token on a logarithmic axis. At most 32 tokens are drawn, evenly spaced; the first
+    and the last one are thick.
 
     Args:
-        norms: (L+1, T), not negative; row 0 is the embedding, row i what layer i - 1 left.
+        norms: (L+1, T), not negative; row 0 is the embedding, row i the stream after layer i - 1.
         pieces: T pieces.
 
-    What to see: each layer adds to the stream and overwrites nothing, and the stream grows.
+    What to see: each layer adds to the stream, and the stream grows.
     """
     norms = array(norms, "norms", 2)
     same_length(norms.shape[1], pieces=pieces)
@@ -40,10 +40,12 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     entries = [
         (
             _sample(hue, dashes),
-            f"{'first' if t == 0 else 'last'}: {shorten(piece_label(pieces[t]), 110)}",
+            f"{'first' if t == 0 else 'last'}: {shorten(piece_label(pieces[t]), 90)}",
         )
         for t, (hue, dashes) in thick.items()
     ]
+    if norms.shape[1] > 2:
+        entries.append((_sample("line", None, "1"), "others"))
     marks, y = legend(4, 16, entries, NARROW - 8)
     top, base = y + 20, y + 270
     y_scale = Scale(*log_spread(drawn), base, top, log=True)
@@ -52,7 +54,7 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     x_scale = Scale(0, max(n_layers, 1), left + 6, NARROW - 16)
     parts = [
         marks,
-        x_axis(x_scale, base + 6, "layers passed (0: the embedding)", lambda v: f"{v:g}", top),
+        x_axis(x_scale, base + 6, "after layer (emb.: after the embedding)", _after, top),
         y_axis(y_scale, left, "length of the vector", grid_to=NARROW - 10),
     ]
     order = [t for t in window(norms.shape[1], 32) if t not in thick] + list(thick)
@@ -73,62 +75,60 @@ def residual_norms(norms: np.ndarray, pieces: Sequence[str]) -> Figure:
     return figure(parts, NARROW, base + 50, "The residual stream", alt)
 
 
-def _sample(hue: str, dashes: str | None) -> str:
+def _after(layers_passed: float) -> str:
+    """The name of the stream after so many layers."""
+    return f"{layers_passed - 1:g}" if layers_passed else "emb."
+
+
+def _sample(hue: str, dashes: str | None, width: str = "2.5") -> str:
     """A piece of a line for the legend."""
-    pen = {"stroke": colour(hue), "stroke_width": "2.5", "stroke_dasharray": dashes}
+    pen = {"stroke": colour(hue), "stroke_width": width, "stroke_dasharray": dashes}
     return path([(-9, 0), (9, 0)], **pen)
 
 
 def block_shares(attention: np.ndarray, feed_forward: np.ndarray) -> Figure:
-    """How large what each layer adds is, relative to the stream that it is added to.
+    """The length of what each layer adds, relative to the stream to which it is added.
 
     Args:
         attention, feed_forward: (L,) ratios, not negative: the length of what is added, divided
-            by the length of the stream before.
+            by the length of the stream before. The axis is logarithmic; 0 is drawn at its lower
+            end.
 
-    What to see: above 100 %, a layer adds more than there was; later layers mostly make small
-    corrections.
+    What to see: above 100%, a layer adds more than the stream held before.
     """
     series = [array(attention, "attention", 1), array(feed_forward, "feed_forward", 1)]
     same_length(len(series[0]), feed_forward=series[1])
     if min(s.min() for s in series) < 0:
         raise ValueError("a share is negative: expected ratios of lengths")
-    n = len(series[0])
-    entries = [(_bar(-8, -7, 16, 14, i), name) for i, name in enumerate(_PARTS)]
+    n, every = len(series[0]), np.concatenate(series)
+    entries = [(_mark([(0, 0)], i), name) for i, name in enumerate(_PARTS)]
     marks, y = legend(4, 16, entries, NARROW - 8)
     top, base = y + 20, y + 250
-    y_scale = Scale(*spread(np.concatenate(series), zero=True), base, top)
+    y_scale = Scale(*(log_spread(every) if every.any() else (0.1, 1.0)), base, top, log=True)
     left = y_labels_width(y_scale, percent)
-    step = (NARROW - left - 12) / n
-    wide = min(step * 0.4, 26)
-    parts = [marks, y_axis(y_scale, left, "added, relative to the stream", percent, NARROW - 10)]
-    for i in range(n):
-        for series_index, (values, name) in enumerate(zip(series, _PARTS, strict=True)):
-            x = left + (i + 0.5) * step + (series_index - 1) * wide
-            y = y_scale(values[i])
-            tip = f"layer {i}, {name}: {percent(values[i])}"
-            parts.append(_bar(x, y, wide, base - y, series_index, tip))
-    half = step / 2
-    if n > 1:
-        scale = Scale(0, n - 1, left + half, left + half + (n - 1) * step)
-        parts.append(x_axis(scale, base, "layer", lambda v: f"{v:g}"))
-    else:
-        parts.append(text(left + half, base + 18, "layer 0", "middle", class_="s"))
+    x_scale = Scale(0, max(n - 1, 1), left + 14, NARROW - 20)
+    parts = [
+        marks,
+        x_axis(x_scale, base + 6, "layer", lambda v: f"{v:g}", top, most=min(n, 6)),
+        y_axis(y_scale, left, "added, relative to the stream", percent, NARROW - 10),
+    ]
+    for i, (values, name) in enumerate(zip(series, _PARTS, strict=True)):
+        points = [(x_scale(layer), y_scale(value)) for layer, value in enumerate(values)]
+        parts.append(path(points, stroke=colour(str(i + 1)), stroke_opacity="0.5"))
+        for layer, point in enumerate(points):
+            parts.append(_mark([point], i, f"layer {layer}, {name}: {percent(values[layer])}"))
     alt = (
         "What each layer adds to the residual stream, relative to its length: attention "
         f"{percent(series[0][0])} in the first layer and {percent(series[0][-1])} in the last, "
         f"feed-forward {percent(series[1][0])} and {percent(series[1][-1])}."
     )
-    return figure(parts, NARROW, base + 44, "What each layer adds", alt)
+    return figure(parts, NARROW, base + 50, "What each layer adds", alt)
 
 
 _PARTS = ("attention", "feed-forward")
 
 
-def _bar(
-    x: float, y: float, width: float, height: float, series: int, tip: str | None = None
-) -> str:
-    """Filled for the first series, outlined and pale for the second: not by colour alone."""
-    hue = colour(str(series + 1))
-    opacity = None if series == 0 else "0.35"
-    return rect(x, y, width, height, fill=hue, fill_opacity=opacity, stroke=hue, tip=tip)
+def _mark(points: list[tuple[float, float]], series: int, tip: str | None = None) -> str:
+    """Discs for the first series, triangles for the second: not by colour alone."""
+    draw, size = ((dots, 4), (triangles, 5.5))[series]
+    return draw(points, size, stroke=colour(str(series + 1)), tip=tip)

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from npllama.explore.axes import Scale, log_spread, x_axis, y_axis, y_labels_width
-from npllama.explore.heat_map import BAR_HEIGHT, colour_bar, heat_map, signed
+from npllama.explore.colours import VIRIDIS
+from npllama.explore.heat_map import (
+    BAR_HEIGHT,
+    Shades,
+    colour_bar,
+    hatching,
+    heat_map,
+    signed,
+)
 from npllama.explore.labels import array, count, quantity, same_length
 from npllama.explore.svg import (
     NARROW,
@@ -20,31 +28,28 @@ from npllama.explore.svg import (
     legend,
     line,
     path,
+    rect,
     text,
     triangles,
 )
 
 
-def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.ndarray) -> Figure:
+def rope_clock(theta: np.ndarray, pair: int, turned: np.ndarray) -> Figure:
     """One pair of a query's elements as a hand that turns with the position.
 
-    The hand at position p is q turned by the angle p * theta[pair].
-
     Args:
-        theta: (C/2,) angles per position.
-        pair: which pair is drawn.
-        positions: which positions are drawn.
-        q: (2,), the two elements before the turn.
+        theta: (C/2,), the angle in radians by which each pair turns per position.
+        pair: the pair that is drawn.
+        turned: (n, 2), the two elements of the pair after RoPE, at the positions 0 to n - 1.
 
     What to see: the hand keeps its length, and from each position to the next it turns by the
     same angle.
     """
-    theta, q = array(theta, "theta", 1), array(q, "q", 1)
-    positions = array(positions, "positions", 1)
-    same_length(2, q=q)
+    theta, turned = array(theta, "theta", 1), array(turned, "turned", 2)
+    same_length(2, **{"a row of turned": turned[0]})
     if not 0 <= pair < len(theta):
         raise ValueError(f"pair {pair}: expected 0 to {len(theta) - 1}")
-    angle, start = float(theta[pair]), math.atan2(q[1], q[0])
+    angle = float(theta[pair])
     cx, cy, radius = NARROW / 2, 176.0, 128.0
     parts = [
         circle(cx, cy, radius, fill="none", stroke=colour("line")),
@@ -52,18 +57,18 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
         line(cx, cy - radius - 8, cx, cy + radius + 8, stroke_opacity="0.5"),
     ]
     taken: list[tuple[float, float]] = []
-    for i, p in enumerate(positions):
-        turned = start + p * angle
-        x, y = math.cos(turned), -math.sin(turned)  # y of the drawing points down
-        tip = f"position {p:g}: turned by {math.degrees(p * angle):.4g}°"
-        hue = colour("2") if i == 0 else colour("1")
+    for p, (first, second) in enumerate(turned):
+        length = math.hypot(first, second) or 1.0
+        x, y = first / length, -second / length  # y of the drawing points down
+        tip = f"position {p}: turned by {math.degrees(p * angle):.4g}°"
+        hue = colour("2") if p == 0 else colour("1")
         hand = arrow(cx, cy, cx + radius * x, cy + radius * y, 9, stroke=hue, stroke_width="1.6")
         at = (cx + (radius + 16) * x, cy + (radius + 16) * y)
         far = all(math.hypot(at[0] - tx, at[1] - ty) > 17 for tx, ty in taken)
         label = ""
         if far:
             taken.append(at)
-            label = text(at[0], at[1] + 5, f"{p:g}", "middle", class_="b" if i == 0 else None)
+            label = text(at[0], at[1] + 5, str(p), "middle", class_="b" if p == 0 else None)
         parts.append(group(hand, label, tip=tip))
     wavelength = 2 * math.pi / angle if angle else math.inf
     lines = [
@@ -76,11 +81,49 @@ def rope_clock(theta: np.ndarray, pair: int, positions: Sequence[int], q: np.nda
         for i, content in enumerate(lines)
     ]
     alt = (
-        f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(positions), 'position')} as "
-        f"a hand of length {quantity(float(np.hypot(*q)))}. It turns by "
+        f"Pair {pair} of {len(theta)} of a query, drawn at {count(len(turned), 'position')} as "
+        f"a hand of length {quantity(float(np.hypot(*turned[0])))}. It turns by "
         f"{math.degrees(angle):.4g} degrees per position."
     )
     return figure(parts, NARROW, 344 + 46, "One pair turns with the position", alt)
+
+
+def rope_difference(
+    q: np.ndarray, k: np.ndarray, theta: float, places: Sequence[tuple[int, int]]
+) -> Figure:
+    """A pair of a query and the same pair of a key, at several pairs of positions.
+
+    Args:
+        q, k: (n, 2), the two elements after RoPE, at the positions 0 to n - 1.
+        theta: the angle in radians by which the pair turns per position.
+        places: (position of the query, position of the key); two fit in a row.
+
+    What to see: both hands turn, but at the same distance the angle between them is the same.
+    """
+    q, k = array(q, "q", 2), array(k, "k", 2)
+    same_length(2, **{"a row of q": q[0], "a row of k": k[0]})
+    radius, step = 82.0, NARROW / 2
+    parts, said = [], []
+    for i, (m, n) in enumerate(places):
+        cx, cy = (i % 2 + 0.5) * step, 104 + 230.0 * (i // 2)
+        parts.append(circle(cx, cy, radius, fill="none", stroke=colour("line")))
+        for x, hue, name, at in ((k[n], "2", "k", n), (q[m], "1", "q", m)):
+            length = math.hypot(*x) or 1.0
+            ux, uy = x[0] / length, -x[1] / length  # y of the drawing points down
+            hand = arrow(
+                cx, cy, cx + radius * ux, cy + radius * uy, 9, stroke=colour(hue), stroke_width="2"
+            )
+            label = text(cx + (radius + 13) * ux, cy + (radius + 13) * uy + 5, name, "middle")
+            parts.append(group(hand, label, tip=f"{name} at position {at}"))
+        said.append(f"the query at position {m} and the key at {n}")
+        parts.append(text(cx, cy + radius + 36, f"q at {m}, k at {n}", "middle", class_="b"))
+        parts.append(text(cx, cy + radius + 54, f"distance {m - n}", "middle"))
+    alt = (
+        f"One pair of a query and of a key as two hands, which turn by "
+        f"{math.degrees(theta):.4g} degrees per position: {'; '.join(said)}."
+    )
+    height = 104 + 230.0 * ((len(places) - 1) // 2) + radius + 62
+    return figure(parts, NARROW, height, "The same distance, the same angle", alt)
 
 
 def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -> Figure:
@@ -90,8 +133,8 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
         theta: (C/2,) angles per position.
         plain_theta: (C/2,) those without the scaling of RoPE, drawn beside; None: no scaling.
 
-    What to see: the first pairs turn within a few tokens and tell neighbours apart; the last ones
-    hardly turn within the context.
+    What to see: the first pairs complete a turn within a few tokens and distinguish neighbours; the
+    last pairs hardly turn within the context.
     """
     theta = array(theta, "theta", 1)
     series = [("this model", theta, "1")]
@@ -129,31 +172,34 @@ def rope_frequencies(theta: np.ndarray, plain_theta: np.ndarray | None = None) -
 
 
 def rope_distance(scores: np.ndarray) -> Figure:
-    """Scores of one query and one key, turned to all pairs of positions.
+    """Scores of one query and one key at all pairs of positions up to the query's own.
 
     Args:
-        scores: (n, n); scores[i, j] has the query at position i and the key at j.
+        scores: (n, n); scores[i, j] has the query at position i and the key at j. The scores
+            with j > i are masked.
 
-    What to see: along each diagonal the colour is the same: the score depends on the distance
-    i - j alone.
+    What to see: the colour is the same along each diagonal, because the score depends only on the
+    distance i - j.
     """
     scores = array(scores, "scores", 2)
     if scores.shape[0] != scores.shape[1]:
         raise ValueError(f"scores has the shape {scores.shape}: expected a square")
     n, side, left, top = len(scores), 320.0, 74.0, 8.0
-    shades = signed(scores)
+    seen = scores[np.tril_indices(n)]
+    low, high = float(seen.min()), float(seen.max())
+    shades = Shades(low, high, VIRIDIS) if low < high else signed(scores)
     parts = [
-        heat_map(scores, shades, (left, top, side, side)),
+        rect(left, top, side, side, fill=colour("fill")),
+        hatching(n, left, top, side),
+        heat_map(scores, shades, (left, top, side, side), causal=True),
         _positions(n, left, top, side),
-        colour_bar(shades, left, top + side + 58, side, "score"),
+        colour_bar(shades, left, top + side + 58, side, "dot product"),
     ]
-    spreads = [float(np.ptp(np.diagonal(scores, d))) for d in range(-n + 1, n)]
-    largest = float(np.abs(scores).max())
+    spreads = [float(np.ptp(np.diagonal(scores, -d))) for d in range(n)]
     alt = (
         f"Scores of one query and one key at {n} by {n} positions, from "
-        f"{quantity(float(scores.min()))} to {quantity(float(scores.max()))}. Along a diagonal, "
-        f"where the distance is the same, they differ by at most {quantity(max(spreads))}"
-        f" (the largest score has the magnitude {quantity(largest)})."
+        f"{quantity(low)} to {quantity(high)}. Along a diagonal, where the distance is the same, "
+        f"they differ by at most {quantity(max(spreads))}."
     )
     height = top + side + 58 + BAR_HEIGHT
     return figure(parts, NARROW, height, "Scores depend on the distance alone", alt)

@@ -1,4 +1,4 @@
-"""A heat map with one row per token: the shape that several sections share."""
+"""A heat map with one row per token, which several sections use."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,17 @@ _LABEL = 90
 
 
 def piece_labels(pieces: Sequence[str], width: float = _LABEL) -> list[str]:
-    """Pieces as labels that are at most `width` wide."""
+    """Pieces as labels of at most this width."""
     return [shorten(piece_label(piece), width, mono=True) for piece in pieces]
 
 
 def labels_width(labels: Sequence[str]) -> float:
-    """Room that labels of rows need at the left of a picture."""
+    """Width of row labels at the left of a picture."""
     return max(text_width(label, mono=True) for label in labels) + 8
 
 
 def rows_height(n: int) -> float:
-    """Height of n rows: 20 units each while there are few, 10 where there are 64."""
+    """Height of n rows: 20 units each for few rows, down to 10 for 64."""
     return n * min(max(640 / n, 10), 20)
 
 

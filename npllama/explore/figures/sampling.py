@@ -26,17 +26,17 @@ def sampling_stages(
     uniform: float | None = None,
     chosen: int | None = None,
 ) -> Figure:
-    """The same tokens' probabilities after each stage of sampling, three stages in a line.
+    """The probabilities of the same tokens after each stage of sampling, three stages in a line.
 
     Args:
         labels: n tokens, the likeliest first.
-        stages: (name, probabilities (n,)), in the order in which they apply; a token that a
-            filter dropped has 0.
-        uniform: the random number of this step; None where sampling is greedy.
-        chosen: which of the labels was chosen; None where it is none of them.
+        stages: (name, probabilities (n,)), in order of application; a token that a filter removed
+            has 0.
+        uniform: the random number of this step; None if no number is shown.
+        chosen: the index of the chosen label; None if it is not among them.
 
-    What to see: temperature changes the shape, each filter cuts the tail, and what is left is
-    scaled to the sum 1.
+    What to see: temperature changes the shape, and each filter removes the tail. The remaining
+    probabilities are scaled to the sum 1.
     """
     named = [(name, array(p, name, 1)) for name, p in stages]
     if not named:
@@ -88,7 +88,7 @@ def _title(name: str, width: float) -> list[str]:
 
 
 def _labels(shown: Sequence[str], y: float, chosen: int | None) -> str:
-    """The tokens at the left; an arrow marks the one that was chosen."""
+    """The tokens at the left; an arrow marks the chosen one."""
     parts = []
     for i, label in enumerate(shown):
         class_ = "m b" if i == chosen else "m"
@@ -109,9 +109,9 @@ def _bars(
     largest: float,
     chosen: int | None,
 ) -> str:
-    """One stage: a bar per token with its percentage; `cut` where a filter dropped it."""
+    """One stage: a bar per token with its percentage; `cut` if a filter removed it."""
     parts = [line(x, y, x, y + _ROW * len(p))]
-    room = text_width("0.47 %") + 4
+    room = text_width("0.47%") + 4
     for i, share in enumerate(p):
         top, size = y + i * _ROW, float(share) / largest * (width - room)
         hue = colour("2" if i == chosen else "1")
@@ -122,12 +122,12 @@ def _bars(
 
 
 def _share(share: float) -> str:
-    """A share in at most six characters; `cut` for a token that a filter dropped."""
+    """A share in at most six characters; `cut` for a token that a filter removed."""
     if share == 0:
         return "cut"
     if share < 0.001:
-        return "<0.1 %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
+        return "<0.1%"
+    return f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.2g}%"
 
 
 def cumulative_choice(
@@ -136,17 +136,16 @@ def cumulative_choice(
     uniform: float,
     chosen: int | None,
 ) -> Figure:
-    """The tokens' probabilities end to end on the interval from 0 to 1, and the uniform that
-    chose.
+    """The tokens' probabilities end to end on the interval from 0 to 1, and the uniform.
 
     Args:
-        labels: n tokens in the order in which they are added up: that of their ids.
+        labels: n tokens in the order of their ids, in which their probabilities are summed.
         probabilities: (n,), after all filters; a sum below 1 leaves a grey rest.
         uniform: the random number, in [0, 1).
-        chosen: which of the labels was chosen; None where it is none of them.
+        chosen: the index of the chosen label; None if it is not among them.
 
-    What to see: the token is the one whose interval holds the uniform; a token with twice the
-    probability has twice the room.
+    What to see: the chosen token is the one whose interval contains the uniform. A token with
+    twice the probability has an interval of twice the width.
     """
     p = array(probabilities, "probabilities", 1)
     same_length(len(labels), probabilities=p)
@@ -178,7 +177,7 @@ def cumulative_choice(
 
 
 def _rounded_down(uniform: float) -> str:
-    """Four decimals, so that a number below 1 stays below it."""
+    """Four decimals, rounded down, so that a number below 1 stays below 1."""
     return f"{math.floor(uniform * 1e4) / 1e4:.4f}"
 
 
@@ -191,7 +190,7 @@ def _intervals(
     height: float,
     chosen: int | None,
 ) -> list[str]:
-    """A box per token that is wide enough to be seen, with its label where that fits."""
+    """A box for each token that is wide enough, with its label if that fits."""
     parts = []
     for i in np.flatnonzero(p):
         x, end = scale(ends[i]), scale(ends[i + 1])

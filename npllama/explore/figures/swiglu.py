@@ -22,16 +22,15 @@ def gate_on_silu(
     curve_relu: np.ndarray,
     piece: str,
 ) -> Figure:
-    """One token's gate values on the curve of SiLU, with ReLU beside it and a histogram below.
+    """One token's gate values on the curve of SiLU, with ReLU for comparison and a histogram.
 
     Args:
         gate: (F,), before SiLU.
-        gated: (F,), SiLU of them; at most 300 are drawn, all are in the histogram.
-        curve_x, curve_silu, curve_relu: (n,), the two functions.
+        gated: (F,), SiLU(gate). At most 300 are drawn; the histogram counts all.
+        curve_x, curve_silu, curve_relu: (n,), the two functions at curve_x.
         piece: the token.
 
-    What to see: most gates lie near 0, where SiLU is smooth and lets a little of both signs
-    through; ReLU is 0 below 0, and so is its slope.
+    What to see: many gates lie near 0, where SiLU is smooth. Below 0, ReLU and its slope are 0.
     """
     gate, gated = array(gate, "gate", 1), array(gated, "gated", 1)
     x, silu, relu = (
@@ -97,13 +96,13 @@ def _histogram(values: np.ndarray, scale: Scale, floor: float, height: float) ->
 
 
 def gate_rows(pieces: Sequence[str], gate: np.ndarray) -> Figure:
-    """The gate values of all tokens, a row per token; at most 512 columns.
+    """The gate values of all tokens, one row per token; at most 512 columns.
 
     Args:
         pieces: T pieces.
         gate: (T, F), before SiLU.
 
-    What to see: each token opens a few gates of its own (orange) and shuts the rest.
+    What to see: each token opens gates of its own (orange) and closes others (blue).
     """
     gate = array(gate, "gate", 2)
     same_length(len(gate), pieces=pieces)

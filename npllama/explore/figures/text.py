@@ -20,12 +20,12 @@ def pieces_strip(full_text: str, pieces: Sequence[str], ids: Sequence[int]) -> F
     """The text, and below it a box per piece with the piece's id.
 
     Args:
-        full_text: what was tokenized.
+        full_text: the text that was tokenized.
         pieces: T pieces; spaces are shown as `▁`.
         ids: T ids.
 
-    What to see: common words are one piece, rare ones several; a space belongs to the word that
-    follows it.
+    What to see: frequent words are one piece, and rare words several. A space belongs to the word
+    after it.
     """
     same_length(len(pieces), ids=ids)
     if not pieces:

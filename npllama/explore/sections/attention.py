@@ -1,40 +1,50 @@
 """6: attention maps of all heads."""
 
 import numpy as np
+from markupsafe import Markup
 
-from npllama.explore.figures.attention import attention_map, attention_maps, first_token_share
+from npllama.explore.figures.attention import (
+    MOST_MAPS,
+    attention_map,
+    attention_maps,
+    first_token_share,
+)
+from npllama.explore.labels import window
 from npllama.explore.record import Record
-from npllama.explore.section import Choices, Function, Picture, Section, say, shape
+from npllama.explore.section import Choices, Function, Picture, Section, piece, say, shape
 from npllama.ops import Ops
 
-MOST = 8
-"""Layers, and heads of each, that are shown of a large model."""
 _FEW = 36
-"""Heads that are shown large at most."""
+"""Heads that can be shown large."""
 
 
 def section(run: Record) -> Section:
     c, n = run.config, len(run.pieces)
-    layers, heads = spaced(c.n_layers), spaced(c.n_heads)
     weights = run.stacked("attention")  # (L, H, T, T)
     total = len(run.ids)
     return Section(
         slug="attention",
-        title="Attention: how each token divides its view of the past",
+        title="Attention: each token reads from the tokens up to itself",
         idea=(
             say(
                 "A softmax turns the scores of one query with all keys into shares that sum to 1, "
-                "and the head's output is the values mixed by these shares. So each token decides "
-                "for itself, by its content and by distance, what to read: that is how <q>She</q> "
-                "can find the name it stands for."
+                "and the output of the head is the sum of the values weighted by these shares. So "
+                "each token decides by its content and by the distance what to read. A pronoun, "
+                "for example, can find the name that it stands for. The outputs of the "
+                "<var>H</var> heads are concatenated, {h} × {c} elements per token, and the matrix "
+                "<var>W<sub>o</sub></var> mixes them into one vector of <var>D</var> = {d} "
+                "elements.",
+                h=c.n_heads,
+                c=c.head_dim,
+                d=f"{c.dim:,}",
             ),
             say(
-                "The <em>mask</em> hides the tokens that come later. The model is trained to "
-                "predict each next token, and must not see it; and since no later token changes "
-                "an earlier one, keys and values can be kept (section 7). The division by "
-                "√<var>C</var> keeps the scores at the same size for any head width: a sum of "
-                "<var>C</var> products grows with √<var>C</var>, and a softmax of large scores "
-                "would pick one token and pass no gradient to the others."
+                "The <em>mask</em> hides the tokens that come later. In training the model "
+                "predicts each next token and must not see it. A second effect: no later token "
+                "changes an earlier one, so keys and values can be stored (section 7). The "
+                "division by √<var>C</var> gives the scores the same size at any head width. A sum "
+                "of <var>C</var> products grows like √<var>C</var>, and a softmax of large scores "
+                "picks one token and passes hardly any gradient to the others."
             ),
         ),
         equations=(
@@ -61,57 +71,54 @@ def section(run: Record) -> Section:
             shape("o", "H, T, C", c.n_heads, n, c.head_dim),
         ),
         parts=(
-            Picture(
-                attention_maps(weights, run.pieces),
-                _which(run, layers, heads),
-            ),
-            _large(run, weights, layers, heads),
+            Picture(attention_maps(weights, run.pieces), _which(run)),
+            _large(run, weights),
             Picture(
                 first_token_share(run.stacked("to_first")),
-                say("The share of attention that goes to the first token, in each head."),
+                say(
+                    "The share of attention that goes to the prompt's first token, in percent, "
+                    "averaged over the other tokens."
+                ),
             ),
         ),
         see=_see(run, weights),
     )
 
 
-def spaced(n: int) -> list[int]:
-    """All of n, or MOST of them, evenly spaced, the first and the last included."""
-    return sorted({round(x) for x in np.linspace(0, n - 1, min(n, MOST))})
-
-
-def _which(run: Record, layers: list[int], heads: list[int]):
+def _which(run: Record) -> Markup:
     c = run.config
-    text = say(
-        "Every head of every layer: a row is the token that reads, a column the token that is "
-        "read, and brighter is more."
-    )
-    if len(layers) * len(heads) < c.n_layers * c.n_heads:
-        text = say(
-            "{layers} of {all_layers} layers and {heads} of {all_heads} heads, evenly spaced: a "
-            "row is the token that reads, a column the token that is read, and brighter is more.",
-            layers=len(layers),
+    layers, heads = min(c.n_layers, MOST_MAPS), min(c.n_heads, MOST_MAPS)
+    which = say("Every head of every layer.")
+    if layers * heads < c.n_layers * c.n_heads:
+        which = say(
+            "{layers} of {all_layers} layers and {heads} of {all_heads} heads, evenly spaced.",
+            layers=layers,
             all_layers=c.n_layers,
-            heads=len(heads),
+            heads=heads,
             all_heads=c.n_heads,
         )
+    which += say(
+        " A row is the token that reads, a column the token that is read; brighter is more. The "
+        "colours follow the square root of the share, which makes small shares visible."
+    )
     if run.start:
-        text += say(
-            " The columns are the window's tokens; what goes to the {earlier} tokens before it is "
-            "not shown.",
+        which += say(
+            " The columns are the window's tokens. Shares that go to the {earlier} tokens before "
+            "the window are not shown.",
             earlier=f"{run.start:,}",
         )
-    return text
+    return which
 
 
 def previous_share(weights: np.ndarray) -> np.ndarray:
-    """(L, H): the attention that goes to the token just before, averaged over the window."""
+    """The attention to the token just before, averaged over the window: (L, H, T, T) -> (L, H)."""
     if weights.shape[-1] < 2:
         return np.zeros(weights.shape[:2])
     return weights.diagonal(-1, axis1=2, axis2=3).mean(axis=-1)
 
 
-def _large(run: Record, weights: np.ndarray, layers: list[int], heads: list[int]) -> Choices:
+def _large(run: Record, weights: np.ndarray) -> Choices:
+    layers, heads = (window(n, MOST_MAPS).tolist() for n in weights.shape[:2])
     pairs = [(layer, head) for layer in layers for head in heads]
     before = previous_share(weights)
     pairs = sorted(sorted(pairs, key=lambda p: -before[p])[:_FEW])
@@ -121,21 +128,36 @@ def _large(run: Record, weights: np.ndarray, layers: list[int], heads: list[int]
         for layer, head in pairs
     )
     caption = say(
-        "One head at a time: choose <var>layer</var>.<var>head</var>. The first one shown is the "
-        "head, of those above, that gives most to the token just before. The mask hides the "
-        "hatched half."
+        "One head at a time: choose <var>layer</var>.<var>head</var>. The head that is shown "
+        "first gives the largest share to the token just before. The mask hides the hatched half."
     )
-    return Choices("head", figures, caption, pairs.index(best))
+    return Choices("head", figures, caption + _example(run, weights, best), pairs.index(best))
 
 
-def _even_share(run: Record) -> float:
-    """The mean share of the first token, if every token divided its attention evenly."""
+def _example(run: Record, weights: np.ndarray, best: tuple[int, int]) -> Markup:
+    """One cell of the map that is shown first, in words."""
+    below = np.tril(weights[best], -1)
+    if not below.any():
+        return Markup()
+    row, column = np.unravel_index(below.argmax(), below.shape)
+    return say(
+        " For example, in head {layer}.{head} the token {reader} gives {share:.0%} of its "
+        "attention to {read}.",
+        layer=best[0],
+        head=best[1],
+        reader=piece(run.pieces[row]),
+        read=piece(run.pieces[column]),
+        share=float(below[row, column]),
+    )
+
+
+def even_share(run: Record) -> float:
+    """The mean share of the first token if each token read all tokens up to itself equally."""
     positions = np.arange(max(run.start, 1), len(run.ids))
     return float((1 / (positions + 1)).mean())
 
 
-def _see(run: Record, weights: np.ndarray) -> tuple:
-    first, before = run.stacked("to_first"), previous_share(weights)
+def _see(run: Record, weights: np.ndarray) -> tuple[Markup, ...]:
     if len(run.ids) == 1:
         return (
             say(
@@ -143,34 +165,51 @@ def _see(run: Record, weights: np.ndarray) -> tuple:
                 "longer prompt shows what the heads look for."
             ),
         )
-    layer, head = np.unravel_index(before.argmax(), before.shape)
-    seen = [
-        say(
-            "On average {share:.1%} of the attention goes to the first token; it would be "
-            "{even:.1%} if every token looked at all tokens before it alike. Head {head} of layer "
-            "{layer} gives it most, {most:.0%}. Shares sum to 1, so a head that finds nothing to "
-            "read must still put them somewhere, in many models on the first token: an "
-            "<em>attention sink</em> (Xiao et al. 2023).",
-            share=float(first.mean()),
-            even=_even_share(run),
-            head=int(first.argmax() % first.shape[1]),
-            layer=int(first.argmax() // first.shape[1]),
-            most=float(first.max()),
-        ),
-        say(
-            "Head {head} of layer {layer} gives {share:.0%} of its attention to the token just "
-            "before, the most of all heads.",
-            head=head,
-            layer=layer,
-            share=float(before.max()),
-        ),
-    ]
+    seen = [_first_token(run)]
+    if weights.shape[-1] > 1:
+        before = previous_share(weights)
+        layer, head = np.unravel_index(before.argmax(), before.shape)
+        seen.append(
+            say(
+                "Head {head} of layer {layer} gives {share:.0%} of its attention to the token just "
+                "before, the most of all heads.",
+                head=head,
+                layer=layer,
+                share=float(before.max()),
+            )
+        )
     if run.start:
-        earlier = run.stacked("to_earlier")
         seen.append(
             say(
                 "{share:.0%} of the window's attention goes to tokens before the window.",
-                share=float(earlier.mean()),
+                share=float(run.stacked("to_earlier").mean()),
             )
         )
     return tuple(seen)
+
+
+def _first_token(run: Record) -> Markup:
+    first, even = run.stacked("to_first"), even_share(run)
+    share = float(first.mean())
+    said = say(
+        "On average {share:.1%} of the attention goes to the prompt's first token, {token}. It "
+        "would be {even:.1%} if each token read all tokens up to itself equally. Head {head} of "
+        "layer {layer} gives it most, {most:.0%}. ",
+        share=share,
+        token=piece(run.piece(run.ids[0])),
+        even=even,
+        head=int(first.argmax() % first.shape[1]),
+        layer=int(first.argmax() // first.shape[1]),
+        most=float(first.max()),
+    )
+    if share > 2 * even:
+        return said + say(
+            "That is an <em>attention sink</em> (Xiao et al. 2023): shares sum to 1, so a head "
+            "that finds nothing to read still has to put them somewhere."
+        )
+    return said + say(
+        "Many large models put most of their attention there, an <em>attention sink</em> (Xiao et "
+        "al. 2023), because shares sum to 1 and a head that finds nothing to read still has to "
+        "put them somewhere. This run shows {how}.",
+        how="little of that" if share > even else "nothing of that kind",
+    )

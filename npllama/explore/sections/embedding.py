@@ -1,5 +1,7 @@
 """2: the embedding's rows."""
 
+from markupsafe import Markup
+
 from npllama.explore.figures.embedding import embedding_rows
 from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, piece, say, shape
@@ -13,19 +15,19 @@ def section(run: Record) -> Section:
         title="Each id selects a row",
         idea=(
             say(
-                "The embedding matrix <var>W</var> has one row for each of the {v} ids, and a "
-                "row has <var>D</var> = {d} elements that training has set. A token's vector is "
-                "a copy of the row of its id.",
+                "The embedding matrix <var>W</var> has one row for each of the {v} ids. A row has "
+                "<var>D</var> = {d} elements, which were learned in training. The vector of a "
+                "token is a copy of the row of its id.",
                 v=f"{c.vocab_size:,}",
                 d=f"{c.dim:,}",
             ),
             say(
-                "From here on the text is a matrix <var>x</var> with one row per token: the "
-                "<em>residual stream</em>. Each later part of the model reads it and adds to it "
-                "(section 9)."
+                "From here on the text is a matrix <var>x</var> with one row per token, the "
+                "<em>residual stream</em>. Each later part of the model reads <var>x</var> and "
+                "adds to it; section 9 says why."
             ),
         ),
-        equations=(r"x_t = W_{i_t}",),
+        equations=(r"x_t = \text{row } i_t \text{ of } W",),
         functions=(Function(Ops.embedding, ("test_embedding_takes_rows",)),),
         shapes=(
             shape("W", "V, D", c.vocab_size, c.dim),
@@ -41,21 +43,21 @@ def section(run: Record) -> Section:
     )
 
 
-def _repeated(run: Record):
+def _repeated(run: Record) -> Markup:
     shown = run.pieces
     twice = next((p for p in shown if shown.count(p) > 1), None)
     if twice is None:
-        return say("No piece occurs twice in this prompt. If one did, its rows would be equal.")
+        return say("No piece occurs twice here. If one did, its rows would be equal.")
     places = [str(run.start + i) for i, p in enumerate(shown) if p == twice]
     return say(
-        "{piece} stands at positions {places}, and its rows are equal there.",
+        "{piece} is at positions {places}. Its rows there are equal.",
         piece=piece(twice),
         places=", ".join(places[:-1]) + " and " + places[-1],
     )
 
 
-def _no_position():
+def _no_position() -> Markup:
     return say(
-        "A row depends on the id alone. Neither the position nor the neighbours have changed it "
-        "yet: RoPE brings in the position (section 5), attention the neighbours (section 6)."
+        "A row depends only on the id, and not yet on the position or on the other tokens. RoPE "
+        "brings in the position (section 5), and attention the other tokens (section 6)."
     )

@@ -1,8 +1,10 @@
 """3: RMSNorm before and after, and why not LayerNorm."""
 
 import numpy as np
+from markupsafe import Markup
 
-from npllama.explore.figures.norm import norm_before_after, norm_kinds
+from npllama.explore.figures.norm import norm_kinds, norm_sizes
+from npllama.explore.labels import quantity
 from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, piece, say, shape
 from npllama.ops import Ops
@@ -10,30 +12,31 @@ from npllama.ops import Ops
 
 def section(run: Record) -> Section:
     c, n = run.config, len(run.pieces)
-    before, after = run.embedded, run.layers[0].normed
-    size = np.sqrt((before * before).mean(axis=-1))  # (T,)
+    before = sizes(run.hidden[:-1])  # (L, T)
+    after = sizes(run.stacked("normed"))  # (L, T)
     return Section(
         slug="norm",
         title="RMSNorm: every layer reads input of the same size",
         idea=(
             say(
-                "Layers add to the stream, so its elements grow with depth (section 9), and they "
-                "grow differently for each token. The output of a matrix product grows with its "
-                "input; a softmax of large scores would be nearly one-hot, and training would be "
-                "unstable."
+                "Each layer adds to the stream (section 9), so its elements grow with depth, and "
+                "they grow differently for each token. The output of a matrix product grows with "
+                "its input. Attention computes a softmax of such outputs (section 6). A softmax of "
+                "large numbers puts nearly everything on one of them and is nearly constant "
+                "around that point, so its gradient is nearly zero, and training stalls."
             ),
             say(
                 "RMSNorm divides each token's vector by its <em>root mean square</em>, the "
-                "typical size of its elements, and multiplies each element by a learned weight. "
-                "The direction of the vector counts from then on, its length does not. LLaMA "
-                "normalizes the <em>input</em> of attention and of the feed-forward network, and "
-                "leaves the stream itself as it is."
+                "typical size of its elements. Then it multiplies each element by a learned "
+                "weight. After that only the direction of the vector matters, and its length does "
+                "not. LLaMA normalizes the <em>input</em> of attention and of the feed-forward "
+                "network, and leaves the stream itself unchanged."
             ),
             say(
-                "<strong>Why not LayerNorm?</strong> LayerNorm, of the first transformers, also "
+                "<strong>Why not LayerNorm?</strong> The LayerNorm of the first transformers also "
                 "subtracts the mean of the elements and adds a learned bias. Zhang and Sennrich "
-                "found that the rescaling brings the benefit and that the subtraction can be left "
-                "out. RMSNorm needs one sum over the elements in place of two, and no bias."
+                "(2019) found that the division brings the benefit, and that the subtraction is "
+                "not needed. RMSNorm needs one sum over the elements instead of two, and no bias."
             ),
         ),
         equations=(
@@ -50,44 +53,55 @@ def section(run: Record) -> Section:
         ),
         parts=(
             Picture(
-                norm_before_after(run.pieces, before, after, size),
+                norm_sizes(np.maximum(before, 1e-30), np.maximum(after, 1e-30)),
                 say(
-                    "The elements of each token before and after the RMSNorm of the first "
-                    "attention."
+                    "The root mean square of each token's elements before and after the RMSNorm "
+                    "of each layer's attention. The learned weight <var>w</var> is included, so "
+                    "the sizes after are not exactly 1."
                 ),
             ),
             Picture(
-                norm_kinds(before[-1], after[-1], run.layer_normed[-1]),
+                norm_kinds(run.embedded[-1], run.layers[0].normed[-1], run.layer_normed[-1]),
                 say(
-                    "The elements of {last} under both norms, with the same weight and no bias.",
+                    "Each element of {last} in layer 0 under both norms, with the same weight and "
+                    "no bias. Each element has a weight of its own, so the marks do not lie on a "
+                    "line.",
                     last=piece(run.pieces[-1]),
                 ),
             ),
         ),
-        see=_see(run, size),
+        see=_see(run, before, after),
     )
 
 
-def _see(run: Record, size: np.ndarray) -> tuple:
+def sizes(x: np.ndarray) -> np.ndarray:
+    """The root mean square over the last axis: (..., D) -> (...)."""
+    return np.sqrt((x * x).mean(axis=-1))
+
+
+def _see(run: Record, before: np.ndarray, after: np.ndarray) -> tuple[Markup, ...]:
     x, normed, other = run.embedded[-1], run.layers[0].normed[-1], run.layer_normed[-1]
-    moved = np.linalg.norm(normed - other) / max(np.linalg.norm(normed), 1e-30)
-    deep = np.sqrt((run.layers[-1].hidden ** 2).mean(axis=-1))
+    moved = float(np.linalg.norm(normed - other) / max(np.linalg.norm(normed), 1e-30))
+    share = abs(float(x.mean())) / max(float(sizes(x)), 1e-30)
     return (
         say(
-            "Before the first block the root mean squares lie between {low:.3g} and {high:.3g}; "
-            "after the last block they lie between {deep_low:.3g} and {deep_high:.3g}. RMSNorm "
-            "brings each of them to 1 before it multiplies by the weight.",
-            low=size.min(),
-            high=size.max(),
-            deep_low=deep.min(),
-            deep_high=deep.max(),
+            "Before the norms the sizes lie between {low} and {high}, a factor of {wide}. After "
+            "them they lie between {low_after} and {high_after}, a factor of {narrow}.",
+            low=quantity(float(before.min())),
+            high=quantity(float(before.max())),
+            wide=quantity(float(before.max() / max(before.min(), 1e-30))),
+            low_after=quantity(float(after.min())),
+            high_after=quantity(float(after.max())),
+            narrow=quantity(float(after.max() / max(after.min(), 1e-30))),
         ),
         say(
-            "The mean of the last token's elements is {mean:.3g}, which is {share:.1%} of their "
-            "root mean square. Subtracting it too, as LayerNorm does, would change the result by "
-            "{moved:.1%} of its length.",
-            mean=float(x.mean()),
-            share=abs(float(x.mean())) / max(float(size[-1]), 1e-30),
-            moved=float(moved),
+            "The mean of the elements of {last} is {mean}, {share:.1%} of their root mean square. "
+            "Subtracting it, as LayerNorm does, would change the result by {moved:.1%} of its "
+            "length. The smaller the mean is beside the root mean square, the less the two norms "
+            "differ.",
+            last=piece(run.pieces[-1]),
+            mean=quantity(float(x.mean())),
+            share=share,
+            moved=moved,
         ),
     )

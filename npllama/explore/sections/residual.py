@@ -1,8 +1,10 @@
 """9: the residual stream."""
 
 import numpy as np
+from markupsafe import Markup
 
 from npllama.explore.figures.residual import block_shares, residual_norms
+from npllama.explore.labels import percent, quantity
 from npllama.explore.record import Record
 from npllama.explore.section import Function, Picture, Section, say, shape
 from npllama.ops import Ops
@@ -14,14 +16,18 @@ def section(run: Record) -> Section:
     attention, feed_forward = shares(run)
     return Section(
         slug="residual",
-        title="The residual stream: each block adds, none replaces",
+        title="The residual stream: each layer adds, none replaces",
         idea=(
             say(
-                "A block, one layer of the model, has two halves: attention and feed-forward. Each "
-                "reads the normalized stream and <em>adds</em> its result to the stream as it "
-                "was. So what one layer wrote stays readable for all later ones, and in training "
-                "the gradient reaches every layer along the sum, unweakened by the layers above. "
-                "Without the sum, networks of dozens of layers hardly train."
+                "A layer has two halves, attention and feed-forward. Each half reads the "
+                "normalized stream and <em>adds</em> its result to the stream. So a layer "
+                "computes only a difference, the <em>residual</em>, and the stream carries the "
+                "sum. What one layer adds stays in the sum for all later layers."
+            ),
+            say(
+                "In training, the gradient passes along the sum to every layer without being "
+                "weakened by the layers above. He et al. (2016) found that deep networks become "
+                "harder to train with each layer unless the layers add to their input."
             ),
         ),
         equations=(
@@ -42,13 +48,13 @@ def section(run: Record) -> Section:
         parts=(
             Picture(
                 residual_norms(np.linalg.norm(hidden, axis=-1), run.pieces),
-                say("The length of each token's vector after the embedding and after each block."),
+                say("The length of each token's vector after the embedding and after each layer."),
             ),
             Picture(
                 block_shares(attention, feed_forward),
                 say(
-                    "What each half of a block adds: its length relative to that of the stream it "
-                    "is added to, averaged over the tokens."
+                    "The length of what each half of a layer adds, relative to the length of the "
+                    "stream to which it is added, averaged over the tokens; on a logarithmic axis."
                 ),
             ),
         ),
@@ -57,7 +63,8 @@ def section(run: Record) -> Section:
 
 
 def shares(run: Record) -> tuple[np.ndarray, np.ndarray]:
-    """(L,) and (L,): the length of what attention and feed-forward add, relative to the stream."""
+    """(L,) and (L,): the length of what attention and feed-forward add, relative to the stream to
+    which they add it, averaged over the tokens."""
     attention, feed_forward, x = [], [], run.embedded
     for layer in run.layers:
         attention.append(_relative(layer.after_attention - x, x))
@@ -71,28 +78,30 @@ def _relative(added: np.ndarray, x: np.ndarray) -> float:
     return float((np.linalg.norm(added, axis=-1) / length).mean())
 
 
-def _see(hidden: np.ndarray, attention: np.ndarray, feed_forward: np.ndarray) -> tuple:
+def _see(hidden: np.ndarray, attention: np.ndarray, feed_forward: np.ndarray) -> tuple[Markup, ...]:
     norms = np.linalg.norm(hidden, axis=-1)  # (L+1, T)
     x, y = hidden[0, -1], hidden[-1, -1]
     cosine = float(x @ y / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-30))
-    both = attention + feed_forward
+    largest = max(attention.max(), feed_forward.max())
+    half, shares = ("attention", attention)
+    if feed_forward.max() == largest:
+        half, shares = ("feed-forward network", feed_forward)
     return (
         say(
-            "The last token's vector grows from a length of {begin:.3g} to {end:.3g}. The cosine "
-            "of the angle between its first and its last vector is {cosine:.2f}: "
-            "{how}.",
-            begin=float(norms[0, -1]),
-            end=float(norms[-1, -1]),
-            cosine=cosine,
-            how="the embedding is still visible in it"
+            "The last token's vector has the length {begin} after the embedding and {end} after "
+            "the last layer. The cosine of the angle between the two vectors is {cosine}: {how}.",
+            begin=quantity(float(norms[0, -1])),
+            end=quantity(float(norms[-1, -1])),
+            cosine=quantity(cosine, 2),
+            how="the embedding still gives the sum a part of its direction"
             if cosine > 0.3
-            else "little of the embedding's direction is left",
+            else "the embedding is still in the sum, but small beside what the layers added",
         ),
         say(
-            "Layer {most} adds most relative to the stream it finds, layer {least} least.",
-            most=int(both.argmax()),
-            least=int(both.argmin()),
-        )
-        if len(both) > 1
-        else say("This model has one layer."),
+            "The largest addition is that of the {half} in layer {layer}: {share} of the "
+            "length of the stream before it.",
+            half=half,
+            layer=int(shares.argmax()),
+            share=percent(float(largest)),
+        ),
     )

@@ -2,15 +2,17 @@
 
 import base64
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
 
 from npllama.explore.choice import Stage
 from npllama.explore.figures.sampling import cumulative_choice, sampling_stages
-from npllama.explore.labels import piece_label
+from npllama.explore.labels import count, piece_label
 from npllama.explore.record import Record
-from npllama.explore.section import Function, Picture, Section, Table, count, piece, say, shape
+from npllama.explore.section import Function, Picture, Section, Table, piece, say, shape
+from npllama.explore.svg import Figure
 from npllama.ops import Ops
 
 BARS = 10
@@ -26,87 +28,128 @@ _NAMES = {
 
 
 def section(run: Record) -> Section:
-    choice, v = run.choice, run.config.vocab_size
+    v = run.config.vocab_size
+    return Section(
+        slug="sampling",
+        title="Sampling: from probabilities to one token",
+        idea=_idea(run),
+        equations=(
+            r"p_i = \frac{e^{z_i / \tau}}{\sum_j e^{z_j / \tau}}, \qquad"
+            r" \tau \to 0: \text{ the largest logit}",
+            r"\text{token} = \min \left\{\, i : \sum_{j \le i} p_j > u \,\right\}, \qquad"
+            r" u \sim \text{Uniform}[0, 1)",
+        ),
+        functions=_functions(run),
+        shapes=(
+            shape("logits z", "1, V", 1, v),
+            *(() if run.choice.uniform is None else (shape("uniform u", "1", 1),)),
+            shape("token", "1", 1),
+        ),
+        parts=_parts(run),
+        see=_see(run),
+    )
+
+
+def _idea(run: Record) -> tuple[Markup, ...]:
+    idea = [
+        say(
+            "The head gives every piece a logit. A text of the likeliest pieces alone is dull and "
+            "repeats itself. A text that is drawn from the whole softmax contains nonsense now and "
+            "then, because the many unlikely pieces together have some probability. Temperature "
+            "and filters lie between."
+        ),
+        say(
+            "<strong>Temperature</strong> τ divides the logits <var>z</var>: below 1 it sharpens "
+            "the distribution, above 1 it flattens it, and 0 takes the likeliest piece. The "
+            "filters then remove the unlikely tail. <strong>Top-k</strong> keeps the <var>k</var> "
+            "likeliest pieces. <strong>Top-p</strong> keeps the fewest pieces that together exceed "
+            "a given probability: few where the model is sure, many where it is not. "
+            "<strong>Min-p</strong> keeps the pieces that are at least a given factor times as "
+            "likely as the likeliest. One uniform random number <var>u</var> then chooses among "
+            "the remaining pieces."
+        ),
+    ]
+    if _has_penalty(run):
+        idea.append(
+            say(
+                "This run also has a <strong>repetition penalty</strong> of {penalty:g}. Before "
+                "the temperature, the logit of each token that the text already contains is "
+                "divided by it, or multiplied by it if the logit is not positive.",
+                penalty=run.sampling.repetition_penalty,
+            )
+        )
+    return tuple(idea)
+
+
+def _has_penalty(run: Record) -> bool:
+    return run.sampling.repetition_penalty != 1
+
+
+def _functions(run: Record) -> tuple[Function, ...]:
+    penalty = Function(
+        Ops.penalize_repetition, ("test_repetition_penalty_moves_seen_tokens_alone",)
+    )
+    return (
+        Function(
+            Ops.sample,
+            ("test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_uniform",),
+        ),
+        *((penalty,) if _has_penalty(run) else ()),
+        Function(
+            Ops.divide_by_temperature,
+            ("test_tokens_are_sampled_as_often_as_they_are_probable",),
+        ),
+        Function(Ops.keep_top_k, ("test_top_k_keeps_the_k_largest",)),
+        Function(Ops.keep_top_p, ("test_top_p_keeps_the_fewest_that_exceed_p",)),
+        Function(Ops.keep_min_p, ("test_min_p_keeps_what_is_p_times_as_likely_as_the_likeliest",)),
+    )
+
+
+def _parts(run: Record) -> tuple[Picture | Table, ...]:
+    choice = run.choice
     likeliest = np.argsort(-choice.stages[0].probability, kind="stable")[:BARS]
     if choice.id not in likeliest:
         likeliest = np.append(likeliest[:-1], choice.id)
     labels = [run.piece(id_) for id_ in likeliest]
     place = int(np.flatnonzero(likeliest == choice.id)[0])
-    return Section(
-        slug="sampling",
-        title="Sampling: from probabilities to one token",
-        idea=(
+
+    def bars(stages: Sequence[Stage], uniform: float | None) -> Figure:
+        shown = [(named(stage), stage.probability[likeliest]) for stage in stages]
+        return sampling_stages(labels, shown, uniform, place)
+
+    pictures = [
+        Picture(
+            bars(choice.stages, choice.uniform),
             say(
-                "The head gives every piece a logit. Always taking the likeliest piece makes dull "
-                "texts that repeat themselves; drawing from the whole softmax now and then draws "
-                "nonsense, since the many unlikely pieces have some probability together. "
-                "Sampling lies between."
+                "The likeliest tokens after each step of this run, in the order of the steps. ▶ "
+                "marks the chosen token. The slider shows the softmax at another temperature, "
+                "without filters."
             ),
-            say(
-                "<strong>Temperature</strong> divides the logits: below 1 it sharpens, above 1 it "
-                "flattens. The filters then drop the unlikely tail. <strong>Top-k</strong> keeps "
-                "the <var>k</var> likeliest; <strong>top-p</strong> keeps the fewest that reach a "
-                "probability of <var>p</var> together, few where the model is sure and many where "
-                "it is not; <strong>min-p</strong> keeps what is at least <var>p</var> times as "
-                "likely as the likeliest. One uniform random number then chooses among the rest."
-            ),
-        ),
-        equations=(
-            r"p_i = \frac{e^{x_i / \tau}}{\sum_j e^{x_j / \tau}}",
-            r"\text{token} = \min \left\{\, i : \sum_{j \le i} p_j > u \,\right\}, \qquad"
-            r" u \sim \text{Uniform}[0, 1)",
-        ),
-        functions=(
-            Function(
-                Ops.sample,
-                (
-                    "test_sample_is_the_first_token_whose_cumulative_probability_exceeds_the_"
-                    "uniform",
-                ),
-            ),
-            Function(
-                Ops.divide_by_temperature,
-                ("test_tokens_are_sampled_as_often_as_they_are_probable",),
-            ),
-            Function(Ops.keep_top_k, ("test_top_k_keeps_the_k_largest",)),
-            Function(Ops.keep_top_p, ("test_top_p_keeps_the_fewest_that_exceed_p",)),
-            Function(
-                Ops.keep_min_p, ("test_min_p_keeps_what_is_p_times_as_likely_as_the_likeliest",)
-            ),
-        ),
-        shapes=(
-            shape("logits", "B, V", 1, v),
-            shape("uniform", "B", 1),
-            shape("token", "B", 1),
-        ),
-        parts=(
+            _slider(run, likeliest, labels),
+        )
+    ]
+    if choice.alone:
+        pictures.append(
             Picture(
-                sampling_stages(
-                    labels,
-                    [(named(stage), stage.probability[likeliest]) for stage in choice.stages],
-                    choice.uniform,
-                    place,
-                ),
-                say(
-                    "The likeliest tokens and the chosen one after each step of this run; the "
-                    "steps are applied from left to right."
-                ),
-                _slider(run, likeliest, labels),
-            ),
-            *_drawn(run),
-            _table(run),
-        ),
-        see=_see(run),
-    )
+                bars(choice.alone, None),
+                say("The filters that this run does not use, each alone {where}.", where=_at(run)),
+            )
+        )
+    return (*pictures, *_drawn(run), _table(run))
+
+
+def _at(run: Record) -> str:
+    greedy = run.sampling.temperature == 0
+    return "on the probabilities before the choice" if greedy else "after the temperature"
 
 
 def _slider(run: Record, shown: np.ndarray, labels: list[str]) -> Markup:
     """A control with which the page's script shows the softmax at any temperature.
 
-    It carries the logits as int16: below the largest, in steps of 1/128.
+    Its logits are int16: differences from the largest logit, in steps of 1/512.
     """
     x = run.choice.logits
-    below = np.maximum(np.nan_to_num((x - x.max()) * 128, neginf=-32768.0), -32768)
+    below = np.maximum(np.nan_to_num((x - x.max()) * 512, neginf=-32768.0), -32768)
     return say(
         '<div class="control" hidden data-logits="{logits}" data-shown="{shown}" '
         'data-labels="{labels}" data-chosen="{chosen}"><label for="temperature">Try another '
@@ -116,7 +159,7 @@ def _slider(run: Record, shown: np.ndarray, labels: list[str]) -> Markup:
         shown=json.dumps(shown.tolist()),
         labels=json.dumps([piece_label(label) for label in labels], ensure_ascii=False),
         chosen=int(np.flatnonzero(shown == run.choice.id)[0]),
-        value=min(max(run.sampling.temperature, 0.05), 2.0),
+        value=min(max(run.sampling.temperature or 1.0, 0.05), 2.0),
     )
 
 
@@ -127,7 +170,7 @@ def named(stage: Stage) -> str:
 
 
 def _drawn(run: Record) -> tuple[Picture, ...]:
-    """The uniform among the tokens that are left, in the order of their ids, as `sample` adds."""
+    """The uniform among the remaining tokens, in the order of their ids, as in `Ops.sample`."""
     choice = run.choice
     if choice.uniform is None:
         return ()
@@ -136,17 +179,17 @@ def _drawn(run: Record) -> tuple[Picture, ...]:
         Picture(
             cumulative_choice(labels, shares, choice.uniform, place),
             say(
-                "The tokens that are left lie end to end from 0 to 1, in the order of their ids"
-                "{others}. The uniform falls into the chosen one.",
-                others=f"; {_OTHERS} are unlikely ones together" if _OTHERS in labels else "",
+                "The probabilities of the remaining tokens, end to end from 0 to 1 in the order of "
+                "their ids{others}. The uniform lies in the interval of the chosen token.",
+                others=f"; {_OTHERS} stands for several unlikely ones" if _OTHERS in labels else "",
             ),
         ),
     )
 
 
 def intervals(run: Record) -> tuple[list[str], np.ndarray, int]:
-    """Labels and probabilities of the tokens that are left, in the order of their ids, and the
-    place of the chosen one. All but the likeliest and the chosen one are joined to neighbours."""
+    """Labels and probabilities of the remaining tokens in the order of their ids, and the index of
+    the chosen one. Neighbours that are neither likely nor chosen are joined."""
     choice = run.choice
     last = choice.stages[-1].probability.astype("float64")
     kept = np.flatnonzero(last > 0)
@@ -183,49 +226,55 @@ def _table(run: Record) -> Table:
         ("step", "", "tokens left", "likeliest", "the chosen token"),
         tuple(rows),
         say(
-            "Each step of this run, and what each filter that it does not use would leave, alone, "
-            "after the temperature."
+            "The steps of this run, and the filters that it does not use, each alone {where}.",
+            where=_at(run),
         ),
     )
 
 
-def _see(run: Record) -> tuple:
+def _see(run: Record) -> tuple[Markup, ...]:
+    return (_where(run), *_how(run))
+
+
+def _where(run: Record) -> Markup:
+    choice = run.choice
+    if choice.step == 0:
+        return say("This is the choice of the first token after the prompt.")
+    return say(
+        "This is new token {number} of {all}, after {text}. Its distribution had the largest "
+        "entropy of all new tokens: the model was least certain there.",
+        number=choice.step + 1,
+        all=len(run.new_ids),
+        text=Markup(" ").join(piece(run.piece(id_)) for id_ in choice.before[-4:]),
+    )
+
+
+def _how(run: Record) -> tuple[Markup, ...]:
     choice = run.choice
     chosen = piece(run.piece(choice.id))
     first, last = choice.stages[0], choice.stages[-1]
     if choice.uniform is None:
-        how = say(
-            "The temperature is 0, so no random number is drawn: the likeliest token, {chosen}, "
-            "is taken.",
-            chosen=chosen,
+        return (
+            say(
+                "The temperature is 0, so the likeliest token {chosen} is taken. No random number "
+                "is drawn, and the seed has no effect.",
+                chosen=chosen,
+            ),
         )
-    else:
-        how = say(
-            "The uniform of seed {seed} is {u:.4f}, and it chose {chosen}, which has {p:.1%} "
-            "after all steps and had {before:.1%} at first.",
+    return (
+        say(
+            "The uniform of seed {seed} and new token {number} is {u:.4f}. It chose {chosen}, "
+            "which has the probability {p:.1%} after all steps and had {before:.1%} at first.",
             seed=run.seed,
-            u=int(choice.uniform * 1e4) / 1e4,  # rounded down, as it stays below a bound
+            number=choice.step + 1,
+            u=int(choice.uniform * 1e4) / 1e4,  # rounded down, so it stays below a bound
             chosen=chosen,
             p=float(last.probability[choice.id]),
             before=float(first.probability[choice.id]),
-        )
-    where = (
-        say("This is the first token after the prompt.")
-        if choice.step == 0
-        else say(
-            "This is new token {step} of {all}, after {text}, where the model was least certain "
-            "of all.",
-            step=choice.step + 1,
-            all=len(run.new_ids),
-            text=Markup(" ").join(piece(run.piece(id_)) for id_ in choice.before[-4:]),
-        )
-    )
-    return (
-        where,
-        how,
+        ),
         say(
-            "{kept} of {all} could still be chosen at the end. The random number is a function "
-            "of the seed and of the token's number alone, so the same seed gives the same text.",
+            "{kept} of {all} remained. The random number depends only on the seed and on the "
+            "number of the token, so the same seed gives the same text.",
             kept=count(last.n_kept, "token"),
             all=f"{first.n_kept:,}",
         ),

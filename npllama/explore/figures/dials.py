@@ -1,4 +1,4 @@
-"""RoPE as clocks: one dial per pair, whose hand a slider of the page turns."""
+"""Section 5: RoPE as clocks, one dial per pair."""
 
 import math
 
@@ -15,10 +15,10 @@ def rope_dials(frequencies: np.ndarray, position: int) -> Figure:
 
     Args:
         frequencies: (C/2,) radians per position.
-        position: where the hands are drawn; the page's slider turns them to any other.
+        position: the position of the hands; the page's slider turns them to other positions.
 
-    What to see: the first hands turn fast and tell near positions apart; the last ones hardly
-    move and tell far positions apart.
+    What to see: the first hands turn fast and distinguish near positions. The last hands hardly
+    move and distinguish far positions.
     """
     step = NARROW / _PER_ROW
     parts = []
