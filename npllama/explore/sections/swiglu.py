@@ -27,7 +27,7 @@ def section(run: Record) -> Section:
         equations=(
             r"\text{SiLU}(z) = z \cdot \frac{1}{1 + e^{-z}}",
             r"\text{SwiGLU}(h) = \text{SiLU}(h\,W_{gate}^{\top}) \odot (h\,W_{up}^{\top}), \qquad"
-            r" \text{added to } x: \text{SwiGLU}(h)\,W_{down}^{\top}",
+            r" \text{added to } x\text{: } \text{SwiGLU}(h)\,W_{down}^{\top}",
         ),
         functions=(
             Function(Ops.swiglu, ("test_swiglu_gates_with_its_first_argument",)),
