@@ -23,8 +23,8 @@ from npllama.sampling_options import Sampling
 from npllama.uniforms import uniforms
 
 Groups = tuple[tuple[Sampling, int, int | None], ...]
-"""(sampling, begin, end): the rows begin, ..., end - 1 of the rows that are decoded together have
-the options `sampling`. If all rows have the same options, end is None."""
+"""(sampling, begin, end): among the rows that are decoded together, those with the indices from
+begin to end - 1 have the options `sampling`. If all rows have the same options, end is None."""
 
 PROMPT_TOKENS_BETWEEN_STEPS = 128
 """The maximum number of prompt tokens to prefill between two decode steps. The rows that are being
@@ -483,8 +483,8 @@ class Generation:
     def _settle(self, cache: KVCache) -> None:
         """Truncate each row of the caller's cache to its prompt and completion.
 
-        The last id of a completion has never been the input of a step, so it is not in the cache.
-        Steps whose results were not read may have written further positions, which are removed.
+        Each row keeps the positions of its prompt and of its completion without the last id. Steps
+        that were launched ahead of the text may have written further positions. These are removed.
         """
         cache.user = None
         for row in self.rows:

@@ -191,9 +191,12 @@ class Equations:
     def is_hidden(self, query: Array, key: Array) -> Array:
         """The causal mask: a query attends to the keys up to and including its own position.
 
-        All methods in array calls take the mask from this method. The CUDA kernels compute the same
-        mask themselves. A changed mask must still hide all keys after the query: overrides process
-        the queries in parts, and do not compute scores for keys after the last query of a part.
+        `hidden_keys` applies this mask to the T new positions, and assumes that every query attends
+        to all cached keys. A mask that hides cached keys too, such as a sliding window, must
+        override both methods. The CUDA kernels compute the causal mask themselves.
+
+        A changed mask must still hide all keys after the query: overrides process the queries in
+        parts, and do not compute scores for keys after the last query of a part.
 
         Args:
             query, key: positions, integers whose shapes broadcast.
@@ -215,8 +218,8 @@ class Equations:
         Returns:
             (T, n) bool for some n <= N: one row per query, and one column for each of the last n
             keys. An element is True where the query may not attend to the key. Every query attends
-            to all keys before the last n. In this implementation n is T, so these are the new keys.
-            The result is None if every query attends to every key.
+            to all keys before the last n. This implementation sets n = T: the columns are the T
+            new keys. The result is None if every query attends to every key.
         """
         if n_new == 1:  # the last position attends to all positions
             return None

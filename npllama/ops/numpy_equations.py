@@ -62,7 +62,7 @@ class NumpyEquations(Equations):
         For many rows, y is usually a transposed view of the array y^T (O, M) that `_product`
         computes. In memory, output o of token m is then next to output o of token m + 1, and not
         next to output o + 1 of token m. The overrides of the forward pass are fast in this layout.
-        `_product` makes an exception if there is only one thread.
+        If W is float32 and npllama may use only one thread, y is contiguous instead.
         """
         format_ = w.format
         n_out, width = w.shape

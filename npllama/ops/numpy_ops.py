@@ -103,16 +103,16 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
         return replace(layer, **changed).with_derived(**joined)
 
     def forward_context(self, n_rows: int) -> AbstractContextManager:
-        """A context that sets BLAS's number of threads for a forward pass. Only one thread can hold
-        it at a time.
+        """A context that sets BLAS's number of threads for a forward pass.
 
         BLAS uses `Threads.count` threads, by default as many as there are free cores. It uses one
         thread if the forward pass splits many rows over our own threads, or if worker processes
         compute: BLAS's threads keep spinning after a product, and would occupy the cores of our
         threads and of the processes.
 
-        If npllama may use only one thread per forward pass, forward passes in several threads of
-        the caller may run at the same time.
+        Only one thread of the caller can be in this context at a time, with one exception: if
+        npllama may use only one thread per forward pass, forward passes in several threads of the
+        caller may run at the same time.
         """
         return self._forward_context(n_rows)
 

@@ -98,7 +98,8 @@ def yarn(xp: ModuleType, theta: float, head_dim: int, scaling: RopeScaling) -> A
 
     Pair number `first` makes beta_fast rotations in L0 positions, and pair number `last` makes
     beta_slow rotations. Both are real numbers. If the config's `truncate` is true, `first` is
-    rounded down and `last` up. Then `first` is at least 0, and `last` at most C - 1.
+    rounded down and `last` up. In every case, `first` is then raised to at least 0, and `last`
+    lowered to at most C - 1.
 
     Source: Peng et al. 2023 (YaRN), section 3.2, "NTK-by-parts", in the form of its reference code,
     in which the ramp r is linear in the index i.

@@ -1,4 +1,4 @@
-"""Decide which matrix products worker processes help to compute, and start the workers.
+"""Decide which matrix products are shared with worker processes, and start these workers.
 
 A narrow matrix is one with elements smaller than float32, such as bfloat16 or int8.
 """
@@ -73,9 +73,13 @@ class SharedProducts:
         """Join each group of matrices (O_i, D) to one matrix (sum O_i, D).
 
         Matrices that are neighbours in memory are joined as a view. Other groups are joined by a
-        copy if may_copy is true. For a group whose products are worth sharing, the copy is in
-        shared memory. Such a group is copied there even if may_copy is false, if other processes
-        cannot map its matrices, for example because their dtype was converted while loading.
+        copy if may_copy is true.
+
+        Workers can map a copy only if it is in shared memory. Two kinds of groups are copied there:
+        groups that need a copy, and groups whose matrices other processes cannot map, for example
+        because their dtype was converted while loading. The second kind is copied even if may_copy
+        is false. Nothing is copied to shared memory if all these groups together have too few
+        elements to be worth sharing.
 
         Returns:
             The joined matrix of each group, or None for a group whose matrices remain separate.
