@@ -276,9 +276,10 @@ class Ops(SamplingEquations, Derivatives):
     ) -> int:
         """The maximum number of bytes that `attention` allocates for one chunk of one row.
 
-        This implementation allocates four arrays of scores (H, T, N), for T = chunk and
-        N = context. If the elements of the cache are smaller than float32, it also allocates
-        widened copies of the row's keys and values, (K, N, C) each.
+        The result counts four arrays of scores (H, T, N), for T = chunk and N = context. At most
+        three exist at the same time, and the fourth is a reserve. If the elements of the cache are
+        smaller than float32, the result also counts widened copies of the row's keys and values,
+        (K, N, C) each.
         """
         widened = 2 * n_kv_heads * context * head_dim if cache_dtype.itemsize < 4 else 0
         return 4 * (4 * n_heads * chunk * context + widened)

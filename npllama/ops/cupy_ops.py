@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class CupyOps(Ops):
     """Overrides for CUDA. Each computes the same result as the method of that name in Ops.
 
-    If our CUDA kernels support the shapes and dtypes, they compute the result, and cuBLAS computes
-    its large products. Otherwise array calls compute the result.
+    If our CUDA kernels support the shapes and dtypes, cuBLAS computes the large matrix products,
+    and the kernels compute everything else. Otherwise array calls compute the result.
 
     Args:
         graph: whether decode steps are captured as CUDA graphs.

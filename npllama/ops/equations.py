@@ -195,8 +195,9 @@ class Equations:
         to all cached keys. A mask that hides cached keys too, such as a sliding window, must
         override both methods. The CUDA kernels compute the causal mask themselves.
 
-        A changed mask must still hide all keys after the query: overrides process the queries in
-        parts, and do not compute scores for keys after the last query of a part.
+        A changed mask must still hide all keys after the query, because the backends' overrides of
+        `attention` process the queries in parts, and compute no scores for keys after the last
+        query of a part.
 
         Args:
             query, key: positions, integers whose shapes broadcast.

@@ -177,7 +177,7 @@ class NumpyEquations(Equations):
     def attention_weights(self, q: Array, k: Array) -> Array:
         """softmax(q k^T / sqrt(C) + mask), computed in-place in one array of scores.
 
-        The reference allocates four arrays of that size.
+        The reference holds up to three arrays of that size at the same time.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape
@@ -207,8 +207,8 @@ class NumpyEquations(Equations):
         The work is divided into items, which the threads compute. An item has some of the tokens,
         some of the key heads, and the keys up to the position of its last token. Its scores should
         fit one thread's part of `scratch` and the processor's cache. It therefore has as many key
-        heads as fit, but at least one. The reference allocates four arrays with the scores of all
-        tokens.
+        heads as fit, but at least one. The reference holds up to three arrays with the scores of
+        all tokens at the same time.
         """
         n_heads, n_new, head_dim = q.shape
         n_kv_heads, n_keys, _ = k.shape

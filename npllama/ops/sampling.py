@@ -66,7 +66,8 @@ class SamplingEquations(Equations):
         (B, V) -> (B, V), with -inf for the other tokens. In order of decreasing probability, a
         token is dropped if the sum of the probabilities before it exceeds p. The token at which
         the sum crosses p is thus kept. If the sum is exactly p, the next token is kept too, as in
-        Meta's code. The paper's condition, a sum of at least p, would drop that token.
+        Meta's code. The paper's condition, a sum of at least p, would drop that token. Tokens that
+        are as likely as the last kept token are kept too.
 
         Source: Holtzman et al. 2019 (nucleus sampling), equation 2.
         """

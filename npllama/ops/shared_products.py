@@ -26,8 +26,9 @@ SMALL_WIDTH = 678
 """The largest model width D for which float32 products of few rows are shared.
 
 OpenBLAS uses only one core to multiply one row by a matrix of fewer than 460,800 elements. In
-models of this width or less, the D x D matrices have fewer elements. Workers then use the other
-cores."""
+models of this width or less, the D x D matrices have fewer elements, and workers multiply them on
+all cores. The workers of such a model multiply its larger matrices too, because BLAS uses only one
+thread while workers compute (see NumpyOps.forward_context)."""
 
 SHARED_SMALL_SIZE = 64 * 1024
 """The minimum number of elements of a float32 matrix whose products are shared, in a model of width
@@ -75,11 +76,12 @@ class SharedProducts:
         Matrices that are neighbours in memory are joined as a view. Other groups are joined by a
         copy if may_copy is true.
 
-        Workers can map a copy only if it is in shared memory. Two kinds of groups are copied there:
-        groups that need a copy, and groups whose matrices other processes cannot map, for example
-        because their dtype was converted while loading. The second kind is copied even if may_copy
-        is false. Nothing is copied to shared memory if all these groups together have too few
-        elements to be worth sharing.
+        Workers can map a copy only if it is in shared memory. If workers may help with the products
+        of a group (see `_least`), two kinds of groups are copied there: groups that need a copy,
+        and groups whose matrices other processes cannot map, for example because their dtype was
+        converted while loading. The second kind is copied even if may_copy is false. Nothing is
+        copied to shared memory if all these groups together have too few elements to be worth
+        sharing.
 
         Returns:
             The joined matrix of each group, or None for a group whose matrices remain separate.

@@ -223,7 +223,7 @@ class Workers:
         said = stderr.read().decode(errors="replace").split("\n")
         reason = next((line for line in reversed(said) if line), f"exit code {code}")
         if code < 0:
-            reason = f"killed by signal {-code}, which happens when memory runs out"
+            reason = f"killed by signal {-code}, which can happen when memory runs out"
         return WorkerError(
             f"a worker process ended ({reason}): load the model again, or use --threads 1, which "
             "needs no workers"
