@@ -102,8 +102,9 @@ class Session:
 
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise InputError for options that `say` would refuse."""
-        bos = self.chat.llama.encode("")
-        self.chat.llama.new_generation([bos], **options)
+        llama = self.chat.llama
+        no_room = llama.new_cache(context=1)  # the memory is not checked again
+        llama.new_generation([llama.encode("")], cache=no_room, **options)
 
     def unescaped(self, text: str, name: str) -> str:
         """The text of a command; with -e, its escapes are replaced."""

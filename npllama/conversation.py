@@ -139,7 +139,10 @@ class Chat:
         self.messages = checked_messages(() if messages is None else messages)
         if system is not None:
             self.system = system
-        self.cache = llama.new_cache() if cache is None else llama.checked_cache(cache, 1)
+        if cache is None:
+            llama.check_memory(1, llama.context)
+            cache = llama.new_cache()
+        self.cache = llama.checked_cache(cache, 1)
 
     def __repr__(self) -> str:
         return (

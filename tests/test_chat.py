@@ -283,6 +283,13 @@ def test_settings_are_shown_changed_and_checked_as_the_flags_are(call, dialogue)
         assert message in error_line(call, f"/set {wrong}\n")
 
 
+def test_settings_change_where_the_memory_is_full(talk, dialogue, monkeypatch):
+    """The cache of the chat is allocated already, and answers need no other."""
+    monkeypatch.setattr(dialogue.llama.backend, "free_bytes", lambda: 0)
+    session, _, err = talk("/set temperature 0", "Hi", None)
+    assert err == f"  temperature  0.0\n{CUT}\n" and len(session.chat.messages) == 2
+
+
 def test_stats_count_the_ids_that_are_kept_and_read(call, dialogue):
     dialogue.say("Hi")
     dialogue.say("You")

@@ -23,7 +23,7 @@ from npllama.chat_template import ChatTemplate
 from npllama.conversation import Turn
 from npllama.dialogue import encode_chat
 from npllama.dialogue_parts import encode_parts
-from npllama.errors import InputError, TokenizerError, TokenizerWarning
+from npllama.errors import InputError, OutOfMemoryError, TokenizerError, TokenizerWarning
 from npllama.generation import Generation
 from npllama.llama import SHIPPED, Llama
 from npllama.tokenizer import Tokenizer
@@ -641,6 +641,14 @@ def test_a_caches_first_ids_are_kept(plain_llama):
         stream.read()
     want = plain_llama.chat([user("y")], chat_format="zephyr", **GREEDY)
     assert other.read().ids == want.ids
+
+
+def test_a_cache_that_does_not_fit_the_memory_is_refused(plain_llama, monkeypatch):
+    cache = plain_llama.new_cache()
+    monkeypatch.setattr(plain_llama.backend, "free_bytes", lambda: 1_000_000)
+    with pytest.raises(OutOfMemoryError, match="for 1 x 512 positions"):
+        Chat(plain_llama, chat_format="zephyr")
+    assert Chat(plain_llama, chat_format="zephyr", cache=cache, **GREEDY).say("Hi").ids
 
 
 def test_a_story_goes_on_from_the_last_message_alone():

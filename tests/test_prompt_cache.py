@@ -198,16 +198,16 @@ OTHERS = {
         lambda: with_parameters(lambda x: replace(x, ffn_norm=x.ffn_norm * np.float32(1.001))),
         "weights",
     ),
-    "a storage dtype": (lambda: plain_llama(dtype="bfloat16"), r"storage dtype \(float32 there"),
-    "int8": (lambda: plain_llama(dtype="int8"), r"storage dtype \(float32 there, int8 here\)"),
+    "a storage dtype": (lambda: plain_llama(dtype="bfloat16"), r"storage dtype \('float32' there"),
+    "int8": (lambda: plain_llama(dtype="int8"), r"storage dtype \('float32' there, 'int8' here\)"),
     "theta": (lambda: plain_llama(replace(TINY, rope_theta=1e6)), "RoPE frequencies"),
     "linear RoPE": (lambda: plain_llama(scaled_rope("linear")), "RoPE frequencies"),
     "yarn": (
         lambda: plain_llama(scaled_rope("yarn", original_max_position_embeddings=32)),
         "RoPE frequencies",
     ),
-    "fewer layers": (lambda: plain_llama(replace(TINY, n_layers=1)), r"shape \(L 2, .+ L 1, "),
-    "other heads": (lambda: plain_llama(replace(TINY, n_kv_heads=6)), r"shape \(.* K 3, .+ K 6, "),
+    "fewer layers": (lambda: plain_llama(replace(TINY, n_layers=1)), r"shape \('L 2, .+ 'L 1, "),
+    "other heads": (lambda: plain_llama(replace(TINY, n_kv_heads=6)), r"shape \('.* K 3, .+ K 6, "),
     "epsilon": (lambda: plain_llama(replace(TINY, norm_eps=1e-6)), "shape .*epsilon 1e-05"),
 }
 
@@ -333,6 +333,7 @@ HOSTILE = {
     "no version": (lambda t, m: m.pop("version"), "has version ''"),
     "no shape": (lambda t, m: m.pop("shape"), "is in the shape"),
     "other weights": (lambda t, m: m.update(weights="\x1b[31m\n"), "is in the weights"),
+    "a shape of controls": (lambda t, m: m.update(shape="\x1b[31m\n"), r"\('\\x1b\[31m\\n' there"),
     "no format": (lambda t, m: m.pop("format"), "not a prompt cache of npllama"),
 }
 
