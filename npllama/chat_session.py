@@ -136,8 +136,8 @@ class Session:
             if note is not None and self.chat.chat_format is not story:  # it drops all old turns
                 tell(f"npllama: {note}")
             for piece in stream:
+                n_shown += len(piece)  # first: Ctrl-C within `show` must not show it twice
                 show(piece)
-                n_shown += len(piece)
         finally:  # after Ctrl-C too
             stream.close()
             self._completion = stream.completion

@@ -426,6 +426,19 @@ def test_ctrl_c_keeps_the_answer_so_far_and_the_program_goes_on(talk, monkeypatc
     assert "finish               interrupted\n" in err
 
 
+def test_ctrl_c_while_a_piece_is_written_does_not_write_it_twice(talk, monkeypatch):
+    written = []
+
+    def show(text):
+        written.append(text)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("npllama.chat_session.show", show)
+    session, _, _ = talk("Hi", None)
+    assert "".join(written) == session.chat.messages[1]["content"] + "\n"
+
+
 def test_ctrl_c_before_the_answer_leaves_the_dialogue_as_it_was(talk, monkeypatch):
     before = talk("Hi")[0].chat.messages.copy()
     assert len(before) == 2
