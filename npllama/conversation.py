@@ -134,7 +134,7 @@ class Chat:
         self._lock = threading.RLock()
         self._stream: weakref.ref[ChatStream] | None = None
         self._own_answers: dict[int, tuple[Message, OwnAnswer]] = {}  # by id() of the message
-        self._rendered: list[tuple[str, str]] = []  # the messages of the latest prompt
+        self._rendered: list[tuple[str, str]] = []  # the messages of the latest answered prompt
         self._n_left_out = 0  # the number of its old turns that were left out
         self.messages = checked_messages(() if messages is None else messages)
         if system is not None:
@@ -250,7 +250,6 @@ class Chat:
         generation = self.llama.new_generation([prompt.ids], cache=self.cache, **options)
         n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
         self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
-        self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
         stream = ChatStream(self, generation, prompt, messages)
         self._stream = weakref.ref(stream)
         self.messages[:] = messages
@@ -312,8 +311,8 @@ class Chat:
         )
 
     def _n_still_left_out(self, messages: list[Message]) -> int:
-        """The number of old turns that the latest prompt left out, if the messages continue its
-        dialogue; else 0."""
+        """The number of old turns that the latest answered prompt left out, if the messages
+        continue its dialogue; else 0."""
         goes_on = _contents(messages[: len(self._rendered)]) == self._rendered
         return self._n_left_out if goes_on else 0
 
@@ -323,8 +322,10 @@ class Chat:
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
-    def _message(self, completion: Completion, prompt: _Prompt) -> Message:
-        """The message of an answer. The chat keeps its ids."""
+    def _with_answer(
+        self, messages: list[Message], completion: Completion, prompt: _Prompt
+    ) -> list[Message]:
+        """The messages and the answer to them. The chat keeps the ids of the answer."""
         message = {"role": "assistant", "content": prompt.begun + completion.text}
         own = own_answer(
             self.llama.tokenizer,
@@ -339,7 +340,8 @@ class Chat:
         self._own_answers = {i: v for i, v in self._own_answers.items() if i in present}
         if own is not None:
             self._own_answers[id(message)] = message, own
-        return message
+        self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
+        return [*messages, message]
 
 
 class ChatStream(TextStream):
@@ -381,7 +383,7 @@ class ChatStream(TextStream):
         super().close()
         messages = self._before
         if self.completion.ids:
-            messages = [*self._messages, self._chat._message(self.completion, self._prompt)]
+            messages = self._chat._with_answer(self._messages, self.completion, self._prompt)
         self._chat.messages[:] = messages  # in one step, so that Ctrl-C leaves whole turns
         self.has_ended = True
 

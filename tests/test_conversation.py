@@ -514,6 +514,14 @@ def test_turns_that_are_left_out_come_back_where_there_is_room(short_llama, chan
     assert len(chat.messages) == (2 if change == "system" else 3)
 
 
+def test_turns_stay_left_out_after_an_answer_that_did_not_begin(short_llama):
+    chat = full(short_llama)
+    held = len(chat.cache.ids[0])
+    chat.stream("Ho").close()
+    chat.say("Hi")
+    assert (chat.turn.n_dropped, chat.turn.n_kept) == (0, held)
+
+
 def test_the_room_for_an_answer_is_its_most_tokens_up_to_a_quarter(short_llama):
     for n_new, room in ((5, 5), (40, 40), (None, 50), (1000, 50)):
         chat = Chat(short_llama, chat_format=story, max_new_tokens=n_new, temperature=0)
