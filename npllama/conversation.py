@@ -20,7 +20,7 @@ from npllama.errors import InputError
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
 from npllama.llama import MAX_NEW_TOKENS, Llama, shows_keywords_of
-from npllama.own_answers import OwnAnswer, own_answer
+from npllama.own_answers import OwnAnswer, answer_in_cache, own_answer
 from npllama.sampling_options import is_integer
 from npllama.text_stream import TextStream
 
@@ -84,7 +84,7 @@ class Chat:
         system: the system prompt. It replaces the one in `messages`.
         chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the model's own.
         cache: from `llama.new_cache` or `load_cache`, with one row, which may already hold ids.
-            None is a new one.
+            Answers in `messages` get the ids that it holds for their text. None is a new one.
         drop_old_turns: whether prompts leave out old turns. If False, a dialogue that fills the
             context raises InputError.
         options: keywords of `Llama.new_generation` for all answers. The default of `fresh_text` is
@@ -244,6 +244,7 @@ class Chat:
     ) -> "ChatStream":
         """Replace the messages, and begin the answer to the last one."""
         options = _given(self.options) | _given(options)
+        self._adopt_ids(messages)
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
         n_kept = self.cache.keep(0, prompt.ids)
         options = {"fresh_text": not prompt.begun, **options}
@@ -316,9 +317,31 @@ class Chat:
         goes_on = _contents(messages[: len(self._rendered)]) == self._rendered
         return self._n_left_out if goes_on else 0
 
+    def _adopt_ids(self, messages: list[Message]) -> None:
+        """Give loaded answers the ids that the cache holds for them.
+
+        A prompt cache and a saved dialogue may come from the same earlier chat, and a saved
+        dialogue has no ids.
+        """
+        held = self.cache.ids[0][: self.cache.lengths[0]]
+        for i, message in enumerate(checked_messages(messages)):
+            if message["role"] != "assistant" or self._own_answer(messages[i]) is not None:
+                continue
+            if not held or i == 0 or messages[i - 1]["role"] != "user":
+                return
+            prompt = self._prompt_without(0, messages[:i], "")
+            n_prompt = len(prompt.ids)
+            if held[:n_prompt] != prompt.ids:
+                return
+            own = answer_in_cache(
+                self.llama.tokenizer, held[n_prompt:], message["content"], prompt.space
+            )
+            if own is None:
+                return
+            self._own_answers[id(messages[i])] = messages[i], own
+
     def _own_answer(self, message: Message) -> OwnAnswer | None:
-        """The answer with its ids; None if the model did not write the message, or if it was
-        edited."""
+        """The answer with its ids; None if they are unknown, or if the message was edited."""
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 

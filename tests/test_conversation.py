@@ -218,7 +218,8 @@ def test_after_any_change_reading_begins_at_the_first_difference(ops):
         answer = llama.generate(want, **GREEDY)
         assert chat.cache.ids[0] == want + answer.ids[:-1]
         n_lost += change in (edit_answer, insert)
-        assert len(own) == sum(m["role"] == "assistant" for m in chat.messages[:-1]) - n_lost
+        # a lost one is known again after its text was read
+        assert len(own) >= sum(m["role"] == "assistant" for m in chat.messages[:-1]) - n_lost
 
 
 def test_an_edited_answer_loses_its_ids_and_one_edited_back_has_them_again(plain_llama):
