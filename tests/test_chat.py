@@ -215,10 +215,11 @@ def test_help_explains_every_option_and_every_command(call):
 
 def test_system_prompts_are_given_shown_changed_and_taken_away(call, dialogue):
     said = []
-    for system in ("A\nB", "C", None, "D\nE"):
+    for system in ("A\nB", "C", None, "D\nE", "D\nF"):
         dialogue.system = system
         said.append(dialogue.say("Hi").text)
     lines = 'Hi\n/system\n/system C\nHi\n/system ""\n/system\nHi\n/system "D\\nE"\nHi\n'
+    lines += '/system """D\nF"""\nHi\n'
     code, out, err = call(lines, "-e", "--system", r"A\nB")
     assert (code, out.split("\n")) == (0, [*said, ""])
     for note in ("system prompt: A\nB\n", "prompt is set\n", "is removed\n", "there is no"):
@@ -255,6 +256,11 @@ def test_dialogues_are_saved_and_loaded(call, dialogue, tmp_path):
     code, out, err = call(f"/load {file}\nYou\n/system\n")
     assert (code, out) == (0, f"{answer}\n")
     assert f"loaded 3 messages from {file}\n" in err and "system prompt: S\n" in err
+    file.write_text(json.dumps(dialogue.messages[1:]))
+    err = call(f"/load {file}\n/load {file}\n", "--system", "S")[2]
+    removed = "; it has no system prompt, and the earlier one is removed"
+    line = f"loaded 2 messages from {file}"
+    assert err == f"{line}{removed}\n{line}\n"
 
 
 def test_settings_are_shown_changed_and_checked_as_the_flags_are(call, dialogue):
@@ -271,6 +277,9 @@ def test_settings_are_shown_changed_and_checked_as_the_flags_are(call, dialogue)
     }  # fmt: skip
     _, _, err = call('/set seed random\n/set stop a b\n/set ignore-eos off\n/set stop ""\n')
     assert err == '  seed  random\n  stop  "a b"\n  ignore-eos  off\n  stop  ""\n'
+    code, out, err = call("/set max-new-tokens 0\nHi\n/undo\n")
+    assert "at the limit of 0 tokens (--max-new-tokens, /set max-new-tokens), and the " in err
+    assert err.endswith("line 3: there is no message to remove\n")
     for wrong, message in {
         "top-k 1.5": "top_k is '1.5': expected a whole number from 0, 0 for all",
         "min-p x": "min_p is 'x': expected from 0 to 1",
@@ -302,10 +311,11 @@ def test_stats_count_the_ids_that_are_kept_and_read(call, dialogue):
     assert rows["prompt"] == (
         f"{turn.n_prompt} tokens: {turn.n_kept} kept in the cache, {turn.n_read} read"
     )
-    assert rows["context used"] == f"{dialogue.cache.lengths[0]} of 512 tokens"
+    assert rows["context used"] == f"{turn.n_prompt + 12} of 512 tokens"
     assert "tokens/s" in rows["decode"] and rows["finish"] == "length"
     assert call("Hi\nYou\n", "--stats")[2].count("kept in the cache") == 2
-    assert "there is no answer yet" in error_line(call, "/stats\n")
+    assert call("Hi\nYou\n/clear\n/stats\n")[2].count(rows["context used"]) == 1
+    assert "this session has no answer yet" in error_line(call, "/stats\n")
 
 
 def test_a_full_context_leaves_old_turns_out_or_is_an_error(call):
@@ -558,6 +568,9 @@ def test_the_cache_is_read_only_or_refused_before_the_first_message(call, model,
         (['"""a"""', '"""\na\n"""', '""""""'], [Entry("a"), Entry("a")]),
         (['"""/set', "x", '"""'], [Entry("/set\nx")]),
         (['"""/set"""'], [Entry("/set")]),
+        (['/system """a', 'b"""', "c"], [Entry("system a\nb", True), Entry("c")]),
+        (['/system  """a"""', 'x """y'], [Entry("system  a", True), Entry('x """y')]),
+        (['//x """y', '/set stop """'], [Entry('/x """y'), Entry('set stop """', True)]),
         (['"""a', "b"], []),  # Ctrl-D
     ],
 )
