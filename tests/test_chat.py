@@ -21,7 +21,7 @@ from npllama.console import ReaderLeftError
 from npllama.dialogue import encode_chat
 from npllama.errors import InputError
 from npllama.generation import Generation
-from npllama.interrupts import Interrupts
+from npllama.interrupts import Interrupts, ended_by_signals
 from npllama.message_input import Entry, PipedInput, TypedInput, read_entry
 from terminal import Terminal
 
@@ -411,14 +411,14 @@ def talk(model, capsys, dialogue):
     return talk
 
 
-def interrupt_generations(monkeypatch, after):
-    """Ctrl-C in each generation, after so many tokens."""
+def interrupt_generations(monkeypatch, after, number=signal.SIGINT):
+    """Ctrl-C, or another signal, in each generation, after so many tokens."""
     run = Generation._run
 
     def interrupted(self):
         for i, piece in enumerate(run(self)):
             if i == after:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             yield piece
 
     monkeypatch.setattr(Generation, "_run", interrupted)
@@ -532,12 +532,36 @@ def test_the_cache_is_saved_however_a_chat_ends(call, dialogue, tmp_path, monkey
 
     def stored(lines, code):
         file = tmp_path / f"cache {len(os.listdir(tmp_path))}"
-        assert call(lines, "--prompt-cache", str(file))[0] == code
+        try:
+            ended = call(lines, "--prompt-cache", str(file))[0]
+        except SystemExit as end:
+            ended = end.code
+        assert ended == code
         return dialogue.llama.load_cache(file).ids[0]
 
     assert stored("Hi\n", 0) == stored("Hi\n/bye\nYou\n", 0) == stored("Hi\n/nothing\n", 2) == kept
-    interrupt_generations(monkeypatch, after=8)
-    assert len(kept) > len(stored("Hi\n", 130)) > len(kept) - 12
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        before = signal.getsignal(number)
+        with monkeypatch.context() as patch:
+            interrupt_generations(patch, 8, number)
+            assert len(kept) > len(stored("Hi\n", code)) > len(kept) - 12
+        assert signal.getsignal(number) == before
+
+
+def test_the_first_of_two_signals_ends_a_block_and_ignored_ones_stay_ignored():
+    with pytest.raises(SystemExit), ended_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with ended_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_cache_is_read_only_or_refused_before_the_first_message(call, model, tmp_path):
