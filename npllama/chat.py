@@ -66,6 +66,15 @@ class _Parser(Parser):
     texts = "--system"
     stray = "messages are typed, or piped to standard input"
 
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else args
+        for name in (word.partition("=")[0] for word in words):
+            if name in ("--chat", "--prompt", "--prompt-file"):  # else an abbreviation of others
+                self.error(f"{name} is an option of generate: {self.stray}")
+        return super().parse_args(args, namespace)
+
 
 def parser() -> argparse.ArgumentParser:
     """All options, each with a help text for somebody who has never run a language model."""
@@ -188,9 +197,7 @@ def new_session(
         drop_old_turns=args.drop or chat_format is story,
         **options,
     )
-    session = Session(chat, args.stats, args.escapes, prompt_cache)
-    session.check_options(options)
-    return session
+    return Session(chat, args.stats, args.escapes, prompt_cache)
 
 
 def do(session: Session, entry: Entry) -> None:

@@ -97,11 +97,13 @@ def _clear(session: Session, _rest: str) -> None:
 
 
 def _save(session: Session, name: str) -> None:
+    name = quoted(name)
     save_dialogue(_path(name), session.chat.messages)
     tell(f"saved {_messages(session)} to {name}")
 
 
 def _load(session: Session, name: str) -> None:
+    name = quoted(name)
     had_system = session.chat.system is not None
     session.replace_messages(load_dialogue(_path(name)))
     removed = had_system and session.chat.system is None
@@ -111,6 +113,8 @@ def _load(session: Session, name: str) -> None:
 
 def _set(session: Session, rest: str) -> None:
     name, _, value = rest.partition(" ")
+    if "=" in name:  # name=value
+        name, _, value = rest.partition("=")
     names = [setting_name(name)] if name else setting_names()
     if value.strip():
         value = session.unescaped(value.strip(), f"/set {name}")

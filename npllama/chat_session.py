@@ -97,14 +97,8 @@ class Session:
         Raises:
             InputError: a value is out of range.
         """
-        self.check_options(options)
+        self.chat.check_options(options)
         self.chat.options = options
-
-    def check_options(self, options: dict[str, Any]) -> None:
-        """Raise InputError for options that `say` would refuse."""
-        llama = self.chat.llama
-        no_room = llama.new_cache(context=1)  # the memory is not checked again
-        llama.new_generation([llama.encode("")], cache=no_room, **options)
 
     def unescaped(self, text: str, name: str) -> str:
         """The text of a command; with -e, its escapes are replaced."""

@@ -24,7 +24,8 @@ from npllama.own_answers import OwnAnswer, answer_in_cache, own_answer
 from npllama.sampling_options import is_integer
 from npllama.text_stream import TextStream
 
-_GIVEN = ("cache", "batch_size", "fresh_text")  # keywords that Chat sets itself
+_REFUSED = ("cache", "batch_size")  # keywords that only Chat sets
+_GIVEN = (*_REFUSED, "fresh_text")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Chat:
 
     Raises:
         InputError: something else than messages, a model without a chat format, an unknown format,
-            or a cache of another model.
+            a cache of another model, or an option is out of range.
+        TypeError: an unknown keyword.
         OutOfMemoryError: the cache does not fit the memory.
 
     >>> from npllama import load
@@ -127,6 +129,7 @@ class Chat:
         **options: Any,
     ) -> None:
         self.llama = llama
+        self.check_options(options)
         self.chat_format = llama.resolved_chat_format(chat_format)
         self.drop_old_turns = drop_old_turns is None or bool(drop_old_turns)
         self.options = options
@@ -224,6 +227,12 @@ class Chat:
         with self._idle():
             del self.messages[_n_system(self.messages) :]
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise the errors of an answer with these options: InputError, or TypeError."""
+        _check_keywords(options)
+        no_room = self.llama.new_cache(context=1)  # so that the memory is not checked
+        self.llama.new_generation([[self.llama.config.bos_id]], cache=no_room, **_given(options))
+
     def _last_user(self) -> int | None:
         return max(_users(checked_messages(self.messages)), default=None)
 
@@ -244,6 +253,7 @@ class Chat:
     ) -> "ChatStream":
         """Replace the messages, and begin the answer to the last one."""
         options = _given(self.options) | _given(options)
+        _check_keywords(options)
         self._adopt_ids(messages)
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
         n_kept = self.cache.keep(0, prompt.ids)
@@ -277,16 +287,19 @@ class Chat:
 
     def _too_long(self, prompt: _Prompt, messages: list[Message]) -> str:
         """The message of an error: the prompt leaves no room for an answer in the context."""
-        found, action = "the dialogue has", "undo turns, clear the dialogue, or drop old turns"
+        found = "the dialogue has"
+        actions = ["undo turns", "clear the dialogue", "drop old turns"]
         if len(_users(messages)) - prompt.n_left_out <= 1:
-            found, action = "the message has", "shorten the message"
+            found, actions = "the message has", ["shorten the message"]
             if _n_system(messages):
-                found, action = "the message and the system prompt have", "shorten one of them"
+                found, actions = "the message and the system prompt have", ["shorten one of them"]
         if self.cache.context < self.llama.config.longest_context:
-            action += ", or give a larger context"
+            actions.append("give a larger context")
+        *first, last = actions
+        advice = f"{', '.join(first)} or {last}" if first else last
         return (
             f"{found} {len(prompt.ids)} tokens in the chat format, and the context has room for "
-            f"{self.cache.context} tokens of prompt and answer: {action}"
+            f"{self.cache.context} tokens of prompt and answer: {advice}"
         )
 
     def _prompt_without(self, n_turns: int, messages: list[Message], begun: str) -> _Prompt:
@@ -417,6 +430,13 @@ class ChatStream(TextStream):
 def _n_system(messages: list[Message]) -> int:
     """The number of system prompts in front, 1 or 0."""
     return int(bool(messages) and checked_messages(messages[:1])[0]["role"] == "system")
+
+
+def _check_keywords(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for keywords of `Llama.new_generation` that a chat sets itself."""
+    for name in _REFUSED:
+        if options.get(name) is not None:
+            raise TypeError(f"{name} is no option of an answer: the chat has one row and one cache")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

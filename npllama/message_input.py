@@ -201,7 +201,8 @@ class TypedInput:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            readline.parse_and_bind("set enable-bracketed-paste on")
+            if self._keeps_a_paste_together():
+                readline.parse_and_bind("set enable-bracketed-paste on")
         readline.clear_history()
         for entry in self._history.entries:
             with contextlib.suppress(UnicodeError):

@@ -81,4 +81,8 @@ def check_options(path: str | None, read_only: bool, n_prompts: int = 1) -> None
     if read_only or not is_new(path):
         check_is_prompt_cache(path)
     if not read_only:
-        check_writable(Path(os.path.realpath(path)))
+        try:
+            check_writable(Path(os.path.realpath(path)))
+        except InputError as error:
+            hint = "" if is_new(path) else "; --prompt-cache-read-only only reads it"
+            raise InputError(f"{error}{hint}") from None

@@ -182,6 +182,9 @@ def test_wrong_options_are_one_line(call, model, monkeypatch, capsys):
             assert end.code == 2
             return capsys.readouterr().err
 
+    for word in ("--chat", "--prompt", "--prompt=Hi"):
+        name = word.partition("=")[0]
+        assert f"{name} is an option of generate: messages are typed, or piped" in line(word)
     assert "'Hi' belongs to no option: messages are typed, or piped to standard" in line("Hi")
     assert "write --system=TEXT for" in line("--system")
     assert "temperature is -1.0: expected 0 or above" in line("--temperature", "-1")
@@ -250,7 +253,7 @@ def test_dialogues_are_saved_and_loaded(call, dialogue, tmp_path):
     code, _, err = call(f"größe\n/save {file}\n/clear\n/save {file}\n", "--system", "S")
     assert code == 0 and f"saved 3 messages to {file}\n" in err
     assert json.loads(file.read_text())[1:] == []
-    call(f"größe\n/save {file}\n", "--system", "S")
+    call(f'größe\n/save "{file}"\n', "--system", "S")
     assert json.loads(file.read_text(encoding="utf-8")) == dialogue.messages
     answer = Chat(dialogue.llama, dialogue.messages, chat_format="zephyr", **GREEDY).say("You").text
     code, out, err = call(f"/load {file}\nYou\n/system\n")
@@ -267,7 +270,7 @@ def test_settings_are_shown_changed_and_checked_as_the_flags_are(call, dialogue)
     dialogue.say("Hi")
     options = {"temperature": 1.5, "top_k": 9, "seed": 3, "max_new_tokens": 7, "stop": ["\n", "x"]}
     answer = dialogue.say("Hi", **options).text
-    lines = "Hi\n/set temperature 1.5\n/set top_k 9\n/set --seed 3\n/set max-new-tokens 7\n"
+    lines = "Hi\n/set temperature 1.5\n/set top_k 9\n/set --seed 3\n/set max-new-tokens=7\n"
     code, out, err = call(lines + '/set stop "\\n" "x"\nHi\n/set\n/set min-p\n')
     assert (code, out.removesuffix("\n").split("\n", 1)[1]) == (0, answer)
     rows = dict(line.split(maxsplit=1) for line in err.split("\n") if line.startswith("  "))
@@ -330,11 +333,11 @@ def test_a_full_context_leaves_old_turns_out_or_is_an_error(call):
     assert error.startswith("npllama: error: standard input, line ") and error.count("\n") == 1
     assert "the dialogue has 5" in error and error.endswith(
         " tokens in the chat format, and the context has room for 512 tokens of prompt and "
-        "answer: undo turns, clear the dialogue, or drop old turns\n"
+        "answer: undo turns, clear the dialogue or drop old turns\n"
     )
     line = error_line(call, "a" * 300, "--system", "S", "--context", "300")
     assert "line 1: the message and the system prompt have 3" in line
-    assert line.endswith("answer: shorten one of them, or give a larger context\n")
+    assert line.endswith("answer: shorten one of them or give a larger context\n")
 
 
 def test_an_answer_that_the_context_ends_says_so(call):

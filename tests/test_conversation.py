@@ -600,6 +600,21 @@ def test_options_of_an_answer_count_before_the_chats(plain_llama):
     assert chat.say("Hi", seed=1).text == chat.stream_again(fresh_text=True, seed=1).read().text
 
 
+def test_wrong_options_are_refused_at_once(plain_llama):
+    for options, error in (
+        ({"temperature": -1}, InputError),
+        ({"tempature": 1}, TypeError),
+        ({"batch_size": 4}, TypeError),
+    ):
+        with pytest.raises(error):
+            Chat(plain_llama, chat_format="llama-2", **options)
+    chat = Chat(plain_llama, chat_format="llama-2", **GREEDY)
+    for name, value in (("cache", plain_llama.new_cache()), ("batch_size", 4)):
+        with pytest.raises(TypeError, match=f"{name} is no option of an answer"):
+            chat.say("Hi", **{name: value})
+    assert chat.messages == [] and chat.say("Hi", cache=None).ids
+
+
 def test_signatures_show_the_keywords_that_a_chat_passes_on():
     for function in (Chat, Chat.stream, Chat.say, Chat.stream_again, Llama.chat):
         names = [*inspect.signature(function).parameters]

@@ -574,6 +574,20 @@ def test_what_the_option_refuses_is_said_before_a_model_is_loaded(model, path, t
         assert err.startswith("npllama: error: ") and said in err
 
 
+def test_a_file_that_can_only_be_read_has_a_hint(model, path, capsys, monkeypatch):
+    def refuse(_path):
+        raise InputError("it cannot be written: Permission denied")
+
+    monkeypatch.setattr("npllama.prompt_cache_file.check_writable", refuse)
+    options = ["--prompt", "Once", "--prompt-cache", path]
+    assert call(capsys, model, *options)[2].endswith(": Permission denied\n")
+    monkeypatch.undo()
+    call(capsys, model, *options)
+    monkeypatch.setattr("npllama.prompt_cache_file.check_writable", refuse)
+    err = call(capsys, model, *options)[2]
+    assert err.endswith(": Permission denied; --prompt-cache-read-only only reads it\n")
+
+
 def test_another_models_file_stops_the_program_before_the_text(model, path, tmp_path, capsys):
     other = write_model(tmp_path / "other", replace(TINY, context_length=256), seed=1)
     call(capsys, str(other), "--prompt", "Once", "--prompt-cache", path)
