@@ -21,12 +21,7 @@ from typing import Any
 from npllama.chat_commands import command_words, run_command
 from npllama.chat_formats import story
 from npllama.chat_session import Session
-from npllama.console import (
-    OutputError,
-    open_streams,
-    started_as,
-    tell,
-)
+from npllama.console import OutputError, open_streams, started_as, tell
 from npllama.conversation import Chat
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, NpllamaError, exhausted
@@ -92,10 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add_length(p)
     add_choice(p)
 
-    chat = p.add_argument_group(
-        "the dialogue",
-        CONTROL_TOKENS,
-    )
+    chat = p.add_argument_group("the dialogue", CONTROL_TOKENS)
     add_system(chat)
     add_chat_format(chat)
     chat.add_argument(

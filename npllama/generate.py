@@ -139,10 +139,7 @@ def parser() -> argparse.ArgumentParser:
     add_length(p)
     add_choice(p)
 
-    chat = p.add_argument_group(
-        "chat, for models that are made for it",
-        CONTROL_TOKENS,
-    )
+    chat = p.add_argument_group("chat, for models that are made for it", CONTROL_TOKENS)
     chat.add_argument(
         "--chat", action="store_true", help="answer the prompt as a message, not as a text"
     )
