@@ -102,6 +102,7 @@ class Chat:
         InputError: something else than messages, a model without a chat format, an unknown format,
             a cache of another model, or an option is out of range.
         TypeError: an unknown keyword.
+        TokenizerError: the model has no tokenizer.
         OutOfMemoryError: the cache does not fit the memory.
 
     >>> from npllama import load
@@ -228,10 +229,16 @@ class Chat:
             del self.messages[_n_system(self.messages) :]
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise the errors of an answer with these options: InputError, or TypeError."""
+        """Raise the errors of an answer with these options.
+
+        Raises:
+            InputError: a value is out of range.
+            TypeError: an unknown keyword.
+            TokenizerError: the model has no tokenizer.
+        """
         _check_keywords(options)
         no_room = self.llama.new_cache(context=1)  # so that the memory is not checked
-        self.llama.new_generation([[self.llama.config.bos_id]], cache=no_room, **_given(options))
+        self.llama.new_generation([""], cache=no_room, **_given(options))
 
     def _last_user(self) -> int | None:
         return max(_users(checked_messages(self.messages)), default=None)

@@ -741,7 +741,7 @@ def test_a_model_without_a_tokenizer_cannot_chat(plain_llama):
     with pytest.raises(TokenizerError, match="has no tokenizer"):
         llama.chat([user("Hi")], chat_format="llama-2")
     with pytest.raises(TokenizerError, match="has no tokenizer"):
-        Chat(llama, chat_format="llama-2").say("Hi")
+        Chat(llama, chat_format="llama-2")
 
 
 @pytest.mark.parametrize("path", [None, SHIPPED])
