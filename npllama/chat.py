@@ -4,7 +4,7 @@ Answers go to standard output as they are generated, and everything else to stan
 
 At a terminal, Ctrl-C stops the answer. Wrong input is reported in one line, and the dialogue
 continues. Through a pipe, Ctrl-C and wrong input end the program, with exit code 130 and 2. The
-exit code at the end of input is 0, and after SIGTERM or SIGHUP 128 and the signal's number.
+exit code at the end of input is 0.
 """
 
 if __name__ == "__main__":  # before the other imports, which take a while
@@ -26,7 +26,7 @@ from npllama.conversation import Chat
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, NpllamaError, exhausted
 from npllama.input_history import History, history_file
-from npllama.interrupts import Interrupts, ended_by_signals
+from npllama.interrupts import Interrupts
 from npllama.llama import Llama
 from npllama.message_input import Entry, PipedInput, Source, TypedInput, read_entry
 from npllama.options import (
@@ -48,7 +48,7 @@ from npllama.options import (
     run_program,
     unescape_texts,
 )
-from npllama.prompt_cache_file import PromptCacheFile, check_options
+from npllama.prompt_cache_file import PromptCacheFile, check_options, saved_at_end
 
 STORIES = (
     "the model that ships with npllama tells stories and cannot chat: it continues each line as a "
@@ -137,16 +137,12 @@ def run(args: argparse.Namespace) -> int:
     session = new_session(llama, chat_format, options, args)
     if note is not None:
         tell(f"npllama: {note}")
-    with ended_by_signals():
-        try:
-            if source.is_typed:
-                tell(f"npllama: {HINT}")
-                talk(session, source)
-            else:
-                serve(session, source)
-        finally:  # after Ctrl-C and errors too
-            if session.prompt_cache is not None:
-                session.prompt_cache.save()
+    with saved_at_end(session.prompt_cache):
+        if source.is_typed:
+            tell(f"npllama: {HINT}")
+            talk(session, source)
+        else:
+            serve(session, source)
     return 0
 
 

@@ -622,6 +622,25 @@ def test_after_ctrl_c_what_was_read_is_kept(model, path, capsys, monkeypatch, js
         assert json.loads(out)["ids"] == completion.ids
 
 
+def test_after_sigterm_what_was_read_is_kept(model, path, capsys, monkeypatch):
+    from npllama.row import Row
+
+    accept, calls = Row.accept, []
+
+    def ended(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accept(*args)
+
+    monkeypatch.setattr(Row, "accept", ended)
+    with pytest.raises(SystemExit) as end:
+        call(capsys, model, "--prompt", "Once", "--prompt-cache", path)
+    assert end.value.code == 143
+    prompt = load(model, "numpy").encode("Once")
+    assert ids_of(path)[: len(prompt)] == prompt and len(ids_of(path)) > len(prompt)
+
+
 def test_where_the_reader_leaves_what_was_read_is_kept(model, path, capsys, monkeypatch):
     def left(_text):
         raise ReaderLeftError("left")
