@@ -21,12 +21,7 @@ from typing import Any
 from npllama.chat_commands import command_words, run_command
 from npllama.chat_formats import story
 from npllama.chat_session import Session
-from npllama.console import (
-    OutputError,
-    open_streams,
-    started_as,
-    tell,
-)
+from npllama.console import OutputError, open_streams, started_as, tell
 from npllama.conversation import Chat
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, NpllamaError, exhausted
@@ -53,7 +48,7 @@ from npllama.options import (
     run_program,
     unescape_texts,
 )
-from npllama.prompt_cache_file import PromptCacheFile, check_options
+from npllama.prompt_cache_file import PromptCacheFile, check_options, saved_at_end
 
 STORIES = (
     "the model that ships with npllama tells stories and cannot chat: it continues each line as a "
@@ -65,6 +60,15 @@ HINT = "/help lists the commands; Ctrl-D leaves"
 class _Parser(Parser):
     texts = "--system"
     stray = "messages are typed, or piped to standard input"
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else args
+        for name in (word.partition("=")[0] for word in words):
+            if name in ("--chat", "--prompt", "--prompt-file"):  # else an abbreviation of others
+                self.error(f"{name} is an option of generate: {self.stray}")
+        return super().parse_args(args, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,10 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add_length(p)
     add_choice(p)
 
-    chat = p.add_argument_group(
-        "the dialogue",
-        CONTROL_TOKENS,
-    )
+    chat = p.add_argument_group("the dialogue", CONTROL_TOKENS)
     add_system(chat)
     add_chat_format(chat)
     chat.add_argument(
@@ -136,15 +137,12 @@ def run(args: argparse.Namespace) -> int:
     session = new_session(llama, chat_format, options, args)
     if note is not None:
         tell(f"npllama: {note}")
-    try:
+    with saved_at_end(session.prompt_cache):
         if source.is_typed:
             tell(f"npllama: {HINT}")
             talk(session, source)
         else:
             serve(session, source)
-    finally:  # after Ctrl-C and errors too
-        if session.prompt_cache is not None:
-            session.prompt_cache.save()
     return 0
 
 
@@ -187,9 +185,7 @@ def new_session(
         drop_old_turns=args.drop or chat_format is story,
         **options,
     )
-    session = Session(chat, args.stats, args.escapes, prompt_cache)
-    session.check_options(options)
-    return session
+    return Session(chat, args.stats, args.escapes, prompt_cache)
 
 
 def do(session: Session, entry: Entry) -> None:

@@ -97,17 +97,24 @@ def _clear(session: Session, _rest: str) -> None:
 
 
 def _save(session: Session, name: str) -> None:
+    name = quoted(name)
     save_dialogue(_path(name), session.chat.messages)
     tell(f"saved {_messages(session)} to {name}")
 
 
 def _load(session: Session, name: str) -> None:
+    name = quoted(name)
+    had_system = session.chat.system is not None
     session.replace_messages(load_dialogue(_path(name)))
-    tell(f"loaded {_messages(session)} from {name}")
+    removed = had_system and session.chat.system is None
+    note = "; it has no system prompt, and the earlier one is removed" if removed else ""
+    tell(f"loaded {_messages(session)} from {name}{note}")
 
 
 def _set(session: Session, rest: str) -> None:
     name, _, value = rest.partition(" ")
+    if "=" in name:  # name=value
+        name, _, value = rest.partition("=")
     names = [setting_name(name)] if name else setting_names()
     if value.strip():
         value = session.unescaped(value.strip(), f"/set {name}")
@@ -134,11 +141,11 @@ COMMANDS = {
     "save": Command(_save, "write the dialogue to a file, as JSON", "FILE"),
     "load": Command(_load, "continue a saved dialogue", "FILE"),
     "set": Command(_set, "show or change settings, such as the temperature", "[NAME [VALUE]]"),
-    "stats": Command(_stats, "show tokens read and kept, speed and the used context"),
+    "stats": Command(_stats, "show tokens read and kept, speed and more of the latest answer"),
     "bye": Command(_bye, "leave, as with Ctrl-D"),
 }
 _TYPING = (
-    ('"""', "begin and end a message of several lines; a paste is one message"),
+    ('"""', "begin and end several lines of a message or of /system; a paste is one message"),
     ("//...", "send a message that begins with /"),
     ("Ctrl-C", "stop an answer"),
     ("Ctrl-D", "leave"),

@@ -97,13 +97,8 @@ class Session:
         Raises:
             InputError: a value is out of range.
         """
-        self.check_options(options)
+        self.chat.check_options(options)
         self.chat.options = options
-
-    def check_options(self, options: dict[str, Any]) -> None:
-        """Raise InputError for options that `say` would refuse."""
-        bos = self.chat.llama.encode("")
-        self.chat.llama.new_generation([bos], **options)
 
     def unescaped(self, text: str, name: str) -> str:
         """The text of a command; with -e, its escapes are replaced."""
@@ -113,15 +108,15 @@ class Session:
         """Write the statistics of the latest answer to standard error.
 
         Raises:
-            InputError: there is no answer.
+            InputError: this session has no answer.
         """
         completion, turn = self._completion, self.chat.turn
         if completion is None or turn is None:
-            raise InputError("there is no answer yet: send a message first")
+            raise InputError("this session has no answer yet: send a message first")
         llama = self.chat.llama
         rows = stats(llama, completion.timings, completion.finish_reason, completion.seed)
         prompt = f"{turn.n_prompt} tokens: {turn.n_kept} kept in the cache, {turn.n_read} read"
-        used = f"{self.chat.cache.lengths[0]} of {llama.context} tokens"
+        used = f"{turn.n_prompt + completion.new_tokens} of {llama.context} tokens"
         if self.prompt_cache is not None:
             rows["prompt cache"] = f"{self.prompt_cache.n_kept} tokens loaded"
         print_rows({"prompt": prompt, "context used": used, **rows})
@@ -135,8 +130,8 @@ class Session:
             if note is not None and self.chat.chat_format is not story:  # it drops all old turns
                 tell(f"npllama: {note}")
             for piece in stream:
+                n_shown += len(piece)  # first: Ctrl-C within `show` must not show it twice
                 show(piece)
-                n_shown += len(piece)
         finally:  # after Ctrl-C too
             stream.close()
             self._completion = stream.completion
@@ -150,7 +145,7 @@ class Session:
         limit = self.chat.options.get("max_new_tokens", MAX_NEW_TOKENS)
         if completion.finish_reason == "interrupted" and not completion.ids:
             tell("npllama: the answer had not begun, and the dialogue is unchanged")
-        elif completion.finish_reason != "length" or limit == 0:
+        elif completion.finish_reason != "length":
             return
         elif completion.new_tokens < limit:
             context = self.chat.llama.context
@@ -159,4 +154,5 @@ class Session:
             tell(
                 f"npllama: the answer ends at the limit of {limit} tokens (--max-new-tokens, "
                 "/set max-new-tokens)"
+                + ("" if completion.ids else ", and the dialogue is unchanged")
             )

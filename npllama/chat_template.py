@@ -32,7 +32,7 @@ _PATIENCE = 120.0  # the most elapsed seconds, for systems that cannot limit CPU
 _ROLES = ("system", "user", "assistant", "tool", "function", "developer", "ipython")
 _UNFINISHED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark at the end of a begun answer
 _PRIVATE = [range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)]  # Unicode's private-use characters
-_OTHER_WAYS = "name a format with --chat-format, or leave out --chat"
+_OTHER_WAYS = "name a format with --chat-format (chat_format= in Python)"
 
 
 def read_template(directory: Path) -> tuple[str, Path] | None:

@@ -144,9 +144,11 @@ def show(text: str) -> None:
 
 
 def tell(line: str) -> None:
-    """Write a line to standard error. A failure to write is ignored."""
+    """Write a line to standard error. On a terminal, U+FFFD replaces control characters, as in
+    `show`. A failure to write is ignored."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
+            line = line.translate(_CONTROLS) if sys.stderr.isatty() else line
             print(line, file=sys.stderr, flush=True)
 
 

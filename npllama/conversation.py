@@ -20,11 +20,12 @@ from npllama.errors import InputError
 from npllama.generation import Generation
 from npllama.kv_cache import KVCache
 from npllama.llama import MAX_NEW_TOKENS, Llama, shows_keywords_of
-from npllama.own_answers import OwnAnswer, own_answer
+from npllama.own_answers import OwnAnswer, answer_in_cache, own_answer
 from npllama.sampling_options import is_integer
 from npllama.text_stream import TextStream
 
-_GIVEN = ("cache", "batch_size", "fresh_text")  # keywords that Chat sets itself
+_REFUSED = ("cache", "batch_size")  # keywords that only Chat sets
+_GIVEN = (*_REFUSED, "fresh_text")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Chat:
         system: the system prompt. It replaces the one in `messages`.
         chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the model's own.
         cache: from `llama.new_cache` or `load_cache`, with one row, which may already hold ids.
-            None is a new one.
+            Answers in `messages` get the ids that it holds for their text. None is a new one.
         drop_old_turns: whether prompts leave out old turns. If False, a dialogue that fills the
             context raises InputError.
         options: keywords of `Llama.new_generation` for all answers. The default of `fresh_text` is
@@ -99,7 +100,9 @@ class Chat:
 
     Raises:
         InputError: something else than messages, a model without a chat format, an unknown format,
-            or a cache of another model.
+            a cache of another model, or an option is out of range.
+        TypeError: an unknown keyword.
+        TokenizerError: the model has no tokenizer.
         OutOfMemoryError: the cache does not fit the memory.
 
     >>> from npllama import load
@@ -127,6 +130,7 @@ class Chat:
         **options: Any,
     ) -> None:
         self.llama = llama
+        self.check_options(options)
         self.chat_format = llama.resolved_chat_format(chat_format)
         self.drop_old_turns = drop_old_turns is None or bool(drop_old_turns)
         self.options = options
@@ -134,12 +138,15 @@ class Chat:
         self._lock = threading.RLock()
         self._stream: weakref.ref[ChatStream] | None = None
         self._own_answers: dict[int, tuple[Message, OwnAnswer]] = {}  # by id() of the message
-        self._rendered: list[tuple[str, str]] = []  # the messages of the latest prompt
+        self._rendered: list[tuple[str, str]] = []  # the messages of the latest answered prompt
         self._n_left_out = 0  # the number of its old turns that were left out
         self.messages = checked_messages(() if messages is None else messages)
         if system is not None:
             self.system = system
-        self.cache = llama.new_cache() if cache is None else llama.checked_cache(cache, 1)
+        if cache is None:
+            llama.check_memory(1, llama.context)
+            cache = llama.new_cache()
+        self.cache = llama.checked_cache(cache, 1)
 
     def __repr__(self) -> str:
         return (
@@ -221,6 +228,18 @@ class Chat:
         with self._idle():
             del self.messages[_n_system(self.messages) :]
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise the errors of an answer with these options.
+
+        Raises:
+            InputError: a value is out of range.
+            TypeError: an unknown keyword.
+            TokenizerError: the model has no tokenizer.
+        """
+        _check_keywords(options)
+        no_room = self.llama.new_cache(context=1)  # so that the memory is not checked
+        self.llama.new_generation([""], cache=no_room, **_given(options))
+
     def _last_user(self) -> int | None:
         return max(_users(checked_messages(self.messages)), default=None)
 
@@ -241,13 +260,14 @@ class Chat:
     ) -> "ChatStream":
         """Replace the messages, and begin the answer to the last one."""
         options = _given(self.options) | _given(options)
+        _check_keywords(options)
+        self._adopt_ids(messages)
         prompt = self._prompt(messages, begun, options.get("max_new_tokens"))
         n_kept = self.cache.keep(0, prompt.ids)
         options = {"fresh_text": not prompt.begun, **options}
         generation = self.llama.new_generation([prompt.ids], cache=self.cache, **options)
         n_dropped = prompt.n_left_out - self._n_still_left_out(messages)
         self.turn = Turn(len(prompt.ids), n_kept, len(prompt.ids) - n_kept, n_dropped)
-        self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
         stream = ChatStream(self, generation, prompt, messages)
         self._stream = weakref.ref(stream)
         self.messages[:] = messages
@@ -274,16 +294,19 @@ class Chat:
 
     def _too_long(self, prompt: _Prompt, messages: list[Message]) -> str:
         """The message of an error: the prompt leaves no room for an answer in the context."""
-        found, action = "the dialogue has", "undo turns, clear the dialogue, or drop old turns"
+        found = "the dialogue has"
+        actions = ["undo turns", "clear the dialogue", "drop old turns"]
         if len(_users(messages)) - prompt.n_left_out <= 1:
-            found, action = "the message has", "shorten the message"
+            found, actions = "the message has", ["shorten the message"]
             if _n_system(messages):
-                found, action = "the message and the system prompt have", "shorten one of them"
+                found, actions = "the message and the system prompt have", ["shorten one of them"]
         if self.cache.context < self.llama.config.longest_context:
-            action += ", or give a larger context"
+            actions.append("give a larger context")
+        *first, last = actions
+        advice = f"{', '.join(first)} or {last}" if first else last
         return (
             f"{found} {len(prompt.ids)} tokens in the chat format, and the context has room for "
-            f"{self.cache.context} tokens of prompt and answer: {action}"
+            f"{self.cache.context} tokens of prompt and answer: {advice}"
         )
 
     def _prompt_without(self, n_turns: int, messages: list[Message], begun: str) -> _Prompt:
@@ -309,19 +332,43 @@ class Chat:
         )
 
     def _n_still_left_out(self, messages: list[Message]) -> int:
-        """The number of old turns that the latest prompt left out, if the messages continue its
-        dialogue; else 0."""
+        """The number of old turns that the latest answered prompt left out, if the messages
+        continue its dialogue; else 0."""
         goes_on = _contents(messages[: len(self._rendered)]) == self._rendered
         return self._n_left_out if goes_on else 0
 
+    def _adopt_ids(self, messages: list[Message]) -> None:
+        """Give loaded answers the ids that the cache holds for them.
+
+        A prompt cache and a saved dialogue may come from the same earlier chat, and a saved
+        dialogue has no ids.
+        """
+        held = self.cache.ids[0][: self.cache.lengths[0]]
+        for i, message in enumerate(checked_messages(messages)):
+            if message["role"] != "assistant" or self._own_answer(messages[i]) is not None:
+                continue
+            if not held or i == 0 or messages[i - 1]["role"] != "user":
+                return
+            prompt = self._prompt_without(0, messages[:i], "")
+            n_prompt = len(prompt.ids)
+            if held[:n_prompt] != prompt.ids:
+                return
+            own = answer_in_cache(
+                self.llama.tokenizer, held[n_prompt:], message["content"], prompt.space
+            )
+            if own is None:
+                return
+            self._own_answers[id(messages[i])] = messages[i], own
+
     def _own_answer(self, message: Message) -> OwnAnswer | None:
-        """The answer with its ids; None if the model did not write the message, or if it was
-        edited."""
+        """The answer with its ids; None if they are unknown, or if the message was edited."""
         known, own = self._own_answers.get(id(message), (None, None))
         return own if known is message and own.content == message["content"] else None
 
-    def _message(self, completion: Completion, prompt: _Prompt) -> Message:
-        """The message of an answer. The chat keeps its ids."""
+    def _with_answer(
+        self, messages: list[Message], completion: Completion, prompt: _Prompt
+    ) -> list[Message]:
+        """The messages and the answer to them. The chat keeps the ids of the answer."""
         message = {"role": "assistant", "content": prompt.begun + completion.text}
         own = own_answer(
             self.llama.tokenizer,
@@ -336,7 +383,8 @@ class Chat:
         self._own_answers = {i: v for i, v in self._own_answers.items() if i in present}
         if own is not None:
             self._own_answers[id(message)] = message, own
-        return message
+        self._n_left_out, self._rendered = prompt.n_left_out, _contents(messages)
+        return [*messages, message]
 
 
 class ChatStream(TextStream):
@@ -378,7 +426,7 @@ class ChatStream(TextStream):
         super().close()
         messages = self._before
         if self.completion.ids:
-            messages = [*self._messages, self._chat._message(self.completion, self._prompt)]
+            messages = self._chat._with_answer(self._messages, self.completion, self._prompt)
         self._chat.messages[:] = messages  # in one step, so that Ctrl-C leaves whole turns
         self.has_ended = True
 
@@ -389,6 +437,13 @@ class ChatStream(TextStream):
 def _n_system(messages: list[Message]) -> int:
     """The number of system prompts in front, 1 or 0."""
     return int(bool(messages) and checked_messages(messages[:1])[0]["role"] == "system")
+
+
+def _check_keywords(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for keywords of `Llama.new_generation` that a chat sets itself."""
+    for name in _REFUSED:
+        if options.get(name) is not None:
+            raise TypeError(f"{name} is no option of an answer: the chat has one row and one cache")
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

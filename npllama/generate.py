@@ -21,7 +21,6 @@ from pathlib import Path
 from npllama.completion import Completion
 from npllama.console import (
     INTERRUPTED,
-    ReaderLeftError,
     open_streams,
     reason,
     show,
@@ -56,7 +55,7 @@ from npllama.options import (
     run_program,
     unescape_texts,
 )
-from npllama.prompt_cache_file import PromptCacheFile, check_options
+from npllama.prompt_cache_file import PromptCacheFile, check_options, saved_at_end
 from npllama.report import print_rows, stats
 from npllama.special_tokens import encode_special
 
@@ -139,10 +138,7 @@ def parser() -> argparse.ArgumentParser:
     add_length(p)
     add_choice(p)
 
-    chat = p.add_argument_group(
-        "chat, for models that are made for it",
-        CONTROL_TOKENS,
-    )
+    chat = p.add_argument_group("chat, for models that are made for it", CONTROL_TOKENS)
     chat.add_argument(
         "--chat", action="store_true", help="answer the prompt as a message, not as a text"
     )
@@ -215,6 +211,22 @@ def run(args: argparse.Namespace) -> int:
     )
     if chat_note is not None:
         tell(f"npllama: {chat_note}")
+    with saved_at_end(prompt_cache):
+        return write_results(generation, prompts, llama, args, prompt_cache)
+
+
+def write_results(
+    generation: Generation,
+    prompts: Sequence[str],
+    llama: Llama,
+    args: argparse.Namespace,
+    prompt_cache: PromptCacheFile | None,
+) -> int:
+    """Run the generation, and write its completions and what else `args` ask for.
+
+    Returns:
+        The exit code.
+    """
     interrupted = False
     try:
         if args.json:
@@ -223,10 +235,6 @@ def run(args: argparse.Namespace) -> int:
             print_text(generation, heads_of(prompts, args))
     except KeyboardInterrupt:
         interrupted = True
-    except ReaderLeftError:
-        if prompt_cache is not None:
-            prompt_cache.save()
-        return 0
     if args.logprobs is not None and not args.json:
         print_all_log_probs(llama, generation, prompts)
     completions = generation.completions()
@@ -234,8 +242,6 @@ def run(args: argparse.Namespace) -> int:
         tell(f"npllama: {note}")
     if args.stats:
         print_stats(llama, generation, prompt_cache)
-    if prompt_cache is not None:  # last: an error ends the program
-        prompt_cache.save()
     return INTERRUPTED if interrupted else 0
 
 

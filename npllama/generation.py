@@ -458,11 +458,11 @@ class Generation:
 
     def _fail(self, row: Row, error: Exception) -> None:
         """End a row with an error. Without a server, raise the error, which ends the generation."""
+        if self._cache.user is self:  # NaNs would affect the next prompt in this cache row
+            self._cache.clear_row(row.cache_row)
         if not self._is_served:
             raise error
         row.finish_reason, row.error = "error", error
-        # NaNs in the cache row would affect the next row that uses it
-        self._cache.clear_row(row.cache_row)
 
     def _end(self, keeps: bool) -> None:
         """Release the cache.

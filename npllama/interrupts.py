@@ -1,4 +1,7 @@
-"""Ctrl-C that stops an answer, and not the program."""
+"""Signals in a chat: Ctrl-C stops an answer and not the program.
+
+SIGTERM and SIGHUP end the program after it has saved its work.
+"""
 
 import signal
 import threading
@@ -42,3 +45,29 @@ class Interrupts:
         if self._is_heard:
             self._is_heard = False
             raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A block that the first SIGTERM or SIGHUP (a closed terminal) ends by SystemExit.
+
+    The block can thus save its work. Later signals are ignored, because a closed terminal may send
+    two. A signal that was ignored before (nohup) stays ignored.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number in numbers if is_main and before[number] == signal.SIG_DFL]
+
+    def end(number: int, _frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import re
 import select
 import sys
 from collections.abc import Iterable
@@ -55,18 +56,20 @@ def read_entry(source: Source) -> Entry | None:
     """The next message or command; None at the end of input.
 
     A line that begins with "/" is a command. A line that begins with "//" is a message that begins
-    with "/". Several lines that were pasted at once are one message.
+    with "/". Several lines that were pasted at once are one message. A message, or the argument of
+    a command, that begins with QUOTES goes on to the next QUOTES.
 
     Raises:
         InputError: the input ends inside a message, or is not UTF-8.
     """
     while (unit := source.read(SIGN)) is not None:
-        if unit.startswith(QUOTES):
-            unit = _quoted(source, unit)
-            if unit is None:
+        command, quotes, _ = unit.partition(QUOTES)
+        if quotes and re.fullmatch(r"(/\w+ +)?", command):
+            text = _quoted(source, unit.removeprefix(command))
+            if text is None:
                 return None
-            source.remember(f"{QUOTES}{unit}{QUOTES}")
-            entry = Entry(unit)
+            source.remember(f"{command}{QUOTES}{text}{QUOTES}")
+            entry = Entry(f"{command[1:]}{text}", is_command=bool(command))
         else:
             if unit.strip():
                 source.remember(unit)
@@ -198,7 +201,8 @@ class TypedInput:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            readline.parse_and_bind("set enable-bracketed-paste on")
+            if self._keeps_a_paste_together():
+                readline.parse_and_bind("set enable-bracketed-paste on")
         readline.clear_history()
         for entry in self._history.entries:
             with contextlib.suppress(UnicodeError):

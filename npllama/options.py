@@ -10,14 +10,7 @@ from typing import Any, NoReturn
 
 from npllama.backend import BACKENDS
 from npllama.chat_formats import FORMATS as CHAT_FORMATS
-from npllama.console import (
-    WRONG_INPUT,
-    ReaderLeftError,
-    check_output,
-    exit_code,
-    tell,
-    utf8,
-)
+from npllama.console import WRONG_INPUT, ReaderLeftError, check_output, exit_code, tell, utf8
 from npllama.dialogue import find_chat_format
 from npllama.dialogue_parts import ChatFormat
 from npllama.errors import InputError, TokenizerWarning

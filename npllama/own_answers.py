@@ -6,7 +6,7 @@ contains the same ids, the model need not read them again.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from npllama.dialogue_parts import ChatFormat, Message, Part, Parts, merged
@@ -66,22 +66,62 @@ def own_answer(
     ids = list(ids)
     while ids and ids[-1] in end_ids:
         ids.pop()
-    decoder = StreamDecoder(tokenizer)
-    if begun:  # the decoder removes the first space only at the beginning of a text
-        for id_ in prompt_ids:
-            decoder.push(id_)
-    made, common, n_ids = "", "", 0
-    for i, id_ in enumerate(ids):
-        made += decoder.push(id_)
-        if decoder.is_whole and text.startswith(made):
-            common, n_ids = made, i + 1
-    if made + decoder.flush() == text:
+    # the decoder removes the first space only at the beginning of a text
+    before = prompt_ids if begun else ()
+    decoder = _decoder_after(tokenizer, before)
+    if "".join([decoder.push(id_) for id_ in ids]) + decoder.flush() == text:
         return OwnAnswer(begun, text, tuple(ids), space)
+    n_ids, common = _common_beginning(_decoder_after(tokenizer, before), ids, text)
     if n_ids == 0 and not begun:
         return None
     # the stop text began within a token
     rest = tokenizer.encode_continuation(text[len(common) :])
     return OwnAnswer(begun, text, (*ids[:n_ids], *rest), space)
+
+
+def answer_in_cache(
+    tokenizer: Tokenizer, ids: Sequence[int], text: str, space: str
+) -> OwnAnswer | None:
+    """An answer with the ids that a cache holds for it, such as one that was read from a file.
+
+    The last id of the latest answer is never in a cache. The rest of its text is encoded.
+
+    Args:
+        ids: the ids of the cache after the prompt of the answer.
+        text: the content of the message.
+        space: see OwnAnswer.
+
+    Returns:
+        None if the ids are not those of the text.
+    """
+    n_ids, common = _common_beginning(StreamDecoder(tokenizer), ids, text)
+    if n_ids == 0 or (common != text and n_ids < len(ids)):
+        return None
+    rest = tokenizer.encode_continuation(text[len(common) :])
+    return OwnAnswer("", text, (*ids[:n_ids], *rest), space)
+
+
+def _decoder_after(tokenizer: Tokenizer, ids: Iterable[int]) -> StreamDecoder:
+    """A decoder of a text that continues the text of `ids`."""
+    decoder = StreamDecoder(tokenizer)
+    for id_ in ids:
+        decoder.push(id_)
+    return decoder
+
+
+def _common_beginning(decoder: StreamDecoder, ids: Sequence[int], text: str) -> tuple[int, str]:
+    """The number of first ids whose text is a beginning of `text`, and that beginning.
+
+    Ids without a text, such as EOS, count only if further text follows them.
+    """
+    made, common, n_ids = "", "", 0
+    for i, id_ in enumerate(ids):
+        made += decoder.push(id_)
+        if not text.startswith(made):
+            break
+        if decoder.is_whole and made != common:
+            common, n_ids = made, i + 1
+    return n_ids, common
 
 
 def parts_with_own_ids(

@@ -151,7 +151,7 @@ class StoredPrompt:
         for name, value in ours.items():
             theirs = self._file.metadata.get(name, "")
             if theirs != value:
-                values = f" ({theirs[:80]} there, {value} here)" if name not in DIGESTS else ""
+                values = f" ({theirs!r:.80} there, {value!r} here)" if name not in DIGESTS else ""
                 raise InputError(
                     f"{self._path} is the prompt cache of another model, or of other options: the "
                     f"difference is in the {name}{values}; {_INSTEAD}"

@@ -1,11 +1,13 @@
 """The file of --prompt-cache: it is read before a generation and written after it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from npllama.atomic_file import check_writable
 from npllama.errors import InputError
+from npllama.interrupts import ended_by_signals
 from npllama.llama import Llama
 from npllama.prompt_cache import StoredPrompt, check_is_prompt_cache, is_new, save_cache
 
@@ -62,6 +64,24 @@ class PromptCacheFile:
             self._stored = list(ids)
 
 
+@contextmanager
+def saved_at_end(prompt_cache: PromptCacheFile | None) -> Iterator[None]:
+    """A block after which a prompt cache is saved, even if an error, Ctrl-C, SIGTERM or SIGHUP ends
+    the block. None is no prompt cache.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if prompt_cache is None:
+        yield
+        return
+    with ended_by_signals():
+        try:
+            yield
+        finally:
+            prompt_cache.save()
+
+
 def check_options(path: str | None, read_only: bool, n_prompts: int = 1) -> None:
     """Check the options before a model is loaded.
 
@@ -81,4 +101,8 @@ def check_options(path: str | None, read_only: bool, n_prompts: int = 1) -> None
     if read_only or not is_new(path):
         check_is_prompt_cache(path)
     if not read_only:
-        check_writable(Path(os.path.realpath(path)))
+        try:
+            check_writable(Path(os.path.realpath(path)))
+        except InputError as error:
+            hint = "" if is_new(path) else "; --prompt-cache-read-only only reads it"
+            raise InputError(f"{error}{hint}") from None

@@ -64,6 +64,13 @@ def closed_stderr(monkeypatch):
 # -- closed streams
 
 
+def test_a_message_cannot_control_the_terminal(monkeypatch, capsys):
+    tell("\x1b[31mred\tand\n")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    tell("\x1b[31mred\tand\n")
+    assert capsys.readouterr().err == "\x1b[31mred\tand\n\n\ufffd[31mred\tand\n\n"
+
+
 def test_closed_descriptors_are_opened_where_no_file_can_land_on_them(tmp_path):
     code = (
         "import json, os, sys\n"

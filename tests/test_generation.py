@@ -481,6 +481,21 @@ def test_a_model_that_computes_nan_is_an_error(ops):
         broken.generate([1, 5])
 
 
+def test_a_cache_is_usable_after_logits_that_are_not_finite(llama, to_host):
+    prompt, options = [1, 5, 6, 7], {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    want = llama.generate(prompt, **options).ids
+    embedding = llama.parameters.embedding
+    values = to_host(embedding.values).copy()
+    values[77] = np.nan
+    damaged = replace(embedding, values=llama.backend.to_device(values))
+    llama.parameters = replace(llama.parameters, embedding=damaged)
+    cache = llama.new_cache()
+    with pytest.raises(NumericalError):
+        llama.generate([*prompt[:3], *[77] * 9], cache=cache, **options)
+    cache.keep(0, prompt)
+    assert llama.generate(prompt, cache=cache, **options).ids == want
+
+
 def test_a_batch_that_does_not_fit_the_memory_is_refused(llama, monkeypatch):
     monkeypatch.setattr(llama.backend, "free_bytes", lambda: 1_000_000)
     with pytest.raises(OutOfMemoryError, match=r"GB of (GPU )?memory needed .* 0\.00 GB are free"):

@@ -9,7 +9,7 @@ from npllama.dialogue import encode_chat
 from npllama.dialogue_parts import encode_parts, merged
 from npllama.errors import InputError
 from npllama.llama import SHIPPED
-from npllama.own_answers import OwnAnswer, own_answer
+from npllama.own_answers import OwnAnswer, answer_in_cache, own_answer
 from npllama.sentencepiece_model import bpe_model
 from npllama.special_tokens import special_ids
 from npllama.tokenizer import Tokenizer
@@ -99,6 +99,24 @@ def test_a_continued_answer_keeps_the_space_it_goes_on_with():
     assert of(ids, "upon", "Once", [1, 261], tokenizer=WORDS).text == "upon"
     assert of(ids, " upon", tokenizer=WORDS) is None
     assert of(ids, "upon", tokenizer=WORDS).ids == tuple(ids)
+
+
+@pytest.mark.parametrize(
+    ("held", "text", "kept"),
+    [
+        ([A, SPACE, B, 2, 259, A], "a b", [A, SPACE, B]),
+        ([A, SPACE, B, 259, 2], "a b", [A, SPACE, B]),
+        ([A, SPACE], "a b", [A, SPACE, B]),  # the last id is in no cache
+        ([A, B, 2], "a", [A]),
+        ([A, B, 2], "ac", None),
+        ([A, 2, B, 2], "ab", [A, 2, B]),
+        ([2, A], "", None),
+        ([], "a", None),
+    ],
+)
+def test_an_answer_in_a_cache_has_the_ids_that_decode_to_it(held, text, kept):
+    found = answer_in_cache(BYTES, held, text, "\n")
+    assert found == (None if kept is None else own(kept, text, space="\n"))
 
 
 # -- where a format puts them

@@ -142,17 +142,23 @@ def test_what_is_no_context_is_refused(path, context):
 
 
 def test_a_chat_goes_on_from_a_file(path):
-    options = {"chat_format": "llama-2", "temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    greedy = GREEDY | {"max_new_tokens": 4}
+    options = {"chat_format": "llama-2", **greedy}
     llama = plain_llama()
     chat = Chat(llama, **options)
     chat.say("Hi")
     llama.save_cache(chat.cache, path)
     llama = plain_llama()
+    stored = chat.cache.ids[0]
     again = Chat(llama, chat.messages, cache=llama.load_cache(path), **options)
+    again.say("Ho")
+    prompt = again.cache.ids[0][: again.turn.n_prompt]
+    assert again.turn.n_kept == len(stored) and prompt[: len(stored)] == stored
     plain = Chat(llama, chat.messages, **options)
-    assert again.say("Ho").ids == plain.say("Ho").ids
-    assert again.turn.n_kept >= len(llama.encode("[INST] Hi [/INST]"))
-    assert again.cache.ids == plain.cache.ids
+    plain.say("Ho")
+    text, other = (llama.decode(chat.cache.ids[0][: chat.turn.n_prompt]) for chat in (again, plain))
+    assert text.split() == other.replace("[/INST] ", "[/INST]").split()
+    assert again.messages[-1]["content"] == llama.generate(prompt, fresh_text=True, **greedy).text
 
 
 @pytest.mark.parametrize(("stored", "used"), [("float16", "float32"), ("float32", "bfloat16")])
@@ -198,16 +204,16 @@ OTHERS = {
         lambda: with_parameters(lambda x: replace(x, ffn_norm=x.ffn_norm * np.float32(1.001))),
         "weights",
     ),
-    "a storage dtype": (lambda: plain_llama(dtype="bfloat16"), r"storage dtype \(float32 there"),
-    "int8": (lambda: plain_llama(dtype="int8"), r"storage dtype \(float32 there, int8 here\)"),
+    "a storage dtype": (lambda: plain_llama(dtype="bfloat16"), r"storage dtype \('float32' there"),
+    "int8": (lambda: plain_llama(dtype="int8"), r"storage dtype \('float32' there, 'int8' here\)"),
     "theta": (lambda: plain_llama(replace(TINY, rope_theta=1e6)), "RoPE frequencies"),
     "linear RoPE": (lambda: plain_llama(scaled_rope("linear")), "RoPE frequencies"),
     "yarn": (
         lambda: plain_llama(scaled_rope("yarn", original_max_position_embeddings=32)),
         "RoPE frequencies",
     ),
-    "fewer layers": (lambda: plain_llama(replace(TINY, n_layers=1)), r"shape \(L 2, .+ L 1, "),
-    "other heads": (lambda: plain_llama(replace(TINY, n_kv_heads=6)), r"shape \(.* K 3, .+ K 6, "),
+    "fewer layers": (lambda: plain_llama(replace(TINY, n_layers=1)), r"shape \('L 2, .+ 'L 1, "),
+    "other heads": (lambda: plain_llama(replace(TINY, n_kv_heads=6)), r"shape \('.* K 3, .+ K 6, "),
     "epsilon": (lambda: plain_llama(replace(TINY, norm_eps=1e-6)), "shape .*epsilon 1e-05"),
 }
 
@@ -333,6 +339,7 @@ HOSTILE = {
     "no version": (lambda t, m: m.pop("version"), "has version ''"),
     "no shape": (lambda t, m: m.pop("shape"), "is in the shape"),
     "other weights": (lambda t, m: m.update(weights="\x1b[31m\n"), "is in the weights"),
+    "a shape of controls": (lambda t, m: m.update(shape="\x1b[31m\n"), r"\('\\x1b\[31m\\n' there"),
     "no format": (lambda t, m: m.pop("format"), "not a prompt cache of npllama"),
 }
 
@@ -567,6 +574,20 @@ def test_what_the_option_refuses_is_said_before_a_model_is_loaded(model, path, t
         assert err.startswith("npllama: error: ") and said in err
 
 
+def test_a_file_that_can_only_be_read_has_a_hint(model, path, capsys, monkeypatch):
+    def refuse(_path):
+        raise InputError("it cannot be written: Permission denied")
+
+    monkeypatch.setattr("npllama.prompt_cache_file.check_writable", refuse)
+    options = ["--prompt", "Once", "--prompt-cache", path]
+    assert call(capsys, model, *options)[2].endswith(": Permission denied\n")
+    monkeypatch.undo()
+    call(capsys, model, *options)
+    monkeypatch.setattr("npllama.prompt_cache_file.check_writable", refuse)
+    err = call(capsys, model, *options)[2]
+    assert err.endswith(": Permission denied; --prompt-cache-read-only only reads it\n")
+
+
 def test_another_models_file_stops_the_program_before_the_text(model, path, tmp_path, capsys):
     other = write_model(tmp_path / "other", replace(TINY, context_length=256), seed=1)
     call(capsys, str(other), "--prompt", "Once", "--prompt-cache", path)
@@ -599,6 +620,25 @@ def test_after_ctrl_c_what_was_read_is_kept(model, path, capsys, monkeypatch, js
     assert ids_of(path) == prompt + completion.ids[:3]
     if json_lines:
         assert json.loads(out)["ids"] == completion.ids
+
+
+def test_after_sigterm_what_was_read_is_kept(model, path, capsys, monkeypatch):
+    from npllama.row import Row
+
+    accept, calls = Row.accept, []
+
+    def ended(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accept(*args)
+
+    monkeypatch.setattr(Row, "accept", ended)
+    with pytest.raises(SystemExit) as end:
+        call(capsys, model, "--prompt", "Once", "--prompt-cache", path)
+    assert end.value.code == 143
+    prompt = load(model, "numpy").encode("Once")
+    assert ids_of(path)[: len(prompt)] == prompt and len(ids_of(path)) > len(prompt)
 
 
 def test_where_the_reader_leaves_what_was_read_is_kept(model, path, capsys, monkeypatch):
