@@ -28,6 +28,9 @@ FILES = (
     "test_hidden_keys.py",
     "test_derivatives.py",
     "test_gradients.py",
+    "test_conversation.py",
+    "test_serving.py",
+    "test_explore.py",
 )
 """Test files in tests/, the most important first."""
 N_SHOWN = 8
