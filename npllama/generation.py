@@ -174,7 +174,7 @@ class Generation:
                 yield
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        return ((row.number, text) for row, text in self.pieces())
+        return _numbered(self.pieces())
 
     def pieces(self) -> Generator[tuple[Row, str], None, None]:
         """An iterator over pairs (row, text), one for each new token. A server's row whose prefill
@@ -541,6 +541,19 @@ class Generation:
             timings.decode_seconds += seconds
             timings.decode_tokens += n_new
         timings.new_tokens += n_new
+
+
+def _numbered(
+    pieces: Generator[tuple[Row, str], None, None],
+) -> Generator[tuple[int, str], None, None]:
+    """Pairs (row number, text).
+
+    Closing this generator closes `pieces`. A closed generator expression would leave `pieces`
+    suspended in Python 3.12.
+    """
+    with closing(pieces):
+        for row, text in pieces:
+            yield row.number, text
 
 
 def _goes_on(row: Row) -> bool:

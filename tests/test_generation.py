@@ -805,6 +805,18 @@ def test_wherever_a_generation_is_left_the_cache_knows_what_it_holds(llama):
         assert [c.ids for c in again] == want
 
 
+def test_closing_an_iterator_ends_the_generation_whoever_refers_to_its_pieces(llama, monkeypatch):
+    cache = llama.new_cache(context=30)
+    generation = llama.new_generation([PROMPT], cache=cache, **OPTIONS)
+    pieces = generation.pieces()
+    monkeypatch.setattr(generation, "pieces", lambda: pieces)
+    running = iter(generation)
+    next(running), next(running)
+    running.close()  # Python 3.12 does not release what a closed generator expression refers to
+    assert pieces.gi_frame is None and cache.user is None
+    assert len(cache.ids[0]) == cache.lengths[0]
+
+
 def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
     cache = llama.new_cache(context=30)
     first, second = (llama.new_generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
