@@ -185,7 +185,7 @@ MISTAKES = {
     ),
     "the same random number at every step": (
         "decode_step.py",
-        "at += 1  # in place",
+        "at += 1  # in-place",
         "pass",
     ),
     "the rows that stay have the first rows' numbers": (
