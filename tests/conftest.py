@@ -155,16 +155,16 @@ def llama(ops) -> Llama:
 
 
 @pytest.fixture(scope="session")
-def all_work_ahead():
-    work = WorkAhead()
+def all_work_ahead(tmp_path_factory):
+    work = WorkAhead(tmp_path_factory.mktemp)
     yield work
     work.end()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def work_ahead(request, all_work_ahead):
-    """The work of test files that started before their turn. It ends before test_measure_threads.py
-    and test_memory.py, because the files whose work it is wait for it."""
+    """The work of test files that starts before their turn. The tests of these files wait for it,
+    so it has ended before test_model.py."""
     if request.path.name >= WORK_AHEAD_FROM:
         all_work_ahead.start(request.session.items)
     return all_work_ahead
