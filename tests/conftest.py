@@ -21,6 +21,7 @@ from npllama.threads import Threads
 from npllama.tokenizer import Tokenizer
 from strict_array import StrictBackend
 from strict_cupy import StrictCupyBackend
+from work_ahead import WorkAhead
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -39,6 +40,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores this signal
 # kernel fits.
 STRICT_CUPY = "strict-kernels" if compiler() else "strict-cupy"
 CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
+
+# The first test file beside which the work of later files may run. test_benchmark.py measures.
+WORK_AHEAD_FROM = "test_blocks.py"
 
 
 def cupy_is_present():
@@ -148,6 +152,22 @@ def rope_table(ops, n_positions, head_dim, theta, dtype="float32"):
 @pytest.fixture
 def llama(ops) -> Llama:
     return make_llama(ops)
+
+
+@pytest.fixture(scope="session")
+def all_work_ahead(tmp_path_factory):
+    work = WorkAhead(tmp_path_factory.mktemp)
+    yield work
+    work.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def work_ahead(request, all_work_ahead):
+    """The work of test files that starts before their turn. The tests of these files wait for it,
+    so it has ended before test_model.py."""
+    if request.path.name >= WORK_AHEAD_FROM:
+        all_work_ahead.start(request.session.items)
+    return all_work_ahead
 
 
 def run_script(code):

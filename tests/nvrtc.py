@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -68,18 +69,22 @@ def missing() -> str | None:
     return None
 
 
-def compile_kernels(code: str, names: Collection[str], arch: str) -> dict[str, Compiled]:
+def compile_kernels(
+    code: str, names: Collection[str], arch: str, disassemble: bool = True
+) -> dict[str, Compiled]:
     """Compile kernels in the same way as CuPy's RawModule.
 
     Args:
         names: the names of the kernels, with template arguments.
         arch: the architecture, such as "sm_90".
+        disassemble: whether to list the instructions, which takes as long as compiling small
+            kernels. If not, there are none.
 
     Raises:
         CompilationError: the source has an error, or does not contain one of the kernels.
     """
     cubin, lowered, log = _compiler().compile(code, names, arch)
-    instructions = _instructions(cubin)
+    instructions = _instructions(cubin) if disassemble else defaultdict(set)
     reports = {match["name"]: match for match in _REPORT.finditer(log)}
     compiled = {}
     for name in names:

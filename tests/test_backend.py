@@ -365,7 +365,7 @@ def test_devices_that_a_variable_hides_are_told(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "CUDA_VISIBLE_DEVICES" not in cuda_driver().remedy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert "CUDA_VISIBLE_DEVICES is '7' and hides others" in cuda_driver().remedy
+    assert "CUDA_VISIBLE_DEVICES is '7' and hides the others, unset it" in cuda_driver().remedy
 
 
 def test_without_a_driver_there_are_no_devices(monkeypatch):

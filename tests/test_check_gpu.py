@@ -30,16 +30,43 @@ STAGES = ["ids", "tests", "decode", "prompt", "rival", "equivalence", "sanitizer
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ 12 on this machine")
 
 
-def check_gpu(*arguments, folders=(FAKE_CUPY,), timeout=100):
+def start(*arguments, folders=(FAKE_CUPY,)):
     path = os.pathsep.join(map(str, folders))
-    environment = dict(os.environ) | {"PYTHON": sys.executable, "PYTHONPATH": path}
-    return subprocess.run(
+    return subprocess.Popen(
         [str(SCRIPT), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
+        env=dict(os.environ) | {"PYTHON": sys.executable, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
+
+
+def ended(process):
+    stdout, stderr = process.communicate(timeout=100)
+    return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def check_gpu(*arguments, **settings):
+    return ended(start(*arguments, **settings))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def whole_run(request, tmp_path_factory):
+    """A run of all stages, and its directory; None if the test of this run is not selected.
+
+    The run takes the longest. It therefore starts before the first test of this file and runs
+    beside the tests, and its own test is the last.
+    """
+    judge = test_every_stage_runs_to_its_end_on_the_cupy_for_tests
+    selected = any(getattr(item, "function", None) is judge for item in request.session.items)
+    if not selected or compiler() is None:
+        yield None
+        return
+    out = tmp_path_factory.mktemp("whole")
+    process = start("--tiny", "--out", out)
+    yield process, out
+    process.terminate()  # if an earlier test ended the session
+    process.communicate()
 
 
 def table(text):
@@ -49,30 +76,6 @@ def table(text):
     for before, row in itertools.pairwise(rows):
         row[0] = row[0] or before[0]
     return rows
-
-
-@needs_compiler
-def test_every_stage_runs_to_its_end_on_the_cupy_for_tests(tmp_path):
-    done = check_gpu("--tiny", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    rows = table(done.stdout)
-    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES
-    assert not [row for row in rows if row[-1] not in ("", OK)]
-    by_stage = {stage: [row for row in rows if row[0] == stage] for stage in STAGES}
-    assert all("sampled 3 of 3" in row[2] and row[-1] == OK for row in by_stage["ids"])
-    assert re.search(r"^\d+ passed", by_stage["tests"][0][2])
-    figures = " ".join(row[1] + row[2] for row in by_stage["decode"])
-    for part in ("read bandwidth", "shipped model", "1.1b float16", "7b int8", " us "):
-        assert part in figures
-    assert all("not run" in by_stage[stage][0][2] for stage in ("rival", "sanitizer"))
-    assert {row[1] for row in by_stage["equivalence"]} >= {"cupy reference, float16"}
-    # one table after each stage and one at the end, each below the GPU, the date and the command
-    assert done.stdout.count("| stage |") == len(STAGES) + 1
-    heading = done.stdout[: done.stdout.rindex("| stage |")].splitlines()[-2]
-    for part in (f"--tiny --out {tmp_path}", "CuPy for tests", "UTC", "driver", "tiny models"):
-        assert part in heading
-    assert "numpy reference" in (tmp_path / "equivalence.txt").read_text()
 
 
 BROKEN = """
@@ -112,7 +115,7 @@ def test_it_goes_on_after_a_failure(broken_cupy):
 
 
 def test_a_stage_that_hangs_is_ended(broken_cupy):
-    done = check_gpu("--stage", "equivalence", "--seconds", 7, folders=broken_cupy)
+    done = check_gpu("--stage", "equivalence", "--stage-seconds", 1, folders=broken_cupy)
     assert done.returncode == 0
     assert table(done.stdout) == [["equivalence", "", "timed out", "", FAILED]]
 
@@ -208,6 +211,7 @@ def test_the_list_names_the_stages_in_their_order():
         (("--stage", "decoding"), "there is no stage decoding"),
         (("--stage",), "--stage needs a value"),
         (("--seconds", "6m"), "--seconds is 6m: expected a whole number"),
+        (("--stage-seconds", "0"), "--stage-seconds is 0: expected a whole number"),
         (("--fast",), "unknown option --fast"),
     ],
 )
@@ -220,7 +224,8 @@ def test_wrong_options_are_one_line(arguments, message):
 def test_help_is_the_scripts_own_heading():
     said = check_gpu("--help").stdout
     assert said.startswith("Checks this checkout on a machine with a GPU")
-    for option in ("--stage", "--list", "--seconds", "--out", "--tiny", "PYTHON"):
+    options = ("--stage", "--list", "--seconds", "--stage-seconds", "--out", "--tiny", "PYTHON")
+    for option in options:
         assert option in said
     assert "set -u" not in said
 
@@ -345,3 +350,28 @@ def test_a_model_of_such_weights_generates():
     llama = Llama(TINY, device_parameters(TINY, ops, "float16"), ops)
     ids = llama.generate([1, 2], max_new_tokens=3, temperature=0, ignore_eos=True).ids
     assert len(ids) == 3
+
+
+@needs_compiler
+def test_every_stage_runs_to_its_end_on_the_cupy_for_tests(whole_run):
+    process, out = whole_run
+    done = ended(process)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = table(done.stdout)
+    assert list(dict.fromkeys(row[0] for row in rows)) == STAGES
+    assert not [row for row in rows if row[-1] not in ("", OK)]
+    by_stage = {stage: [row for row in rows if row[0] == stage] for stage in STAGES}
+    assert all("sampled 3 of 3" in row[2] and row[-1] == OK for row in by_stage["ids"])
+    assert re.search(r"^\d+ passed", by_stage["tests"][0][2])
+    figures = " ".join(row[1] + row[2] for row in by_stage["decode"])
+    for part in ("read bandwidth", "shipped model", "1.1b float16", "7b int8", " us "):
+        assert part in figures
+    assert all("not run" in by_stage[stage][0][2] for stage in ("rival", "sanitizer"))
+    assert {row[1] for row in by_stage["equivalence"]} >= {"cupy reference, float16"}
+    # one table after each stage and one at the end, each below the GPU, the date and the command
+    assert done.stdout.count("| stage |") == len(STAGES) + 1
+    heading = done.stdout[: done.stdout.rindex("| stage |")].splitlines()[-2]
+    for part in (f"--tiny --out {out}", "CuPy for tests", "UTC", "driver", "tiny models"):
+        assert part in heading
+    assert "numpy reference" in (out / "equivalence.txt").read_text()

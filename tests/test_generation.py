@@ -308,6 +308,7 @@ def test_stream_raises_before_it_is_iterated(llama):
         llama.stream([1], temperature=-1)
 
 
+@pytest.mark.array_calls
 def test_a_stream_tells_its_completion_when_it_has_ended(llama):
     options = OPTIONS | {"max_new_tokens": 20}
     want = llama.generate(PROMPT, **options)
@@ -399,6 +400,7 @@ def test_one_prompt_may_be_a_generator_of_ids(llama):
         llama.logits(id_ for id_ in PROMPT)
 
 
+@pytest.mark.array_calls
 def test_none_is_the_default_of_every_optional_argument(llama):
     names = [*inspect.signature(Llama.generate).parameters][2:]
     nothing = dict.fromkeys(names)

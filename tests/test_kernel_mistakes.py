@@ -25,7 +25,9 @@ module has no .cu file with kernels, it defines the kernels in SOURCE.
 """
 
 import importlib
+import json
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -83,28 +85,46 @@ def find(name, number):
     return None
 
 
+def find_all(names):
+    """For each module, what `find` returns for each of its mistakes. Two worker processes search,
+    so that a crash or an endless loop ends only a worker."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as workers:
+        finds = {
+            name: [workers.submit(find, name, i) for i in range(len(load(name).MISTAKES))]
+            for name in names
+        }
+        return {name: [one.result() for one in those] for name, those in finds.items()}
+
+
+def work_arguments(items):
+    """The modules whose tests are selected, for this file as a program. See work_ahead.py."""
+    judged = [item for item in items if item.function is test_every_mistake_is_found]
+    return [item.callspec.params["name"] for item in judged] if compiler() else []
+
+
 @pytest.fixture(scope="module")
-def workers():
-    """Two worker processes, so that a crash or an endless loop ends only a worker."""
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield pool
+def errors(work_ahead):
+    """The first error that detects each mistake, by module."""
+    return work_ahead.result(sys.modules[__name__])
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_mistake_is_found(name, workers):
+def test_every_mistake_is_found(name, errors):
     module = load(name)
-    finds = [workers.submit(find, name, i) for i in range(len(module.MISTAKES))]
     for order in ORDERS:
         with DEVICE.thread_order(order):
             module.run(Launcher(module))
-    errors = [result.result(timeout=120) for result in finds]
     names = [mistake[0] for mistake in module.MISTAKES]
-    for mistake, error in zip(names, errors, strict=True):
+    for mistake, error in zip(names, errors[name], strict=True):
         print(f"{mistake}: {error}")
-    assert not [mistake for mistake, error in zip(names, errors, strict=True) if not error]
+    assert not [mistake for mistake, error in zip(names, errors[name], strict=True) if not error]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_has_mistakes(name):
     assert name in MODULES
     assert len({mistake[1:] for mistake in load(name).MISTAKES}) >= FEWEST
+
+
+if __name__ == "__main__":
+    print(json.dumps(find_all(sys.argv[1:])))

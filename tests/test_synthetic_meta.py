@@ -78,7 +78,7 @@ def test_a_measurement_tells_both_rates_and_the_peak_and_leaves_nothing(tmp_path
     command += [str(tmp_path / "meta"), str(tmp_path / "disk")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     number = re.fullmatch(
-        r"0\.00 GB: copied at (\d+) MB/s, converted at (\d+) MB/s \(\d\.\d\d of it\), "
+        r"0\.00 GB: copied at (\d+) MB/s, converted at (\d+) MB/s \(\d\.\d\d of that\), "
         r"peak (\d+) MB\n",
         told,
     )

@@ -14,6 +14,8 @@
 # The table is printed after each stage. The last one is Markdown, for tools/README.md.
 #
 #   --seconds N   time limit of all stages together (default 360)
+#   --stage-seconds N
+#                 time limit of each stage, if it is less than the limit that --list names
 #   --out DIR     directory for the table and the standard error of the stages (default: a new
 #                 directory, which is named at the end)
 #   --tiny        uses tiny models and lengths, to test this script on a CPU (for example with the
@@ -42,22 +44,22 @@ wrong() {
   exit 2
 }
 
-total=360 out="" tiny="" chosen="" command="tools/check_gpu.sh${*:+ $*}"
+total=360 most="" out="" tiny="" chosen="" command="tools/check_gpu.sh${*:+ $*}"
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) usage; exit 0 ;;
     --list) sed 's/^\([a-z]*\) [a-z_]* \([0-9]*\): /\1\t\2 s\t/' <<<"$stages"; exit 0 ;;
     --tiny) tiny=--tiny; shift ;;
-    --stage | --seconds | --out)
+    --stage | --seconds | --stage-seconds | --out)
       [ $# -gt 1 ] || wrong "$1 needs a value"
       case $1 in
         --stage)
           grep -q "^$2 " <<<"$stages" || wrong "there is no stage $2"
           chosen="$chosen $2"
           ;;
-        --seconds)
-          [[ $2 =~ ^[1-9][0-9]*$ ]] || wrong "--seconds is $2: expected a whole number"
-          total=$2
+        --seconds | --stage-seconds)
+          [[ $2 =~ ^[1-9][0-9]*$ ]] || wrong "$1 is $2: expected a whole number"
+          if [ "$1" = --seconds ]; then total=$2; else most=$2; fi
           ;;
         --out) out=$2 ;;
       esac
@@ -86,10 +88,11 @@ while read -r name module limit _; do
   if [ -n "$chosen" ]; then
     case "$chosen " in *" $name "*) ;; *) continue ;; esac
   fi
+  [ "$limit" -gt "${most:-$limit}" ] && limit=$most
   left=$((total - SECONDS))
   [ "$limit" -gt "$left" ] && limit=$left
   # a stage chosen by --stage runs even if little time is left
-  if [ "$limit" -lt "$([ -n "$chosen" ] && echo 1 || echo 5)" ]; then
+  if [ "$left" -lt "$([ -n "$chosen" ] && echo 1 || echo 5)" ]; then
     echo "== $name: no time left"
     continue
   fi
