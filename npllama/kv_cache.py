@@ -14,8 +14,8 @@ from npllama.decode_step import StepBuffers
 from npllama.errors import InputError
 
 BUCKET = 256
-"""An operation whose shape depends on the length of a row rounds it up to a multiple of this.
-A step that is captured for one bucket can then be replayed for all lengths in it."""
+"""An operation whose shape depends on the length of a row rounds this length up to a multiple of
+BUCKET. A step that is captured for one bucket can then be replayed for all lengths in it."""
 
 
 def whole_buckets(length: int) -> int:

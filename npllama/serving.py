@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """Decodes the requests of any number of threads together. Made by `Llama.server`.
+    """Decodes the requests of any number of threads together. `Llama.server` returns one.
 
     The server runs the model in a thread of its own. Each request occupies one row of a shared
     cache from its first step to its last. If all rows are occupied, requests wait in their order of
