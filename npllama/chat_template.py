@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_TEMPLATE = 2**20
-"""The most bytes of a template. The template of Llama 3.2, with tools, has 4 KB."""
+"""The most bytes of a template. Published templates are far smaller."""
 SECONDS = 10.0
-"""The most CPU time for one rendering, which usually takes milliseconds."""
+"""The most seconds of CPU time for one rendering, which usually takes far less."""
 _PATIENCE = 120.0  # the most elapsed seconds, for systems that cannot limit CPU time
 _ROLES = ("system", "user", "assistant", "tool", "function", "developer", "ipython")
 _UNFINISHED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark at the end of a begun answer

@@ -135,7 +135,7 @@ class Server:
         request = _Request(row, is_streamed, self._forget)
         with self._changed:
             if self._is_closed:
-                raise InputError("the server is closed: make another one")
+                raise InputError("the server is closed: create another one")
             self._requests[row] = request
             if row.finish_reason is None:
                 self._waiting.append(row)
