@@ -306,6 +306,6 @@ class KVCache:
         keep = self._common_length(row, ids)
         if keep < length:
             raise InputError(
-                f"row {row} of the cache holds {length} ids, of which the prompt can reuse the first "
-                f"{keep}: call cache.truncate({row}, {keep}) first"
+                f"row {row} of the cache holds {length} ids, of which the prompt can reuse the "
+                f"first {keep}: call cache.truncate({row}, {keep}) first"
             )
