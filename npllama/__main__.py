@@ -1,8 +1,8 @@
-"""npllama, or python -m npllama: the programs, by one word each.
+"""Starts a program by its name: npllama PROGRAM, or python -m npllama PROGRAM.
 
 `npllama generate ...` is `python -m npllama.generate ...`. The programs of the repository's folder
 tools/ are in an installed package as npllama/tools/. Their modules import each other by their own
-names, as `python tools/convert.py` finds them; so that folder goes in front of sys.path.
+names, as `python tools/convert.py` finds them, so `main` puts that folder first in sys.path.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from npllama.early_interrupt import end_at_once, handle_again
 PROGRAMS = {
     "generate": "continue a text",
     "chat": "talk with a chat model",
-    "convert": "make a model directory of a checkpoint of Meta's, Hugging Face's or llama2.c's",
+    "convert": "make a model directory from a checkpoint of Meta, Hugging Face or llama2.c",
     "train": "train a model on a text file",
     "perplexity": "measure how well a model predicts a text",
     "benchmark": "measure the speed and memory of a model",
@@ -62,7 +62,7 @@ def tools_folder() -> Path:
 
 
 def _answer(word: str) -> int:
-    """What is said where the first word names no program."""
+    """Print the help or the version, or an error for an unknown word; the exit code."""
     from npllama.console import WRONG_INPUT, check_output, exit_code, open_streams, tell, write
 
     open_streams()
@@ -87,7 +87,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "npllama PROGRAM --help explains one; npllama --version says which version this is.",
+            "npllama PROGRAM --help explains one; npllama --version prints the version.",
             'Example: npllama generate --prompt "Once upon a time"',
             "",
         ]
@@ -102,7 +102,7 @@ def _unknown(word: str) -> str:
     import difflib
 
     if word.startswith("-"):
-        return f"{word[:60]!r} stands before any program: try npllama generate {word[:60]} ..."
+        return f"{word[:60]!r} precedes the program: try npllama generate {word[:60]} ..."
     nearest = difflib.get_close_matches(word.lower(), PROGRAMS, n=1, cutoff=0.5)
     expected = f"did you mean npllama {nearest[0]}?" if nearest else "expected the name of one"
     return f"there is no program {word[:60]!r}: {expected}"

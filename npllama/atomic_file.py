@@ -1,7 +1,7 @@
 """Writes a file whole or not at all, and waits until its bytes are on the disk.
 
 Some network file systems (Lustre, NFS without a lock service, CIFS, FUSE) have no locks, or cannot
-sync a folder. Files are then written without them.
+sync a folder. On them, files are written without locks or without the sync.
 """
 
 import errno
@@ -80,8 +80,8 @@ def _not_written(path: Path, error: OSError) -> InputError:
 
 @contextmanager
 def _partial_file(path: Path) -> Iterator[Path]:
-    """An empty file in the folder of `path`, which no other process writes to. It is removed if
-    the block fails."""
+    """An empty file in the folder of `path`. No other process writes to it. It is removed if the
+    block fails."""
     partial = path.with_name(f"{path.name}.partial")
     file = None if fcntl is None else _locked(partial)
     if file is None:  # without locks, a name that no other process uses

@@ -266,7 +266,7 @@ def _usable_cupy(device: int | None) -> ModuleType:
         try:
             look()
         except Exception:
-            remedy = f"expected CUDA {built_for[0]}'s library; {_install(built_for)} brings it"
+            remedy = f"expected CUDA {built_for[0]}'s library; {_install(built_for)} installs it"
             raise _UnusableError(f"CuPy: {library} cannot be loaded", remedy) from None
     return cupy
 

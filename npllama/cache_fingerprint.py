@@ -33,12 +33,13 @@ def shape_of(model: Transformer) -> str:
 def fingerprint(model: Transformer, ids: Sequence[int]) -> dict[str, str]:
     """The texts for the keys and values of `ids`, by their names in messages.
 
-    The digest of the weights covers a part of them, because reading all weights of a large model
-    takes seconds: every norm, every scale of int8, and at least 16 evenly spaced rows of each
-    matrix of the layers. Training and a merged LoRA adapter change all rows of a matrix. A manual
-    change of only a few rows may not change the digest.
+    The digest of the weights covers every norm, every scale of int8, and at least 16 evenly spaced
+    rows of each matrix of the layers. It does not cover all weights, because reading all weights of
+    a large model takes seconds. Training and a merged LoRA adapter change all rows of a matrix, and
+    therefore the digest. A manual change of only a few rows may not change it.
 
-    The digest of the embedding covers the rows of `ids`, on which alone the keys and values depend.
+    The digest of the embedding covers the rows of `ids`. The keys and values depend on no other
+    rows.
     """
     backend, parameters, embedding = model.backend, model.parameters, model.parameters.embedding
     frequencies, scaling = model.rotation

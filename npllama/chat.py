@@ -3,8 +3,8 @@
 Answers go to standard output as they are generated, and everything else to standard error.
 
 At a terminal, Ctrl-C stops the answer. Wrong input is reported in one line, and the dialogue
-continues. Through a pipe, Ctrl-C and wrong input end the program, with exit code 130 and 2. The
-exit code at the end of input is 0.
+continues. Through a pipe, Ctrl-C ends the program with exit code 130, and wrong input ends it with
+exit code 2. The exit code at the end of input is 0.
 """
 
 if __name__ == "__main__":  # before the other imports, which take a while
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
-    """The model's chat format, and a note if the model may have another one, or none.
+    """The model's chat format, and a note if the model may need another format, or cannot chat.
 
     Raises:
         TokenizerError: the chat template is damaged.

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 MAX_TEMPLATE = 2**20
-"""The most bytes of a template. The template of Llama 3.2, with tools, has 4 KB."""
+"""The most bytes of a template. Published templates are far smaller."""
 SECONDS = 10.0
-"""The most CPU time for one rendering, which usually takes milliseconds."""
+"""The most seconds of CPU time for one rendering, which usually takes far less."""
 _PATIENCE = 120.0  # the most elapsed seconds, for systems that cannot limit CPU time
 _ROLES = ("system", "user", "assistant", "tool", "function", "developer", "ipython")
 _UNFINISHED = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark at the end of a begun answer
@@ -104,8 +104,9 @@ class ChatTemplate:
         """The rendered text, with ids in place of the names of control tokens in the markup.
 
         The dialogue is rendered a second time, with each character of the messages (except white
-        space) replaced by a private character, its twin. If this gives the same text up to the
-        twins, they show which parts are from messages, and names are searched in the rest.
+        space) replaced by a private character, its twin. If the two texts are equal except for the
+        twins, the twins show which parts are from messages. Names are searched only in the other
+        parts.
 
         A template that inspects the messages may give another text. The dialogue is then rendered
         with the names of tokens in the template's source replaced by private characters, which
@@ -246,7 +247,7 @@ class _Renderer:
         raise TokenizerError(f"{self._path} cannot be rendered ({message}): {_OTHER_WAYS}")
 
     def _asked(self, line: bytes) -> bytes:
-        """The answer of the process, or nothing if the process ended.
+        """The answer of the process; empty if the process has ended.
 
         An interruption ends the process.
         """

@@ -85,7 +85,8 @@ class Chat:
         system: the system prompt. It replaces the one in `messages`.
         chat_format: a name of npllama.chat_formats.FORMATS, or a format; None is the model's own.
         cache: from `llama.new_cache` or `load_cache`, with one row, which may already hold ids.
-            Answers in `messages` get the ids that it holds for their text. None is a new one.
+            Answers in `messages` get the ids that the cache holds for their text. None creates a
+            new cache.
         drop_old_turns: whether prompts leave out old turns. If False, a dialogue that fills the
             context raises InputError.
         options: keywords of `Llama.new_generation` for all answers. The default of `fresh_text` is
@@ -99,8 +100,8 @@ class Chat:
         cache: its row holds the ids of the dialogue without the last id of the latest answer.
 
     Raises:
-        InputError: something else than messages, a model without a chat format, an unknown format,
-            a cache of another model, or an option is out of range.
+        InputError: `messages` are not messages, the model has no chat format, the format is
+            unknown, the cache is from another model, or an option is out of range.
         TypeError: an unknown keyword.
         TokenizerError: the model has no tokenizer.
         OutOfMemoryError: the cache does not fit the memory.
@@ -156,7 +157,7 @@ class Chat:
 
     @property
     def system(self) -> str | None:
-        """The system prompt: the content of the first message where its role is system.
+        """The system prompt: the content of the first message if its role is system.
 
         A new text replaces this message or is inserted in front; None removes the message.
         """
@@ -391,7 +392,7 @@ class ChatStream(TextStream):
     """The answer of a Chat in pieces of text, none of them empty; see TextStream.
 
     When the stream has ended (by itself, by `close`, by Ctrl-C or by an error), the messages of
-    the chat contain the answer so far. A stream without a reference to it is closed.
+    the chat contain the answer so far. A stream is closed when no reference to it remains.
 
     Args:
         messages: the dialogue to answer. If the stream ends before the first token, the previous

@@ -16,7 +16,7 @@ _PART_OF = {field: part for part, some in _PARTS.items() for field in some}
 def parameters_by_part(config: LlamaConfig) -> dict[str, int]:
     """Parameters of the embedding, attention, feed-forward, head and norms of all layers.
 
-    A tied head has none. The sum is `config.n_parameters`.
+    A tied head has no parameters of its own. The sum is `config.n_parameters`.
 
     >>> parameters_by_part(LlamaConfig.named("7B"))["attention"]
     2147483648
@@ -60,7 +60,7 @@ def forward_flops(config: LlamaConfig, n_tokens: int, n_logits: int) -> int:
 def attention_flops(config: LlamaConfig, n_new: int, n_past: int) -> int:
     """Floating point operations of q k^T and P v in all layers: 4 C per query head and visible key.
 
-    The n_new queries stand after n_past positions, and each sees the keys up to its own.
+    The n_new queries follow n_past positions, and each sees the keys up to its own.
     """
     pairs = n_new * n_past + n_new * (n_new + 1) // 2
     return 4 * config.n_layers * config.n_heads * config.head_dim * pairs

@@ -58,7 +58,7 @@ def dialogue_parts(
     answer: str = "",
     own_answers: Mapping[int, OwnAnswer] | None = None,
 ) -> Parts:
-    """The parts that `encode_chat` encodes; it explains the arguments and the errors."""
+    """The parts that `encode_chat` encodes. See `encode_chat` for the arguments and the errors."""
     turns = checked_messages(messages)
     if not isinstance(answer, str):
         raise InputError(f"the beginning of the answer is {answer!r:.60}: expected a text")
@@ -88,16 +88,16 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, str]]:
 def find_chat_format(
     directory: str | Path | None, name: str | None = None
 ) -> tuple[ChatFormat, str | None]:
-    """A model's chat format, and a note if the model may have another one, or none.
+    """A model's chat format, and a note if the model may need another format, or cannot chat.
 
     Args:
         directory: the directory of the model; None if it has none.
         name: a name of npllama.chat_formats.FORMATS, which takes precedence over the directory.
 
     Returns:
-        The format named, that of the directory's chat template, or that of Llama-2-chat.
-        A note in the last case, else None: a checkpoint without a template may be Llama-2-chat,
-            whose original files have none, another chat model, or no chat model.
+        The format named `name`, that of the directory's chat template, or that of Llama-2-chat.
+        A note in the last case, else None. A checkpoint without a template may be Llama-2-chat
+            (its original files have no template), another chat model, or a model that cannot chat.
 
     Raises:
         InputError: there is no format of that name.

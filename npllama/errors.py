@@ -59,8 +59,8 @@ class OutOfMemoryError(NpllamaError):
 
 
 def exhausted(error: Exception) -> str | None:
-    """Which memory an exception reports as exhausted: "memory", "GPU memory", or None if it is
-    about something else. CUDA's own errors are RuntimeErrors whose message has a code."""
+    """Which memory an exception reports as exhausted: "memory", "GPU memory", or None if the
+    exception has another cause. CUDA's own errors are RuntimeErrors whose message has a code."""
     codes = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED")
     if isinstance(error, MemoryError):
         return "GPU memory" if type(error).__module__.startswith("cupy") else "memory"

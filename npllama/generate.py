@@ -255,7 +255,7 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 
 def chat_format_of(args: argparse.Namespace) -> tuple[ChatFormat, str | None]:
-    """The model's chat format, and a note if the model may have another one.
+    """The model's chat format, and a note if the model may need another format, or cannot chat.
 
     Raises:
         InputError: the model is the one that ships with npllama, which cannot chat.

@@ -14,8 +14,8 @@ from npllama.decode_step import StepBuffers
 from npllama.errors import InputError
 
 BUCKET = 256
-"""An operation whose shape depends on the length of a row rounds it up to a multiple of this.
-A step that is captured for one bucket can then be replayed for all lengths in it."""
+"""An operation whose shape depends on the length of a row rounds this length up to a multiple of
+BUCKET. A step that is captured for one bucket can then be replayed for all lengths in it."""
 
 
 def whole_buckets(length: int) -> int:
@@ -306,6 +306,6 @@ class KVCache:
         keep = self._common_length(row, ids)
         if keep < length:
             raise InputError(
-                f"row {row} of the cache holds {length} ids and the prompt begins with {keep} of "
-                f"them that can be kept: cache.truncate({row}, {keep}) first"
+                f"row {row} of the cache holds {length} ids, of which the prompt can reuse the "
+                f"first {keep}: call cache.truncate({row}, {keep}) first"
             )

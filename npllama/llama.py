@@ -582,8 +582,8 @@ class Llama(Transformer):
         """Token ids of a text, BOS first; ids are returned unchanged.
 
         If tokenizer_config.json has `add_bos_token` false, there is no BOS, and if it has
-        `add_eos_token` true, EOS is at the end. The result always has an id: that of an empty text
-        is BOS.
+        `add_eos_token` true, EOS is at the end. The result is never empty: an empty text gives
+        BOS.
 
         >>> load().encode("a")
         [1, 261]
@@ -639,8 +639,9 @@ def load(
 ) -> Llama:
     """Load a model directory: config.json, safetensors, tokenizer.model or tokenizer.json.
 
-    A TokenizerWarning reports a tokenizer with far fewer tokens than the model has rows. A model
-    whose tokenizer.json is of another kind than Llama's takes ids, and raises an error for text.
+    A TokenizerWarning reports a tokenizer with far fewer tokens than the embedding has rows. If
+    tokenizer.json is of another kind than Llama's, the model takes ids, and raises an error for
+    text.
 
     Args:
         path: a directory with Hugging Face's file names; None is the model that ships with the
@@ -648,8 +649,8 @@ def load(
         backend: "numpy", "cupy", or "auto", which is CuPy if CuPy and a CUDA device are available.
             None is "auto".
         dtype: storage dtype of the matrices, "float32", "bfloat16", "float16" or "int8"
-            (see npllama.quantization). None keeps the dtype of the files, whose arrays are then
-            views of the memory-mapped file on the CPU.
+            (see npllama.quantization). None keeps the dtype of the files. On the CPU, the arrays
+            are then views of the memory-mapped file.
         context: positions to reserve memory for; at most, and by default, the model's context. If
             config.json has the RoPE scaling "dynamic", a longer context turns the scaling on for
             all positions.
@@ -709,7 +710,7 @@ def load(
     )
     parameters = checkpoint.parameters(ops)
     llama = Llama(config, parameters, ops, context, tokenizer, no_tokenizer, cache_dtype)
-    found = None if path is None else os.path.abspath(directory)  # None: where npllama is then
+    found = None if path is None else os.path.abspath(directory)  # None: shipped
     arguments = found, backend, dtype, context, threads, device, graph, rope_scaling
     llama._loaded = arguments, parameters
     for note in llama.notes:

@@ -28,7 +28,7 @@ def require_free_memory(
         batch, context: rows of the cache, and positions per row.
         chunk: prompt tokens per forward pass.
         weights: bytes of the weights that are not loaded yet, or that must stay in memory.
-        more: bytes of the result.
+        more: further bytes that are needed, such as those of a result.
         has_cache: whether the cache is already allocated.
         upload: bytes of the largest tensor that is not loaded yet. While it is joined with others,
             memory holds it twice. At that time there is no cache or workspace yet.

@@ -124,7 +124,7 @@ def file_instead(path: Path, is_converting: bool = False) -> str | None:
 
 
 def directory_instead(directory: Path, is_converting: bool = False) -> str | None:
-    """What a directory is or holds that lacks a model's config.json or weights.
+    """What a directory without a model's config.json or weights is, or holds.
 
     Args:
         is_converting: as in `file_instead`.

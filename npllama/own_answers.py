@@ -1,6 +1,6 @@
 """Uses the token ids with which a model wrote its answers, instead of encoding their text.
 
-Several sequences of ids decode to the same text, and the model may write another one than the
+Several sequences of ids decode to the same text, and the model may write another sequence than the
 tokenizer returns for the text. The KV cache holds the ids that the model wrote. If a later prompt
 contains the same ids, the model need not read them again.
 """
@@ -23,9 +23,9 @@ class OwnAnswer:
         begun: the beginning of the answer, which was part of the prompt.
         text: the text that the model wrote after it.
         ids: the ids of `text`.
-        space: the white space at the end of the prompt. It precedes the ids in later prompts too,
-            where the format may write another: the space of "[/INST] Hello" belongs to the id of
-            " Hello".
+        space: the white space at the end of the prompt. In later prompts, the same white space
+            precedes the ids, even if the format would write other white space there. For example,
+            the space of "[/INST] Hello" belongs to the id of " Hello".
     """
 
     begun: str
@@ -157,7 +157,7 @@ def parts_with_own_ids(
 
 
 def _spelled(parts: Parts) -> str:
-    """Parts as one text with numbers for ids, for comparisons."""
+    """Parts as one text in which ids are written in digits, for comparisons."""
     return "".join(part if isinstance(part, str) else f"\0{part}\0" for part in parts)
 
 

@@ -5,7 +5,7 @@
 Reasons for this scheme:
 
 - The scale of a row is a factor of that row's output: y = (x values^T) * scale. A product needs no
-  widened W and only one extra multiplication per output, on any backend.
+  scaled copy of W, only one extra multiplication per output, on any backend.
 - The rows of a trained matrix differ in magnitude far more than the elements within a row.
 - Symmetric values need no offset.
 - The error of each weight is at most scale / 2.

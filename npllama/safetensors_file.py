@@ -45,8 +45,8 @@ class SafetensorsFile:
 
     Args:
         dtypes: the dtypes that are accepted, by their names in the format.
-        is_ignored: tells from a tensor's name whether to leave the tensor out. A tensor that is
-            left out may have any dtype.
+        is_ignored: whether to leave out the tensor with a given name. A tensor that is left out
+            may have any dtype.
         remedy: what to do about a damaged file, at the end of its message.
 
     Attributes:
@@ -135,7 +135,7 @@ def header_of(
     """The bytes of a file before its data: dtype and shape of each tensor, whose data follow in
     the order of `tensors`, without gaps.
 
-    The data begin at a multiple of 8. Each tensor begins at a multiple of its item size where
+    The data begin at a multiple of 8. Each tensor begins at a multiple of its item size if
     wider dtypes come first.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}

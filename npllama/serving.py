@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Server:
-    """Decodes the requests of any number of threads together. Made by `Llama.server`.
+    """Decodes the requests of any number of threads together. `Llama.server` returns one.
 
     The server runs the model in a thread of its own. Each request occupies one row of a shared
     cache from its first step to its last. If all rows are occupied, requests wait in their order of
@@ -135,7 +135,7 @@ class Server:
         request = _Request(row, is_streamed, self._forget)
         with self._changed:
             if self._is_closed:
-                raise InputError("the server is closed: make another one")
+                raise InputError("the server is closed: create another one")
             self._requests[row] = request
             if row.finish_reason is None:
                 self._waiting.append(row)

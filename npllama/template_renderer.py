@@ -89,7 +89,7 @@ def _render(
     for piece in _compiled(template, tuple(names.items())).generate(**variables):
         text += piece
         if len(text) > MAX_RENDERED:
-            raise ValueError(f"it makes more than {MAX_RENDERED} characters")
+            raise ValueError(f"it produces more than {MAX_RENDERED} characters")
     return text
 
 

@@ -33,7 +33,7 @@ _STALE = 1.0
 
 
 class Threads:
-    """The number of threads to compute with, and functions that use so many threads.
+    """The number of threads to compute with, and functions that use this number of threads.
 
     Args:
         n: the number of threads; None for the number of free cores, limited by the settings of

@@ -167,7 +167,7 @@ class Tokenizer:
             processor = sentencepiece.SentencePieceProcessor()
             model = self.processor.serialized_model_proto() + _NO_DUMMY_PREFIX
             processor.LoadFromSerializedProto(model)
-            self._continuing = processor  # loaded, for other threads
+            self._continuing = processor  # only now, because other threads may use it
         return self._encode(self._continuing, text)
 
     def _encode(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:

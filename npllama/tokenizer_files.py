@@ -159,7 +159,8 @@ def checked_token(path: Path, id_: Any, content: Any, special: Any) -> tuple[int
 
 
 def _special_texts(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Texts of the tokens that have a role. An entry is a text, or an object with a content."""
+    """Texts of the tokens that have a role, such as BOS. The file names a token by its text, or by
+    an object with a content."""
     tokens: list[Any] = [fields.get(f"{role}_token") for role in _ROLES]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = fields.get(name)

@@ -17,8 +17,8 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 def uniforms(seed: int, rows: Sequence[int], steps: Sequence[int]) -> np.ndarray:
     """One random number in [0, 1) per step and row.
 
-    Each number equals np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0,
-    step])).random(). These are the upper 53 bits of the first output word of Philox4x64-10.
+    The number equals np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, 0,
+    step])).random(): the upper 53 bits of the first output word of Philox4x64-10, divided by 2^53.
 
     Args:
         seed: an integer in [0, 2^64).

@@ -33,8 +33,8 @@ class Format:
         is_wide: whether the CPU multiplies by `values` directly. Other formats are widened to
             float32 tile by tile.
         product_dtype: the dtype in which a GPU multiplies; None for the activations' dtype.
-        operand_dtype: the 16-bit dtype in which a GPU's tensor cores multiply by W, up to the
-            factor per row; None if they do not.
+        operand_dtype: the 16-bit dtype in which a GPU's tensor cores multiply by `values`; None if
+            they do not multiply by this format.
         cache_dtype: the dtype in which a GPU stores keys and values of a model in this format.
         torch_dtype: the torch_dtype that config.json states, for other programs.
         config: the quantization_config that config.json states, or None.
@@ -140,9 +140,9 @@ class Float16(Format):
         super().__init__("float16")
 
     def widen(self, w: "Matrix", some: slice, tile: np.ndarray) -> None:
-        """Widen by three integer operations on a tile in the cache. NumPy has vector code for them.
-        They are faster than its conversion from float16. An infinity or a NaN would become 2^16
-        or more."""
+        """Widen by three integer operations on a tile in the cache. NumPy has vector code for
+        these operations, so they are faster than its conversion from float16. They would turn an
+        infinity or a NaN into 2^16 or more."""
         bits = tile.view("int32")
         np.copyto(bits, w.values[some].view("int16"))  # sign extension fills the upper half
         np.left_shift(bits, 13, out=bits)

@@ -105,7 +105,7 @@ class Checkpoint:
             yield loaded.nbytes(shape)
 
     def parameters(self, ops: Ops) -> Parameters:
-        """Load the tensors one at a time: convert each if asked to, pass it to `ops.prepare`."""
+        """Load the tensors one at a time: convert each if asked to; pass it to `ops.prepare`."""
         with work("loading the weights", self.nbytes):
             return self._parameters(ops)
 

@@ -215,12 +215,12 @@ CASES = {
     "CuPy: NVRTC cannot be loaded": (
         READY,
         FakeCupy("getVersion", NOT_FOUND),
-        "expected CUDA 13's library; pip install 'npllama[cuda13]' brings it",
+        "expected CUDA 13's library; pip install 'npllama[cuda13]' installs it",
     ),
     "CuPy: cuBLAS cannot be loaded": (
         READY,
         FakeCupy("cublas", NO_CUBLAS, built_for=12090),
-        "expected CUDA 12's library; pip install 'npllama[cuda12]' brings it",
+        "expected CUDA 12's library; pip install 'npllama[cuda12]' installs it",
     ),
 }
 

@@ -761,9 +761,9 @@ def test_ctrl_c_at_any_line_leaves_a_cache_that_says_what_it_holds(on, stride, m
 @pytest.mark.parametrize(
     ("held", "prompt", "message"),
     [
-        ([1, 5], [1, 6, 7], r"begins with 1 of them that can be kept: cache.truncate\(0, 1\)"),
-        ([1, 5, 6], [1, 5, 6], r"begins with 2 of them .* cache.truncate\(0, 2\)"),
-        ([1, 5, 6], [1, 5], r"begins with 1 of them .* cache.truncate\(0, 1\)"),
+        ([1, 5], [1, 6, 7], r"the prompt can reuse the first 1: call cache.truncate\(0, 1\)"),
+        ([1, 5, 6], [1, 5, 6], r"reuse the first 2: call cache.truncate\(0, 2\)"),
+        ([1, 5, 6], [1, 5], r"reuse the first 1: call cache.truncate\(0, 1\)"),
         ([1], list(range(3, 20)), "17 tokens do not fit the cache of 12 positions"),
     ],
 )
@@ -824,7 +824,7 @@ def test_a_generation_that_was_made_before_another_ran_is_refused(llama):
     first, second = (llama.new_generation([PROMPT], cache=cache, **OPTIONS) for _ in range(2))
     list(first)
     held = list(cache.ids[0])
-    with pytest.raises(InputError, match=r"begins with 7 of them .* cache.truncate\(0, 7\)"):
+    with pytest.raises(InputError, match=r"reuse the first 7: call cache.truncate\(0, 7\)"):
         list(second)
     assert cache.ids == [held] and cache.lengths == [len(held)]
 

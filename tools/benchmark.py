@@ -290,14 +290,18 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", help="CPU threads (default: as many as free cores)"
     )
     p.add_argument(
-        "--prompt-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)"
+        "--prompt-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens of each prompt (default: %(default)s)",
     )
     p.add_argument(
         "--new-tokens",
         type=int,
         default=64,
         metavar="N",
-        help="per prompt; all but the first are decode steps (default: %(default)s)",
+        help="new tokens per prompt; all but the first are decode steps (default: %(default)s)",
     )
     p.add_argument(
         "--batch",
@@ -310,7 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--context", type=int, metavar="N", help="positions per prompt (default: the model's)"
     )
-    p.add_argument("--runs", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    p.add_argument(
+        "--runs", type=int, default=5, metavar="N", help="repetitions (default: %(default)s)"
+    )
     p.add_argument(
         "--compare",
         choices=("hf",),

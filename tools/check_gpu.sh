@@ -11,7 +11,7 @@
 # not be installed. CUDA_VISIBLE_DEVICES selects one of several GPUs.
 #
 # Each stage runs in its own process with a time limit. If a stage fails, the next one still runs.
-# The table is printed after each stage. The last one is Markdown, for tools/README.md.
+# The table is printed after each stage. The last table is Markdown, for tools/README.md.
 #
 #   --seconds N   time limit of all stages together (default 360)
 #   --stage-seconds N

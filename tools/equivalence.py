@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a model directory (default: the model that ships with the package)",
     )
     p.add_argument(
-        "--prompt", default=PROMPT, metavar="TEXT", help="(default: an English sentence)"
+        "--prompt", default=PROMPT, metavar="TEXT", help="the prompt (default: an English sentence)"
     )
     p.add_argument(
         "--tokens",
@@ -126,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         choices=("auto", "numpy", "cupy"),
         default="auto",
-        help="numpy compares only NumPy, cupy NumPy and CuPy (default: CuPy if it is available)",
+        help="what is compared with float64; numpy: only NumPy; cupy: NumPy and CuPy "
+        "(default: CuPy if it is available)",
     )
     p.add_argument(
         "--dtype",

@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         type=named_path,
         metavar="DIR",
-        help="(default: the model that ships with npllama)",
+        help="a model directory (default: the model that ships with npllama)",
     )
     p.add_argument(
         "--text",
@@ -192,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="score only the first N texts")
     p.add_argument("--backend", choices=("auto", "numpy", "cupy"), default="auto")
     p.add_argument("--device", type=int, metavar="N", help="which GPU (default: the first)")
-    p.add_argument("--dtype", choices=tuple(FORMATS), help="(default: as stored)")
+    p.add_argument(
+        "--dtype", choices=tuple(FORMATS), help="dtype of the weights (default: as stored)"
+    )
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     return p
 

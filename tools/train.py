@@ -315,8 +315,8 @@ vocab_size. It may have num_key_value_heads (default: num_attention_heads), head
 num_attention_heads), max_position_embeddings (2048; the length of a row), rms_norm_eps (1e-6),
 rope_theta (10000), tie_word_embeddings (false), bos_token_id (1) and eos_token_id (2).
 To train longer after a run has finished, repeat its command with a larger --steps. This works if
-the steps already done keep their learning rates: with constant; with wsd before its decay (run
-with --decay 0 first, and give --decay at the end); not with cosine.
+the completed steps keep their learning rates. They do with constant, and with wsd before its decay
+(run with --decay 0 first, and give --decay at the end). They do not with cosine.
 """
 
 
@@ -348,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     files.add_argument(
         "--tokenizer", type=named_path, metavar="FILE",
-        help="use this tokenizer.model instead of training one of the config's vocab_size",
+        help="use this tokenizer.model instead of training one with the config's vocab_size",
     )  # fmt: skip
     add = p.add_argument_group("training").add_argument
     add("--steps", type=int, default=5000, metavar="N", help="total number of optimizer steps")
@@ -357,21 +357,24 @@ def _parser() -> argparse.ArgumentParser:
         "--micro-batch", type=int, default=4, metavar="N",
         help="rows per forward pass; gradients are summed over a step",
     )  # fmt: skip
-    add("--packed", action="store_true", help="fill each row with stories, not one per row")
+    add("--packed", action="store_true", help="fill each row with several stories")
     add("--lr", type=float, default=3e-3, metavar="X", help="highest learning rate")
-    add("--warmup", type=int, metavar="N", help="steps to reach --lr (default: 100 or a tenth)")
+    add(
+        "--warmup", type=int, metavar="N",
+        help="steps to reach --lr (default: a tenth of --steps, at most 100)",
+    )  # fmt: skip
     add(
         "--schedule", choices=SCHEDULES, default="cosine",
         help="rate after the warm-up: half a cosine; wsd: --lr, then a decay; constant: --lr",
     )  # fmt: skip
     add(
         "--decay", type=int, metavar="N",
-        help="with wsd, the last steps, in which the rate falls (default: a fifth of --steps)",
+        help="with wsd, number of last steps in which the rate falls (default: a fifth of --steps)",
     )  # fmt: skip
     add("--final-lr", type=float, default=0.0, metavar="X", help="last rate as a fraction of --lr")
-    add("--weight-decay", type=float, default=0.1, metavar="X", help="of matrices, not of norms")
+    add("--weight-decay", type=float, default=0.1, metavar="X", help="weight decay of matrices")
     add("--clip", type=float, default=1.0, metavar="X", help="largest norm of the gradient")
-    add("--seed", type=int, default=0, metavar="S", help="of the initial weights and row order")
+    add("--seed", type=int, default=0, metavar="S", help="seed of weights and row order")
     add = p.add_argument_group("computation").add_argument
     add("--backend", choices=("auto", "numpy", "cupy"), default="auto")
     add("--device", type=int, metavar="N", help="which GPU (default: the first)")

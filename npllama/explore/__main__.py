@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=WINDOW,
         metavar="N",
-        help=f"show the last N tokens of a longer prompt, to {MAX_WINDOW} (default: %(default)s)",
+        help=f"show the last N tokens of a longer prompt, at most {MAX_WINDOW} "
+        "(default: %(default)s)",
     )
     p.add_argument(
         "--max-new-tokens",
@@ -78,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
         default=BUDGET,
         metavar="SECONDS",
         help="how long to measure the time per token with and without the cache, "
-        f"0 to {MAX_BUDGET:g}; other times are extrapolated and marked (default: %(default)s)",
+        f"0 to {MAX_BUDGET:g}; the page extrapolates the other times and marks them "
+        "(default: %(default)s)",
     )
     choice = p.add_argument_group("how the next token is chosen")
     for field in fields(Sampling):

@@ -63,7 +63,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Powers of ten from low to high, thinned to `most`; with 2 and 5 where there are few."""
+    """Powers of ten from low to high, thinned to `most`; 2 and 5 times these if they are few."""
     first = math.ceil(math.log10(low) - 1e-9)
     last = math.floor(math.log10(high) + 1e-9)
     powers = [10.0**e for e in range(first, last + 1, max(math.ceil((last - first + 1) / most), 1))]

@@ -1,4 +1,4 @@
-"""Colours that colour-blind readers tell apart, on light and on dark paper; colour maps; PNG."""
+"""Colours that colour-blind readers can distinguish on light and dark paper; colour maps; PNG."""
 
 import base64
 import struct
@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 
 # The categories are the hues of Okabe and Ito 2008 (Color Universal Design), darkened for light
-# paper and lightened for dark paper until each has a contrast of at least 3 with it.
+# paper and lightened for dark paper until the contrast of each with its paper is at least 3.
 LIGHT = {
     "ink": "#1c1f24",
     "soft": "#59616b",

@@ -14,11 +14,11 @@ _WIDE = set("mwMW@%")
 
 
 def printable(text: str) -> str:
-    """The text with each character spelled out that is invisible or forbidden in XML.
+    """The text, with invisible characters and those that XML forbids spelled out.
 
     Control characters become hexadecimal, as sentencepiece writes bytes: `<0x0A>`. Formatting
     characters (joiners, marks of direction), lone surrogates and unassigned code points become
-    `<U+200E>`. A dotted circle carries a combining character at the start.
+    `<U+200E>`. If the text begins with a combining character, a dotted circle precedes it.
     """
     shown = "".join(_printable_character(c) for c in text)
     if shown and unicodedata.category(shown[0]).startswith("M"):

@@ -276,9 +276,9 @@ def _reasons(run: Record) -> list[tuple[str, Markup]]:
         (
             "Sampling",
             say(
-                "The likeliest token alone gives dull text, and the whole softmax gives nonsense "
-                "now and then. Temperature and filters lie between, and a seed makes the choice "
-                "reproducible."
+                "The likeliest token alone gives dull text, and the whole softmax sometimes "
+                "gives nonsense. Temperature and filters are a compromise, and a seed makes the "
+                "choice reproducible."
             ),
         ),
     ]

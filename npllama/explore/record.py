@@ -23,7 +23,7 @@ from npllama.parameters import Layer
 from npllama.sampling_options import Sampling
 
 WINDOW = 24
-"""Tokens that the pictures show by default; of a longer prompt the last ones."""
+"""Tokens that the pictures show by default: the last ones of a longer prompt."""
 MAX_WINDOW = 48
 LIKELIEST = 5
 """Tokens that the lens records per layer and position."""

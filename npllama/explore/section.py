@@ -19,7 +19,7 @@ _ROOT = Path(npllama.__file__).parent.parent
 
 @dataclass(frozen=True)
 class Function:
-    """A function that the page shows as it stands in the installed package.
+    """A function whose source code in the installed package the page shows.
 
     Attributes:
         function: the function itself.

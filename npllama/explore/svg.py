@@ -1,8 +1,9 @@
 """Figures: SVG text made by short functions. It follows the page's light or dark colours.
 
-Sizes. A figure is drawn in units of its viewBox and scales to the width of its container. The
-labels of a `NARROW` figure, of `FONT` units, have 11 px on a screen of 400 px. A wider figure has
-a minimum width at which its labels have 11 px; its container scrolls (`overflow-x: auto`).
+Sizes. A figure is drawn in units of its viewBox and scales to the width of its container. Labels
+have a size of `FONT` units. In a `NARROW` figure this is 11 px on a screen of 400 px. A wider
+figure has a minimum width, at which its labels have 11 px; its container scrolls (`overflow-x:
+auto`).
 
 Colours. Each is a CSS custom property of the page with a default of its own for light and dark
 (`STYLE`): `--fig-ink`, `--fig-soft`, `--fig-line`, `--fig-paper`, `--fig-fill`, `--fig-1` to
@@ -63,7 +64,10 @@ def number(x: float) -> str:
 
 
 def attributes(**values: object) -> str:
-    """` name="value"` for each value but None; `_` in a name is `-`, one at its end is dropped."""
+    """` name="value"` for each value that is not None.
+
+    A final `_` of a name is dropped, and other `_` become `-`.
+    """
     parts = []
     for name, value in values.items():
         if value is not None:

@@ -54,9 +54,9 @@ def _idea(run: Record) -> tuple[Markup, ...]:
     idea = [
         say(
             "The head gives every piece a logit. A text of the likeliest pieces alone is dull and "
-            "repeats itself. A text that is drawn from the whole softmax contains nonsense now and "
-            "then, because the many unlikely pieces together have some probability. Temperature "
-            "and filters lie between."
+            "repeats itself. A text that is drawn from the whole softmax sometimes contains "
+            "nonsense, because the many unlikely pieces together have some probability. "
+            "Temperature and filters are a compromise."
         ),
         say(
             "<strong>Temperature</strong> τ divides the logits <var>z</var>: below 1 it sharpens "

@@ -17,8 +17,9 @@ constexpr unsigned int ALL_LANES = 0xffffffffu;
 // reads the results of other kernels. The previous kernel may also be waiting, so more than two of
 // our kernels can overlap. They never overlap with CuPy's array operations. Every kernel follows
 // three rules:
-//   1. let_next_kernel_start() is the first call. Without it, the next kernel starts when this one
-//      ends, which is early enough for the kernels between the products of a prompt.
+//   1. If a kernel calls let_next_kernel_start(), it does so first. Without this call, the next
+//      kernel starts when this one ends. That is early enough for the kernels between the products
+//      of a prompt.
 //   2. Before the wait, a kernel reads only constants, and data that was written before the last
 //      array operation of CuPy.
 //   3. Every thread calls wait_for_previous_kernel() before it writes to global memory and before

@@ -1,6 +1,6 @@
 // The kernels for many tokens. cuBLAS computes the matrix products, and these kernels compute the
-// operations between them. Memory bandwidth limits each of them, so it reads its input once, 16
-// bytes per thread at a time, and writes its result once.
+// operations between them. Memory bandwidth limits these kernels, so each kernel reads its input
+// once, 16 bytes per thread at a time, and writes its result once.
 //
 // The template parameter T is the 16-bit type of the products, __half or __nv_bfloat16. In shapes,
 // T is the number of new tokens, and the other letters are: M = B * T rows (tokens), D width, H
