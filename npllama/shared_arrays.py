@@ -2,6 +2,8 @@
 
 Shared memory here is an anonymous file (Linux: memfd). The kernel frees it when the last process
 that holds it ends, even if that process crashes.
+
+Measurements: tools/README.md.
 """
 
 import contextlib

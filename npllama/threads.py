@@ -2,6 +2,8 @@
 
 More threads than free cores are very slow. The threads of BLAS wait for each other, so one thread
 that has lost its core to another program delays all of them.
+
+Measurements: tools/README.md.
 """
 
 import contextlib

@@ -4,6 +4,8 @@ A matrix W (O, D) is stored as `values` in the format's dtype and, for some form
 with one factor per row. No code outside this module distinguishes formats by dtype. A format of
 another kind, for example with one scale per group of elements, is another class with its own
 methods.
+
+Measurements: tools/README.md.
 """
 
 from typing import TYPE_CHECKING

@@ -7,6 +7,8 @@ on a small array is slow. The overrides therefore make fewer calls.
 Prefilling a prompt spends most of its time in matrix products. The other operations come second,
 because NumPy computes them on one core. The overrides therefore split the longer of these
 operations over all cores. For the shorter ones, waking threads costs more time than it saves.
+
+Measurements: tools/README.md.
 """
 
 import math

@@ -1,5 +1,8 @@
 """Faster blocks for NumPy: one product for matrices with the same input, and all cores for a
-prompt."""
+prompt.
+
+Measurements: tools/README.md.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,6 +1,8 @@
 """Decide which matrix products are shared with worker processes, and start these workers.
 
 A narrow matrix is one with elements smaller than float32, such as bfloat16 or int8.
+
+Measurements: tools/README.md.
 """
 
 import math

@@ -4,6 +4,8 @@ A tile is some consecutive rows of a matrix. BLAS has no products for 16-bit or 
 Widening a whole matrix to float32 would write it to memory and read it back. Instead, one tile at a
 time is widened to float32 in a buffer that stays in the processor's cache, and BLAS multiplies by
 this buffer.
+
+Measurements: tools/README.md.
 """
 
 import threading

@@ -14,6 +14,8 @@ until it can read a byte from its pipe. It exits when the pipe is closed.
 
 The protocol requires that other processes see the stores of one process in program order. x86-64
 guarantees this order, so workers exist only there.
+
+Measurements: tools/README.md.
 """
 
 import contextlib
