@@ -44,6 +44,10 @@ CUPY_IMPLEMENTATIONS = ("cupy", "cupy-reference")
 # The first test file beside which the work of later files may run. test_benchmark.py measures.
 WORK_AHEAD_FROM = "test_blocks.py"
 
+# The number of selected tests with simulated kernels from which the kernels of small models are
+# compiled ahead: those of the whole suite, but not those of one file.
+COMPILE_AHEAD_FROM = 200
+
 
 def cupy_is_present():
     return importlib.util.find_spec("cupy") is not None and cuda_device_count() > 0
@@ -161,11 +165,18 @@ def all_work_ahead(tmp_path_factory):
     work.end()
 
 
+def _n_kernel_tests(session):
+    callspecs = (getattr(item, "callspec", None) for item in session.items)
+    return sum(spec.params.get("implementation") == "strict-kernels" for spec in callspecs if spec)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def work_ahead(request, all_work_ahead):
     """The work of test files that starts before their turn. The tests of these files wait for it,
     so it has ended before test_model.py."""
     if request.path.name >= WORK_AHEAD_FROM:
+        if _n_kernel_tests(request.session) >= COMPILE_AHEAD_FROM:
+            all_work_ahead.start_program("compile_ahead", [])
         all_work_ahead.start(request.session.items)
     return all_work_ahead
 

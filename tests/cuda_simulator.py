@@ -9,6 +9,7 @@ and thread. The comments of the runtime in cuda_sim/ explain the checks.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -295,7 +296,9 @@ def _library(stem, text, flags, parts=()) -> Path:
     target = _cache() / f"lib{stem}-{key.hexdigest()[:24]}.so"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+    with _locked(target), tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        if target.exists():  # another process has compiled it
+            return target
         source, partial = Path(folder) / f"{stem}.cpp", Path(folder) / "partial.so"
         source.write_text(text)
         part = Path(folder) / "part.o"
@@ -307,20 +310,27 @@ def _library(stem, text, flags, parts=()) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _locked(target):
+    """Let only one process write a file. The others wait for it instead of compiling it again."""
+    with open(target.with_name(f"{target.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process that ends releases its locks
+        yield
+
+
 @functools.cache
 def _precompiled(flags) -> Path:
     """A folder with the precompiled header of cuda_sim.h for these flags, which speeds up
     compilation."""
     key = hashlib.sha256("\0".join((_headers(), *COMMON, *flags)).encode())
     target = _cache() / f"headers-{key.hexdigest()[:24]}"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+    with _locked(target), tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        if not target.exists():
             header = Path(folder) / "complete" / "cuda_sim.h.gch"
             header.parent.mkdir()
             command = [compiler(), *COMMON, *flags, "-x", "c++-header", HERE / "cuda_sim.h"]
             _run([*command, "-o", header])
-            with contextlib.suppress(OSError):  # another process has already written it
-                header.parent.rename(target)
+            header.parent.rename(target)
     return target
 
 

@@ -4,7 +4,7 @@ CupyOps runs on uninitialized NumPy arrays, with a Kernels object that records e
 reference's blocks and products are replaced by functions that compute nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -74,13 +74,18 @@ class Launch:
     shared: int
 
 
-def launches(gpu: Gpu, n_rows: int) -> set[Launch]:
+def launches(
+    gpu: Gpu,
+    n_rows: int,
+    configs: Iterable[LlamaConfig] = tuple(MODELS.values()),
+    dtypes: Iterable[str] = tuple(FORMATS),
+) -> set[Launch]:
     """The launches of decode steps with n_rows rows, of a prompt's first chunk and of training, for
-    all models and dtypes."""
+    all given models and dtypes."""
     noted: set[Launch] = set()
     with _nothing_computed(), np.errstate(all="ignore"):
-        for config in MODELS.values():
-            for dtype in FORMATS:
+        for config in configs:
+            for dtype in dtypes:
                 ops = _NotingOps(_Untouched(gpu), noted)
                 _run(ops, replace(config, n_layers=1), dtype, n_rows)
     return noted

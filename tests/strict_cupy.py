@@ -74,12 +74,17 @@ class Uses:
 
     def __init__(self, pool):
         self._last, self._pool = {}, pool  # id of the owner -> (stream, clock of the stream)
+        self._alive = {}  # id of the owner -> a weak reference to it
+
+    def _forget(self, key, _):
+        self._last.pop(key, None)
+        self._alive.pop(key, None)
 
     def touch(self, array, stream):
         owner = owner_of(array)
         key = id(owner)
         if key not in self._last:
-            weakref.finalize(owner, self._last.pop, key, None)
+            self._alive[key] = weakref.ref(owner, functools.partial(self._forget, key))
             self._pool.count(owner, owner.nbytes)
         elif not stream.is_after(*self._last[key]):
             raise CUDARuntimeError(
@@ -272,12 +277,14 @@ class CupyDevice(strict_array.Device):
 
 
 def _as_arrays(result):
+    if isinstance(result, np.ndarray):
+        return result
     return map_arrays(np.asarray, result, np.generic)
 
 
 def _are_views(outputs, inputs):
-    owners = [owner_of(array) for array in inputs]
-    return all(any(owner_of(array) is owner for owner in owners) for array in outputs)
+    owners = {id(owner_of(array)) for array in inputs}
+    return all(id(owner_of(array)) in owners for array in outputs)
 
 
 def _trial(function, args, kwargs):

@@ -1,5 +1,6 @@
 """Device and pinned memory of the CuPy for tests: memory pools, and arrays in graphs."""
 
+import functools
 import math
 import weakref
 from collections import defaultdict
@@ -41,6 +42,7 @@ class MemoryPool:
     def __init__(self):
         self._free = defaultdict(list)  # size -> free blocks
         self._blocks = []
+        self._counted = {}  # id of an array -> a weak reference; weakref.finalize is slow
         self._used = self._total = 0
 
     def malloc(self, size):
@@ -67,7 +69,9 @@ class MemoryPool:
         """Count an array's bytes until it is deleted."""
         self._used += size
         self._total = max(self._total, self._used)
-        weakref.finalize(owner, _uncount, weakref.ref(self), size)
+        key = id(owner)
+        uncount = functools.partial(_uncount, weakref.ref(self), key, size)
+        self._counted[key] = weakref.ref(owner, uncount)
 
     def used_bytes(self):
         return self._used
@@ -88,9 +92,11 @@ class MemoryPool:
 # As in CuPy, an array does not keep its pool alive.
 
 
-def _uncount(pool, size):
-    if pool() is not None:
-        pool()._used -= size
+def _uncount(pool, key, size, _):
+    pool = pool()
+    if pool is not None:
+        pool._counted.pop(key, None)
+        pool._used -= size
 
 
 def _take_back(pool, size, block):

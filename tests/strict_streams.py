@@ -38,8 +38,8 @@ def map_arrays(change, value, kind=np.ndarray):
     """`value` with `change` applied to each array in its tuples, lists and dictionaries."""
     if isinstance(value, kind):
         return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(map_arrays(change, item, kind) for item in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([map_arrays(change, item, kind) for item in value])
     if isinstance(value, dict):
         return {key: map_arrays(change, item, kind) for key, item in value.items()}
     return value
@@ -47,9 +47,13 @@ def map_arrays(change, value, kind=np.ndarray):
 
 def arrays_in(value):
     """All arrays in the tuples, lists and dictionaries of `value`."""
-    found = []
-    map_arrays(found.append, value)
-    return found
+    if isinstance(value, np.ndarray):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [array for item in value for array in arrays_in(item)]
 
 
 @dataclass(eq=False)

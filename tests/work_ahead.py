@@ -33,6 +33,12 @@ class WorkAhead:
             else:
                 self._processes[module] = None
 
+    def start_program(self, name, arguments):
+        """Start a program of the folder tests/ that has no result, unless it runs already."""
+        if name not in self._processes:
+            folder = self._new_folder(name)
+            self._processes[name] = _started(ROOT / "tests" / f"{name}.py", arguments, folder)
+
     def result(self, module):
         """Wait for the program of a module, and return its results."""
         process = self._processes[module]

@@ -98,6 +98,8 @@ size_t queue_head;
 void* scheduler;
 jmp_buf launcher;
 int current = -1, n_threads, n_done, n_waiting;
+uint3 thread_indices[MAX_THREADS];
+uint32_t first_thread;  // the index in the grid of the block's thread 0, from 1
 Votes votes, result_of_votes;
 uint32_t block_index, block_epoch, block_stamp, now_time;
 void (*entry)(void**);
@@ -176,7 +178,7 @@ std::vector<uint32_t> blocks;  // in execution order
 
 // -- messages ------------------------------------------------------------------------------------
 
-struct Where {  // a place in the source: an address, or file and line
+struct Where {  // a place in the source: an address, or file and line; slow to pass by value
   void* pc = nullptr;
   Site site{};
 };
@@ -190,9 +192,9 @@ int describe_thread(char* out, size_t n, uint32_t thread) {
   return snprintf(out, n, "thread (%u,%u,%u) of block (%u,%u,%u)", t % d.x, t / d.x % d.y,
                   t / d.x / d.y, b % g.x, b / g.x % g.y, b / g.x / g.y);
 }
-uint32_t me() { return block_index * n_threads + current + 1; }
+uint32_t me() { return first_thread + current; }
 
-[[noreturn]] void stop(Where where, const char* format, ...) {
+[[noreturn, gnu::cold]] void stop(const Where& where, const char* format, ...) {
   char who[96];
   describe_thread(who, sizeof who, me());
   int n = snprintf(message, sizeof message, "%s: ", who);
@@ -210,7 +212,7 @@ uint32_t me() { return block_index * n_threads + current + 1; }
   _longjmp(launcher, 1);
 }
 
-void count(Where where) {
+void count(const Where& where) {
   if (++n_accesses > max_accesses) stop(where, "the kernel does not end");
 }
 
@@ -218,33 +220,39 @@ void switch_to_scheduler() { cuda_sim_switch(&fibers[current].context, scheduler
 
 // -- races ---------------------------------------------------------------------------------------
 
-bool ordered(const Access& a) {
+inline bool ordered(const Access& a) {
   if (!a.thread || a.thread == me()) return true;
-  uint32_t a_block = (a.thread - 1) / n_threads;
-  if (a_block == block_index) {
+  const uint32_t in_block = a.thread - first_thread;
+  if (in_block < (uint32_t)n_threads) {
     if (a.block_epoch < block_epoch) return true;
-    uint32_t a_warp = (a.thread - 1) % n_threads / 32;
-    return a_warp == (uint32_t)current / 32 && a.warp_epoch < fibers[current].warp_epoch;
+    return in_block / 32 == (uint32_t)current / 32 && a.warp_epoch < fibers[current].warp_epoch;
   }
-  const Release& r = releases[a_block];
+  const Release& r = releases[(a.thread - 1) / n_threads];
   return a.time <= r.covers && r.at < acquires[block_index];
 }
 
-void check_order(const Access& a, const char* what, Where where, uintptr_t p) {
-  if (ordered(a)) return;
+[[noreturn, gnu::cold]] void stop_race(const Access& a, const char* what, const Where& where,
+                                       uintptr_t p) {
   char who[96];
   describe_thread(who, sizeof who, a.thread);
   stop(where, "race: %s by %s at %p, without a barrier between", what, who, (void*)p);
 }
 
-void touch(Cell& c, uint32_t stamp, Mode mode, bool must_be_set, Where where, uintptr_t p) {
+inline void check_order(const Access& a, const char* what, const Where& where, uintptr_t p) {
+  if (!ordered(a)) stop_race(a, what, where, p);
+}
+
+[[noreturn, gnu::cold]] void stop_copying(const Cell& c, Mode mode, const Where& where,
+                                          uintptr_t p) {
+  char who[96];
+  describe_thread(who, sizeof who, c.copying);
+  stop(where, "race: a %s of shared memory at %p, which an asynchronous copy by %s fills: that "
+       "thread has not waited for it", mode == READ ? "read" : "write", (void*)p, who);
+}
+
+void touch(Cell& c, uint32_t stamp, Mode mode, bool must_be_set, const Where& where, uintptr_t p) {
   if (c.stamp != stamp) c = Cell{stamp};
-  if (c.copying) {
-    char who[96];
-    describe_thread(who, sizeof who, c.copying);
-    stop(where, "race: a %s of shared memory at %p, which an asynchronous copy by %s fills: that "
-         "thread has not waited for it", mode == READ ? "read" : "write", (void*)p, who);
-  }
+  if (c.copying) stop_copying(c, mode, where, p);
   const char* after_write = mode == READ ? "a read after a write" : "a write after a write";
   check_order(c.write, after_write, where, p);
   if (mode != ATOMIC) {
@@ -296,7 +304,8 @@ Shared* shared_memory_of(uintptr_t p, size_t size) {
 
 // -- one access ----------------------------------------------------------------------------------
 
-[[noreturn]] void out_of_bounds(uintptr_t p, size_t size, Mode mode, Where where) {
+[[noreturn, gnu::cold]] void out_of_bounds(uintptr_t p, size_t size, Mode mode,
+                                           const Where& where) {
   const char* verb = mode == READ ? "read" : "write";
   if (!p) stop(where, "%s of %zu bytes at a null pointer", verb, size);
   uintptr_t dynamic_begin = (uintptr_t)dynamic_memory;
@@ -327,7 +336,7 @@ bool has_written(const Launch& other, uintptr_t p, size_t size) {
   return false;
 }
 
-void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
+void check_overlap(uintptr_t p, size_t size, Mode mode, const Where& where) {
   if (!overlapped || fibers[current].waited) return;
   if (mode != READ) stop(where, "write to global memory before wait_for_previous_kernel()");
   for (const Range& r : before)
@@ -339,7 +348,7 @@ void check_overlap(uintptr_t p, size_t size, Mode mode, Where where) {
       stop(where, "read of what a kernel before wrote, before wait_for_previous_kernel()");
 }
 
-bool access_array(uintptr_t p, size_t size, Mode mode, bool counted, Where where) {
+bool access_array(uintptr_t p, size_t size, Mode mode, bool counted, const Where& where) {
   for (Extent& e : launch->extents) {
     if (p < e.begin || p >= e.end) continue;
     if (p + size > e.end) return false;
@@ -356,7 +365,7 @@ bool access_array(uintptr_t p, size_t size, Mode mode, bool counted, Where where
   return false;
 }
 
-void access(uintptr_t p, size_t size, Mode mode, Where where) {
+void access(uintptr_t p, size_t size, Mode mode, const Where& where) {
   if (current < 0) return;
   if (p >= stack_begin && p < stack_end) {
     char* own = fibers[current].stack;
@@ -473,7 +482,6 @@ void run_block() {
   }
   if (order == 1) std::reverse(queue.begin(), queue.end());
   if (order == 2) std::shuffle(queue.begin(), queue.end(), order_rng);
-  const dim3& d = cuda_sim_indices.block_dim;
   for (;;) {
     if (queue_head == queue.size()) {
       if (n_done == n_threads) return;
@@ -501,7 +509,7 @@ void run_block() {
     current = queue[queue_head++];
     if (queue_head > 65536) queue.erase(queue.begin(), queue.begin() + queue_head), queue_head = 0;
     Fiber& f = fibers[current];
-    cuda_sim_indices.thread = {current % d.x, current / d.x % d.y, current / d.x / d.y};
+    cuda_sim_indices.thread = thread_indices[current];
     if (!f.stack) {  // the first switch to this stack returns into fiber_main
       f.stack = (char*)stack_begin + STACK * current;
       // stagger the stacks: equal offsets would compete for few cache lines
@@ -696,7 +704,10 @@ static void begin_launch(const Kernel* kernel, const GivenLaunch& g) {
   dynamic_shared_memory.place((uintptr_t)dynamic_memory, (uintptr_t)dynamic_memory + g.shared);
   cuda_sim_indices.grid_dim = {g.grid[0], g.grid[1], g.grid[2]};
   cuda_sim_indices.block_dim = {g.block[0], g.block[1], g.block[2]};
-  n_threads = g.block[0] * g.block[1] * g.block[2];
+  n_threads = 0;
+  for (uint32_t z = 0; z < g.block[2]; z++)
+    for (uint32_t y = 0; y < g.block[1]; y++)
+      for (uint32_t x = 0; x < g.block[0]; x++) thread_indices[n_threads++] = {x, y, z};
   entry = kernel->call;
   entry_arguments = g.arguments;
   overlapped = g.overlapped;
@@ -732,6 +743,7 @@ const char* cuda_sim_launch(const Kernel* kernel, GivenLaunch* given) {
   if (order == 2) std::shuffle(blocks.begin(), blocks.end(), order_rng);
   for (uint32_t k = 0; k < n_blocks; k++) {
     block_index = blocks[k];
+    first_thread = block_index * n_threads + 1;
     cuda_sim_indices.block = {block_index % grid[0], block_index / grid[0] % grid[1],
                               block_index / grid[0] / grid[1]};
     run_block();
