@@ -120,14 +120,19 @@ def add_length(p: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--ignore-eos", action="store_true", help="continue where the model would end the text"
     )
-    length.add_argument(
+    add_context(length)
+
+
+def add_context(group: argparse._ArgumentGroup) -> None:
+    """--context and --rope-scaling."""
+    group.add_argument(
         "--context",
         type=int,
         metavar="N",
         help="number of tokens of prompt and completion together; fewer need less memory "
         "(default: as many as the model was trained for)",
     )
-    length.add_argument(
+    group.add_argument(
         "--rope-scaling",
         action=Once,
         metavar="TYPE:FACTOR",
@@ -137,8 +142,8 @@ def add_length(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_choice(p: argparse.ArgumentParser) -> None:
-    """The fields of Sampling, and the seed."""
+def add_sampling(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The fields of Sampling. Returns their group, for further options."""
     choice = p.add_argument_group("how the next token is chosen")
     for field in fields(Sampling):
         about = field.metadata["option"]
@@ -149,6 +154,12 @@ def add_choice(p: argparse.ArgumentParser) -> None:
             metavar=about.metavar,
             help=f"{about.help} (default: %(default)s)",
         )
+    return choice
+
+
+def add_choice(p: argparse.ArgumentParser) -> None:
+    """The fields of Sampling, and the seed."""
+    choice = add_sampling(p)
     choice.add_argument(
         "--seed",
         type=int,

@@ -560,7 +560,7 @@ def test_a_text_for_a_model_without_a_tokenizer_is_refused(pages, tmp_path, caps
 
 
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch):
-    monkeypatch.setattr("npllama.explore.__main__.load", None)  # a call would raise TypeError
+    monkeypatch.setattr("npllama.explore.__main__.load_model", None)  # a call would raise TypeError
     code, _, err = call(capsys, "--prompt", "a", "--out", "a" * 300)
     assert code == 2 and "File name too long" in err and err.count("\n") == 1
 

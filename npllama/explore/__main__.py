@@ -13,20 +13,24 @@ import importlib.util
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from npllama.atomic_file import atomic_file, check_writable
-from npllama.backend import BACKENDS
 from npllama.console import exit_code, open_streams, started_as, tell, utf8
-from npllama.errors import InputError, TokenizerError, TokenizerWarning
+from npllama.errors import InputError, TokenizerError
 from npllama.explore.record import BUDGET, MAX_BUDGET, MAX_WINDOW, NEW_TOKENS, WINDOW, record
-from npllama.llama import load
+from npllama.options import (
+    add_context,
+    add_machine,
+    add_model,
+    add_sampling,
+    check_model,
+    load_model,
+)
 from npllama.progress_line import progress_shown
 from npllama.sampling_options import Sampling
-from npllama.weight_formats import FORMATS
 
 NEEDED = ("jinja2", "pygments", "latex2mathml")
 """The packages that make the page, in the extra [explore]."""
@@ -41,12 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "no network. It contains the prompt and the text that the model writes.",
         epilog='Example: python -m npllama.explore --prompt "Once upon a time" --out page.html',
     )
-    p.add_argument(
-        "--model",
-        metavar="DIR",
-        help="directory with config.json, safetensors and tokenizer.model or tokenizer.json "
-        "(default: the story model that ships with npllama)",
-    )
+    add_model(p)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=utf8, metavar="TEXT", help="the text to run")
     source.add_argument(
@@ -82,16 +81,7 @@ def parser() -> argparse.ArgumentParser:
         f"0 to {MAX_BUDGET:g}; the page extrapolates the other times and marks them "
         "(default: %(default)s)",
     )
-    choice = p.add_argument_group("how the next token is chosen")
-    for field in fields(Sampling):
-        about = field.metadata["option"]
-        choice.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=field.type,
-            default=field.default,
-            metavar=about.metavar,
-            help=f"{about.help} (default: %(default)s)",
-        )
+    choice = add_sampling(p)
     choice.add_argument(
         "--seed",
         type=int,
@@ -99,11 +89,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="the same seed gives the same text (default: %(default)s)",
     )
-    machine = p.add_argument_group("how it is computed")
-    machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see npllama generate")
-    machine.add_argument("--dtype", choices=tuple(FORMATS), help="see npllama generate")
-    machine.add_argument("--context", type=int, metavar="N", help="see npllama generate")
-    machine.add_argument("--threads", type=int, metavar="N", help="see npllama generate")
+    add_context(p.add_argument_group("how long the context is"))
+    add_machine(p)
     return p
 
 
@@ -140,13 +127,8 @@ def run(args: argparse.Namespace, command: str) -> None:
         )
     from npllama.explore.page import page
 
-    if args.model == "":
-        raise InputError("--model is empty: expected a model directory")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TokenizerWarning)  # shown below, as a line
-        llama = load(args.model, args.backend, args.dtype, args.context, args.threads)
-    for note in llama.notes:
-        tell(f"explore: {note}")
+    check_model(args)
+    llama = load_model(args)
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     prompt = args.ids if args.prompt is None else args.prompt
     try:
