@@ -190,7 +190,7 @@ def get_backend(
     Args:
         name: "numpy", "cupy" or "auto". "auto" selects CuPy if a CUDA device can be used, else
             NumPy.
-        threads: the number of threads for NumPy; None for as many as there are free cores.
+        threads: the number of threads for NumPy; None for one per free core.
         device: the number of a CUDA device; None for the current one. With a number, "auto" never
             selects NumPy.
 

@@ -286,8 +286,7 @@ class Llama(Transformer):
         Raises:
             InputError: it is from another model, or has another number of rows.
         """
-        if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
-            raise InputError("the cache is not this model's: expected one from its new_cache")
+        self.check_own_cache(cache)
         if len(cache.lengths) != n_prompts:
             raise InputError(
                 f"the cache has {len(cache.lengths)} rows and there are {n_prompts} prompts: "

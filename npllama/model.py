@@ -106,6 +106,11 @@ class Transformer:
             scratch_size=self.ops.scratch_size(sizes.n_heads, sizes.n_kv_heads, chunk, context),
         )
 
+    def check_own_cache(self, cache: KVCache) -> None:
+        """Raise InputError if the cache is not from `new_cache` of this model."""
+        if not isinstance(cache, KVCache) or cache.rope_table is not self.rope_table:
+            raise InputError("the cache is not this model's: expected one from its new_cache")
+
     def take_cache(self, batch: int, n_positions: int) -> KVCache:
         """An empty cache for a generation whose caller provides none.
 

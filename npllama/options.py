@@ -265,16 +265,24 @@ def unescape_texts(args: argparse.Namespace, names: Sequence[str]) -> None:
     args.stop = [unescape(text, "--stop") for text in args.stop]
 
 
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The options that `add_sampling` provides.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    return Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+
+
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of Llama.new_generation that `add_length` and `add_choice` provide.
 
     Raises:
         InputError: a value is out of the range of a field of Sampling.
     """
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     return {
         "max_new_tokens": args.max_new_tokens,
-        "sampling": sampling,
+        "sampling": sampling_of(args),
         "seed": args.seed,
         "stop": args.stop,
         "ignore_eos": args.ignore_eos,

@@ -44,8 +44,7 @@ def save_cache(model: Transformer, cache: KVCache, path: str | Path, row: int = 
         InputError: the row is empty, the cache is from another model, `path` is another kind of
             file, or it cannot be written.
     """
-    if not isinstance(cache, KVCache) or cache.rope_table is not model.rope_table:
-        raise InputError("the cache is not this model's: expected one from its new_cache")
+    model.check_own_cache(cache)
     cache.check_row(row)
     ids = cache.ids[row][: cache.lengths[row]]  # after Ctrl-C, fewer may be known
     if not ids:

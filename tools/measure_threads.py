@@ -120,9 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(FORMATS),
         help="dtype of the weights in memory (default: as stored; float32 for a shape)",
     )
-    p.add_argument(
-        "--threads", type=int, metavar="N", help="(default: as many as there are free cores)"
-    )
+    p.add_argument("--threads", type=int, metavar="N", help="(default: one per free core)")
     for name, default in (("prompt-tokens", 32), ("new-tokens", 32), ("requests", 4), ("runs", 5)):
         p.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help="(default: %(default)s)"

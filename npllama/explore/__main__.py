@@ -14,7 +14,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from npllama.atomic_file import atomic_file, check_writable
@@ -28,9 +27,9 @@ from npllama.options import (
     add_sampling,
     check_model,
     load_model,
+    sampling_of,
 )
 from npllama.progress_line import progress_shown
-from npllama.sampling_options import Sampling
 
 NEEDED = ("jinja2", "pygments", "latex2mathml")
 """The packages that make the page, in the extra [explore]."""
@@ -129,7 +128,7 @@ def run(args: argparse.Namespace, command: str) -> None:
 
     check_model(args)
     llama = load_model(args)
-    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    sampling = sampling_of(args)
     prompt = args.ids if args.prompt is None else args.prompt
     try:
         llama.encode(prompt)

@@ -108,7 +108,7 @@ class NumpyOps(NumpySampling, NumpyDerivatives, NumpyEquations, Ops):
     def forward_context(self, n_rows: int) -> AbstractContextManager:
         """A context that sets BLAS's number of threads for a forward pass.
 
-        BLAS uses `Threads.count` threads, by default as many as there are free cores. It uses one
+        BLAS uses `Threads.count` threads, by default one per free core. It uses one
         thread if the forward pass splits many rows over our own threads, or if worker processes
         compute: BLAS's threads keep spinning after a product, and would occupy the cores of our
         threads and of the processes.
